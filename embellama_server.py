@@ -3848,7 +3848,7 @@ def main(
     flags = vars(parser.parse_args(argv))
     print_config, version = flags.pop("print_config"), flags.pop("version")
     if version:
-        print(version_text())  # noqa: T201  what was asked for
+        print(version_text())
         return 0
     try:
         loaded = load_settings(flags, os.environ)

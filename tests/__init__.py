@@ -1,0 +1,1 @@
+"""Tests of embellama_server; ``python -m tests`` runs everything."""

@@ -1,0 +1,438 @@
+"""What tests share: a fake engine, a server to talk to, raw bytes on a socket.
+
+No test logic here. ``python -m tests.kit FLAGS`` is the real program with the fake
+engine, for black-box tests that need no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import embellama_server as es
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = (
+    60.0  # of every wait in the tests: long enough that it only ever means "never"
+)
+NAN_WORD, BOOM_WORD = "nan", "boom"  # texts holding these words fail, see FakeEngine
+
+
+def fake_card(**changes: Any) -> es.ModelCard:
+    """A card for a fake model: 8 numbers a vector, 32 tokens an input."""
+    facts: dict[str, Any] = {
+        "architecture": "fake",
+        "n_embd": 8,
+        "n_vocab": 1000,
+        "n_params": 1,
+        "size_bytes": 1,
+        "trained_tokens": 32,
+        "max_input_tokens": 32,
+        "pack_tokens": 64,
+        "pack_inputs": 16,
+        "pooling": "mean",
+        "tokeniser": "fake",
+        "head": (1,),
+        "tail": (2,),
+    }
+    return es.ModelCard(**(facts | changes))
+
+
+def fake_id(word: str) -> int:
+    """The token id of a word: 10 to 999."""
+    return zlib.crc32(word.encode("utf-8", "surrogatepass")) % 990 + 10
+
+
+def fake_vector(ids: Sequence[int], n_embd: int = 8) -> Any:
+    """The vector of token ids: another one for other ids, length 1."""
+    seed = zlib.crc32(np.array(ids, np.int32).tobytes())
+    raw = np.random.default_rng(seed).standard_normal((1, n_embd))
+    return es.normalised(raw.astype(np.float32))[0]
+
+
+class FakeEngine:
+    """An Engine without a model: a word is a token, a vector a hash of the tokens.
+
+    block() makes every call wait until release(); wait_until_computing() returns when a
+    worker is inside one. ``failures`` counts down for each word: a call with the word
+    NAN_WORD gives NaN that many times, one with BOOM_WORD raises.
+    """
+
+    def __init__(
+        self,
+        path: str = "",
+        options: es.EngineOptions | None = None,
+        log: es.Log | None = None,
+        **card: Any,
+    ) -> None:
+        self.card = fake_card(**card)
+        self.calls: list[list[list[int]]] = []  # the packs, in order of completion
+        self.contexts_open = 0
+        self.is_closed = False
+        self.failures = {fake_id(NAN_WORD): 10**9, fake_id(BOOM_WORD): 10**9}
+        self._gate = threading.Event()
+        self._gate.set()
+        self._entered = threading.Semaphore(0)
+        self.lock = threading.Lock()
+
+    def block(self) -> None:
+        """From now on calls wait inside the engine."""
+        self._gate.clear()
+
+    def release(self) -> None:
+        """Let waiting calls go on."""
+        self._gate.set()
+
+    def wait_until_computing(self) -> None:
+        """Return when one more call has begun."""
+        assert self._entered.acquire(timeout=DEADLINE_S), "no worker began a call"
+
+    def tokenise(self, text: str) -> list[int]:
+        return [fake_id(word) for word in text.split()]
+
+    def new_context(self) -> FakeContext:
+        with self.lock:
+            self.contexts_open += 1
+        return FakeContext(self)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def enter(self) -> None:
+        """Called by a context at the start of a call."""
+        self._entered.release()
+        assert self._gate.wait(DEADLINE_S), "blocked for ever"
+
+    def fails(self, word: str, ids: Sequence[int]) -> bool:
+        """Whether these ids hold the word and it still has failures left."""
+        token = fake_id(word)
+        with self.lock:
+            if token not in ids or self.failures[token] <= 0:
+                return False
+            self.failures[token] -= 1
+            return True
+
+
+class FakeContext:
+    """A Context of a FakeEngine; asserts that one thread uses it."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._thread = threading.get_ident()
+
+    def embed(self, inputs: Sequence[Any], *, fresh: bool = False) -> Any:
+        assert threading.get_ident() == self._thread, "a context changed threads"
+        engine, card = self._engine, self._engine.card
+        engine.enter()
+        packs = [[int(i) for i in ids] for ids in inputs]
+        assert sum(map(len, packs)) <= card.pack_tokens
+        assert len(packs) <= card.pack_inputs
+        vectors = np.array([fake_vector(ids, card.n_embd) for ids in packs])
+        with engine.lock:
+            engine.calls.append(packs)
+        for row, ids in enumerate(packs):
+            if engine.fails(BOOM_WORD, ids):
+                raise es.EngineError("boom")
+            if engine.fails(NAN_WORD, ids):
+                vectors[row] = np.nan
+        return vectors
+
+    def close(self) -> None:
+        with self._engine.lock:
+            self._engine.contexts_open -= 1
+
+
+def quiet_log() -> es.Log:
+    """A log nobody reads."""
+    return es.Log("error", "text", io.StringIO())
+
+
+def settings(**changes: Any) -> es.Settings:
+    """Settings for tests: any free port, one worker, a model file nobody opens."""
+    base: dict[str, Any] = {"port": 0, "workers": 1, "model_path": "fake.gguf"}
+    return es.Settings(**(base | changes))
+
+
+class WatchedLog(io.StringIO):
+    """A log stream that says when the server is ready (or has stopped)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settled = asyncio.Event()
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if " ready " in text or " stopped " in text:
+            self.settled.set()
+        return written
+
+
+@dataclass
+class RunningService:
+    """A Service in this process, serving on the current event loop."""
+
+    service: es.Service
+    log: WatchedLog
+    engine: FakeEngine
+    task: asyncio.Task[int]
+    host: str
+    port: int
+
+    async def ask(
+        self, method: str, path: str, body: Any = None, **fields: str
+    ) -> Reply:
+        """One request on a connection of its own. A dict or list is sent as JSON."""
+        raw = body if isinstance(body, bytes) else es.json_codec().dumps(body)
+        if body is None:
+            raw = b""
+        elif "content_type" not in fields:
+            fields["content_type"] = "application/json"
+        names = {k.replace("_", "-"): v for k, v in fields.items()}
+        lines = [f"{method} {path} HTTP/1.1", "host: test", "connection: close"]
+        lines += [f"{k}: {v}" for k, v in names.items()]
+        if body is not None:
+            lines.append(f"content-length: {len(raw)}")
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        return parse_reply(await self.exchange(head + raw), method)
+
+    async def exchange(self, data: bytes) -> bytes:
+        """Send bytes, return all that comes back until the server closes."""
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            writer.write(data)
+            async with asyncio.timeout(DEADLINE_S):
+                return await reader.read()
+        finally:
+            writer.close()
+
+
+@contextlib.asynccontextmanager
+async def running_service(
+    engine: FakeEngine | None = None, *, wait_ready: bool = True, **changes: Any
+) -> AsyncIterator[RunningService]:
+    """A Service with a FakeEngine; stopped at the end unless it already is."""
+    made = engine or FakeEngine()
+    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    stream = WatchedLog()
+    log = es.Log("debug", "text", stream)
+    service = es.Service(settings(**changes), log, lambda *_: made)
+    task = asyncio.create_task(service.run(address.set_result))
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.wait((task, address), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        host, port = (await address).removeprefix("http://").rsplit(":", 1)
+        if wait_ready:
+            await stream.settled.wait()
+    try:
+        yield RunningService(service, stream, made, task, host, int(port))
+    finally:
+        made.release()
+        if not task.done():
+            service.stop()
+        async with asyncio.timeout(DEADLINE_S):
+            await task
+
+
+@dataclass
+class Reply:
+    """A response, parsed by the standard library."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        return es.json_codec().loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object; asserts that it is a whole one."""
+        error: dict[str, Any] = self.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert "x-request-id" in self.headers
+        return error
+
+
+def parse_replies(raw: bytes, methods: Sequence[str]) -> list[Reply]:
+    """Responses as http.client reads them, one for each method asked."""
+    stream = io.BytesIO(raw)
+    replies = []
+    for method in methods:
+        response = http.client.HTTPResponse(_Stream(stream), method=method)  # type: ignore[arg-type]
+        response.begin()
+        headers = {k.lower(): v for k, v in response.getheaders()}
+        replies.append(Reply(response.status, headers, response.read()))
+    assert not stream.read(), "bytes after the last response"
+    return replies
+
+
+def parse_reply(raw: bytes, method: str = "GET") -> Reply:
+    """The only response in ``raw``."""
+    return parse_replies(raw, [method])[0]
+
+
+@dataclass
+class _Stream:
+    """The one method http.client needs of a socket; stays open after a response."""
+
+    stream: io.BytesIO
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return _Unclosing(self.stream)
+
+
+class _Unclosing(io.BytesIO):
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._stream.read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._stream.readline(size)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Server:
+    """The program as its own process. Use with ``with``; see ``started``."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def wait_for_log(self, text: str) -> str:
+        """The first log line that holds ``text``, when it is there."""
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: [line for line in self.log if text in line] or self._is_over(),
+                DEADLINE_S,
+            )
+        assert isinstance(found, list), f"no {text!r} in the log:\n" + "".join(self.log)
+        return str(found[0])
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(DEADLINE_S)
+
+    def collect(self) -> None:
+        """Thread: gather stderr."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._changed:
+                self.log.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    _ended: bool = False
+
+    def _is_over(self) -> bool:
+        return self._ended
+
+
+@contextlib.contextmanager
+def started(
+    *flags: str,
+    module: Sequence[str] = ("-m", "tests.kit"),
+    environment: dict[str, str] | None = None,
+    wait_ready: bool = True,
+) -> Iterator[Server]:
+    """The program on a free port, killed at the end if still running.
+
+    ``module`` is what Python runs: the kit (fake engine) or embellama_server.py.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *module, "--port", "0", *flags],
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    server = Server(process, "")
+    collector = threading.Thread(target=server.collect)
+    collector.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("listening on "), "".join(server.log) or "no address"
+        server.url = line.split()[-1]
+        if wait_ready:
+            server.wait_for_log(" ready ")
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(DEADLINE_S)
+        collector.join(DEADLINE_S)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+
+
+def connected(url: str) -> socket.socket:
+    """A raw socket to a server."""
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+
+
+def fake_gguf(folder: Path) -> Path:
+    """A file that looks like a model to the settings; for the fake engine."""
+    path = folder / "fake.gguf"
+    path.write_bytes(es.GGUF_MAGIC)
+    return path
+
+
+def feed_whole(data: bytes) -> list[bytes]:
+    """One piece."""
+    return [data]
+
+
+def feed_bytes(data: bytes) -> list[bytes]:
+    """Byte by byte."""
+    return [data[i : i + 1] for i in range(len(data))]
+
+
+def feed_splits(data: bytes) -> Iterator[list[bytes]]:
+    """Every way to cut in two."""
+    for at in range(1, len(data)):
+        yield [data[:at], data[at:]]
+
+
+FEEDS: dict[str, Callable[[bytes], list[bytes]]] = {
+    "whole": feed_whole,
+    "bytes": feed_bytes,
+}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temp:
+        arguments = ["--model-path", str(fake_gguf(Path(temp))), *sys.argv[1:]]
+        sys.exit(es.main(arguments, engine_factory=FakeEngine))
