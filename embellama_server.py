@@ -2108,7 +2108,7 @@ class Pool:
             self._spawn(f"worker-{number}", run)
         failed = [error for future in started if (error := future.exception())]
         if failed:
-            self.stop()
+            self.stop(timeout_s=1.0)
             raise failed[0]
 
     def submit(self, job: Job) -> None:
@@ -2146,7 +2146,7 @@ class Pool:
         with self._lock:
             return dataclasses.replace(self._backlog), self._busy
 
-    def stop(self, timeout_s: float = 60.0) -> bool:
+    def stop(self, timeout_s: float) -> bool:
         """Stop when the present packs are done. False if a thread did not end."""
         with self._lock:
             self._stopping = True
@@ -3622,6 +3622,9 @@ _NOT_READY: Final = {
     Phase.STOPPED: "the server is shutting down; ask another one",
 }
 
+# After the drain: for last answers to leave, and for native calls to return.
+_LEAVE_S: Final = 1.0
+
 EngineFactory = Callable[[str, EngineOptions, Log], Engine]
 
 
@@ -3641,6 +3644,8 @@ class Service:
         self._phase = Phase.LOADING
         self._served: Served | None = None
         self._failure: BaseException | None = None
+        self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
+        self.is_clean = False  # whether all threads had ended when run() returned
         self.connections = Connections(
             app=Dispatcher(self, log),
             limits=HttpLimits(body_bytes=settings.max_body_bytes),
@@ -3671,11 +3676,12 @@ class Service:
             self._loop.add_signal_handler(number, self.stop)
         host, port = listener.sockets[0].getsockname()[:2]
         announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        threading.Thread(target=self._load, name="loader", daemon=True).start()
+        self._loader.start()
         while self._phase in (Phase.LOADING, Phase.READY):
             await self._wait_for_move()
         if self._phase is Phase.DRAINING:
             await self._drain()
+        await self._refuse_the_rest()
         listener.close()
         await self._close()
         if self._failure is not None:
@@ -3721,24 +3727,32 @@ class Service:
             timeout=self.settings.drain_timeout_s,
             return_when=asyncio.FIRST_COMPLETED,
         )
-        if not finished.done() and self._served is not None:
-            left = self._served.pool.abandon_all(
-                NotReady("the server stopped before this was finished; ask another one")
-            )
-            self.log("warning", "stopped with work unfinished", requests=left)
-            await asyncio.wait((finished,), timeout=1.0)  # for the answers to leave
         for task in (finished, moved):
             task.cancel()
         if self._phase is Phase.DRAINING:
             self._move(Event.DRAINED)
 
+    async def _refuse_the_rest(self) -> None:
+        """Answer what is still unfinished with a 503, and let the answers leave."""
+        if self._served is None:
+            return
+        reason = "the server stopped before this was finished; ask another one"
+        if left := self._served.pool.abandon_all(NotReady(reason)):
+            self.log("warning", "stopped with work unfinished", requests=left)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.connections.drain(), _LEAVE_S)
+
     async def _close(self) -> None:
         """Contexts end with their threads, then the model, then the process."""
         self._fetch.cancel()
         self.connections.close()
+        await self._loop.run_in_executor(None, self._loader.join, _LEAVE_S)
+        self.is_clean = not self._loader.is_alive()
         if self._served is not None:
             pool = self._served.pool
-            if await self._loop.run_in_executor(None, pool.stop):
+            ended = await self._loop.run_in_executor(None, pool.stop, _LEAVE_S)
+            self.is_clean = self.is_clean and ended
+            if ended:
                 pool.engine.close()
 
     # --- loader thread ---
@@ -3877,7 +3891,13 @@ def _serve(settings: Settings, engine_factory: EngineFactory) -> int:
 
     async def run() -> int:
         service = Service(settings, log, engine_factory)
-        return await service.run(announce)
+        code = await service.run(announce)
+        if not service.is_clean:
+            # Native code still runs in a thread: tearing the interpreter down under it
+            # crashes. Everything owed has been answered, so leave without tearing down.
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
     def announce(url: str) -> None:
         print(f"listening on {url}", flush=True)

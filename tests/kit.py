@@ -39,7 +39,7 @@ def fake_card(**changes: Any) -> es.ModelCard:
     facts: dict[str, Any] = {
         "architecture": "fake",
         "n_embd": 8,
-        "n_vocab": 1000,
+        "n_vocab": 2**30,
         "n_params": 1,
         "size_bytes": 1,
         "trained_tokens": 32,
@@ -55,8 +55,10 @@ def fake_card(**changes: Any) -> es.ModelCard:
 
 
 def fake_id(word: str) -> int:
-    """The token id of a word: 10 to 999."""
-    return zlib.crc32(word.encode("utf-8", "surrogatepass")) % 990 + 10
+    """The token id of a word: below 10 for the failing ones, 10 to 2**30 otherwise."""
+    if word in (NAN_WORD, BOOM_WORD):
+        return 3 + (NAN_WORD, BOOM_WORD).index(word)
+    return zlib.crc32(word.encode("utf-8", "surrogatepass")) % (2**30 - 10) + 10
 
 
 def fake_vector(ids: Sequence[int], n_embd: int = 8) -> Any:
@@ -158,6 +160,11 @@ class FakeContext:
             self._engine.contexts_open -= 1
 
 
+def wait(event: threading.Event) -> None:
+    """Wait for an event, but not for ever."""
+    assert event.wait(DEADLINE_S), "nobody set the event"
+
+
 def quiet_log() -> es.Log:
     """A log nobody reads."""
     return es.Log("error", "text", io.StringIO())
@@ -224,14 +231,26 @@ class RunningService:
 
 @contextlib.asynccontextmanager
 async def running_service(
-    engine: FakeEngine | None = None, *, wait_ready: bool = True, **changes: Any
+    engine: FakeEngine | None = None,
+    *,
+    wait_ready: bool = True,
+    before_load: Callable[[], None] = lambda: None,
+    **changes: Any,
 ) -> AsyncIterator[RunningService]:
-    """A Service with a FakeEngine; stopped at the end unless it already is."""
+    """A Service with a FakeEngine; stopped at the end unless it already is.
+
+    ``before_load`` runs on the loader thread, in place of a slow or failing load.
+    """
     made = engine or FakeEngine()
+
+    def factory(*_: object) -> FakeEngine:
+        before_load()
+        return made
+
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stream = WatchedLog()
     log = es.Log("debug", "text", stream)
-    service = es.Service(settings(**changes), log, lambda *_: made)
+    service = es.Service(settings(**changes), log, factory)
     task = asyncio.create_task(service.run(address.set_result))
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.wait((task, address), return_when=asyncio.FIRST_COMPLETED)

