@@ -1554,6 +1554,7 @@ class ModelCard:
     tokeniser: str
     head: tuple[int, ...]  # special tokens put before and after every text
     tail: tuple[int, ...]
+    max_chars: int = sys.maxsize  # longest text the tokeniser may be given
 
 
 class EngineError(Exception):
@@ -1615,14 +1616,21 @@ def shortened(vector: Any, dimensions: int) -> Any:
 
 
 def framed(ids: Sequence[int], card: ModelCard) -> list[int]:
-    """``ids`` with the model's special tokens around them, unless already there."""
+    """``ids`` with the model's special tokens around them."""
+    return [*card.head, *ids, *card.tail]
+
+
+def framed_once(ids: list[int], card: ModelCard) -> list[int]:
+    """A client's own ``ids`` framed, unless the client has already done that.
+
+    Never for a text's ids: "[CLS] ... [SEP]" written in a text is part of the text.
+    """
     head, tail = card.head, card.tail
-    whole = list(ids)
-    has_head = tuple(whole[: len(head)]) == head
-    has_tail = not tail or tuple(whole[-len(tail) :]) == tail
-    if has_head and has_tail and len(whole) >= len(head) + len(tail):
-        return whole
-    return [*head, *whole, *tail]
+    has_head = tuple(ids[: len(head)]) == head
+    has_tail = tuple(ids[len(ids) - len(tail) :]) == tail
+    if has_head and has_tail and len(ids) >= len(head) + len(tail):
+        return ids
+    return framed(ids, card)
 
 
 def truncated(ids: list[int], card: ModelCard) -> list[int]:
@@ -1647,6 +1655,12 @@ class LlamaEngine:
         self._log_sink = llama_cpp.llama_log_callback(self._on_log)
         llama_cpp.llama_log_set(self._log_sink, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
+        if options.gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            raise StartupError(
+                "gpu_layers is set, but this llama-cpp-python was built without a GPU "
+                "backend: reinstall it with e.g. CMAKE_ARGS=-DGGML_CUDA=on, or leave "
+                "--gpu and --gpu-layers out"
+            )
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), params)
@@ -1664,7 +1678,7 @@ class LlamaEngine:
         """See Engine."""
         if self._word_piece is not None:
             return self._word_piece.ids(text)
-        return self._llama_tokenise(text[:MAX_TOKENISER_CHARS], add_special=False)
+        return self._llama_tokenise(text, add_special=False)
 
     def new_context(self) -> LlamaContext:
         """See Engine. Raises StartupError when llama.cpp has no room for it."""
@@ -1799,6 +1813,7 @@ class LlamaEngine:
             tokeniser=kinds.get(llama.llama_vocab_type(self._vocab), "other"),
             head=head,
             tail=tail,
+            max_chars=sys.maxsize if self._word_piece else MAX_TOKENISER_CHARS,
         )
 
     def _warm_up(self, path: str) -> None:
@@ -2056,6 +2071,15 @@ class PackReport:
     refused: int
 
 
+def _too_long(index: int, size: str, limit: int) -> ContextLengthExceeded:
+    where = f"input[{index}]"
+    return ContextLengthExceeded(
+        f"{where} has {size} and this model reads at most {limit}: shorten or split "
+        "it, or start the server with --auto-truncate",
+        param=where,
+    )
+
+
 class Pool:
     """The queue, the tokeniser thread and the workers.
 
@@ -2203,16 +2227,15 @@ class Pool:
         import numpy as np
 
         card = self.engine.card
-        ids = raw if isinstance(raw, list) else self.engine.tokenise(raw)
-        ids = framed(ids, card)
+        if isinstance(raw, list):
+            ids = framed_once(raw, card)
+        else:
+            if len(raw) > card.max_chars and not self._auto_truncate:
+                raise _too_long(index, f"{len(raw)} characters", card.max_chars)
+            ids = framed(self.engine.tokenise(raw[: card.max_chars]), card)
         if len(ids) > card.max_input_tokens:
             if not self._auto_truncate:
-                raise ContextLengthExceeded(
-                    f"input[{index}] has {len(ids)} tokens and this model reads at most "
-                    f"{card.max_input_tokens}: shorten or split it, or start the "
-                    "server with --auto-truncate",
-                    param=f"input[{index}]",
-                )
+                raise _too_long(index, f"{len(ids)} tokens", card.max_input_tokens)
             ids = truncated(ids, card)
             job.truncated += 1
         return Item(job, index, np.array(ids, np.int32))

@@ -1,0 +1,620 @@
+"""Room 10: which bytes are a request, which are refused and as what, what we send.
+
+Two tables. CASES are requests we accept, with what they mean; h11 must read the same.
+REFUSALS are bytes we refuse, with the error and the reason. Every row is fed whole,
+byte by byte and cut in two at every place, and the outcome must be the same: a verdict
+that depends on how TCP cut the bytes is one that an attacker can choose.
+The limits are tiny here, so that rows at and above them stay short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import h11
+import pytest
+
+import embellama_server as es
+from tests import kit
+
+Fields = tuple[tuple[str, str], ...]
+
+LIMITS = es.HttpLimits(
+    request_line_bytes=64, head_bytes=160, fields=6, chunk_line_bytes=20, body_bytes=40
+)
+HOST: Fields = (("host", "h"),)
+CHUNKED: Fields = (*HOST, ("transfer-encoding", "chunked"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a parser made of some bytes."""
+
+    events: tuple[es.Head | es.Request, ...]
+    error: type[es.ApiError] | None = None
+    message: str = ""
+
+
+def outcome(pieces: Iterable[bytes], limits: es.HttpLimits = LIMITS) -> Outcome:
+    """Feed the pieces, ask for events after each; after an error nothing must come."""
+    parser = es.RequestParser(limits)
+    events: list[es.Head | es.Request] = []
+    error: es.ApiError | None = None
+    for piece in pieces:
+        parser.feed(piece)
+        try:
+            while (event := parser.next_event()) is not None:
+                events.append(event)
+        except es.ApiError as raised:
+            error = raised
+            break
+    if error is None:
+        heads = sum(isinstance(event, es.Head) for event in events)
+        assert parser.is_in_body == (2 * heads > len(events))
+        return Outcome(tuple(events))
+    for more in (b"", *pieces, b"GET / HTTP/1.1\r\nHost: later\r\n\r\n"):
+        parser.feed(more)
+        assert parser.next_event() is None, "an event after an error"
+        assert parser.buffered_bytes == 0, "bytes kept after an error"
+        assert not parser.is_between_requests
+    return Outcome(tuple(events), type(error), error.message)
+
+
+def feedings(data: bytes) -> Iterator[list[bytes]]:
+    """Whole, byte by byte, and every cut in two."""
+    for feed in kit.FEEDS.values():
+        yield feed(data)
+    yield from kit.feed_splits(data)
+
+
+# --- what is accepted ---
+
+
+@dataclass(frozen=True)
+class Case:
+    """Bytes, and the requests they are."""
+
+    name: str
+    data: bytes
+    requests: tuple[es.Request, ...]
+
+    def __init__(self, name: str, data: bytes, *requests: es.Request) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "requests", requests)
+
+
+def means(
+    method: str = "GET",
+    path: str = "/",
+    *,
+    query: str = "",
+    fields: Fields = HOST,
+    minor: int = 1,
+    body: bytes = b"",
+) -> es.Request:
+    """A request; chunked if the fields say so."""
+    size = None if ("transfer-encoding", "chunked") in fields else len(body)
+    return es.Request(es.Head(method, path, query, minor, fields, size), body)
+
+
+def get(*fields: bytes, line: bytes = b"GET / HTTP/1.1") -> bytes:
+    """A GET with these fields after its Host."""
+    return b"\r\n".join((line, b"Host: h", *fields, b"", b""))
+
+
+def post(*fields: bytes, body: bytes = b"") -> bytes:
+    """A POST with these fields after its Host."""
+    return get(*fields, line=b"POST / HTTP/1.1") + body
+
+
+def chunked(body: bytes) -> bytes:
+    """A POST with this chunked body."""
+    return post(b"Transfer-Encoding: chunked", body=body)
+
+
+def lined(line: bytes) -> bytes:
+    """A request with this first line."""
+    return get(line=line)
+
+
+def with_fields(*pairs: tuple[str, str]) -> Fields:
+    """Fields after the Host."""
+    return (*HOST, *pairs)
+
+
+def meant(body: bytes, *, path: str = "/") -> es.Request:
+    """What a chunked POST means."""
+    return means("POST", path, fields=CHUNKED, body=body)
+
+
+LONG_PATH = b"/" + b"a" * (64 - len("GET / HTTP/1.1"))  # its line has 64 bytes
+WIDE = b"X: " + b"v" * (160 - len("Host: h\r\n") - len("X: \r\n"))  # 160 with the Host
+FIVE = tuple(b"F%d: v" % n for n in range(5))  # 6 fields with the Host
+FIVE_MEANT = tuple((f"f{n}", "v") for n in range(5))
+
+# fmt: off
+CASES = (
+    Case("get", get(), means()),
+    Case("path and query", lined(b"GET /a/b?c=d&e HTTP/1.1"), means(path="/a/b", query="c=d&e")),
+    Case("query with question mark and slash", lined(b"GET /?a?b/c HTTP/1.1"), means(query="a?b/c")),
+    Case("path stays percent-encoded", lined(b"GET /a%2Fb%00 HTTP/1.1"), means(path="/a%2Fb%00")),
+    Case("path with two slashes", lined(b"GET //a//b HTTP/1.1"), means(path="//a//b")),
+    Case("absolute-form (RFC 9112, 3.2.2)", lined(b"GET HTTP://u.example:80/a?b HTTP/1.1"), means(path="/a", query="b")),
+    Case("absolute-form without a path (RFC 9110, 4.2.3)", lined(b"GET http://h HTTP/1.1"), means()),
+    Case("absolute-form, only a query", lined(b"GET http://h?q HTTP/1.1"), means(query="q")),
+    Case("OPTIONS *", lined(b"OPTIONS * HTTP/1.1"), means("OPTIONS", "*")),
+    Case("any token is a method", lined(b"M-!#$%&'*+.^_`|~9 / HTTP/1.1"), means("M-!#$%&'*+.^_`|~9")),
+    Case("methods are case-sensitive", lined(b"get / HTTP/1.1"), means("get")),
+    Case("HTTP/1.0", b"GET / HTTP/1.0\r\nHost: h\r\n\r\n", means(minor=0)),
+    Case("HTTP/1.0 needs no Host", b"GET / HTTP/1.0\r\n\r\n", means(minor=0, fields=())),
+    Case("HTTP/1.0 with a body", b"PUT / HTTP/1.0\r\nContent-Length: 2\r\n\r\nab", means("PUT", minor=0, fields=(("content-length", "2"),), body=b"ab")),
+    Case("an empty line first (RFC 9112, 2.2)", b"\r\n" + get(), means()),
+    Case("an empty line before each", b"\r\n" + get() + b"\r\n" + get(), means(), means()),
+    Case("no space after the colon", get(b"X:v"), means(fields=with_fields(("x", "v")))),
+    Case("spaces and tabs around a value", get(b"X: \t v \t w\t "), means(fields=with_fields(("x", "v \t w")))),
+    Case("an empty value", get(b"X:", b"Y: \t"), means(fields=with_fields(("x", ""), ("y", "")))),
+    Case("colons in a value", get(b"X: a:b: c"), means(fields=with_fields(("x", "a:b: c")))),
+    Case("obs-text in a value", get(b"X: \xff\x80\xc3\xa9"), means(fields=with_fields(("x", "\xff\x80\xc3\xa9")))),
+    Case("a field twice", get(b"X: 1", b"x: 2"), means(fields=with_fields(("x", "1"), ("x", "2")))),
+    Case("any token is a name", get(b"!#$%&'*+-.^_`|~: v"), means(fields=with_fields(("!#$%&'*+-.^_`|~", "v")))),
+    Case("Host with a port", b"GET / HTTP/1.1\r\nHost: a-b_c.example:8080\r\n\r\n", means(fields=(("host", "a-b_c.example:8080"),))),
+    Case("Host IPv6", b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", means(fields=(("host", "[::1]:80"),))),
+    Case("sized body", post(b"Content-Length: 5", body=b"a\r\n\0b"), means("POST", fields=with_fields(("content-length", "5")), body=b"a\r\n\0b")),
+    Case("length with spaces around", post(b"Content-Length: \t5 ", body=b"abcde"), means("POST", fields=with_fields(("content-length", "5")), body=b"abcde")),
+    Case("18 digits", post(b"Content-Length: 000000000000000002", body=b"ab"), means("POST", fields=with_fields(("content-length", "0" * 17 + "2")), body=b"ab")),
+    Case("body of no bytes", post(b"Content-Length: 0"), means("POST", fields=with_fields(("content-length", "0")))),
+    Case("POST without a length", post(), means("POST")),
+    Case("GET with a body", get(b"Content-Length: 2") + b"ab", means(fields=with_fields(("content-length", "2")), body=b"ab")),
+    Case("one chunk", chunked(b"3\r\nabc\r\n0\r\n\r\n"), meant(b"abc")),
+    Case("several chunks", chunked(b"1\r\na\r\n00000000000000A\r\n0123456789\r\n0\r\n\r\n"), meant(b"a0123456789")),
+    Case("a chunk that looks like framing", chunked(b"7\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n"), meant(b"\r\n0\r\n\r\n")),
+    Case("no chunks", chunked(b"0\r\n\r\n"), meant(b"")),
+    Case("many zeros end it", chunked(b"0000000000000000\r\n\r\n"), meant(b"")),
+    Case("hexadecimal in both cases", chunked(b"a\r\n0123456789\r\nB\r\n0123456789a\r\n0\r\n\r\n"), meant(b"01234567890123456789a")),
+    Case("chunk extensions", chunked(b'1;a;b=c\r\nx\r\n1;d="\xff"\r\ny\r\n0;e\r\n\r\n'), meant(b"xy")),
+    Case("space before an extension (RFC 9112, 7.1.1)", chunked(b"1 \t; a\r\nx\r\n0\r\n\r\n"), meant(b"x")),
+    # Merging trailers lets them overwrite checked fields: CVE-2025-53643 and others.
+    Case("trailers are dropped", chunked(b"1\r\nx\r\n0\r\nHost: evil\r\nContent-Length: 9\r\n\r\n"), meant(b"x")),
+    Case("upper-case CHUNKED", post(b"TRANSFER-ENCODING: CHUNKED", body=b"1\r\nx\r\n0\r\n\r\n"),
+         es.Request(es.Head("POST", "/", "", 1, with_fields(("transfer-encoding", "CHUNKED")), None), b"x")),
+    Case("pipelined", post(b"Content-Length: 1", body=b"a") + chunked(b"1\r\nb\r\n0\r\n\r\n") + lined(b"GET /c HTTP/1.1"),
+         means("POST", fields=with_fields(("content-length", "1")), body=b"a"), meant(b"b"), means(path="/c")),
+    Case("Expect", post(b"Expect: 100-Continue", b"Content-Length: 1", body=b"x"), means("POST", fields=with_fields(("expect", "100-Continue"), ("content-length", "1")), body=b"x")),
+    # At the limits: what is not longer than them is taken.
+    Case("longest first line", lined(b"GET " + LONG_PATH + b" HTTP/1.1"), means(path=LONG_PATH.decode())),
+    Case("longest head in one line", get(WIDE), means(fields=with_fields(("x", "v" * (len(WIDE) - 3))))),
+    Case("most fields", get(*FIVE), means(fields=with_fields(*FIVE_MEANT))),
+    Case("head and trailers share the limits", chunked(b"0\r\nA: b\r\nC: d\r\nE: f\r\nG: h\r\n\r\n"), meant(b"")),
+    Case("limits begin anew", get(*FIVE) + get(*FIVE), *[means(fields=with_fields(*FIVE_MEANT))] * 2),
+    Case("longest chunk line", chunked(b"1;" + b"e" * 18 + b"\r\nx\r\n0\r\n\r\n"), meant(b"x")),
+    Case("largest sized body", post(b"Content-Length: 40", body=b"b" * 40), means("POST", fields=with_fields(("content-length", "40")), body=b"b" * 40)),
+    Case("largest chunked body", chunked(b"1e\r\n%b\r\nA\r\n%b\r\n0\r\n\r\n" % (b"b" * 30, b"b" * 10)), meant(b"b" * 40)),
+)
+# fmt: on
+
+
+def events_of(requests: Iterable[es.Request]) -> tuple[es.Head | es.Request, ...]:
+    """Each request's head, then the request."""
+    return tuple(event for request in requests for event in (request.head, request))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_request_means_the_same_however_it_is_cut(case: Case) -> None:
+    for pieces in feedings(case.data):
+        assert outcome(pieces) == Outcome(events_of(case.requests)), pieces
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_request_is_given_at_its_last_byte_and_not_before(case: Case) -> None:
+    parser = es.RequestParser(LIMITS)
+    parser.feed(case.data[:-1])
+    events = []
+    while event := parser.next_event():
+        events.append(event)
+    assert (
+        tuple(events)
+        in (
+            events_of(case.requests)[:-2],  # without a body the head comes with it
+            events_of(case.requests)[:-1],
+        )
+    )
+    assert not parser.is_between_requests
+    parser.feed(case.data[-1:])
+    while event := parser.next_event():
+        events.append(event)
+    assert tuple(events) == events_of(case.requests)
+    assert parser.is_between_requests
+    assert parser.buffered_bytes == 0
+
+
+@dataclass(frozen=True)
+class SecondOpinion:
+    """A request as h11 reads it."""
+
+    method: bytes
+    target: bytes
+    version: bytes
+    fields: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+def h11_reads(data: bytes) -> list[SecondOpinion]:
+    """The requests in ``data`` as h11's server reads them. May raise h11's error."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+    connection.receive_data(data)
+    found: list[SecondOpinion] = []
+    request: h11.Request | None = None
+    body = b""
+    while (event := connection.next_event()) is not h11.NEED_DATA:
+        if isinstance(event, h11.Request):
+            request, body = event, b""
+        elif isinstance(event, h11.Data):
+            body += event.data
+        elif isinstance(event, h11.EndOfMessage):
+            assert request is not None
+            fields = tuple((bytes(k), bytes(v)) for k, v in request.headers)
+            found.append(
+                SecondOpinion(
+                    request.method, request.target, request.http_version, fields, body
+                )
+            )
+            connection.send(h11.Response(status_code=400, headers=[]))
+            connection.send(h11.EndOfMessage())
+            if connection.our_state is h11.MUST_CLOSE:
+                break
+            connection.start_next_cycle()
+    return found
+
+
+def agrees(request: es.Request, second: SecondOpinion) -> bool:
+    """Whether both readings are the same request."""
+    head = request.head
+    target = second.target.decode("ascii")
+    if target.lower().startswith("http://"):
+        authority, slash, rest = target[7:].partition("/")
+        authority, question, query = (
+            (authority, slash, rest) if slash else authority.partition("?")
+        )
+        target = "/" + rest if slash else "/" + question + query
+    path, _, query = target.partition("?")
+    fields = [(k.decode(), v.decode("latin-1")) for k, v in second.fields]
+    return (
+        (head.method, head.path, head.query, f"1.{head.minor_version}", request.body)
+        == (second.method.decode(), path, query, second.version.decode(), second.body)
+    ) and fields == [
+        (k, v.lower() if k == "transfer-encoding" else v)  # as h11 does
+        for k, v in head.fields
+    ]
+
+
+# What h11 refuses and RFC 9112 asks for: an ignored empty line (2.2), BWS (7.1.1).
+NOT_FOR_H11 = {
+    "an empty line first (RFC 9112, 2.2)",
+    "an empty line before each",
+    "space before an extension (RFC 9112, 7.1.1)",
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_h11_reads_the_same_request(case: Case) -> None:
+    if case.name in NOT_FOR_H11:
+        with pytest.raises(h11.RemoteProtocolError):
+            h11_reads(case.data)
+        return
+    seconds = h11_reads(case.data)
+    for request, second in zip(case.requests, seconds, strict=True):
+        assert agrees(request, second), (request, second)
+
+
+def test_what_a_head_says_of_its_connection() -> None:
+    def head(minor: int, *fields: tuple[str, str]) -> es.Head:
+        return dataclasses.replace(means(minor=minor).head, fields=fields)
+
+    assert head(1).keep_alive
+    assert head(1, ("connection", "Keep-Alive, Upgrade")).keep_alive
+    assert head(1, ("connection", "closed")).keep_alive
+    assert not head(1, ("connection", "upgrade ,\tClose")).keep_alive
+    assert not head(1, ("connection", "x"), ("connection", "close")).keep_alive
+    assert not head(0, ("connection", "keep-alive")).keep_alive
+    assert head(1, ("expect", "100-continue")).expects_continue
+    assert not head(1).expects_continue
+    # RFC 9110, 10.1.1: in an HTTP/1.0 request it must be ignored.
+    assert not head(0, ("expect", "100-continue")).expects_continue
+
+
+# --- what is refused ---
+
+BAD, LARGE, LONG = es.MalformedRequest, es.HeaderTooLarge, es.TargetTooLong
+CODING, VERSION, TOO_MUCH = (
+    es.CodingNotImplemented,
+    es.VersionNotSupported,
+    es.BodyTooLarge,
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Bytes, the error they get, why, and how many requests before are served."""
+
+    name: str
+    data: bytes
+    error: type[es.ApiError]
+    why: str
+    served: int = 0
+
+
+def sized(length: bytes) -> bytes:
+    """A POST of five bytes that says its length so."""
+    return post(b"Content-Length: " + length, body=b"hello")
+
+
+def coded(coding: bytes) -> bytes:
+    """A POST of one chunk that says its coding so."""
+    return post(b"Transfer-Encoding: " + coding, body=b"5\r\nhello\r\n0\r\n\r\n")
+
+
+def hosted(host: bytes) -> bytes:
+    """A GET with this Host."""
+    return b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n"
+
+
+PLAIN = "RFC 9110, 8.6: Content-Length is digits and nothing else; int() takes more"
+TWO_ENDS = "RFC 9112, 6.3: the length is unknown, and guesses differ: smuggling"
+NOT_FINAL = "RFC 9112, 6.3 item 4: chunked is not the last coding: 400 is a MUST"
+SIZES = "RFC 9112, 7.1: a chunk size is hexadecimal digits and nothing else"
+CRLF_ONLY = (
+    "RFC 9112, 2.2: CR alone is no line end; LF alone is one to some readers only"
+)
+TOKEN = "RFC 9110, 5.1: a field name is a token, followed by its colon at once"
+VALUE = "RFC 9110, 5.5: NUL, CR, LF are dangerous in a value, other controls invalid"
+LINE = "RFC 9112, 3: a first line is token SP target SP HTTP/digit.digit"
+TARGET = (
+    "RFC 9112, 3.2: the forms of a target; with white space it must not be repaired"
+)
+HOSTS = "RFC 9112, 3.2: 400 to no Host, to two, and to what is no host and port"
+ONE_ENDING = "RFC 9112, 7.1: chunk data ends with CRLF: h11 CVE-2025-43859"
+LIMITED = "a stranger must not choose how much we keep"
+
+# fmt: off
+REFUSALS = (
+    # Where a body ends
+    Refusal("length and coding", post(b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"), BAD, TWO_ENDS),
+    Refusal("coding and length", post(b"Transfer-Encoding: chunked", b"Content-Length: 5", body=b"0\r\n\r\n"), BAD, TWO_ENDS),
+    Refusal("two lengths", post(b"Content-Length: 5", b"Content-Length: 6", body=b"hello"), BAD, TWO_ENDS),
+    Refusal("one length twice", post(b"Content-Length: 5", b"content-length: 5", body=b"hello"), BAD, TWO_ENDS),
+    Refusal("list of lengths", sized(b"5, 5"), BAD, TWO_ENDS),
+    Refusal("signed length +", sized(b"+5"), BAD, PLAIN),
+    Refusal("signed length -", sized(b"-5"), BAD, PLAIN),
+    Refusal("length 0x", sized(b"0x5"), BAD, PLAIN),
+    Refusal("length with underscore", sized(b"0_5"), BAD, PLAIN),
+    Refusal("length with space", sized(b"0 5"), BAD, PLAIN),
+    Refusal("length with point", sized(b"5.0"), BAD, PLAIN),
+    Refusal("length empty", sized(b""), BAD, PLAIN),
+    Refusal("length in Arabic-Indic digits", sized("\u0665".encode()), BAD, PLAIN),
+    Refusal("length in superscript", sized(b"\xb2"), BAD, PLAIN),
+    Refusal("length of 19 digits", sized(b"0" * 18 + b"5"), BAD, "64-bit readers wrap around"),
+    Refusal("length quoted", sized(b'"5"'), BAD, PLAIN),
+    Refusal("coding gzip", coded(b"gzip"), BAD, NOT_FINAL),
+    Refusal("coding identity", coded(b"identity"), BAD, NOT_FINAL),
+    Refusal("coding chunked, identity", coded(b"chunked, identity"), BAD, NOT_FINAL),
+    Refusal("coding empty", coded(b""), BAD, NOT_FINAL),
+    Refusal("coding xchunked", coded(b"xchunked"), BAD, NOT_FINAL),
+    Refusal("coding quoted", coded(b'"chunked"'), BAD, NOT_FINAL),
+    Refusal("coding gzip, chunked", coded(b"gzip, chunked"), CODING, "RFC 9112, 6.1: 501 to a coding not understood"),
+    Refusal("coding chunked, chunked", coded(b"chunked,chunked"), CODING, "RFC 9112, 6.1: never twice"),
+    Refusal("coding after vertical tab", coded(b"\x0bchunked"), BAD, VALUE),
+    Refusal("two codings", post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity", body=b"0\r\n\r\n"), BAD, TWO_ENDS),
+    Refusal("coding in HTTP/1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", BAD, "RFC 9112, 6.1: its framing is faulty"),
+    # Line ends
+    Refusal("LF after the first line", b"GET / HTTP/1.1\nHost: h\r\n\r\n", BAD, CRLF_ONLY),
+    Refusal("LF after a field", b"GET / HTTP/1.1\r\nHost: h\n\r\n", BAD, CRLF_ONLY),
+    Refusal("LF ends the head", b"GET / HTTP/1.1\r\nHost: h\r\n\n", BAD, CRLF_ONLY),
+    Refusal("LF first", b"\n" + get(), BAD, CRLF_ONLY),
+    Refusal("LF in a value", get(b"X: a\nY: b"), BAD, CRLF_ONLY),
+    Refusal("CR in a value", get(b"X: a\rY: b"), BAD, CRLF_ONLY),
+    Refusal("CR CR LF", get(b"X: a\r"), BAD, CRLF_ONLY),
+    Refusal("CR in a name", get(b"X\r: a"), BAD, CRLF_ONLY),
+    Refusal("CR ends the first line", b"GET / HTTP/1.1\rHost: h\r\n\r\n", BAD, CRLF_ONLY),
+    Refusal("LF after a chunk size", chunked(b"5\nhello\r\n0\r\n\r\n"), BAD, CRLF_ONLY),
+    Refusal("LF in a chunk extension", chunked(b"5;a\nhello\r\n0\r\n\r\n"), BAD, "TERM.EXT smuggling: lines inside extensions"),
+    Refusal("CR in a chunk extension", chunked(b"5;a\rb\r\nhello\r\n0\r\n\r\n"), BAD, CRLF_ONLY),
+    Refusal("LF after chunk data", chunked(b"5\r\nhello\n0\r\n\r\n"), BAD, ONE_ENDING),
+    Refusal("CR after chunk data", chunked(b"5\r\nhello\rX0\r\n\r\n"), BAD, ONE_ENDING),
+    Refusal("LF after a trailer", chunked(b"0\r\nA: b\n\r\n"), BAD, CRLF_ONLY),
+    Refusal("LF ends the trailers", chunked(b"0\r\n\n"), BAD, CRLF_ONLY),
+    Refusal("two empty lines first", b"\r\n\r\n" + get(), BAD, "RFC 9112, 2.2: at least one is skipped; without an end nothing is ever read"),
+    # Fields
+    Refusal("folded field", get(b"X: a", b" b"), BAD, "RFC 9112, 5.2"),
+    Refusal("folded with a tab", get(b"X: a", b"\tb"), BAD, "RFC 9112, 5.2"),
+    Refusal("space before the first field", b"GET / HTTP/1.1\r\n Host: h\r\n\r\n", BAD, "RFC 9112, 2.2"),
+    Refusal("folded trailer", chunked(b"0\r\nA: b\r\n c\r\n\r\n"), BAD, "RFC 9112, 5.2"),
+    Refusal("line of spaces", get(b" "), BAD, "RFC 9112, 5.2: it is a fold, not the end"),
+    Refusal("space before the colon", get(b"X : a"), BAD, TOKEN),
+    Refusal("tab before the colon", post(b"Transfer-Encoding\t: chunked"), BAD, TOKEN),
+    Refusal("no colon", get(b"X"), BAD, TOKEN),
+    Refusal("no name", get(b": a"), BAD, TOKEN),
+    Refusal("name with a space", get(b"X Y: a"), BAD, TOKEN),
+    Refusal("name with a bracket", get(b"X[: a"), BAD, TOKEN),
+    Refusal("name with NUL", post(b"Content-Length\0: 5", body=b"hello"), BAD, TOKEN),
+    Refusal("name not ASCII", get(b"\xe9: a"), BAD, TOKEN),
+    Refusal("trailer without a name", chunked(b"0\r\n: b\r\n\r\n"), BAD, TOKEN),
+    Refusal("NUL in a value", get(b"X: a\0b"), BAD, VALUE),
+    Refusal("control in a value", get(b"X: a\x01b"), BAD, VALUE),
+    Refusal("ESC in a value", get(b"X: \x1b[2J"), BAD, VALUE),
+    Refusal("DEL in a value", get(b"X: \x7f"), BAD, VALUE),
+    Refusal("form feed around a value", get(b"X: \x0ca\x0c"), BAD, VALUE),
+    Refusal("two content types", post(b"Content-Type: a/b", b"Content-Type: a/b"), BAD, "RFC 9110, 5.3: not a list, so which?"),
+    Refusal("two authorizations", get(b"Authorization: a", b"Authorization: b"), BAD, "RFC 9110, 5.3: not a list, so which?"),
+    Refusal("two expectations", get(b"Expect: 100-continue", b"Expect: 100-continue"), BAD, "RFC 9110, 5.3"),
+    Refusal("other expectation", get(b"Expect: 200-ok"), es.ExpectationFailed, "RFC 9110, 10.1.1"),
+    Refusal("two in one expectation", get(b"Expect: 100-continue, x"), es.ExpectationFailed, "RFC 9110, 10.1.1"),
+    # The first line
+    Refusal("no method", lined(b" / HTTP/1.1"), BAD, LINE),
+    Refusal("method with @", lined(b"G@T / HTTP/1.1"), BAD, LINE),
+    Refusal("method with colon", lined(b"GET: / HTTP/1.1"), BAD, LINE),
+    Refusal("method not ASCII", lined(b"G\xcbT / HTTP/1.1"), BAD, LINE),
+    Refusal("no version", lined(b"GET /"), BAD, "HTTP/0.9 has no head: its answer could be taken for anything"),
+    Refusal("no target", lined(b"GET HTTP/1.1"), BAD, LINE),
+    Refusal("two spaces", lined(b"GET  / HTTP/1.1"), BAD, LINE),
+    Refusal("two spaces before the version", lined(b"GET /  HTTP/1.1"), BAD, LINE),
+    Refusal("tab for a space", lined(b"GET\t/ HTTP/1.1"), BAD, LINE),
+    Refusal("space at the end", lined(b"GET / HTTP/1.1 "), BAD, LINE),
+    Refusal("version in lower case", lined(b"GET / http/1.1"), BAD, "RFC 9112, 2.3: case-sensitive"),
+    Refusal("version 1.10", lined(b"GET / HTTP/1.10"), BAD, LINE),
+    Refusal("version 11", lined(b"GET / HTTP/11"), BAD, LINE),
+    Refusal("version +1.1", lined(b"GET / HTTP/+1.1"), BAD, LINE),
+    Refusal("version in Arabic-Indic digits", lined("GET / HTTP/1.\u0661".encode()), BAD, LINE),
+    Refusal("version 2.0", lined(b"GET / HTTP/2.0"), VERSION, "RFC 9110, 15.6.6"),
+    Refusal("HTTP/2 with prior knowledge", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", VERSION, "RFC 9113, 3.4: the preface is made to fail here"),
+    Refusal("version 1.2", lined(b"GET / HTTP/1.2"), VERSION, "there is none; we are stricter than RFC 9110, 2.5 (SHOULD)"),
+    Refusal("version 0.9", lined(b"GET / HTTP/0.9"), VERSION, "RFC 9110, 15.6.6"),
+    Refusal("TLS", b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03\r\n", BAD, LINE),
+    Refusal("target without slash", lined(b"GET a HTTP/1.1"), BAD, TARGET),
+    Refusal("target *, not OPTIONS", lined(b"GET * HTTP/1.1"), BAD, TARGET),
+    Refusal("target host:port", lined(b"CONNECT h:1 HTTP/1.1"), BAD, TARGET),
+    Refusal("target of another scheme", lined(b"GET ftp://h/ HTTP/1.1"), BAD, TARGET),
+    Refusal("target without a host", lined(b"GET http:/// HTTP/1.1"), BAD, TARGET),
+    Refusal("target only a query", lined(b"GET ?a HTTP/1.1"), BAD, TARGET),
+    Refusal("target with fragment", lined(b"GET /#a HTTP/1.1"), BAD, TARGET),
+    Refusal("fragment in the query", lined(b"GET /?a#b HTTP/1.1"), BAD, TARGET),
+    Refusal("target with space", lined(b"GET /a b HTTP/1.1"), BAD, TARGET),
+    Refusal("target not ASCII", lined("GET /\u00e9 HTTP/1.1".encode()), BAD, TARGET),
+    Refusal("target with NUL", lined(b"GET /\0 HTTP/1.1"), BAD, TARGET),
+    Refusal("target with DEL", lined(b"GET /\x7f HTTP/1.1"), BAD, TARGET),
+    # Hosts
+    Refusal("no Host", b"GET / HTTP/1.1\r\n\r\n", BAD, HOSTS),
+    Refusal("two Hosts", get(b"Host: h"), BAD, HOSTS),
+    Refusal("empty Host", hosted(b""), BAD, "RFC 9110, 4.2.1: an http URI without a host is invalid"),
+    Refusal("Host with space", hosted(b"a b"), BAD, HOSTS),
+    Refusal("Host with path", hosted(b"a/b"), BAD, HOSTS),
+    Refusal("Host with user", hosted(b"u@a"), BAD, HOSTS),
+    Refusal("list of Hosts", hosted(b"a:1, b:2"), BAD, HOSTS),
+    Refusal("port not a number", hosted(b"a:b"), BAD, HOSTS),
+    Refusal("two ports", hosted(b"a:1:2"), BAD, HOSTS),
+    Refusal("port of six digits", hosted(b"a:123456"), BAD, HOSTS),
+    Refusal("bracket not closed", hosted(b"[::1"), BAD, HOSTS),
+    Refusal("Host not ASCII", hosted(b"\xe9"), BAD, HOSTS),
+    Refusal("bad Host in HTTP/1.0", b"GET / HTTP/1.0\r\nHost: a/b\r\n\r\n", BAD, HOSTS),
+    # Chunks
+    Refusal("chunk size +", chunked(b"+5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size -", chunked(b"-5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size 0x", chunked(b"0x5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size with underscore", chunked(b"0_5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size after space", chunked(b" 5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size with space", chunked(b"0 5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size empty", chunked(b"\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size only extension", chunked(b";a\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size not hexadecimal", chunked(b"g\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size in Arabic-Indic digits", chunked("\u0665".encode() + b"\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("chunk size of 17 digits", chunked(b"0" * 16 + b"5\r\nhello\r\n0\r\n\r\n"), BAD, "64-bit readers wrap around"),
+    Refusal("second chunk size bad", chunked(b"1\r\na\r\n-1\r\n0\r\n\r\n"), BAD, SIZES),
+    Refusal("NUL in a chunk extension", chunked(b"5;\0\r\nhello\r\n0\r\n\r\n"), BAD, VALUE),
+    Refusal("chunk longer than its size", chunked(b"4\r\nhello\r\n0\r\n\r\n"), BAD, ONE_ENDING),
+    Refusal("chunk shorter than its size", chunked(b"6\r\nhello\r\n0\r\n\r\n"), BAD, ONE_ENDING),
+    # Limits
+    Refusal("first line one too long", lined(b"GET " + LONG_PATH + b"a HTTP/1.1"), LONG, "RFC 9112, 3: 414"),
+    Refusal("first line without an end", b"G" * 999, LONG, LIMITED),
+    Refusal("head one too large", get(WIDE + b"v"), LARGE, LIMITED),
+    Refusal("field without an end", b"GET / HTTP/1.1\r\nX: " + b"v" * 999, LARGE, LIMITED),
+    Refusal("large head of many lines", get(*[b"X: " + b"v" * 35] * 4), LARGE, LIMITED),
+    Refusal("one field too many", get(*FIVE, b"G: v"), LARGE, LIMITED),
+    Refusal("one trailer too many", chunked(b"0\r\n" + b"a: b\r\n" * 5 + b"\r\n"), LARGE, LIMITED),
+    Refusal("trailers too large", chunked(b"0\r\nA: %b\r\n\r\n" % (b"b" * 130)), LARGE, LIMITED),
+    Refusal("chunk line one too long", chunked(b"1;" + b"e" * 19 + b"\r\nx\r\n0\r\n\r\n"), BAD, "Go CVE-2023-39326: extensions nobody reads"),
+    Refusal("chunk line without an end", chunked(b"1;" + b"e" * 99), BAD, LIMITED),
+    Refusal("length one too much", sized(b"41"), TOO_MUCH, LIMITED),
+    Refusal("length of 18 nines", sized(b"9" * 18), TOO_MUCH, LIMITED),
+    Refusal("length too much, to be continued", post(b"Expect: 100-continue", b"Content-Length: 41"), TOO_MUCH, "RFC 9110, 10.1.1: before the body is sent"),
+    Refusal("one chunk too large", chunked(b"29\r\n" + b"b" * 41), TOO_MUCH, LIMITED),
+    Refusal("chunk of 16 Fs", chunked(b"F" * 16 + b"\r\n"), TOO_MUCH, LIMITED),
+    Refusal("chunks too large together", chunked((b"A\r\n0123456789\r\n" * 4) + b"1\r\nx\r\n"), TOO_MUCH, LIMITED),
+    # What was complete before an error is not undone by it
+    Refusal("garbage after a request", get() + b"garbage\r\n\r\n", BAD, LINE, 1),
+    Refusal("body longer than its length", post(b"Content-Length: 4", body=b"hello") + get(), BAD, LINE, 1),
+    Refusal("empty lines between requests", get() + b"\r\n\r\n" + get(), BAD, "RFC 9112, 2.2", 1),
+    Refusal("smuggling after two requests", get() * 2 + sized(b"+5"), BAD, PLAIN, 2),
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.name)
+def test_a_refusal_is_the_same_however_it_is_cut(row: Refusal) -> None:
+    first = outcome([row.data])
+    assert first.error is row.error, row.why
+    assert sum(isinstance(event, es.Request) for event in first.events) == row.served
+    for pieces in feedings(row.data):
+        assert outcome(pieces) == first, pieces
+
+
+def test_a_row_is_named_once() -> None:
+    for rows in (CASES, REFUSALS):
+        names = [row.name for row in rows]
+        assert len(names) == len(set(names))
+
+
+# --- what is sent ---
+
+DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
+
+
+def rendered(response: es.Response, *, close: bool = False) -> bytes:
+    return es.render_head(response, close=close, date=DATE)
+
+
+@pytest.mark.parametrize("close", [False, True])
+@pytest.mark.parametrize(
+    "status", sorted({200, 404} | {error.status for error in es.API_ERRORS})
+)
+def test_two_parsers_read_the_response_we_meant(status: int, close: bool) -> None:
+    response = es.Response(status, b"body", "a/b", (("x-one", "1"), ("x-two", "\xe9")))
+    wanted = {"date": DATE, "x-one": "1", "x-two": "\xe9"}
+    wanted |= {"content-length": "4", "content-type": "a/b"}
+    wanted |= {"connection": "close"} if close else {}
+    raw = rendered(response, close=close) + response.body
+
+    assert kit.parse_reply(raw) == kit.Reply(status, wanted, b"body")
+
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method="GET", target="/", headers=[("host", "h")]))
+    client.send(h11.EndOfMessage())
+    client.receive_data(raw)
+    head = client.next_event()
+    assert isinstance(head, h11.Response)
+    assert (head.status_code, head.http_version) == (status, b"1.1")
+    assert head.reason not in (b"", b"Unknown")
+    fields = {k.decode(): v.decode("latin-1") for k, v in head.headers}
+    assert fields == wanted
+    data = client.next_event()
+    assert isinstance(data, h11.Data)
+    assert bytes(data.data) == b"body"
+    assert isinstance(client.next_event(), h11.EndOfMessage)
+    assert (client.their_state is h11.MUST_CLOSE) == close
+
+
+def test_the_head_answering_head_gives_the_length_of_get() -> None:
+    raw = rendered(es.Response(200, b"body"))
+    reply = kit.parse_reply(raw, "HEAD")
+    assert reply.headers["content-length"] == "4"
+    assert reply.body == b""
+
+
+def test_a_204_has_neither_length_nor_type() -> None:
+    raw = rendered(es.Response(204, fields=(("allow", "GET"),)))
+    reply = kit.parse_reply(raw)
+    # RFC 9110, 8.6: a server MUST NOT send Content-Length with 204.
+    assert reply == kit.Reply(204, {"date": DATE, "allow": "GET"}, b"")
+
+
+def test_a_response_without_a_body_says_so() -> None:
+    reply = kit.parse_reply(rendered(es.Response(200)))
+    assert reply.headers == {"date": DATE, "content-length": "0"}
+
+
+@pytest.mark.parametrize("bad", ["a\rb", "a\nb", "a\r\nset-cookie: b", "\n", "\u2028"])
+def test_a_field_that_could_split_the_response_is_never_sent(bad: str) -> None:
+    for field in ((bad, "v"), ("n", bad)):
+        with pytest.raises(ValueError):
+            rendered(es.Response(200, fields=(field,)))
