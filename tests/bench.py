@@ -275,9 +275,10 @@ def loop_subject(engine: es.Engine, workers: int, pack_tokens: int) -> Subject:
             np.array(es.framed(engine.tokenise(text), engine.card), np.int32)
             for text in texts
         ]
+        # As many inputs under way as the cell's clients have, spread evenly.
         waiting = cell.connections * cell.batch
-        per_pack = max(1, min(waiting, pack_tokens // len(ids[0])))
         threads = min(workers, waiting)
+        per_pack = max(1, min(waiting // threads, pack_tokens // len(ids[0])))
         done: list[list[float]] = [[] for _ in range(threads)]
         begun = time.perf_counter()
 

@@ -10,7 +10,7 @@ The limits are tiny here, so that rows at and above them stay short.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import h11
@@ -209,25 +209,14 @@ def test_a_request_means_the_same_however_it_is_cut(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_request_is_given_at_its_last_byte_and_not_before(case: Case) -> None:
+    events = events_of(case.requests)
+    early = outcome([case.data[:-1]])
+    # Without a body the head comes at the last byte too.
+    assert early in (Outcome(events[:-2]), Outcome(events[:-1]))
     parser = es.RequestParser(LIMITS)
-    parser.feed(case.data[:-1])
-    events = []
-    while event := parser.next_event():
-        events.append(event)
-    assert (
-        tuple(events)
-        in (
-            events_of(case.requests)[:-2],  # without a body the head comes with it
-            events_of(case.requests)[:-1],
-        )
-    )
-    assert not parser.is_between_requests
-    parser.feed(case.data[-1:])
-    while event := parser.next_event():
-        events.append(event)
-    assert tuple(events) == events_of(case.requests)
-    assert parser.is_between_requests
-    assert parser.buffered_bytes == 0
+    parser.feed(case.data)
+    assert [parser.next_event() for _ in events] == list(events)
+    assert (parser.is_between_requests, parser.buffered_bytes) == (True, 0)
 
 
 @dataclass(frozen=True)
@@ -266,6 +255,7 @@ def h11_reads(data: bytes) -> list[SecondOpinion]:
             if connection.our_state is h11.MUST_CLOSE:
                 break
             connection.start_next_cycle()
+    assert connection.trailing_data[0] == b"", "h11 ends the last request earlier"
     return found
 
 
@@ -361,6 +351,24 @@ def hosted(host: bytes) -> bytes:
     return b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n"
 
 
+def aimed(target: bytes) -> bytes:
+    """A GET of this target."""
+    return lined(b"GET " + target + b" HTTP/1.1")
+
+
+def one_chunk(size: bytes) -> bytes:
+    """A POST of one chunk of five bytes that says its size so."""
+    return chunked(size + b"\r\nhello\r\n0\r\n\r\n")
+
+
+def rows(
+    name: str, made: Callable[[bytes], bytes], why: str, *odd: bytes
+) -> Iterator[Refusal]:
+    """A MalformedRequest for each odd text."""
+    for text in odd:
+        yield Refusal(f"{name} {text!r}", made(text), BAD, why)
+
+
 PLAIN = "RFC 9110, 8.6: Content-Length is digits and nothing else; int() takes more"
 TWO_ENDS = "RFC 9112, 6.3: the length is unknown, and guesses differ: smuggling"
 NOT_FINAL = "RFC 9112, 6.3 item 4: chunked is not the last coding: 400 is a MUST"
@@ -386,134 +394,57 @@ REFUSALS = (
     Refusal("two lengths", post(b"Content-Length: 5", b"Content-Length: 6", body=b"hello"), BAD, TWO_ENDS),
     Refusal("one length twice", post(b"Content-Length: 5", b"content-length: 5", body=b"hello"), BAD, TWO_ENDS),
     Refusal("list of lengths", sized(b"5, 5"), BAD, TWO_ENDS),
-    Refusal("signed length +", sized(b"+5"), BAD, PLAIN),
-    Refusal("signed length -", sized(b"-5"), BAD, PLAIN),
-    Refusal("length 0x", sized(b"0x5"), BAD, PLAIN),
-    Refusal("length with underscore", sized(b"0_5"), BAD, PLAIN),
-    Refusal("length with space", sized(b"0 5"), BAD, PLAIN),
-    Refusal("length with point", sized(b"5.0"), BAD, PLAIN),
-    Refusal("length empty", sized(b""), BAD, PLAIN),
-    Refusal("length in Arabic-Indic digits", sized("\u0665".encode()), BAD, PLAIN),
-    Refusal("length in superscript", sized(b"\xb2"), BAD, PLAIN),
+    *rows("length", sized, PLAIN, b"+5", b"-5", b"0x5", b"0_5", b"0 5", b"5.0", b"5e0", b'"5"', b"", b"\xd9\xa5", b"\xb2", b"5;", b"five"),
     Refusal("length of 19 digits", sized(b"0" * 18 + b"5"), BAD, "64-bit readers wrap around"),
-    Refusal("length quoted", sized(b'"5"'), BAD, PLAIN),
-    Refusal("coding gzip", coded(b"gzip"), BAD, NOT_FINAL),
-    Refusal("coding identity", coded(b"identity"), BAD, NOT_FINAL),
-    Refusal("coding chunked, identity", coded(b"chunked, identity"), BAD, NOT_FINAL),
-    Refusal("coding empty", coded(b""), BAD, NOT_FINAL),
-    Refusal("coding xchunked", coded(b"xchunked"), BAD, NOT_FINAL),
-    Refusal("coding quoted", coded(b'"chunked"'), BAD, NOT_FINAL),
+    *rows("coding", coded, NOT_FINAL, b"gzip", b"identity", b"chunked, identity", b"chunked, gzip", b"", b"xchunked", b'"chunked"', b"chunked;q=1"),
+    *rows("coding", coded, VALUE, b"\x0bchunked", b"chunked\x0c", b"chunked\0"),
     Refusal("coding gzip, chunked", coded(b"gzip, chunked"), CODING, "RFC 9112, 6.1: 501 to a coding not understood"),
     Refusal("coding chunked, chunked", coded(b"chunked,chunked"), CODING, "RFC 9112, 6.1: never twice"),
-    Refusal("coding after vertical tab", coded(b"\x0bchunked"), BAD, VALUE),
     Refusal("two codings", post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity", body=b"0\r\n\r\n"), BAD, TWO_ENDS),
     Refusal("coding in HTTP/1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", BAD, "RFC 9112, 6.1: its framing is faulty"),
     # Line ends
-    Refusal("LF after the first line", b"GET / HTTP/1.1\nHost: h\r\n\r\n", BAD, CRLF_ONLY),
-    Refusal("LF after a field", b"GET / HTTP/1.1\r\nHost: h\n\r\n", BAD, CRLF_ONLY),
-    Refusal("LF ends the head", b"GET / HTTP/1.1\r\nHost: h\r\n\n", BAD, CRLF_ONLY),
-    Refusal("LF first", b"\n" + get(), BAD, CRLF_ONLY),
-    Refusal("LF in a value", get(b"X: a\nY: b"), BAD, CRLF_ONLY),
-    Refusal("CR in a value", get(b"X: a\rY: b"), BAD, CRLF_ONLY),
-    Refusal("CR CR LF", get(b"X: a\r"), BAD, CRLF_ONLY),
-    Refusal("CR in a name", get(b"X\r: a"), BAD, CRLF_ONLY),
-    Refusal("CR ends the first line", b"GET / HTTP/1.1\rHost: h\r\n\r\n", BAD, CRLF_ONLY),
-    Refusal("LF after a chunk size", chunked(b"5\nhello\r\n0\r\n\r\n"), BAD, CRLF_ONLY),
-    Refusal("LF in a chunk extension", chunked(b"5;a\nhello\r\n0\r\n\r\n"), BAD, "TERM.EXT smuggling: lines inside extensions"),
-    Refusal("CR in a chunk extension", chunked(b"5;a\rb\r\nhello\r\n0\r\n\r\n"), BAD, CRLF_ONLY),
-    Refusal("LF after chunk data", chunked(b"5\r\nhello\n0\r\n\r\n"), BAD, ONE_ENDING),
-    Refusal("CR after chunk data", chunked(b"5\r\nhello\rX0\r\n\r\n"), BAD, ONE_ENDING),
-    Refusal("LF after a trailer", chunked(b"0\r\nA: b\n\r\n"), BAD, CRLF_ONLY),
-    Refusal("LF ends the trailers", chunked(b"0\r\n\n"), BAD, CRLF_ONLY),
+    *rows("bytes", bytes, CRLF_ONLY, b"GET / HTTP/1.1\nHost: h\r\n\r\n", b"GET / HTTP/1.1\r\nHost: h\n\r\n", b"GET / HTTP/1.1\r\nHost: h\r\n\n"),
+    *rows("bytes", bytes, CRLF_ONLY, b"GET / HTTP/1.1\rHost: h\r\n\r\n", b"\n" + get(), b"\r" + get(), b"GET / HTTP/1.1\r\r\nHost: h\r\n\r\n"),
+    *rows("field", get, CRLF_ONLY, b"X: a\nY: b", b"X: a\rY: b", b"X: a\r", b"X\r: a", b"X: a\n\nGET /evil HTTP/1.1"),
+    *rows("chunk line", one_chunk, CRLF_ONLY, b"5\nhello", b"5\r", b"5;a\rb", b"5;a\nhello"),  # TERM.EXT: lines in extensions
+    *rows("chunks", chunked, ONE_ENDING, b"5\r\nhello\n0\r\n\r\n", b"5\r\nhello\rX0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n"),
+    *rows("chunks", chunked, ONE_ENDING, b"4\r\nhello\r\n0\r\n\r\n", b"6\r\nhello\r\n0\r\n\r\n"),
+    *rows("trailers", chunked, CRLF_ONLY, b"0\r\nA: b\n\r\n", b"0\r\n\n", b"0\r\n\r\r\n", b"0\r\nA: b\rc\r\n\r\n"),
+    *rows("trailers", chunked, TOKEN, b"0\r\n: b\r\n\r\n", b"0\r\nA : b\r\n\r\n", b"0\r\nA\r\n\r\n"),
     Refusal("two empty lines first", b"\r\n\r\n" + get(), BAD, "RFC 9112, 2.2: at least one is skipped; without an end nothing is ever read"),
     # Fields
-    Refusal("folded field", get(b"X: a", b" b"), BAD, "RFC 9112, 5.2"),
-    Refusal("folded with a tab", get(b"X: a", b"\tb"), BAD, "RFC 9112, 5.2"),
-    Refusal("space before the first field", b"GET / HTTP/1.1\r\n Host: h\r\n\r\n", BAD, "RFC 9112, 2.2"),
-    Refusal("folded trailer", chunked(b"0\r\nA: b\r\n c\r\n\r\n"), BAD, "RFC 9112, 5.2"),
-    Refusal("line of spaces", get(b" "), BAD, "RFC 9112, 5.2: it is a fold, not the end"),
-    Refusal("space before the colon", get(b"X : a"), BAD, TOKEN),
-    Refusal("tab before the colon", post(b"Transfer-Encoding\t: chunked"), BAD, TOKEN),
-    Refusal("no colon", get(b"X"), BAD, TOKEN),
-    Refusal("no name", get(b": a"), BAD, TOKEN),
-    Refusal("name with a space", get(b"X Y: a"), BAD, TOKEN),
-    Refusal("name with a bracket", get(b"X[: a"), BAD, TOKEN),
-    Refusal("name with NUL", post(b"Content-Length\0: 5", body=b"hello"), BAD, TOKEN),
-    Refusal("name not ASCII", get(b"\xe9: a"), BAD, TOKEN),
-    Refusal("trailer without a name", chunked(b"0\r\n: b\r\n\r\n"), BAD, TOKEN),
-    Refusal("NUL in a value", get(b"X: a\0b"), BAD, VALUE),
-    Refusal("control in a value", get(b"X: a\x01b"), BAD, VALUE),
-    Refusal("ESC in a value", get(b"X: \x1b[2J"), BAD, VALUE),
-    Refusal("DEL in a value", get(b"X: \x7f"), BAD, VALUE),
-    Refusal("form feed around a value", get(b"X: \x0ca\x0c"), BAD, VALUE),
-    Refusal("two content types", post(b"Content-Type: a/b", b"Content-Type: a/b"), BAD, "RFC 9110, 5.3: not a list, so which?"),
-    Refusal("two authorizations", get(b"Authorization: a", b"Authorization: b"), BAD, "RFC 9110, 5.3: not a list, so which?"),
-    Refusal("two expectations", get(b"Expect: 100-continue", b"Expect: 100-continue"), BAD, "RFC 9110, 5.3"),
+    *rows("field", get, "RFC 9112, 5.2: folded lines are refused", b"X: a\r\n b", b"X: a\r\n\tb", b"X: a\r\n ", b" ", b"\t", b" X: a"),
+    *rows("bytes", bytes, "RFC 9112, 2.2: white space before the first field", b"GET / HTTP/1.1\r\n Host: h\r\n\r\n", b"GET / HTTP/1.1\r\n\tHost: h\r\n\r\n"),
+    *rows("trailers", chunked, "RFC 9112, 5.2: folded lines are refused", b"0\r\nA: b\r\n c\r\n\r\n"),
+    *rows("field", get, TOKEN, b"X : a", b"X\t: a", b"X", b": a", b":", b"X Y: a", b"X[: a", b"X\0: a", b"\xe9: a", b"X\x7f: a"),
+    *rows("field", get, VALUE, b"X: a\0b", b"X: a\x01b", b"X: \x1b[2J", b"X: \x7f", b"X: \x0ca", b"X: a\x0b"),
+    *rows("fields", get, "RFC 9110, 5.3: not a list, so which?", b"Content-Type: a/b\r\nContent-Type: a/b", b"Authorization: a\r\nauthorization: b", b"Expect: 100-continue\r\nExpect: 100-continue"),
     Refusal("other expectation", get(b"Expect: 200-ok"), es.ExpectationFailed, "RFC 9110, 10.1.1"),
     Refusal("two in one expectation", get(b"Expect: 100-continue, x"), es.ExpectationFailed, "RFC 9110, 10.1.1"),
     # The first line
-    Refusal("no method", lined(b" / HTTP/1.1"), BAD, LINE),
-    Refusal("method with @", lined(b"G@T / HTTP/1.1"), BAD, LINE),
-    Refusal("method with colon", lined(b"GET: / HTTP/1.1"), BAD, LINE),
-    Refusal("method not ASCII", lined(b"G\xcbT / HTTP/1.1"), BAD, LINE),
+    *rows("line", lined, LINE, b" / HTTP/1.1", b"G@T / HTTP/1.1", b"GET: / HTTP/1.1", b"G\xcbT / HTTP/1.1", b"GET HTTP/1.1", b"GET"),
+    *rows("line", lined, LINE, b"GET  / HTTP/1.1", b"GET /  HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET / HTTP/1.1 ", b" GET / HTTP/1.1"),
+    *rows("line", lined, LINE, b"GET / http/1.1", b"GET / HTTP/1.10", b"GET / HTTP/11", b"GET / HTTP/+1.1", b"GET / HTTP/1.\xd9\xa1", b"GET / FTP/1.1"),
+    *rows("line", lined, LINE, b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"),  # TLS
     Refusal("no version", lined(b"GET /"), BAD, "HTTP/0.9 has no head: its answer could be taken for anything"),
-    Refusal("no target", lined(b"GET HTTP/1.1"), BAD, LINE),
-    Refusal("two spaces", lined(b"GET  / HTTP/1.1"), BAD, LINE),
-    Refusal("two spaces before the version", lined(b"GET /  HTTP/1.1"), BAD, LINE),
-    Refusal("tab for a space", lined(b"GET\t/ HTTP/1.1"), BAD, LINE),
-    Refusal("space at the end", lined(b"GET / HTTP/1.1 "), BAD, LINE),
-    Refusal("version in lower case", lined(b"GET / http/1.1"), BAD, "RFC 9112, 2.3: case-sensitive"),
-    Refusal("version 1.10", lined(b"GET / HTTP/1.10"), BAD, LINE),
-    Refusal("version 11", lined(b"GET / HTTP/11"), BAD, LINE),
-    Refusal("version +1.1", lined(b"GET / HTTP/+1.1"), BAD, LINE),
-    Refusal("version in Arabic-Indic digits", lined("GET / HTTP/1.\u0661".encode()), BAD, LINE),
     Refusal("version 2.0", lined(b"GET / HTTP/2.0"), VERSION, "RFC 9110, 15.6.6"),
     Refusal("HTTP/2 with prior knowledge", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", VERSION, "RFC 9113, 3.4: the preface is made to fail here"),
     Refusal("version 1.2", lined(b"GET / HTTP/1.2"), VERSION, "there is none; we are stricter than RFC 9110, 2.5 (SHOULD)"),
     Refusal("version 0.9", lined(b"GET / HTTP/0.9"), VERSION, "RFC 9110, 15.6.6"),
     Refusal("TLS", b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03\r\n", BAD, LINE),
-    Refusal("target without slash", lined(b"GET a HTTP/1.1"), BAD, TARGET),
-    Refusal("target *, not OPTIONS", lined(b"GET * HTTP/1.1"), BAD, TARGET),
-    Refusal("target host:port", lined(b"CONNECT h:1 HTTP/1.1"), BAD, TARGET),
-    Refusal("target of another scheme", lined(b"GET ftp://h/ HTTP/1.1"), BAD, TARGET),
-    Refusal("target without a host", lined(b"GET http:/// HTTP/1.1"), BAD, TARGET),
-    Refusal("target only a query", lined(b"GET ?a HTTP/1.1"), BAD, TARGET),
-    Refusal("target with fragment", lined(b"GET /#a HTTP/1.1"), BAD, TARGET),
-    Refusal("fragment in the query", lined(b"GET /?a#b HTTP/1.1"), BAD, TARGET),
-    Refusal("target with space", lined(b"GET /a b HTTP/1.1"), BAD, TARGET),
-    Refusal("target not ASCII", lined("GET /\u00e9 HTTP/1.1".encode()), BAD, TARGET),
-    Refusal("target with NUL", lined(b"GET /\0 HTTP/1.1"), BAD, TARGET),
-    Refusal("target with DEL", lined(b"GET /\x7f HTTP/1.1"), BAD, TARGET),
+    *rows("target", aimed, TARGET, b"a", b"*", b"h:1", b"ftp://h/", b"http:///", b"http:/a", b"https://", b"?a", b"#", b"/#a", b"/?a#b"),
+    *rows("target", aimed, TARGET, b"/a b", b"/\xc3\xa9", b"/\0", b"/\x7f", b"/\t"),
     # Hosts
     Refusal("no Host", b"GET / HTTP/1.1\r\n\r\n", BAD, HOSTS),
     Refusal("two Hosts", get(b"Host: h"), BAD, HOSTS),
     Refusal("empty Host", hosted(b""), BAD, "RFC 9110, 4.2.1: an http URI without a host is invalid"),
-    Refusal("Host with space", hosted(b"a b"), BAD, HOSTS),
-    Refusal("Host with path", hosted(b"a/b"), BAD, HOSTS),
-    Refusal("Host with user", hosted(b"u@a"), BAD, HOSTS),
-    Refusal("list of Hosts", hosted(b"a:1, b:2"), BAD, HOSTS),
-    Refusal("port not a number", hosted(b"a:b"), BAD, HOSTS),
-    Refusal("two ports", hosted(b"a:1:2"), BAD, HOSTS),
-    Refusal("port of six digits", hosted(b"a:123456"), BAD, HOSTS),
-    Refusal("bracket not closed", hosted(b"[::1"), BAD, HOSTS),
-    Refusal("Host not ASCII", hosted(b"\xe9"), BAD, HOSTS),
+    *rows("Host", hosted, HOSTS, b"a b", b"a/b", b"u@a", b"a:1, b:2", b"a:b", b"a:1:2", b"a:-1", b"a:123456", b"[::1", b"[::1]a", b"[g]", b"\xe9", b"a?"),
     Refusal("bad Host in HTTP/1.0", b"GET / HTTP/1.0\r\nHost: a/b\r\n\r\n", BAD, HOSTS),
     # Chunks
-    Refusal("chunk size +", chunked(b"+5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size -", chunked(b"-5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size 0x", chunked(b"0x5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size with underscore", chunked(b"0_5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size after space", chunked(b" 5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size with space", chunked(b"0 5\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size empty", chunked(b"\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size only extension", chunked(b";a\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size not hexadecimal", chunked(b"g\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size in Arabic-Indic digits", chunked("\u0665".encode() + b"\r\nhello\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("chunk size of 17 digits", chunked(b"0" * 16 + b"5\r\nhello\r\n0\r\n\r\n"), BAD, "64-bit readers wrap around"),
+    *rows("chunk size", one_chunk, SIZES, b"+5", b"-5", b"0x5", b"0_5", b" 5", b"0 5", b"", b";a", b"g", b"5h", b"\xd9\xa5", b"5,", b"5.0"),
+    *rows("chunk line", one_chunk, VALUE, b"5;\0", b"5;\x7f", b"5;a=\x0b"),
+    Refusal("chunk size of 17 digits", one_chunk(b"0" * 16 + b"5"), BAD, "64-bit readers wrap around"),
     Refusal("second chunk size bad", chunked(b"1\r\na\r\n-1\r\n0\r\n\r\n"), BAD, SIZES),
-    Refusal("NUL in a chunk extension", chunked(b"5;\0\r\nhello\r\n0\r\n\r\n"), BAD, VALUE),
-    Refusal("chunk longer than its size", chunked(b"4\r\nhello\r\n0\r\n\r\n"), BAD, ONE_ENDING),
-    Refusal("chunk shorter than its size", chunked(b"6\r\nhello\r\n0\r\n\r\n"), BAD, ONE_ENDING),
     # Limits
     Refusal("first line one too long", lined(b"GET " + LONG_PATH + b"a HTTP/1.1"), LONG, "RFC 9112, 3: 414"),
     Refusal("first line without an end", b"G" * 999, LONG, LIMITED),
@@ -533,7 +464,7 @@ REFUSALS = (
     Refusal("chunks too large together", chunked((b"A\r\n0123456789\r\n" * 4) + b"1\r\nx\r\n"), TOO_MUCH, LIMITED),
     # What was complete before an error is not undone by it
     Refusal("garbage after a request", get() + b"garbage\r\n\r\n", BAD, LINE, 1),
-    Refusal("body longer than its length", post(b"Content-Length: 4", body=b"hello") + get(), BAD, LINE, 1),
+    Refusal("body longer than its length", post(b"Content-Length: 4", body=b"hell\0") + get(), BAD, LINE, 1),
     Refusal("empty lines between requests", get() + b"\r\n\r\n" + get(), BAD, "RFC 9112, 2.2", 1),
     Refusal("smuggling after two requests", get() * 2 + sized(b"+5"), BAD, PLAIN, 2),
 )
@@ -549,10 +480,16 @@ def test_a_refusal_is_the_same_however_it_is_cut(row: Refusal) -> None:
         assert outcome(pieces) == first, pieces
 
 
-def test_a_row_is_named_once() -> None:
-    for rows in (CASES, REFUSALS):
-        names = [row.name for row in rows]
-        assert len(names) == len(set(names))
+def test_the_rows_differ_from_accepted_requests_only_by_what_they_name() -> None:
+    for data in (sized(b"5"), coded(b"chunked"), one_chunk(b"5"), hosted(b"a:1")):
+        assert outcome([data]).error is None
+    for data in (
+        aimed(b"/"),
+        lined(b"GET / HTTP/1.1"),
+        get(b"X: a"),
+        chunked(b"0\r\n\r\n"),
+    ):
+        assert outcome([data]).error is None
 
 
 # --- what is sent ---
