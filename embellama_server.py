@@ -1407,6 +1407,39 @@ _HAN_RANGES: Final = (
     *((0x2B740, 0x2B81F), (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)),
 )
 
+# The reference knows the categories of Unicode 8.0 only: to it, what came later is a
+# letter. Python knows later ones, another version of them in every release, so these
+# are taken out by hand: the marks, punctuation and format characters of Unicode 9 to
+# 18, in ranges that hold no such character of Unicode 8 ...
+_AFTER_UNICODE_8: Final = (
+    *((0x05C8, 0x05C9), (0x061D, 0x061D), (0x07FD, 0x07FD), (0x0890, 0x08E2)),
+    *((0x09FD, 0x09FE), (0x0A76, 0x0A76), (0x0AFA, 0x0AFF), (0x0B53, 0x0B55)),
+    *((0x0C04, 0x0C3C), (0x0C77, 0x0C77), (0x0C84, 0x0C84), (0x0D00, 0x0D00)),
+    *((0x0D3B, 0x0D3C), (0x0D81, 0x0D81), (0x0EBA, 0x0EBA), (0x0ECE, 0x0ECE)),
+    *((0x180F, 0x1886), (0x1ABF, 0x1AF0), (0x1B4E, 0x1B4F), (0x1B7D, 0x1B7F)),
+    *((0x1DF6, 0x1DFB), (0x2E43, 0x2E63), (0xA82C, 0xA82C), (0xA8C5, 0xA8C5)),
+    *((0xA8FF, 0xA8FF), (0xA9BD, 0xA9BD), (0x10D24, 0x10F89), (0x11070, 0x11074)),
+    *((0x110C2, 0x110CD), (0x111CF, 0x111CF), (0x1123E, 0x11241), (0x1133B, 0x1133B)),
+    *((0x113BB, 0x1145E), (0x11660, 0x1166C), (0x116B9, 0x116B9), (0x1182F, 0x11FFF)),
+    *((0x12FF1, 0x1612F), (0x16D6D, 0x16F4F), (0x16FE2, 0x16FE4), (0x1CF00, 0x1D128)),
+    *((0x1D25B, 0x1D25C), (0x1E000, 0x1E6F5), (0x1E944, 0x1E95F)),
+)
+# ... and the few whose category was changed.
+_UNICODE_8_CATEGORIES: Final = {
+    0x166D: "Po",  # CANADIAN SYLLABICS CHI SIGN
+    0x1734: "Mn",  # HANUNOO SIGN PAMUDPOD
+    0x111C9: "Po",  # SHARADA SANDHI MARK
+    0x1171E: "Mn",  # AHOM CONSONANT SIGN MEDIAL RA
+}
+
+
+def _category_in_unicode_8(char: str) -> str:
+    """unicodedata.category() as it was then; Lo for what was not there yet."""
+    code = ord(char)
+    if any(low <= code <= high for low, high in _AFTER_UNICODE_8):
+        return "Lo"
+    return _UNICODE_8_CATEGORIES.get(code) or unicodedata.category(char)
+
 
 class CodePoints(dict[int, str | None]):
     """What each code point becomes, worked out when first met: str.translate()'s table.
@@ -1424,7 +1457,7 @@ class CodePoints(dict[int, str | None]):
         return becomes
 
     def _becomes(self, char: str) -> str | None:
-        category = unicodedata.category(char)
+        category = _category_in_unicode_8(char)
         if char in "\t\n\r":
             return " "
         if char in "\0\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):
