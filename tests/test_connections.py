@@ -1,0 +1,642 @@
+"""Room 11 over real sockets: order, keep-alive, timers, back-pressure, leaving, drain.
+
+Every test runs on asyncio's loop and on the one we ship (uvloop when it is there): they
+differ in what a closing transport still does. A test also fails if the loop was told of
+an exception nobody caught, if a connection outlives the service, or if room in the
+queue is not given back. Nothing waits by sleeping: tests wait for what the server does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import socket
+import struct
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import embellama_server as es
+from tests import kit
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "shipped": es.new_event_loop,
+}
+HEALTH = b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n"
+BYE = b"GET /health HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+JSON = "application/json"
+
+
+class Client:
+    """A connection to the server, as bytes."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, *parts: bytes) -> None:
+        self.writer.write(b"".join(parts))
+
+    async def reply(self, method: str = "GET") -> kit.Reply:
+        """The next response, and not a byte more."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        size = int(kit.parse_reply(head, "HEAD").headers.get("content-length", 0))
+        body = b"" if method == "HEAD" else await self.reader.readexactly(size)
+        return kit.parse_reply(head + body, method)
+
+    async def rest(self) -> bytes:
+        """All that still comes, until the server closes."""
+        return await self.reader.read()
+
+    async def replies(self, *methods: str) -> list[kit.Reply]:
+        """The responses that still come, one for each method."""
+        return kit.parse_replies(await self.rest(), methods)
+
+
+class Room:
+    """A running service, and clients to it that are closed with it."""
+
+    def __init__(self, running: kit.RunningService) -> None:
+        self.running = running
+        self.service = running.service
+        self.engine = running.engine
+        self.clients: list[Client] = []
+
+    async def client(self, *sent: bytes, reads_little: bool = False) -> Client:
+        """A new connection; with ``reads_little`` its kernel buffer is small."""
+        sock = socket.socket()
+        if reads_little:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        address = (self.running.host, self.running.port)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        client = Client(*await asyncio.open_connection(sock=sock))
+        self.clients.append(client)
+        client.send(*sent)
+        return client
+
+    async def computing(self) -> None:
+        """Return when one more call of the engine has begun."""
+        await asyncio.to_thread(self.engine.wait_until_computing)
+
+    def waiting(self) -> int:
+        """Inputs admitted and not done."""
+        return self.service.served().pool.state()[0].inputs
+
+    def answered(self) -> int:
+        """Responses so far."""
+        name = "embellama_http_requests_total"
+        return int(
+            sum(self.service.telemetry.value(name, v) for v in es.STATUS_CLASSES)
+        )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when it holds. For what the server tells nobody about."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def served(**changes: Any) -> Callable[[Callable[..., Awaitable[None]]], Any]:
+    """Make a test of ``async def test(room, ...)``: it runs on each of LOOPS.
+
+    ``changes`` are settings; ``n_embd`` is the model's.
+    """
+    card = {"n_embd": changes.pop("n_embd", 8)}
+
+    def made(test: Callable[..., Awaitable[None]]) -> Any:
+        def run(loop: str, **arguments: Any) -> None:
+            unhandled: list[dict[str, Any]] = []
+
+            async def body() -> None:
+                asyncio.get_running_loop().set_exception_handler(
+                    lambda _, context: unhandled.append(context)
+                )
+                engine = kit.FakeEngine(**card)
+                async with kit.running_service(engine, **changes) as running:
+                    room, pool = Room(running), running.service.served().pool
+                    try:
+                        async with asyncio.timeout(kit.DEADLINE_S):
+                            await test(room, **arguments)
+                    finally:
+                        for client in room.clients:
+                            client.writer.transport.abort()
+                assert not running.service.connections.open
+                assert pool.state()[0].inputs == pool.state()[0].tokens == 0
+
+            with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+                runner.run(body())
+            assert not unhandled
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        parameters = list(inspect.signature(test).parameters.values())
+        first = parameters[0].replace(name="loop")
+        run.__signature__ = inspect.Signature([first, *parameters[1:]])  # type: ignore[attr-defined]
+        return pytest.mark.parametrize("loop", LOOPS)(run)
+
+    return made
+
+
+def post(path: str, *fields: str, length: int = 0, kind: str = JSON) -> bytes:
+    """The head of a POST."""
+    lines = [f"POST {path} HTTP/1.1", "Host: h", f"Content-Type: {kind}", *fields]
+    lines += [f"Content-Length: {length}"] if length else []
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def embed(*texts: str, close: bool = False) -> bytes:
+    """A whole request for vectors."""
+    body = es.json_codec().dumps({"input": texts})
+    fields = ["Connection: close"] if close else []
+    return post("/v1/embeddings", *fields, length=len(body)) + body
+
+
+def ids(text: str) -> list[int]:
+    """What the engine is given for a text."""
+    return [1, *map(kit.fake_id, text.split()), 2]
+
+
+# --- one request after another ---
+
+
+@served()
+async def test_a_connection_serves_request_after_request(room: Room) -> None:
+    client = await room.client()
+    for text in ("a", "b c", "d"):
+        client.send(HEALTH)
+        reply = await client.reply()
+        assert (reply.status, reply.json) == (200, {"status": "ok"})
+        assert "connection" not in reply.headers
+        client.send(embed(text))
+        (item,) = (await client.reply("POST")).json["data"]
+        assert item["embedding"] == pytest.approx(
+            kit.fake_vector(ids(text)).tolist(), abs=1e-6
+        )
+
+
+@served()
+async def test_pipelined_requests_are_answered_in_order(room: Room) -> None:
+    client = await room.client(
+        HEALTH,
+        embed("a"),
+        b"\r\n" + HEALTH.replace(b"GET", b"HEAD"),
+        b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET /nope HTTP/1.1\r\nHost: h\r\n\r\n",
+        embed("b", "c"),
+        BYE,
+    )
+    methods = ["GET", "POST", "HEAD", "OPTIONS", "GET", "POST", "GET"]
+    replies = await client.replies(*methods)
+    assert [reply.status for reply in replies] == [200, 200, 200, 204, 404, 200, 200]
+    assert [len(replies[n].json["data"]) for n in (1, 5)] == [1, 2]
+    assert [r.headers.get("connection") for r in replies] == [None] * 6 + ["close"]
+
+
+@served()
+async def test_a_quick_request_waits_for_the_slow_one_before_it(room: Room) -> None:
+    room.engine.block()
+    client = await room.client(embed("a"), BYE)
+    await room.computing()
+    for _ in range(3):  # the loop turns, others are served
+        assert (await room.running.ask("GET", "/health")).status == 200
+    assert room.answered() == 3
+    room.engine.release()
+    first, second = await client.replies("POST", "GET")
+    assert first.json["object"] == "list"
+    assert second.json == {"status": "ok"}
+
+
+@served()
+async def test_garbage_is_refused_after_the_answer_before_it(room: Room) -> None:
+    room.engine.block()
+    client = await room.client(embed("a"), b"garbage\r\n\r\n")
+    await room.computing()
+    room.engine.release()
+    replies = await client.replies("POST", "GET")
+    assert [reply.status for reply in replies] == [200, 400]
+
+
+@served()
+async def test_reading_pauses_while_an_answer_is_owed(room: Room) -> None:
+    room.engine.block()
+    padded = post("/v1/embeddings", length=1 << 20) + b'{"input":"a"}'.ljust(1 << 20)
+    client = await room.client(*[padded] * 40, BYE)  # more than kernels buffer
+    await room.computing()
+    for _ in range(100):
+        await asyncio.sleep(0)
+        assert (await room.running.ask("GET", "/health")).status == 200
+    (connection,) = room.service.connections.open
+    assert connection._parser.buffered_bytes < 1 << 20
+    room.engine.release()
+    replies = await client.replies(*["POST"] * 40, "GET")
+    assert {reply.status for reply in replies} == {200}
+
+
+# --- the last request ---
+
+
+@pytest.mark.parametrize("inputs", [1, 500])  # an answer of 40 kB, one of 20 MB
+@served(n_embd=4096)
+async def test_nothing_is_read_after_connection_close(room: Room, inputs: int) -> None:
+    # RFC 9112, 9.6: the server MUST NOT process requests after one that said close.
+    client = await room.client(embed(*["a"] * inputs, close=True), HEALTH * 3)
+    (reply,) = await client.replies("POST")
+    assert reply.headers["connection"] == "close"
+    assert len(reply.json["data"]) == inputs
+    assert room.answered() == 1
+
+
+@served()
+async def test_http_1_0_gets_an_answer_and_the_end(room: Room) -> None:
+    old = b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    client = await room.client(old)
+    (reply,) = await client.replies("GET")
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/nope"])
+@served()
+async def test_head_is_get_without_the_body(room: Room, path: str) -> None:
+    # RFC 9110, 8.6: another Content-Length than GET's is a MUST NOT.
+    got = await room.running.ask("GET", path)
+    head = await room.running.ask("HEAD", path)
+    assert got.body
+    assert not head.body
+    for reply in (got, head):
+        del reply.headers["date"], reply.headers["x-request-id"]
+    assert (head.status, head.headers) == (got.status, got.headers)
+
+
+# --- before the body ---
+
+
+BODIES = {
+    "Content-Length: 13": b'{"input":"a"}',
+    "Transfer-Encoding: chunked": b'd\r\n{"input":"a"}\r\n0\r\n\r\n',
+}
+
+
+@pytest.mark.parametrize("framing", BODIES)
+@served()
+async def test_100_continue_comes_before_the_body(room: Room, framing: str) -> None:
+    head = post("/v1/embeddings", "Expect: 100-continue", framing)
+    client = await room.client(head)
+    assert await client.reader.readexactly(len(es.CONTINUE)) == es.CONTINUE
+    client.send(BODIES[framing])
+    assert (await client.reply("POST")).status == 200
+
+
+REFUSED_EARLY = {
+    400: post("/v1/embeddings", "Content-Length: +9"),
+    404: post("/nope", length=9),
+    405: post("/health", length=9),
+    413: post("/v1/embeddings", length=10**9),
+    415: post("/v1/embeddings", length=9, kind="text/plain"),
+    431: post("/v1/embeddings", "X: " + "x" * 20000, length=9),
+}
+
+
+@pytest.mark.parametrize("status", REFUSED_EARLY)
+@served()
+async def test_a_bad_head_gets_no_100_continue(room: Room, status: int) -> None:
+    head = REFUSED_EARLY[status].removesuffix(b"\r\n")
+    for end in (b"\r\n", b"Expect: 100-continue\r\n\r\n"):
+        raw = await (await room.client(head, end)).rest()
+        assert raw.startswith(b"HTTP/1.1 %d " % status)
+        reply = kit.parse_reply(raw, "POST")
+        assert reply.headers["connection"] == "close"
+        assert reply.error["message"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_work_is_refused_while_loading_without_100_continue(loop: str) -> None:
+    async def check() -> None:
+        may_load = threading.Event()
+
+        def load() -> None:
+            assert may_load.wait(kit.DEADLINE_S)
+
+        async with kit.running_service(wait_ready=False, before_load=load) as running:
+            try:
+                room = Room(running)
+                head = post("/v1/embeddings", "Expect: 100-continue", length=9)
+                raw = await (await room.client(head)).rest()
+                assert raw.startswith(b"HTTP/1.1 503 ")
+                assert kit.parse_reply(raw, "POST").error["code"] == "not_ready"
+                room.clients[0].writer.close()
+            finally:
+                may_load.set()
+            await running.log.settled.wait()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(check())
+
+
+@served()
+async def test_100_continue_is_not_sent_where_it_is_not_waited_for(room: Room) -> None:
+    # RFC 9110, 10.1.1: ignored in HTTP/1.0, and pointless without a body.
+    expecting = BYE.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+    for sent in (
+        expecting,
+        b"Content-Length: 1\r\nExpect:".join(expecting.split(b"Expect:")).replace(
+            b"HTTP/1.1", b"HTTP/1.0"
+        )
+        + b"x",
+    ):
+        raw = await (await room.client(sent)).rest()
+        assert raw.startswith(b"HTTP/1.1 200 ")
+
+
+def all_sent_then_read(address: tuple[str, int], *parts: bytes) -> bytes:
+    """What a simple blocking client reads that first sends everything."""
+    with socket.create_connection(address, timeout=kit.DEADLINE_S) as sock:
+        for part in parts:
+            sock.sendall(part)
+        read = []
+        while part := sock.recv(1 << 16):
+            read.append(part)
+    return b"".join(read)
+
+
+@pytest.mark.parametrize("megabytes", [1, 20, 40])
+@served()
+async def test_who_sends_all_first_still_reads_the_refusal(
+    room: Room, megabytes: int
+) -> None:
+    # Closing with bytes unread makes the kernel send RST: RFC 9112, 9.6.
+    address = (room.running.host, room.running.port)
+    body = bytes(megabytes * 1_000_000)
+    for path, status in (("/nope", 404), ("/v1/embeddings", 415)):
+        head = post(path, length=len(body), kind="text/plain")
+        raw = await asyncio.to_thread(all_sent_then_read, address, head, body)
+        wanted = 413 if megabytes > 33 else status
+        assert kit.parse_reply(raw, "POST").status == wanted
+
+
+# --- time ---
+
+
+@served(keep_alive_s=0.2)
+async def test_an_idle_connection_is_closed_after_keep_alive(room: Room) -> None:
+    client = await room.client(HEALTH)
+    assert (await client.reply()).status == 200
+    begun = asyncio.get_running_loop().time()
+    assert await client.rest() == b""
+    assert asyncio.get_running_loop().time() - begun > 0.15
+
+
+@served(receive_timeout_s=0.2)
+async def test_a_silent_connection_is_closed_silently(room: Room) -> None:
+    assert await (await room.client()).rest() == b""
+
+
+@served(keep_alive_s=0.1, receive_timeout_s=0.1)
+async def test_computing_is_not_idling(room: Room) -> None:
+    room.engine.block()
+    busy = await room.client(embed("a"))
+    await room.computing()
+    idle = await room.client(HEALTH)
+    assert (await idle.replies("GET"))[0].status == 200  # and then it was closed
+    room.engine.release()
+    assert (await busy.reply("POST")).status == 200
+
+
+SLOW = {
+    "first line": b"GET / HT",
+    "fields": b"GET / HTTP/1.1\r\nHost: h\r\nX: ",
+    "sized body": post("/v1/embeddings", length=10**6),
+    "chunk": post("/v1/embeddings", "Transfer-Encoding: chunked") + b"FFFFF\r\n",
+}
+
+
+@pytest.mark.parametrize("served_before", [False, True])
+@pytest.mark.parametrize("slow", SLOW)
+@served(receive_timeout_s=0.3)
+async def test_who_sends_too_slowly_is_told_408(
+    room: Room, slow: str, served_before: bool
+) -> None:
+    client = await room.client()
+    if served_before:
+        client.send(HEALTH)
+        await client.reply()
+    client.send(SLOW[slow])
+    rest = asyncio.ensure_future(client.rest())
+    while not rest.done():  # a byte now and then must not buy more time (slowloris)
+        client.send(b"x")
+        await asyncio.wait({rest}, timeout=0.02)
+    reply = kit.parse_reply(rest.result(), "GET")
+    assert (reply.status, reply.error["code"]) == (408, "receive_timeout")
+    assert reply.headers["connection"] == "close"
+
+
+# --- leaving ---
+
+
+def half_closed(client: Client) -> None:
+    client.writer.write_eof()
+
+
+def closed(client: Client) -> None:
+    client.writer.close()
+
+
+def reset(client: Client) -> None:
+    sock = client.writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.writer.transport.abort()
+
+
+@pytest.mark.parametrize("leave", [closed, half_closed, reset])
+@served()
+async def test_what_waits_is_not_computed_for_who_has_left(
+    room: Room, leave: Callable[[Client], None]
+) -> None:
+    room.engine.block()
+    stays = await room.client(embed("stays"))
+    await room.computing()
+    leaves = await room.client(embed("leaves", "leaves too"), HEALTH)
+    await until(lambda: room.waiting() == 3)
+    leave(leaves)
+    await until(lambda: room.waiting() == 1)
+    room.engine.release()
+    assert (await stays.reply("POST")).status == 200
+    stays.send(embed("after"))
+    assert (await stays.reply("POST")).status == 200
+    assert room.engine.calls == [[ids("stays")], [ids("after")]]
+    assert room.waiting() == 0
+    assert "status=499" in room.running.log.getvalue()
+
+
+@served()
+async def test_a_large_request_is_not_finished_for_who_has_left(room: Room) -> None:
+    room.engine.block()
+    leaves = await room.client(embed(*["a"] * 100))
+    await room.computing()
+    closed(leaves)
+    await until(lambda: room.waiting() <= 16)  # the pack that runs
+    room.engine.release()
+    await until(lambda: room.waiting() == 0)
+    assert len(room.engine.calls) == 1
+
+
+@pytest.mark.parametrize("leave", [closed, half_closed, reset])
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET", SLOW["sized body"], HEALTH, b"bad\r\n\r\n"]
+)
+@served()
+async def test_a_connection_ends_with_its_client(
+    room: Room, sent: bytes, leave: Callable[[Client], None]
+) -> None:
+    client = await room.client(sent)
+    await until(lambda: len(room.service.connections.open) == 1)
+    leave(client)
+    await until(lambda: not room.service.connections.open)
+
+
+# --- reading slowly ---
+
+MANY = embed(*["a"] * 500)  # with n_embd=4096 some 20 MB of answer: kernels buffer less
+
+
+@served(n_embd=4096)
+async def test_who_stops_reading_does_not_hold_up_others(room: Room) -> None:
+    stuck = await room.client(MANY, MANY, reads_little=True)
+    await until(lambda: room.answered() == 1)
+    other = await room.client(embed("b", close=True))
+    assert (await other.replies("POST"))[0].status == 200
+    assert room.answered() == 2  # the second of the stuck client waits
+    for _ in range(2):
+        assert len((await stuck.reply("POST")).json["data"]) == 500
+
+
+@served(n_embd=4096, receive_timeout_s=0.8)
+async def test_who_reads_slowly_but_steadily_gets_all(room: Room) -> None:
+    client = await room.client(MANY, reads_little=True)
+    raw = await client.reader.readuntil(b"\r\n\r\n")
+    size = int(kit.parse_reply(raw, "HEAD").headers["content-length"])
+    step = size // 20 + 1
+    for begin in range(0, size, step):
+        raw += await client.reader.readexactly(min(step, size - begin))
+        await asyncio.sleep(0.08)  # not to wait for anything: this is a slow client
+    assert len(kit.parse_reply(raw, "POST").json["data"]) == 500
+
+
+async def stuffed(room: Room, *requests: bytes, least: int) -> tuple[Client, int]:
+    """A client that does not read, and how many answers it has coming.
+
+    ``least`` bytes of them, at most what may be written, have not left the server. It
+    is asked the first of ``requests`` until some stay there, then the last.
+    """
+    client = await room.client(reads_little=True)
+    await until(lambda: len(room.service.connections.open) == 1)
+    (connection,) = room.service.connections.open
+    asked = unsent = 0
+    while unsent < least:
+        client.send(requests[-1 if unsent else 0])
+        asked += 1
+        await until(lambda: room.answered() >= asked)  # noqa: B023
+        unsent = connection._transport.get_write_buffer_size()
+    assert connection._task is None and connection._is_writable  # noqa: PT018
+    return client, asked
+
+
+THEN = {
+    "asks more": MANY,
+    "says close": BYE,
+    "says nonsense": b"bad\r\n\r\n",
+    "falls silent": b"",
+    "stops in a head": b"GET",
+}
+
+
+@pytest.mark.parametrize("then", THEN)
+@served(n_embd=4096, receive_timeout_s=0.5, keep_alive_s=0.5)
+async def test_who_does_not_read_is_dropped(room: Room, then: str) -> None:
+    # close() waits until all is written: without a timer, for ever.
+    client, _ = await stuffed(room, embed("a"), least=1)
+    client.send(THEN[then])
+    await until(lambda: not room.service.connections.open)
+
+
+@served(n_embd=4096)
+async def test_lingering_ends_for_who_reads_late(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The refusal's bytes make the buffer full: writing pauses after lingering began,
+    # and resumes before it ends.
+    monkeypatch.setattr(es, "_LINGER_S", 0.3)
+    client, asked = await stuffed(room, embed("a"), HEALTH, least=(1 << 16) - 250)
+    client.send(b"bad\r\n\r\n")
+    await until(lambda: room.answered() == asked + 1)
+    replies = await client.replies(*["GET"] * (asked + 1))
+    assert [reply.status for reply in replies] == [200] * asked + [400]
+    await until(lambda: not room.service.connections.open)  # we did not close
+
+
+# --- the end ---
+
+
+@served()
+async def test_a_drain_lets_accepted_work_finish(room: Room) -> None:
+    room.engine.block()
+    idle = await room.client(HEALTH)
+    await idle.reply()
+    busy = await room.client(embed("a"), HEALTH)
+    await room.computing()
+    room.service.stop()
+    assert await idle.rest() == b""
+    for path, status in (("/ready", 503), ("/health", 200)):
+        reply = await room.running.ask("GET", path)
+        assert (reply.status, reply.headers["connection"]) == (status, "close")
+    late = await room.client(embed("late"))
+    (reply,) = await late.replies("POST")
+    assert (reply.status, reply.error["code"]) == (503, "not_ready")
+    late.writer.close()
+    room.engine.release()
+    (reply,) = await busy.replies("POST")
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
+    assert await room.running.task == 0
+    assert room.engine.calls == [[ids("a")]]
+
+
+@served(drain_timeout_s=3600)
+async def test_a_second_stop_ends_at_once(room: Room) -> None:
+    room.engine.block()
+    idle = await room.client(HEALTH)
+    await idle.reply()
+    busy = await room.client(embed("a"))
+    await room.computing()
+    room.service.stop()
+    assert await idle.rest() == b""  # the drain has begun
+    assert (await room.running.ask("GET", "/health")).status == 200
+    room.service.stop()
+    (reply,) = await busy.replies("POST")
+    assert (reply.status, reply.error["code"]) == (503, "not_ready")
+    room.engine.release()  # a call of llama.cpp cannot be interrupted
+    assert await room.running.task == 0
+
+
+@served(drain_timeout_s=0.1)
+async def test_a_drain_ends_after_its_timeout(room: Room) -> None:
+    room.engine.block()
+    busy = await room.client(embed("a"))
+    await room.computing()
+    room.service.stop()
+    (reply,) = await busy.replies("POST")
+    assert (reply.status, reply.error["code"]) == (503, "not_ready")
+    room.engine.release()
+    assert await room.running.task == 0
+
+
+@served(n_embd=4096)
+async def test_a_drain_does_not_cut_answers_on_their_way_out(room: Room) -> None:
+    client, asked = await stuffed(room, embed("a"), least=1)
+    room.service.stop()
+    replies = await client.replies(*["POST"] * asked)
+    assert {reply.status for reply in replies} == {200}
+    assert await room.running.task == 0

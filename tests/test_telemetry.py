@@ -1,0 +1,399 @@
+"""Room 4: what a scraper and a log reader are promised.
+
+The exposition is read by a parser of its own, stricter than Prometheus': a page that
+Prometheus merely tolerates is a bug here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import sys
+import threading
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+
+# --- a strict reader of Prometheus text 0.0.4 ---
+
+NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"'
+SAMPLE = re.compile(rf"({NAME})(?:\{{({LABEL}(?:,{LABEL})*)\}})? (\S+)")
+ESCAPES = {r"\\": "\\", r"\"": '"', r"\n": "\n"}
+
+
+@dataclass
+class Family:
+    """One metric: HELP, TYPE and its samples, in order."""
+
+    help: str
+    kind: str
+    samples: list[tuple[str, dict[str, str], float]] = field(default_factory=list)
+
+
+def parse(text: str) -> dict[str, Family]:
+    """A page's families by name; asserts all that the format demands."""
+    assert text.endswith("\n")
+    families: dict[str, Family] = {}
+    name = ""
+    lines = iter(text[:-1].split("\n"))
+    for line in lines:
+        if line.startswith("# HELP "):
+            _, _, name, help_text = line.split(" ", 3)
+            assert name not in families, "a family is one block, described once"
+            _, typed, named, kind = next(lines).split(" ")
+            assert (typed, named) == ("TYPE", name)
+            assert kind in ("counter", "gauge", "histogram")
+            families[name] = Family(help_text, kind)
+            continue
+        match = SAMPLE.fullmatch(line)
+        assert match, f"not a sample: {line!r}"
+        ends = ("_bucket", "_sum", "_count")
+        allowed = [name + e for e in ends]
+        assert match[1] in (allowed if families[name].kind == "histogram" else [name])
+        labels = {
+            key: re.sub(r"\\.", lambda escape: ESCAPES[escape[0]], value)
+            for key, value in re.findall(LABEL, match[2] or "")
+        }
+        number = float(match[match.re.groups])
+        assert (match[1], labels) not in [s[:2] for s in families[name].samples]
+        families[name].samples.append((match[1], labels, number))
+    for title, family in families.items():
+        if family.kind == "histogram":
+            check_histogram(title, family)
+    return families
+
+
+def check_histogram(name: str, family: Family) -> None:
+    """Assert ascending bounds, cumulative counts, +Inf last and equal to the count."""
+    *buckets, total, count = family.samples
+    bounds = [float(labels["le"]) for _, labels, _ in buckets]
+    counts = [number for _, _, number in buckets]
+    assert bounds == sorted(set(bounds))
+    assert bounds[-1] == math.inf
+    assert counts == sorted(counts)
+    assert {sample[0] for sample in buckets} == {f"{name}_bucket"}
+    assert (total[0], total[1]) == (f"{name}_sum", {})
+    assert count == (f"{name}_count", {}, counts[-1])
+
+
+def test_the_reader_above_refuses_what_is_not_the_format() -> None:
+    good = '# HELP a b c\n# TYPE a gauge\na{l="x\\"\\n\\\\"} 1.5\n'
+    assert parse(good)["a"].samples == [("a", {"l": 'x"\n\\'}, 1.5)]
+    for bad in (
+        good[:-1],
+        good + "\n",
+        good + good,
+        good.replace("gauge", "guage"),
+        good.replace("1.5", "1,5"),
+        good.replace("\\n", "\n"),
+        good + 'a{l="x\\"\\n\\\\"} 2\n',
+        good + "b 1\n",
+        good.replace("gauge", "histogram"),
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            parse(bad)
+
+
+# --- metrics ---
+
+# What cannot be 0: facts of the process, and the version, whose 1 carries the label.
+# embellama_phase is 0 here and becomes 1 for one phase when the Service is built.
+NOT_ZERO = {
+    "embellama_build_info",
+    "process_start_time_seconds",
+    "process_cpu_seconds_total",
+    "process_resident_memory_bytes",
+}
+STATM = Path("/proc/self/statm")
+
+
+def test_every_series_is_there_from_the_start_and_zero() -> None:
+    families = parse(es.Telemetry().exposition())
+    assert list(families) == [row.name for row in es.METRICS]
+    for row in es.METRICS:
+        family = families[row.name]
+        assert (family.help, family.kind) == (row.help, row.kind)
+        numbers = [number for _, _, number in family.samples]
+        if row.name == "process_resident_memory_bytes" and not STATM.exists():
+            assert numbers == [0], "known on Linux only"
+        elif row.name in NOT_ZERO:
+            assert min(numbers) > 0, row.name
+        else:
+            assert set(numbers) == {0}, row.name
+        if row.kind == "histogram":
+            bounds = tuple(float(labels["le"]) for _, labels, _ in family.samples[:-2])
+            assert bounds == (*row.buckets, math.inf)
+        elif row.label:
+            labels = [labels for _, labels, _ in family.samples]
+            assert labels == [{row.label: value} for value in row.values]
+        else:
+            assert [labels for _, labels, _ in family.samples] == [{}]
+
+
+def test_rows_follow_prometheus_s_naming() -> None:
+    for row in es.METRICS:
+        assert row.name.startswith(("embellama_", "process_"))
+        assert row.name.endswith("_total") == (row.kind == "counter"), row.name
+        assert bool(row.buckets) == (row.kind == "histogram")
+        assert not (row.buckets and row.label), "histograms here have no label"
+        assert row.help.endswith(".")
+
+
+def test_every_error_code_has_a_series() -> None:
+    telemetry = es.Telemetry()
+    for kind in es.API_ERRORS:
+        telemetry.count("embellama_errors_total", value=kind.code)
+    samples = parse(telemetry.exposition())["embellama_errors_total"].samples
+    assert {number for _, _, number in samples} == {1}
+
+
+def test_counting_adds_and_setting_replaces() -> None:
+    telemetry = es.Telemetry()
+    telemetry.count("embellama_inputs_total")
+    telemetry.count("embellama_inputs_total", 41)
+    telemetry.count("embellama_http_requests_total", value="4xx")
+    telemetry.set("embellama_workers", 3, "busy")
+    telemetry.set("embellama_workers", 2, "busy")
+    families = parse(telemetry.exposition())
+    assert families["embellama_inputs_total"].samples[0][2] == 42
+    assert telemetry.value("embellama_inputs_total") == 42
+    by_state = {
+        labels["state"]: n for _, labels, n in families["embellama_workers"].samples
+    }
+    assert by_state == {"busy": 2, "idle": 0}
+    statuses = families["embellama_http_requests_total"].samples
+    assert [number for _, _, number in statuses] == [0, 0, 1, 0]
+
+
+def test_a_count_of_millions_keeps_its_last_digit() -> None:
+    telemetry = es.Telemetry()
+    telemetry.count("embellama_tokens_total", 123_456_789_012)
+    assert "embellama_tokens_total 123456789012\n" in telemetry.exposition()
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=30))
+def test_an_observation_is_in_every_bucket_at_or_above_it(amounts: list[float]) -> None:
+    telemetry = es.Telemetry()
+    for amount in amounts:
+        telemetry.observe("embellama_pack_seconds", amount)
+    *buckets, total, count = parse(telemetry.exposition())[
+        "embellama_pack_seconds"
+    ].samples
+    for _, labels, number in buckets:
+        bound = float(labels["le"])  # inclusive: "le" is less or equal
+        assert number == sum(amount <= bound for amount in amounts)
+    assert total[2] == pytest.approx(sum(amounts))
+    assert count[2] == len(amounts)
+
+
+def test_a_name_or_label_that_is_no_row_is_a_key_error() -> None:
+    telemetry = es.Telemetry()
+    before = parse(telemetry.exposition()).keys()
+    for wrong in (
+        lambda: telemetry.count("embellama_no_such_total"),
+        lambda: telemetry.count("embellama_errors_total", value="no_such_code"),
+        lambda: telemetry.count("embellama_inputs_total", value="no label here"),
+        lambda: telemetry.set("embellama_no_such", 1),
+        lambda: telemetry.set("embellama_workers", 1, "asleep"),
+        lambda: telemetry.set("embellama_workers", 1),
+        lambda: telemetry.observe("embellama_no_such_seconds", 1),
+        lambda: telemetry.observe("embellama_queue_inputs", 1),
+        lambda: telemetry.value("embellama_no_such"),
+    ):
+        with pytest.raises(KeyError):
+            wrong()
+    assert parse(telemetry.exposition()).keys() == before
+
+
+# --- log lines ---
+
+STAMP = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z"
+
+
+def logged(shape: str, event: str = "event", **fields: object) -> str:
+    """What one call writes."""
+    stream = io.StringIO()
+    es.Log("debug", shape, stream)("info", event, **fields)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("least", es.LOG_LEVELS)
+def test_a_level_hides_those_below_it(least: str) -> None:
+    stream = io.StringIO()
+    log = es.Log(least, "text", stream)
+    for level in es.LOG_LEVELS:
+        log(level, "said")
+    found = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert found == list(es.LOG_LEVELS)[es.LOG_LEVELS.index(least) :]
+
+
+def test_a_level_that_does_not_exist_is_loud() -> None:
+    with pytest.raises(ValueError):
+        es.Log("verbose", "text", io.StringIO())
+    with pytest.raises(ValueError):
+        es.Log("debug", "text", io.StringIO())("notice", "event")
+
+
+def test_a_text_line_is_stamp_level_event_and_fields() -> None:
+    line = logged("text", "two words", path="/v1", ms=1.26, n=3, gone=None, yes=True)
+    expected = rf"{STAMP} info    two words path=/v1 ms=1\.3 n=3 yes=True\n"
+    assert re.fullmatch(expected, line), line
+
+
+def test_a_json_line_is_one_object() -> None:
+    line = logged("json", "two words", path="/v1", ms=1.26, n=3, gone=None, yes=True)
+    shown = json.loads(line)
+    assert re.fullmatch(STAMP, shown.pop("time"))
+    head = {"level": "info", "event": "two words"}
+    assert shown == head | {"path": "/v1", "ms": 1.26, "n": 3, "yes": True}
+
+
+HOSTILE = [
+    "",
+    "two words",
+    'a"b',
+    "a=b c=d",
+    "x\n2026-01-01T00:00:00.000Z error   forged",
+    "x\r\nforged",
+    "x\x85forged\u2028forged\u2029forged\x0bforged\x0cforged\x1c",
+    "\x00\x1b[2J\x7f",
+    "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve \N{GRINNING FACE}",
+    "right-to-left \u202e override",
+    "\ud800 lone surrogate",
+    "back\\slash",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize("shape", ["text", "json"])
+def test_no_value_can_forge_a_line_or_a_field(shape: str, value: str) -> None:
+    line = logged(shape, value=value, last=1)
+    assert line.isascii()
+    assert line.splitlines() == [line[:-1]], "one line, whatever counts as a break"
+    assert line[:-1].isprintable()
+    if shape == "json":
+        assert json.loads(line)["value"] == value
+        return
+    quoted = line.partition(" value=")[2].removesuffix(" last=1\n")
+    # A reader gets it back: plain text is the value, quoted text is a JSON string.
+    assert (json.loads(quoted) if quoted[:1] == '"' else quoted) == value
+    assert quoted[:1] == '"' or not re.search(r'[\s"]', quoted)
+
+
+@given(st.text(), st.sampled_from(["text", "json"]))
+def test_no_text_at_all_breaks_a_line(value: str, shape: str) -> None:
+    line = logged(shape, value=value)
+    assert line[:-1].isprintable()
+    assert line.isascii()
+    assert line.endswith("\n")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, Path("/x"), b"\n", (1, "\n")])
+def test_a_json_line_stays_json_whatever_the_value_is(value: object) -> None:
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    line = logged("json", value=value)
+    assert "value" in json.loads(line, parse_constant=refuse)
+    assert line.count("\n") == 1
+
+
+class Broken(io.StringIO):
+    """A stream that fails the way a full disk or a closed pipe does."""
+
+    def __init__(self, error: Exception, *, only_flush: bool) -> None:
+        super().__init__()
+        self.error = error
+        self.only_flush = only_flush
+
+    def write(self, text: str) -> int:
+        if self.only_flush:
+            return len(text)
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("only_flush", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "disk full"), BrokenPipeError(), ValueError("closed file")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_log_that_cannot_be_written_does_not_raise(
+    error: Exception, only_flush: bool
+) -> None:
+    es.Log("info", "text", Broken(error, only_flush=only_flush))("error", "event")
+
+
+class Writes(io.StringIO):
+    """A stream that remembers each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.texts.append(text)
+        return len(text)
+
+
+@pytest.mark.parametrize("shape", ["text", "json"])
+def test_lines_of_several_threads_are_never_mixed(tmp_path: Path, shape: str) -> None:
+    # One write per line: what the stream cannot split, threads cannot mix.
+    stream = Writes()
+    es.Log("info", shape, stream)("info", "event", text="x\n" * 100)
+    assert len(stream.texts) == 1
+
+    fillers = [chr(ord("a") + n) * (n * 3000 + 1) for n in range(6)]
+    path = tmp_path / "log"
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with path.open("w", buffering=1) as file:
+            log = es.Log("info", shape, file)
+
+            def write(filler: str) -> None:
+                for _ in range(50):
+                    log("info", "event", filler=filler)
+
+            threads = [threading.Thread(target=write, args=(f,)) for f in fillers]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    lines = path.read_text().splitlines()
+    mark = '"filler": "' if shape == "json" else "filler="
+    found = [line.partition(mark)[2].removesuffix('"}') for line in lines]
+    assert sorted(found) == sorted(fillers * 50)
+
+
+# --- standard streams ---
+
+
+@pytest.mark.parametrize("descriptor", [0, 2], ids=["stdin", "stderr"])
+def test_the_server_runs_without_a_standard_stream(descriptor: int) -> None:
+    # Started by an init script as "server <&-" or "2>&-": Python has no such stream
+    # then, and the next socket takes its number.
+    code = (
+        f"import os, sys; os.close({descriptor}); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'tests.kit', *sys.argv[1:]])"
+    )
+    with kit.started(module=("-c", code), wait_ready=False) as server:
+        with urllib.request.urlopen(f"{server.url}/health") as answer:
+            assert json.load(answer) == {"status": "ok"}
+        assert server.stop() == 0
