@@ -170,7 +170,9 @@ def installed_version(package: str) -> tuple[int, ...] | None:
     """The release numbers of an installed package, or None if it is not there."""
     try:
         text = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, KeyError):
+        return None
+    if not text:  # metadata cut short: what an interrupted pip leaves
         return None
     release = re.match(r"[0-9]+(\.[0-9]+)*", text)
     return tuple(map(int, release[0].split("."))) if release else (0,)
@@ -181,12 +183,19 @@ def why_unusable(library: Library) -> str:
     version = installed_version(library.package)
     if version is None or importlib.util.find_spec(library.module) is None:
         return f"{library.package} is not installed"
-    if version < tuple(map(int, library.at_least.split("."))):
+    wanted = tuple(map(int, library.at_least.split(".")))
+    digits = max(len(version), len(wanted))  # 0.23 is 0.23.0: PEP 440 pads with zeros
+    if version + (0,) * (digits - len(version)) < wanted:
         found = ".".join(map(str, version))
         return (
             f"{library.package} {found} is older than {library.at_least} "
             f"({library.why})"
         )
+    if library.instead:
+        try:
+            importlib.import_module(library.module)
+        except Exception as error:  # e.g. a wheel for another libc
+            return f"{library.package} does not load ({error})"
     return ""
 
 
@@ -235,7 +244,11 @@ def json_codec() -> JsonCodec:
 def _stdlib_loads(raw: bytes) -> object:
     # json alone would take UTF-16, NaN, lone surrogates and raise RecursionError.
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(
+            raw.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -247,6 +260,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is too large a number")
+    return number
+
+
 def _stdlib_dumps(value: object) -> bytes:
     text = json.dumps(
         value, ensure_ascii=False, separators=(",", ":"), default=_as_list
@@ -254,8 +274,9 @@ def _stdlib_dumps(value: object) -> bytes:
     return text.encode("utf-8")
 
 
-def _as_list(array: Any) -> Any:
-    return array.tolist()
+def _as_list(array: Any) -> list[float]:
+    # The shortest text of each float32, as orjson writes it: 0.1, not 0.10000000149.
+    return [float(str(number)) for number in array]
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -336,10 +357,12 @@ def usable_cores(root: Path = Path("/")) -> int:
 def _cgroup_quotas(root: Path) -> Iterator[float]:
     """CPU quotas, in cores, of our cgroup and all its parents (v2 and v1)."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
     except OSError:
         return
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         is_v1 = "cpu" in controllers.split(",")
         if controllers and not is_v1:
@@ -355,7 +378,7 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
                     quota, period = (mount / folder / "cpu.max").read_text().split()
                 if quota != "max" and int(quota) > 0:
                     yield int(quota) / int(period)
-            except (OSError, ValueError):
+            except (OSError, ValueError, ZeroDivisionError):
                 continue
 
 
@@ -536,15 +559,16 @@ class LoadedSettings:
             value = getattr(self.settings, row.name)
             shown = '"(hidden)"' if row.option.secret and value else _toml(value)
             mark = "" if row.option.in_file else "# "
-            lines.append(f"{mark}{row.name} = {shown}  # {self.sources[row.name]}")
+            source = repr(self.sources[row.name])[1:-1]  # on one line, whatever it is
+            lines.append(f"{mark}{row.name} = {shown}  # {source}")
         return "\n".join(lines)
 
 
 def _toml(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    # JSON strings, numbers and booleans are TOML ones.
-    return json.dumps(value, ensure_ascii=False)
+    # JSON strings, numbers and booleans are TOML ones, but for DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def load_settings(
@@ -561,7 +585,8 @@ def load_settings(
         if variable in by_variable:
             given[by_variable[variable].name] = (f"environment {variable}", raw)
         elif variable.startswith("EMBELLAMA_"):
-            raise BadSetting("environment", variable, raw, "no such setting")
+            # Not its value: it may be a key meant for a name mistyped.
+            raise BadSetting("environment", variable, "...", "no such setting")
     for row in SETTING_ROWS:
         if row.name in flags:
             given[row.name] = (f"flag {row.flag}", flags[row.name])
@@ -587,12 +612,16 @@ def _read_file(source: str, path: str) -> dict[str, object]:
     try:
         with open(os.path.expanduser(path), "rb") as file:
             table = tomllib.load(file)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise BadSetting(
+            source, "config", path, error.strerror or "unreadable"
+        ) from None
+    except ValueError as error:
         raise BadSetting(source, "config", path, f"not a TOML file: {error}") from None
     known = {row.name for row in SETTING_ROWS if row.option.in_file}
     for name, raw in table.items():
         if name not in known:
-            raise BadSetting(f"file {path}", name, raw, "no such setting")
+            raise BadSetting(f"file {path}", repr(name)[1:-1], raw, "no such setting")
     return table
 
 
@@ -619,11 +648,14 @@ def _checked(row: Row, source: str, raw: object) -> Any:
         shown = "(hidden)" if limits.secret else raw
         return BadSetting(source, row.name, shown, bound)
 
-    value = _converted(row.kind, raw)
+    is_text = isinstance(raw, str) and not source.startswith("file ")
+    value = _read(row.kind, raw) if is_text else _typed_value(row.kind, raw)
     if value is None:
         raise refuse(f"must be {_KINDS[row.kind.__name__]} {limits.bound}".rstrip())
     if limits.choices and value not in limits.choices:
         raise refuse(f"must be {limits.bound}")
+    if value == "" and row.default:
+        raise refuse("must not be empty")
     too_low = limits.at_least is not None and value < limits.at_least
     if too_low or (limits.at_most is not None and value > limits.at_most):
         raise refuse(f"must be {limits.bound}")
@@ -632,36 +664,39 @@ def _checked(row: Row, source: str, raw: object) -> Any:
         try:
             with open(value, "rb") as file:
                 found = file.read(len(limits.magic))
-        except OSError as error:
-            reason = error.strerror or "unreadable"
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
             raise refuse(f"must be {limits.bound}: {reason}") from None
         if found != limits.magic:
             raise refuse(f"must be {limits.bound}; this one begins with {found!r}")
     return value
 
 
-def _converted(kind: type, raw: object) -> Any:
-    """``raw`` as ``kind``, or None. Text (flags, variables) is read, TOML is typed."""
+def _read(kind: type, text: Any) -> Any:
+    """The text of a flag or variable as ``kind``, or None."""
     if kind is tuple:
-        items = raw.split(",") if isinstance(raw, str) else raw
-        if isinstance(items, list) and all(isinstance(i, str) and i for i in items):
-            return tuple(items)
-        return None
+        return _typed_value(tuple, text.split(","))
     if kind is bool:
-        return _WORDS.get(raw.lower()) if isinstance(raw, str) else _only(bool, raw)
-    if kind is int and isinstance(raw, str):
-        return int(raw) if re.fullmatch(r"[+-]?[0-9]{1,18}", raw) else None
+        return _WORDS.get(text.lower())
+    if kind is int:
+        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
     if kind is float:
-        try:
-            number = float(raw) if isinstance(raw, str | int | float) else math.nan
-        except ValueError:
-            return None
-        return number if math.isfinite(number) and raw is not True else None
-    return _only(kind, raw)
+        is_number = re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?", text, re.ASCII)
+        return float(text) if is_number else None
+    return _typed_value(str, text)
 
 
-def _only(kind: type, raw: object) -> Any:
-    return raw if type(raw) is kind else None
+def _typed_value(kind: type, value: Any) -> Any:
+    """A value that has a type already, if it is ``kind``'s; else None."""
+    if kind is tuple and isinstance(value, list):
+        items = [_typed_value(str, item) for item in value]
+        return tuple(items) if all(items) else None
+    if kind is float and type(value) in (int, float):
+        return float(value) if -1e18 < value < 1e18 else None
+    if kind is str and type(value) is str:
+        is_unicode = not any("\ud800" <= char <= "\udfff" for char in value)
+        return value if is_unicode else None
+    return value if type(value) is kind else None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -1457,7 +1492,15 @@ class CodePoints(dict[int, str | None]):
         self._strip_accents = strip_accents
 
     def __missing__(self, code: int) -> str | None:
-        becomes = self[code] = self._becomes(chr(code))
+        # Decomposed one by one: normalising a whole text sorts its accents, in
+        # quadratic time (a megabyte of them: hours), and they are dropped anyway.
+        parts = (
+            unicodedata.normalize("NFD", chr(code))
+            if self._strip_accents
+            else chr(code)
+        )
+        becomes = "".join(self._becomes(char) or "" for char in parts) or None
+        self[code] = becomes
         return becomes
 
     def _becomes(self, char: str) -> str | None:
@@ -1499,11 +1542,11 @@ class WordPiece:
         self._longest = max(map(len, tokens))
         self._unknown = (unknown,)
         self._specials = specials
-        alternatives = "|".join(map(re.escape, specials)) or r"(?!)"
+        longest_first = sorted(specials, key=len, reverse=True)
+        alternatives = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._special_pattern = re.compile(f"({alternatives})")
         self._code_points = CodePoints(lowercase=lowercase, strip_accents=strip_accents)
         self._lowercase = lowercase
-        self._strip_accents = strip_accents
         self._pieces = functools.lru_cache(_PIECES_CACHED)(self._split_word)
 
     def ids(self, text: str) -> list[int]:
@@ -1519,19 +1562,20 @@ class WordPiece:
         return ids
 
     def _plain_ids(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(map(self._pieces, self._words(text))))
+        ids: list[int] = []
+        for word in self._words(text):
+            # Long words stay out of the cache, which holds words of any client.
+            is_long = len(word) > _MAX_WORD_CHARS
+            ids += self._unknown if is_long else self._pieces(word)
+        return ids
 
     def _words(self, text: str) -> list[str]:
         if _PLAIN_TEXT.fullmatch(text):
             return _PLAIN_WORDS.findall(text.lower() if self._lowercase else text)
-        if self._strip_accents:
-            text = unicodedata.normalize("NFD", text)
         return text.translate(self._code_points).split()
 
     def _split_word(self, word: str) -> tuple[int, ...]:
         """Longest match first; a word with any part unknown is one [UNK]."""
-        if len(word) > _MAX_WORD_CHARS:
-            return self._unknown
         ids: list[int] = []
         begin, pieces = 0, self._first
         while begin < len(word):
@@ -1681,7 +1725,10 @@ class LlamaEngine:
     """A GGUF loaded by llama.cpp. Raises StartupError if it cannot serve embeddings."""
 
     def __init__(self, path: str, options: EngineOptions, log: Log) -> None:
-        import llama_cpp
+        try:
+            import llama_cpp
+        except Exception as error:  # e.g. a system library it needs is missing
+            raise StartupError(f"llama-cpp-python does not load: {error}") from None
 
         self._llama = llama_cpp
         self._options = options

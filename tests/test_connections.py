@@ -541,7 +541,7 @@ async def stuffed(room: Room, *requests: bytes, least: int) -> tuple[Client, int
         asked += 1
         await until(lambda: room.answered() >= asked)  # noqa: B023
         unsent = connection._transport.get_write_buffer_size()
-    assert connection._task is None and connection._is_writable  # noqa: PT018
+    assert connection._task is None and connection._is_writable
     return client, asked
 
 

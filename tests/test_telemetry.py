@@ -263,7 +263,7 @@ HOSTILE = [
     "",
     "two words",
     'a"b',
-    "a=b c=d",
+    "a=b",
     "x\n2026-01-01T00:00:00.000Z error   forged",
     "x\r\nforged",
     "x\x85forged\u2028forged\u2029forged\x0bforged\x0cforged\x1c",
@@ -288,7 +288,7 @@ def test_no_value_can_forge_a_line_or_a_field(shape: str, value: str) -> None:
     quoted = line.partition(" value=")[2].removesuffix(" last=1\n")
     # A reader gets it back: plain text is the value, quoted text is a JSON string.
     assert (json.loads(quoted) if quoted[:1] == '"' else quoted) == value
-    assert quoted[:1] == '"' or not re.search(r'[\s"]', quoted)
+    assert quoted[:1] == '"' or not re.search(r'[\s"=]', quoted)
 
 
 @given(st.text(), st.sampled_from(["text", "json"]))
