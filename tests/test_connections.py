@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -30,14 +31,12 @@ BYE = b"GET /health HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
 JSON = "application/json"
 
 
+@dataclass
 class Client:
     """A connection to the server, as bytes."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self.reader = reader
-        self.writer = writer
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
 
     def send(self, *parts: bytes) -> None:
         self.writer.write(b"".join(parts))
@@ -126,6 +125,7 @@ def served(**changes: Any) -> Callable[[Callable[..., Awaitable[None]]], Any]:
                     finally:
                         for client in room.clients:
                             client.writer.transport.abort()
+                assert " bug " not in running.log.getvalue()
                 assert not running.service.connections.open
                 assert pool.state()[0].inputs == pool.state()[0].tokens == 0
 
@@ -340,14 +340,8 @@ def test_work_is_refused_while_loading_without_100_continue(loop: str) -> None:
 @served()
 async def test_100_continue_is_not_sent_where_it_is_not_waited_for(room: Room) -> None:
     # RFC 9110, 10.1.1: ignored in HTTP/1.0, and pointless without a body.
-    expecting = BYE.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
-    for sent in (
-        expecting,
-        b"Content-Length: 1\r\nExpect:".join(expecting.split(b"Expect:")).replace(
-            b"HTTP/1.1", b"HTTP/1.0"
-        )
-        + b"x",
-    ):
+    old = b"GET /health HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx"
+    for sent in (BYE.replace(b"Host", b"Expect: 100-continue\r\nHost"), old):
         raw = await (await room.client(sent)).rest()
         assert raw.startswith(b"HTTP/1.1 200 ")
 
@@ -526,8 +520,10 @@ async def test_who_reads_slowly_but_steadily_gets_all(room: Room) -> None:
     assert len(kit.parse_reply(raw, "POST").json["data"]) == 500
 
 
-async def stuffed(room: Room, *requests: bytes, least: int) -> tuple[Client, int]:
-    """A client that does not read, and how many answers it has coming.
+async def stuffed(
+    room: Room, *requests: bytes, least: int
+) -> tuple[Client, es.Connection, int]:
+    """A client that does not read, the server's end, and how many answers are due.
 
     ``least`` bytes of them, at most what may be written, have not left the server. It
     is asked the first of ``requests`` until some stay there, then the last.
@@ -541,8 +537,8 @@ async def stuffed(room: Room, *requests: bytes, least: int) -> tuple[Client, int
         asked += 1
         await until(lambda: room.answered() >= asked)  # noqa: B023
         unsent = connection._transport.get_write_buffer_size()
-    assert connection._task is None and connection._is_writable
-    return client, asked
+    assert connection._is_writable
+    return client, connection, asked
 
 
 THEN = {
@@ -556,9 +552,12 @@ THEN = {
 
 @pytest.mark.parametrize("then", THEN)
 @served(n_embd=4096, receive_timeout_s=0.5, keep_alive_s=0.5)
-async def test_who_does_not_read_is_dropped(room: Room, then: str) -> None:
+async def test_who_does_not_read_is_dropped(
+    room: Room, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # close() waits until all is written: without a timer, for ever.
-    client, _ = await stuffed(room, embed("a"), least=1)
+    monkeypatch.setattr(es, "_LINGER_S", 0.3)
+    client, _, _ = await stuffed(room, embed("a"), least=1)
     client.send(THEN[then])
     await until(lambda: not room.service.connections.open)
 
@@ -570,7 +569,7 @@ async def test_lingering_ends_for_who_reads_late(
     # The refusal's bytes make the buffer full: writing pauses after lingering began,
     # and resumes before it ends.
     monkeypatch.setattr(es, "_LINGER_S", 0.3)
-    client, asked = await stuffed(room, embed("a"), HEALTH, least=(1 << 16) - 250)
+    client, _, asked = await stuffed(room, embed("a"), HEALTH, least=(1 << 16) - 250)
     client.send(b"bad\r\n\r\n")
     await until(lambda: room.answered() == asked + 1)
     replies = await client.replies(*["GET"] * (asked + 1))
@@ -633,9 +632,12 @@ async def test_a_drain_ends_after_its_timeout(room: Room) -> None:
     assert await room.running.task == 0
 
 
-@served(n_embd=4096)
-async def test_a_drain_does_not_cut_answers_on_their_way_out(room: Room) -> None:
-    client, asked = await stuffed(room, embed("a"), least=1)
+@pytest.mark.parametrize("begun", [b"", b"GET"])  # and perhaps a next request
+@served(n_embd=4096, drain_timeout_s=3600, receive_timeout_s=3600)
+async def test_a_drain_lasts_until_answers_have_left(room: Room, begun: bytes) -> None:
+    client, connection, asked = await stuffed(room, embed("a"), least=1)
+    client.send(begun)
+    await until(lambda: connection._parser.is_between_requests == (not begun))
     room.service.stop()
     replies = await client.replies(*["POST"] * asked)
     assert {reply.status for reply in replies} == {200}

@@ -171,8 +171,10 @@ def test_a_home_directory_may_be_written_as_a_tilde(
 ) -> None:
     path = kit.fake_gguf(saying.folder)
     monkeypatch.setenv("HOME", str(saying.folder))
-    saying.say("file", "model_path", f"~/{path.name}")
-    assert saying.load().settings.model_path == str(path)
+    # No shell expands it in a file, in a unit's Environment= or behind "--flag=".
+    for name in ("model_path", "cache_dir"):
+        saying.say("file", name, f"~/{path.name}")
+        assert getattr(saying.load().settings, name) == str(path)
 
 
 def test_an_alias_may_be_given_many_times(saying: Saying) -> None:
@@ -286,14 +288,17 @@ def test_a_file_that_is_not_there_is_not_called_bad_toml(
         assert ("not a TOML file" in said) == (path is binary)
 
 
-def test_an_unknown_variable_is_refused_without_its_value(
-    saying: Saying, refused: Refused
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_an_unknown_name_is_refused_without_its_value(
+    saying: Saying, refused: Refused, source: str
 ) -> None:
     # The value may be a key, meant for a setting whose name was mistyped.
-    saying.environment["EMBELLAMA_API_KEYS"] = "sk-secret"
+    name = {"environment": "EMBELLAMA_API_KEYS", "file": "api_keys"}[source]
+    saying.environment = {name: "sk-secret"} if source == "environment" else {}
+    saying.table = [f"{name} = 'sk-secret'\n"] if source == "file" else []
     said = refused(saying)
-    assert "EMBELLAMA_API_KEYS" in said
-    assert "no such setting" in said
+    for part in (source, name, "no such setting"):
+        assert part in said
     assert "sk-secret" not in said
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
@@ -182,6 +182,7 @@ def test_a_count_of_millions_keeps_its_last_digit() -> None:
     assert "embellama_tokens_total 123456789012\n" in telemetry.exposition()
 
 
+@settings(deadline=None)  # a busy machine is not a failure
 @given(st.lists(st.floats(0, 1e6), max_size=30))
 def test_an_observation_is_in_every_bucket_at_or_above_it(amounts: list[float]) -> None:
     telemetry = es.Telemetry()
@@ -291,6 +292,7 @@ def test_no_value_can_forge_a_line_or_a_field(shape: str, value: str) -> None:
     assert quoted[:1] == '"' or not re.search(r'[\s"=]', quoted)
 
 
+@settings(deadline=None)  # a busy machine is not a failure
 @given(st.text(), st.sampled_from(["text", "json"]))
 def test_no_text_at_all_breaks_a_line(value: str, shape: str) -> None:
     line = logged(shape, value=value)
