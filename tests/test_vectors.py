@@ -1,4 +1,4 @@
-"""Rooms 6 and 7 together: our vectors are the ones sentence-transformers makes.
+"""Rooms 5 to 7 with the real model: our vectors are those of sentence-transformers.
 
 The reference (tests/reference) was computed in float32, one text at a time. Here every
 text is computed alone and at several places of a pack, because what llama.cpp does with
@@ -8,6 +8,7 @@ a sequence must not depend on its neighbours.
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import json
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -87,6 +89,9 @@ def rotated_packs() -> Packs:
     """Packs of three in which every text stands first, in the middle and last."""
     n = len(ROWS)
     return [[text, (text + 5) % n, (text + 35) % n] for text in TEXTS]
+
+
+# --- the vectors ---
 
 
 @pytest.mark.parametrize("name", LEAST)
@@ -175,3 +180,73 @@ def test_two_contexts_at_once_agree_with_one(
         thread.join()
     for number in range(2):
         assert np.abs(results[number] - alone["f16"]).max() <= 1e-5
+
+
+# --- the file ---
+
+
+@pytest.mark.parametrize("tensor_type", ["f16", "f32"])
+def test_the_default_model_is_whole(
+    default_model: Path, default_model_f32: Path, tensor_type: str
+) -> None:
+    path = {"f16": default_model, "f32": default_model_f32}[tensor_type]
+    wanted = es.DEFAULT_MODEL.gguf_sha256[tensor_type]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == wanted
+    reader = gguf.GGUFReader(path)
+    shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+    assert shapes == dict(minilm_shapes())
+    assert len(shapes) == 101
+    full = {"position_embd.weight", "token_types.weight"}
+    full |= {name for name, shape in shapes.items() if len(shape) == 1}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds == {
+        name: "F32" if name in full else tensor_type.upper() for name in shapes
+    }
+
+
+def minilm_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of all-MiniLM-L6-v2, from its config.json: 6 layers of 384, inner 1536."""
+    embeddings = {"token_embd": 30522, "position_embd": 512, "token_types": 2}
+    for name, rows in embeddings.items():
+        yield f"{name}.weight", (rows, 384)
+    norms = ["token_embd_norm"]
+    for block in (f"blk.{n}." for n in range(6)):
+        norms += [block + "attn_output_norm", block + "layer_output_norm"]
+        shapes = dict.fromkeys(
+            ("attn_q", "attn_k", "attn_v", "attn_output"), (384, 384)
+        )
+        for name, shape in {
+            **shapes,
+            "ffn_up": (1536, 384),
+            "ffn_down": (384, 1536),
+        }.items():
+            yield f"{block}{name}.weight", shape
+            yield f"{block}{name}.bias", shape[:1]
+    for norm in norms:
+        yield f"{norm}.weight", (384,)
+        yield f"{norm}.bias", (384,)
+
+
+def test_the_default_models_metadata_are_its_config_json(default_model: Path) -> None:
+    fields = gguf.GGUFReader(default_model).fields
+    expected: dict[str, object] = {
+        "general.architecture": "bert",
+        "general.name": "all-MiniLM-L6-v2",
+        "bert.block_count": 6,
+        "bert.context_length": 512,
+        "bert.embedding_length": 384,
+        "bert.feed_forward_length": 1536,
+        "bert.attention.head_count": 12,
+        "bert.attention.causal": False,
+        "bert.pooling_type": 1,
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 100,
+        "tokenizer.ggml.bos_token_id": 101,
+        "tokenizer.ggml.seperator_token_id": 102,
+    }
+    assert {key: fields[key].contents() for key in expected} == expected
+    epsilon = fields["bert.attention.layer_norm_epsilon"].contents()
+    assert epsilon == pytest.approx(1e-12)
+    words = fields["tokenizer.ggml.tokens"].contents()
+    assert (len(words), words[0], words[1996]) == (30522, "[PAD]", "\u2581the")

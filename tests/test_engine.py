@@ -1,0 +1,541 @@
+"""Room 7: llama.cpp, asked with models small enough to be made here.
+
+The models have random weights and a few kilobytes: a BERT, which is an encoder, and a
+llama, which decodes and keeps a memory between calls. What llama.cpp would answer with
+an abort must be an exception here, so some of these are run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+
+# --- the small models ---
+
+WIDTH, INNER, HEADS, TRAINED = 32, 64, 4, 64
+LETTERS = "abcdefghij"
+SQUARE, UP, DOWN = (WIDTH, WIDTH), (INNER, WIDTH), (WIDTH, INNER)
+BERT_MATRICES = {
+    **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), SQUARE),
+    "ffn_up": UP,
+    "ffn_down": DOWN,
+}
+BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def written(
+    path: Path, architecture: str, fill: Callable[[gguf.GGUFWriter], None]
+) -> Path:
+    """A GGUF of one layer."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(TRAINED)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    fill(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_matrices(writer: gguf.GGUFWriter, shapes: dict[str, tuple[int, int]]) -> None:
+    chance = np.random.default_rng(1)
+    for name, shape in shapes.items():
+        values = chance.standard_normal(shape).astype(np.float32) * 0.3
+        writer.add_tensor(f"{name}.weight", values)
+
+
+def add_vectors(writer: gguf.GGUFWriter, value: float, *names: str) -> None:
+    for name in names:
+        length = INNER if "ffn_up" in name else WIDTH
+        writer.add_tensor(name, np.full(length, value, np.float32))
+
+
+def bert(path: Path, letters: str = LETTERS, *, lowercase: bool | None = None) -> Path:
+    """An encoder that knows ten letters."""
+
+    def fill(writer: gguf.GGUFWriter) -> None:
+        tokens = [*BERT_SPECIALS, *("\u2581" + c for c in letters), *letters]
+        writer.add_layer_norm_eps(1e-12)
+        writer.add_causal_attention(False)
+        writer.add_pooling_type(gguf.PoolingType.MEAN)
+        writer.add_tokenizer_model("bert")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] * 5 + [1] * (len(tokens) - 5))
+        writer.add_token_type_count(2)
+        writer.add_pad_token_id(0)
+        writer.add_unk_token_id(1)
+        writer.add_bos_token_id(2)
+        writer.add_sep_token_id(3)
+        if lowercase is not None:
+            writer.add_bool("tokenizer.ggml.normalizer.lowercase", lowercase)
+        block = {"blk.0." + name: shape for name, shape in BERT_MATRICES.items()}
+        embeddings = {"token_embd": len(tokens), "position_embd": TRAINED}
+        embeddings["token_types"] = 2
+        shapes = {name: (rows, WIDTH) for name, rows in embeddings.items()}
+        add_matrices(writer, shapes | block)
+        norms = ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm")
+        add_vectors(writer, 1, *(norm + ".weight" for norm in norms))
+        add_vectors(writer, 0, *(name + ".bias" for name in (*norms, *block)))
+
+    return written(path, "bert", fill)
+
+
+def byte_chars() -> list[str]:
+    """The 256 characters that stand for bytes in a GPT-2 vocabulary."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
+
+
+def add_bpe(writer: gguf.GGUFWriter) -> int:
+    """A token is a byte, but for "xx"; the end is marked, the beginning is not."""
+    tokens = [*byte_chars(), "xx", "<end>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-4o")  # one of those that go through std::regex
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 257 + [3])
+    writer.add_token_merges(["x x"])
+    writer.add_eos_token_id(257)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(True)
+    return len(tokens)
+
+
+def add_spm(writer: gguf.GGUFWriter) -> int:
+    """Ten letters and bytes; both ends are marked."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["\u2581", *LETTERS]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-1.0] * 11)
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 11)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    return len(tokens)
+
+
+def llama(
+    path: Path,
+    add_vocabulary: Callable[[gguf.GGUFWriter], int],
+    pooling: gguf.PoolingType | None = gguf.PoolingType.LAST,
+    norm: float = 1,
+) -> Path:
+    """A causal decoder. ``norm`` multiplies what goes into each layer."""
+
+    def fill(writer: gguf.GGUFWriter) -> None:
+        writer.add_head_count_kv(HEADS)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_rope_dimension_count(WIDTH // HEADS)
+        if pooling is not None:
+            writer.add_pooling_type(pooling)
+        shapes = {"token_embd": (add_vocabulary(writer), WIDTH)}
+        matrices = BERT_MATRICES | {"ffn_gate": UP}
+        shapes |= {"blk.0." + name: shape for name, shape in matrices.items()}
+        add_matrices(writer, shapes)
+        norms = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
+        add_vectors(writer, norm, *(name + ".weight" for name in norms))
+
+    return written(path, "llama", fill)
+
+
+@dataclass
+class Models:
+    """Paths."""
+
+    bert: Path
+    bpe: Path
+    spm: Path
+    unpooled: Path
+
+
+NAMES = ("bert", "bpe", "spm")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    return Models(
+        bert=bert(folder / "bert.gguf"),
+        bpe=llama(folder / "bpe.gguf", add_bpe),
+        spm=llama(folder / "spm.gguf", add_spm),
+        unpooled=llama(folder / "unpooled.gguf", add_spm, pooling=None),
+    )
+
+
+@contextmanager
+def loaded(path: Path, **options: Any) -> Iterator[es.LlamaEngine]:
+    engine = es.LlamaEngine(str(path), es.EngineOptions(**options), kit.quiet_log())
+    yield engine
+    engine.close()
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[tuple[es.ModelCard, Any]]:
+    """A model's card and what embeds lists of ids in one call."""
+    with loaded(path, **options) as engine:
+        context = engine.new_context()
+
+        def embed(*inputs: list[int]) -> Any:
+            return context.embed([np.array(ids, np.int32) for ids in inputs])
+
+        yield engine.card, embed
+        context.close()
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """What is said of a model that cannot be served."""
+    with pytest.raises(es.StartupError) as caught, loaded(path, **options):
+        pytest.fail("loaded")
+    return str(caught.value)
+
+
+# --- pure parts ---
+
+
+def test_rows_are_scaled_to_length_one_whatever_their_size() -> None:
+    huge, tiny = np.finfo(np.float32).max, 1e-45
+    raw = np.array([[3, 4], [huge, huge], [tiny, 0], [-1, 0]], np.float32)
+    half = 0.5**0.5
+    expected = [[0.6, 0.8], [half, half], [1, 0], [-1, 0]]
+    vectors = es.normalised(raw)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [[0, 0], [np.nan, 1], [np.inf, 1], [1, -np.inf]])
+def test_a_row_without_a_direction_is_nan_throughout_and_harms_no_other(
+    bad: list[float],
+) -> None:
+    vectors = es.normalised(np.array([[1, 0], bad, [0, 2]], np.float32))
+    assert np.isnan(vectors[1]).all()
+    np.testing.assert_array_equal(vectors[[0, 2]], [[1, 0], [0, 1]])
+
+
+def test_a_shortened_vector_has_length_one_and_leaves_the_whole_one_alone() -> None:
+    vector = np.array([0.6, 0.0, 0.8], np.float32)
+    short = es.shortened(vector, 2)
+    np.testing.assert_array_equal(short, [1, 0])
+    assert short.dtype == np.float32
+    assert vector[2] == np.float32(0.8)
+
+
+def test_a_texts_ids_are_framed_even_when_it_says_so_itself() -> None:
+    card = kit.fake_card(head=(1,), tail=(2,))
+    assert es.framed([5], card) == [1, 5, 2]
+    assert es.framed([1, 5, 2], card) == [1, 1, 5, 2, 2]
+    assert es.framed([], card) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "ids", "expected"),
+    [
+        ((1,), (2,), [5], [1, 5, 2]),
+        ((1,), (2,), [1, 5, 2], [1, 5, 2]),
+        ((1,), (2,), [1, 5], [1, 1, 5, 2]),
+        ((1,), (2,), [5, 2], [1, 5, 2, 2]),
+        ((1,), (2,), [1, 2], [1, 2]),
+        ((1,), (1,), [1], [1, 1, 1]),
+        ((), (2,), [5], [5, 2]),
+        ((), (2,), [5, 2], [5, 2]),
+        ((1,), (), [1, 5], [1, 5]),
+        ((), (), [5], [5]),
+        ((1, 1), (2, 3), [1, 1, 2, 3], [1, 1, 2, 3]),
+    ],
+)
+def test_a_clients_ids_are_framed_unless_the_client_did(
+    head: tuple[int, ...], tail: tuple[int, ...], ids: list[int], expected: list[int]
+) -> None:
+    assert es.framed_once(ids, kit.fake_card(head=head, tail=tail)) == expected
+
+
+def test_truncating_keeps_the_beginning_and_the_final_special_tokens() -> None:
+    ids = list(range(40))
+    card = kit.fake_card(max_input_tokens=5, tail=(8, 9))
+    assert es.truncated(ids, card) == [0, 1, 2, 8, 9]
+    assert es.truncated(ids, kit.fake_card(max_input_tokens=3, tail=())) == [0, 1, 2]
+
+
+# --- small models, really computed ---
+
+
+def test_the_card_says_what_the_file_says(models: Models) -> None:
+    cards = {}
+    for name in NAMES:
+        with loaded(getattr(models, name)) as engine:
+            cards[name] = engine.card
+    for card in cards.values():
+        assert (card.n_embd, card.trained_tokens, card.max_input_tokens) == (
+            *(WIDTH, TRAINED, TRAINED),
+        )
+        assert card.pack_tokens == 256
+    assert cards["bert"].architecture == "bert"
+    pooled = [cards[name].pooling for name in NAMES]
+    assert pooled == ["mean", "last", "last"]
+    framing = [(cards[name].head, cards[name].tail) for name in NAMES]
+    assert framing == [((2,), (3,)), ((), (257,)), ((1,), (2,))]
+    kinds = [cards[name].tokeniser for name in NAMES]
+    assert kinds == ["WordPiece", "BPE", "SentencePiece"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pack_gives_each_input_the_vector_it_has_alone(
+    models: Models, name: str
+) -> None:
+    chance = np.random.default_rng(2)
+    with opened(getattr(models, name)) as (card, embed):
+        lengths = [1, 2, 1, TRAINED, 17, 3, 40, 5, TRAINED, 1]
+        lengths.append(card.pack_tokens - sum(lengths))
+        assert sum(lengths) == card.pack_tokens, "exactly at capacity"
+        inputs = [chance.integers(5, card.n_vocab, n).tolist() for n in lengths]
+        together = embed(*inputs)
+        singly = np.concatenate([embed(ids) for ids in inputs])
+        assert np.isfinite(together).all()
+        assert np.einsum("ij,ij->i", together, singly).min() >= 0.9999
+        # Without this, a model that gives one vector for everything would do.
+        apart = together @ together.T - np.eye(len(inputs))
+        assert apart[np.ix_(range(3, 9), range(3, 9))].max() < 0.9999
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_inputs_as_the_card_says_fit_into_one_call(
+    models: Models, name: str
+) -> None:
+    with opened(getattr(models, name)) as (card, embed):
+        inputs = [[5 + n % 20] for n in range(card.pack_inputs)]
+        vectors = embed(*inputs)
+        assert np.einsum("ij,ij->i", vectors[:20], vectors[20:40]).min() >= 0.9999
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_leave_nothing_behind_that_changes_the_next(
+    models: Models, name: str
+) -> None:
+    with opened(getattr(models, name)) as (_, embed):
+        before = embed([5, 6, 7])
+        embed(*[[9] * 20] * 10)
+        np.testing.assert_array_equal(embed([5, 6, 7]), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_llama_cpp_would_abort_on_is_an_engine_error_and_work_goes_on(
+    models: Models, name: str
+) -> None:
+    with opened(getattr(models, name)) as (card, embed):
+        expected = embed([5, 6])
+        too_many = [[5] * TRAINED] * 4 + [[5]]
+        assert sum(map(len, too_many)) == card.pack_tokens + 1
+        for inputs in (too_many, [[5], []], [[card.n_vocab]], [[-1]]):
+            with pytest.raises(es.EngineError):
+                embed(*inputs)
+        np.testing.assert_array_equal(embed([5, 6]), expected)
+
+
+def test_a_decoder_reads_the_final_token(models: Models) -> None:
+    # Its vector is the last token's: Llama.embed() of llama-cpp-python drops it.
+    with opened(models.spm) as (card, embed):
+        long = es.truncated(es.framed([260] * 99, card), card)
+        assert len(long) == card.max_input_tokens
+        assert long[-1] == 2
+        one, other = embed(long, [*long[:-1], 260])
+        assert one @ other < 0.9999
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.differing_executors])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+@example(text="~")
+@example(text="\U0001f600")
+def test_no_tokeniser_needs_more_room_than_is_reserved(
+    engines: dict[str, es.LlamaEngine], name: str, text: str
+) -> None:
+    engine = engines[name]
+    ids = es.framed(engine.tokenise(text), engine.card)
+    # What is longer than the model can read is refused or cut.
+    assert min(len(ids), TRAINED) <= es.most_tokens(text, engine.card)
+
+
+@pytest.fixture(scope="module")
+def engines(models: Models) -> Iterator[dict[str, es.LlamaEngine]]:
+    with loaded(models.bert) as a, loaded(models.bpe) as b, loaded(models.spm) as c:
+        yield dict(zip(NAMES, (a, b, c), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("letters", "lowercase", "is_cased"),
+    [
+        ("ab", None, False),
+        ("abAB", None, True),
+        ("abAB", True, False),
+        ("ab", False, True),
+    ],
+)
+def test_a_vocabulary_is_cased_when_the_file_says_so_or_has_capitals(
+    tmp_path: Path, letters: str, lowercase: bool | None, is_cased: bool
+) -> None:
+    path = bert(tmp_path / "cased.gguf", letters, lowercase=lowercase)
+    with loaded(path) as engine:
+        assert (engine.tokenise("AB") != engine.tokenise("ab")) is is_cased
+
+
+# --- what cannot be served ---
+
+
+def test_a_model_without_pooling_is_refused_until_told_how(models: Models) -> None:
+    said = refusal(models.unpooled)
+    assert "--pooling" in said
+    assert str(models.unpooled) in said
+    with opened(models.unpooled, pooling="last") as (card, embed):
+        assert card.pooling == "last"
+        vector = embed([1, 260, 261])
+    with opened(models.spm) as (_, embed):
+        np.testing.assert_array_equal(embed([1, 260, 261]), vector)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"context_size": TRAINED + 1}, ["context_size", "65", "64"]),
+        ({"max_input_tokens": TRAINED + 1}, ["max_input_tokens", "65", "64"]),
+        (
+            {"context_size": 32, "max_input_tokens": 33},
+            ["max_input_tokens", "33", "32"],
+        ),
+        ({"max_input_tokens": 2}, ["max_input_tokens", "2"]),
+        ({"context_size": 2}, ["max_input_tokens", "2"]),
+    ],
+)
+def test_sizes_the_model_cannot_have_are_refused(
+    models: Models, options: dict[str, int], names: list[str]
+) -> None:
+    said = refusal(models.bert, **options)
+    assert all(name in said for name in names)
+
+
+def test_sizes_may_be_as_small_as_one_token_of_text(models: Models) -> None:
+    for options in ({"max_input_tokens": 3}, {"context_size": 3}):
+        with opened(models.bert, pack_tokens=16, **options) as (card, embed):
+            assert (card.max_input_tokens, card.pack_tokens) == (3, 16)
+            assert np.isfinite(embed([2, 5, 3])).all()
+
+
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
+    path = llama(tmp_path / "nan.gguf", add_spm, norm=float("nan"))
+    assert "not numbers" in refusal(path)
+
+
+def test_a_path_may_hold_any_byte(models: Models, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff\xe4 m.gguf")
+    try:
+        path.symlink_to(models.bert)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    with loaded(path) as engine:
+        assert engine.card.architecture == "bert"
+
+
+def test_a_gpu_that_is_not_there_is_refused(models: Models) -> None:
+    import llama_cpp
+
+    if llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("there is one")
+    assert "--gpu" in refusal(models.bert, gpu_layers=-1)
+
+
+@pytest.mark.parametrize("cut", [4, 100, 5000, -1], ids="{} bytes".format)
+def test_a_file_that_ends_early_is_refused_in_a_sentence(
+    models: Models, tmp_path: Path, cut: int
+) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(models.bert.read_bytes()[:cut])
+    said = refusal(path)
+    assert said.startswith(f"{path}: llama.cpp cannot load it: ")
+    assert "\n" not in said
+    assert "gave no reason" not in said
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_file_of_garbage_is_refused_in_a_sentence(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "garbage.gguf"
+    path.write_bytes(es.GGUF_MAGIC + np.random.default_rng(seed).bytes(5000))
+    said = refusal(path)
+    assert said.startswith(f"{path}: llama.cpp cannot load it: ")
+    assert "\n" not in said
+
+
+# --- in a process of their own: they would take the tests with them ---
+
+
+def run_python(code: str, *arguments: object) -> None:
+    head = (
+        "import sys, threading\nimport embellama_server as es\nfrom tests import kit\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", head + code, *map(str, arguments)],
+        cwd=kit.ROOT,
+        check=True,
+        timeout=kit.DEADLINE_S,
+    )
+
+
+LONG_TEXTS = """
+engine = es.LlamaEngine(sys.argv[1], es.EngineOptions(), kit.quiet_log())
+counts = []
+def tokenise():
+    for size in (40_000, es.MAX_TOKENISER_CHARS):
+        for piece in ("x", "X", " ", "1", "\\n", "'", "\\u4e2d", "x1", " \\n"):
+            counts.append(len(engine.tokenise((piece * size)[:size])))
+threading.stack_size(es.TOKENISER_STACK_BYTES)
+thread = threading.Thread(target=tokenise)
+thread.start()
+thread.join()
+assert len(counts) == 18 and all(counts)
+"""
+
+
+def test_the_longest_text_fits_into_the_tokenisers_stack(models: Models) -> None:
+    # std::regex recurses for each character: 40,000 "x" overflow a stack of 8 MiB.
+    run_python(LONG_TEXTS, models.bpe)
+
+
+AFTER_A_FAILED_LOAD = """
+engine = es.LlamaEngine(sys.argv[1], es.EngineOptions(), kit.quiet_log())
+try:
+    es.LlamaEngine(sys.argv[2], es.EngineOptions(), kit.quiet_log())
+except es.StartupError:
+    pass
+else:
+    sys.exit("loaded garbage")
+for _ in range(20):
+    engine.new_context().close()
+"""
+
+
+def test_a_load_that_failed_does_not_take_the_log_sink_with_it(
+    models: Models, tmp_path: Path
+) -> None:
+    # llama.cpp has one sink a process and goes on calling it: it must never be freed.
+    garbage = tmp_path / "garbage.gguf"
+    garbage.write_bytes(es.GGUF_MAGIC + bytes(100))
+    run_python(AFTER_A_FAILED_LOAD, models.bert, garbage)
