@@ -197,18 +197,22 @@ async def test_pipelined_requests_are_answered_in_order(room: Room) -> None:
     assert [r.headers.get("connection") for r in replies] == [None] * 6 + ["close"]
 
 
+@pytest.mark.parametrize(("at_once", "later"), [(HEALTH + BYE, b""), (HEALTH, BYE)])
 @served()
-async def test_a_quick_request_waits_for_the_slow_one_before_it(room: Room) -> None:
+async def test_a_quick_request_waits_for_the_slow_one_before_it(
+    room: Room, at_once: bytes, later: bytes
+) -> None:
     room.engine.block()
-    client = await room.client(embed("a"), BYE)
+    client = await room.client(embed("a"), at_once)
     await room.computing()
+    client.send(later)
     for _ in range(3):  # the loop turns, others are served
         assert (await room.running.ask("GET", "/health")).status == 200
     assert room.answered() == 3
     room.engine.release()
-    first, second = await client.replies("POST", "GET")
+    first, *others = await client.replies("POST", "GET", "GET")
     assert first.json["object"] == "list"
-    assert second.json == {"status": "ok"}
+    assert [reply.json for reply in others] == [{"status": "ok"}] * 2
 
 
 @served()
