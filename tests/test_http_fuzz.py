@@ -124,7 +124,7 @@ def test_any_bytes_get_one_verdict_however_they_are_cut(
     check_one_verdict(data, places)
 
 
-@settings(EXAMPLES, max_examples=3000)
+@settings(EXAMPLES, max_examples=2000)
 @given(bent(), cuts)
 def test_bent_requests_get_one_verdict_however_they_are_cut(
     data: bytes, places: list[int]
@@ -178,7 +178,7 @@ def accepted(data: bytes) -> list[tuple[es.Request, bytes]]:
     return found
 
 
-@settings(EXAMPLES, max_examples=3000)
+@settings(EXAMPLES, max_examples=2000)
 @given(anything | bent())
 def test_h11_reads_the_same_from_all_that_is_accepted(data: bytes) -> None:
     for request, raw in accepted(data):

@@ -201,6 +201,23 @@ def test_a_large_job_lets_others_pass_the_tokeniser() -> None:
     assert engine.tokenised.index("small") < engine.tokenised.index("large 99")
 
 
+def test_a_job_tokenised_in_parts_takes_one_turn_at_a_time() -> None:
+    engine = Engine(pack_tokens=1000, pack_inputs=1000)
+    engine.block()
+    with desk(engine, pack_tokens=1000) as at:
+        at.submit("first")
+        engine.wait_until_computing()
+        large, small = at.submit(*["large"] * 64), at.submit("one", "two")
+        for later in ("later", "last"):  # when it comes to "last", all parts are there
+            at.submit(later)
+            engine.wait_until_tokenising(later)
+        engine.release()
+        at.wait_for(large, small)
+    words = [ids[1] for ids in engine.calls[1]]
+    before = words[: words.index(kit.fake_id("two"))]
+    assert before.count(kit.fake_id("large")) == 2
+
+
 def test_all_workers_compute_at_once() -> None:
     engine = Engine(pack_inputs=1)
     engine.block()
@@ -382,7 +399,9 @@ def test_an_input_that_fails_twice_fails_its_job_and_no_other(
         assert (bad.error.param, "input[1]" in bad.error.message) == ("input[1]", True)
     words = {ids[1] for ids in engine.calls[1]}
     assert words >= {kit.fake_id(text) for text in ("good", word, "fine", "too")}
+    retried = 1 if word == kit.NAN_WORD else len(engine.calls[1])
     assert sum(report.refused for report in at.reports) == 1
+    assert sum(report.recovered for report in at.reports) == retried - 1
 
 
 def test_a_bug_in_the_engine_fails_the_job_not_the_worker() -> None:
@@ -428,6 +447,7 @@ def test_a_truncated_input_keeps_the_final_special_token() -> None:
         job = at.result("word " * 31, "short", "x " * 5000)
         assert (job.error, job.truncated, job.tokens) == (None, 2, 32 + 3 + 32)
     words = {len(ids): ids for call in engine.calls for ids in call}
+    assert max(map(len, engine.tokenised)) == 1000, "it must see no more"
     assert words[32][0] == 1
     assert words[32][-1] == 2
 
@@ -438,12 +458,16 @@ def test_a_truncated_input_keeps_the_final_special_token() -> None:
 def test_abandoned_jobs_end_once_wherever_they_are() -> None:
     engine = Engine()
     engine.block()
-    gate = engine.hold("held")
+    gate = engine.hold("untokenisable")
     with desk(engine) as at:
         jobs = [at.submit("computing")]
         engine.wait_until_computing()
-        jobs += [at.submit("waiting"), at.submit("held"), at.submit("untouched")]
-        engine.wait_until_tokenising("held")
+        jobs += [
+            at.submit("waiting"),
+            at.submit("untokenisable"),
+            at.submit("untouched"),
+        ]
+        engine.wait_until_tokenising("untokenisable")
         error = es.NotReady("bye")
         assert at.pool.abandon_all(error) == 4
         assert [at.finished[job] for job in jobs] == [1] * 4
