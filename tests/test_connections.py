@@ -567,6 +567,20 @@ async def test_who_does_not_read_is_dropped(
 
 
 @served(n_embd=4096)
+async def test_leaving_is_noticed_while_answers_are_unsent(room: Room) -> None:
+    # A closing transport reports its end only when all is written.
+    client, _, asked = await stuffed(room, embed("a"), least=1)
+    room.engine.block()
+    client.send(embed("b"), embed("c"))
+    await room.computing()
+    half_closed(client)
+    await until(lambda: "status=499" in room.running.log.getvalue())
+    room.engine.release()
+    assert len(await client.replies(*["POST"] * asked)) == asked
+    assert ids("c") not in [pack[0] for pack in room.engine.calls]
+
+
+@served(n_embd=4096)
 async def test_lingering_ends_for_who_reads_late(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
