@@ -126,6 +126,24 @@ def test_no_job_takes_a_second_turn_before_another_has_had_its_first(
         assert not left_out or max(turns.values()) == 1
 
 
+# --- fair_budget ---
+
+
+@pytest.mark.parametrize(
+    ("waiting", "idle", "expected"),
+    [
+        pytest.param(100, 1, 100, id="alone: all of it"),
+        pytest.param(100, 2, 50, id="half each"),
+        pytest.param(101, 2, 51, id="nothing is left over"),
+        pytest.param(1000, 2, 256, id="no more than a pack"),
+        pytest.param(1, 8, 1, id="at least a token"),
+        pytest.param(0, 8, 0, id="nothing waits"),
+    ],
+)
+def test_an_idle_worker_takes_its_part(waiting: int, idle: int, expected: int) -> None:
+    assert es.fair_budget(waiting, idle, 256) == expected
+
+
 # --- Backlog ---
 
 

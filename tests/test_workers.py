@@ -189,6 +189,26 @@ def test_inputs_of_different_jobs_share_a_pack() -> None:
         assert words == [kit.fake_id(name) for name in "abcabc"]
 
 
+def test_idle_workers_share_what_waits() -> None:
+    engine = Engine()
+    with desk(engine, workers=2) as at:
+        for _ in range(2):  # again: what has run or was cancelled does not count
+            engine.block()
+            job = at.submit("a", "b", "c", "d")
+            for _ in range(2):
+                engine.wait_until_computing()
+            unwanted = at.submit(*["unwanted words"] * 30)
+            later = at.submit("later")
+            engine.wait_until_tokenising("later")
+            engine.tokenised.clear()
+            at.pool.cancel(unwanted)
+            engine.release()
+            at.wait_for(job, later)
+            engine.wait_until_computing()  # that was "later"
+    shared = [len(call) for call in engine.calls]
+    assert shared == [2, 2, 1] * 2
+
+
 def test_a_large_job_lets_others_pass_the_tokeniser() -> None:
     engine = Engine()
     gate = engine.hold("large 0")
@@ -342,8 +362,11 @@ def test_a_job_cancelled_while_waiting_is_never_computed() -> None:
         engine.release()
         at.wait_for(last)
         assert at.room_taken() == (0, 0)
+        # What waited and left is forgotten: else packs would be smaller from now on.
+        at.result("a", "b", "c")
     words = [[ids[1] for ids in call] for call in engine.calls]
-    assert words == [[kit.fake_id("first")], [kit.fake_id("last")]]
+    expected = [["first"], ["last"], ["a", "b", "c"]]
+    assert words == [[kit.fake_id(word) for word in call] for call in expected]
     assert at.finished[job] == 0
 
 
