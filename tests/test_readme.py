@@ -23,7 +23,15 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
 
     known = {row.flag for row in es.SETTING_ROWS} | {
         *("--print-config", "--version"),  # ours
-        *("--peer", "--wheel-dir", "--no-deps", "--dest", "--no-index", "--find-links"),
+        *(
+            "--peer",
+            "--rounds",
+            "--wheel-dir",
+            "--no-deps",
+            "--dest",
+            "--no-index",
+            "--find-links",
+        ),
     }
     assert set(re.findall(r"--[a-z][a-z-]+", docs.README.read_text())) <= known
 
