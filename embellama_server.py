@@ -1482,6 +1482,11 @@ def _gguf_field(key: str, value: str | bool | float | list[str] | list[int]) -> 
 _MAX_WORD_CHARS: Final = 100  # longer words are [UNK]: BERT's max_input_chars_per_word
 _PIECES_CACHED: Final = 1 << 15  # words of 100 characters: some 50 MB at the very most
 _CODE_POINTS_CACHED: Final = 1 << 16  # of 1.1 million, which would take 190 MB
+# Regular expressions and str methods hold the interpreter until they are done: 1.8 s for
+# 30 MB, while nobody else runs. So texts are read in parts, cut before a character that
+# always begins a word or separates two.
+_PART_CHARS: Final = 1 << 16
+_CUT_BEFORE: Final = re.compile(r"[\t\n\r -/:-@\[-`{-~\u4e00-\u9fff]")
 _PLAIN_TEXT: Final = re.compile(r"[\t\n\r -~]*")  # ASCII that needs no cleaning
 _PLAIN_WORDS: Final = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 # CJK as the reference has it; 2B920 is its own slip for 2B820, kept.
@@ -1566,6 +1571,17 @@ class CodePoints(dict[int, str | None]):
         return f" {char} " if is_han or is_punctuation else char
 
 
+def _parts(text: str) -> Iterator[str]:
+    """``text`` in parts of some _PART_CHARS, no word cut in two."""
+    begin = 0
+    while len(text) - begin > _PART_CHARS:
+        cut = _CUT_BEFORE.search(text, begin + _PART_CHARS)
+        end = cut.start() if cut else len(text)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
 class WordPiece:
     """Text to token ids. Immutable but for caches; safe to call from any thread.
 
@@ -1609,10 +1625,11 @@ class WordPiece:
 
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in self._words(text):
-            # Long words stay out of the cache, which holds words of any client.
-            is_long = len(word) > _MAX_WORD_CHARS
-            ids += self._unknown if is_long else self._pieces(word)
+        for part in _parts(text):
+            for word in self._words(part):
+                # Long words stay out of the cache, which holds words of any client.
+                is_long = len(word) > _MAX_WORD_CHARS
+                ids += self._unknown if is_long else self._pieces(word)
         return ids
 
     def _words(self, text: str) -> list[str]:
@@ -1646,15 +1663,13 @@ class WordPiece:
 # (GGML_ASSERT in llama_context::encode; llama.cpp#12836).
 
 DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it by name
-# std::regex in llama.cpp's BPE pre-tokeniser recurses per character (llama.cpp#27783:
-# 36,000 characters overflow 8 MiB, some 230 bytes each). The tokeniser thread has this
-# much stack, and no text that goes there is longer than half of what fits.
+# std::regex in llama.cpp's BPE pre-tokenisers recurses per character, some 230 bytes each
+# (llama.cpp#27783). So much stack, and no text longer than half of what fits:
 TOKENISER_STACK_BYTES: Final = 256 << 20
 MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
 
 
-# llama.cpp has one sink for log lines and calls it for the rest of the process, whatever
-# became of the model: a callback is never freed.
+# llama.cpp calls its log sink for the rest of the process: callbacks are never freed.
 _LOG_SINKS: Final[list[object]] = []
 
 
@@ -1833,8 +1848,7 @@ class LlamaEngine:
             raise StartupError(
                 f"llama.cpp cannot make a context: {self._last_errors()}"
             )
-        on_gpu = options.gpu_layers != 0
-        return LlamaContext(llama, context, card, on_gpu=on_gpu)
+        return LlamaContext(llama, context, card, on_gpu=options.gpu_layers != 0)
 
     def close(self) -> None:
         """See Engine."""
@@ -2045,16 +2059,21 @@ class LlamaContext:
         although an embedding model computes none: 62 MB a context at 512 tokens and
         BERT's vocabulary (measured: 95 MB a context with it, 31 MB without).
         """
+        import numpy as np
+
         logits = self._llama.llama_get_logits(self._context)
         begin = ctypes.cast(logits, ctypes.c_void_p).value or 0
         end = begin + self._most_tokens * self._n_vocab * ctypes.sizeof(ctypes.c_float)
-        first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE  # whole pages
-        if begin and first < last:
-            where, size = first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE
-            # A refusal costs memory, nothing else: the result is not looked at.
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(where), ctypes.c_size_t(size), mmap.MADV_DONTNEED
-            )
+        where = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
+        size = end // mmap.PAGESIZE * mmap.PAGESIZE - where
+        if not begin or size <= 0:
+            return
+        if np.ctypeslib.as_array((ctypes.c_byte * size).from_address(where)).any():
+            self._has_idle_logits = False  # not idle: another llama.cpp than we know
+            return
+        # A refusal costs memory, nothing else: the result is not looked at.
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(where), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
     def _fill(self, inputs: Sequence[TokenIds]) -> None:
         end = 0

@@ -300,3 +300,17 @@ def test_long_words_are_not_kept_in_memory() -> None:
     finally:
         tracemalloc.stop()
     assert kept_bytes < 1_000_000
+
+
+@pytest.mark.parametrize("glue", [" ", "\n", ".", "\u4e00", "-\u0301", "\x01 "])
+def test_a_long_text_has_the_ids_of_its_parts(
+    glue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Texts are read in parts; where they are cut must not show.
+    ours, _ = both(lowercase=True, strip_accents=None)
+    text = glue.join(row["text"] for row in ROWS) + glue + "x" * 300
+    monkeypatch.setattr(es, "_PART_CHARS", 2 * len(text))
+    whole = ours.ids(text)
+    for size in (1, 7, 64):
+        monkeypatch.setattr(es, "_PART_CHARS", size)
+        assert ours.ids(text) == whole
