@@ -33,7 +33,7 @@ event loop    sockets, connections, requests, metrics, phases; never tokenises o
 tokeniser     one thread: text -> ids; hands inputs to the queue
 worker-N      one llama.cpp context each; nobody else ever touches it
 loader        fetches, converts and loads the model once, then ends
-The queue is guarded by the one lock (Pool._ready); the model's weights are read-only.
+The queue is guarded by the one lock (Pool._lock); the model's weights are read-only.
 
 The rooms
 ---------
@@ -345,7 +345,8 @@ def default_cache_dir() -> str:
 
 T = TypeVar("T")
 GGUF_MAGIC: Final = b"GGUF"
-MAX_INPUTS: Final = 2048  # per request; the number OpenAI documents and clients assume
+POOLINGS: Final = ("mean", "cls", "last")  # those that give one vector a text
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 class BadSetting(Exception):
@@ -415,7 +416,7 @@ class Settings:
     pooling: str = option(
         "auto",
         "How token vectors become one; auto: as the GGUF says.",
-        choices=("auto", "mean", "cls", "last"),
+        choices=("auto", *POOLINGS),
     )
     gpu_layers: int = option(
         0, "Layers to put on the GPU; -1: all.", at_least=-1, at_most=1000
@@ -508,7 +509,7 @@ class Settings:
     log_level: str = option(
         "info",
         "Least severe line logged.",
-        choices=("debug", "info", "warning", "error"),
+        choices=LOG_LEVELS,
     )
     log_format: str = option("text", "Shape of log lines.", choices=("text", "json"))
 
@@ -1007,7 +1008,7 @@ STATUS_CLASSES: Final = ("2xx", "3xx", "4xx", "5xx")
 METRICS: Final = (
     Metric("embellama_build_info", "gauge", "Always 1; the version is the label.", "version", (__version__,)),
     Metric("embellama_phase", "gauge", "1 for the phase the server is in.", "phase", ("loading", "ready", "draining", "stopped")),
-    Metric("embellama_http_requests_total", "counter", "Responses sent, by class of status.", "status", STATUS_CLASSES),
+    Metric("embellama_http_requests_total", "counter", "Requests ended, by class of status; a client that left counts as 4xx.", "status", STATUS_CLASSES),
     Metric("embellama_http_request_seconds", "histogram", "Whole request, head to response.", buckets=_SECONDS),
     Metric("embellama_http_connections", "gauge", "Open connections."),
     Metric("embellama_errors_total", "counter", "Errors answered, by code.", "code", tuple(row.code for row in API_ERRORS)),
@@ -1097,9 +1098,6 @@ class Telemetry:
 
 def _number(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
-
-
-LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 class Log:
@@ -1659,7 +1657,7 @@ class WordPiece:
 # shared by all contexts, read-only; each context belongs to one thread. We use the low
 # level API: Llama.embed() truncates silently, drops the final token, loops over tokens
 # in Python and zeroes the whole KV buffer before every call.
-# n_batch = n_ubatch = the longest input, or llama.cpp aborts the process on a long one
+# n_batch = n_ubatch >= the longest input, or llama.cpp aborts the process on a long one
 # (GGML_ASSERT in llama_context::encode; llama.cpp#12836).
 
 DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it by name
@@ -1976,7 +1974,7 @@ class LlamaEngine:
             names = {number: name for name, number in self._pooling_types().items()}
             pooling = names.get(context.pooling_type(), "other")
             self.card = dataclasses.replace(self.card, pooling=pooling)
-            if pooling not in ("mean", "cls", "last"):
+            if pooling not in POOLINGS:
                 raise StartupError(
                     f"{path} gives no embeddings as it is (pooling: {pooling}): if it "
                     "is an embedding model, say how with --pooling mean, cls or last"
@@ -2119,7 +2117,7 @@ class Job:
 
     # fixed at birth
     inputs: Sequence[str | list[int]]
-    finished: Callable[[], None]  # called once, by whoever ends the job
+    finished: Callable[[], None]  # called once when it is over, unless cancelled
     arrived_at: float = 0.0  # seconds, the pool's clock, as are those below
     # guarded by the pool's lock
     next_input: int = 0  # the first one not yet tokenised
@@ -3311,6 +3309,7 @@ _NO_TRANSPORT: Final = asyncio.Transport()  # until connection_made()
 # hand-over (some 50 us) costs more than the work.
 _LARGE_BODY_BYTES: Final = 1 << 16
 _LARGE_REPLY_FLOATS: Final = 1 << 14
+MAX_INPUTS: Final = 2048  # per request; the number OpenAI documents and clients assume
 
 
 @dataclass(frozen=True, slots=True)
@@ -3333,9 +3332,10 @@ class House(Protocol):
     settings: Settings
     telemetry: Telemetry
     connections: Connections
+    maybe_served: Served | None  # also while draining; None until it is loaded
 
     def served(self) -> Served:
-        """What is served, or NotReady with the reason."""
+        """What is served to new requests, or NotReady with the reason."""
         ...
 
 
@@ -3622,8 +3622,8 @@ async def metrics(exchange: Exchange) -> Response:
     house = exchange.house
     telemetry = house.telemetry
     telemetry.set("embellama_http_connections", len(house.connections.open))
-    with contextlib.suppress(NotReady):
-        pool = house.served().pool
+    if house.maybe_served is not None:
+        pool = house.maybe_served.pool
         backlog, busy = pool.state()
         telemetry.set("embellama_queue_inputs", backlog.inputs)
         telemetry.set("embellama_queue_tokens", backlog.tokens)
@@ -3910,7 +3910,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._moved = asyncio.Event()
         self._phase = Phase.LOADING
-        self._served: Served | None = None
+        self.maybe_served: Served | None = None
         self._failure: BaseException | None = None
         self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
         self.is_clean = False  # whether all threads had ended when run() returned
@@ -3930,9 +3930,9 @@ class Service:
 
     def served(self) -> Served:
         """See House."""
-        if self._phase is not Phase.READY or self._served is None:
+        if self._phase is not Phase.READY or self.maybe_served is None:
             raise NotReady(_NOT_READY[self._phase], retry_after_s=1.0)
-        return self._served
+        return self.maybe_served
 
     async def run(self, announce: Callable[[str], None]) -> int:
         """Serve until stopped; the exit code. ``announce`` is told our address.
@@ -4005,10 +4005,10 @@ class Service:
 
     async def _refuse_the_rest(self) -> None:
         """Answer what is still unfinished with a 503, and let the answers leave."""
-        if self._served is None:
+        if self.maybe_served is None:
             return
         reason = "the server stopped before this was finished; ask another one"
-        if left := self._served.pool.abandon_all(NotReady(reason)):
+        if left := self.maybe_served.pool.abandon_all(NotReady(reason)):
             self.log("warning", "stopped with work unfinished", requests=left)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.connections.drain(), _LEAVE_S)
@@ -4019,8 +4019,8 @@ class Service:
         self.connections.close()
         await self._loop.run_in_executor(None, self._loader.join, _LEAVE_S)
         self.is_clean = not self._loader.is_alive()
-        if self._served is not None:
-            pool = self._served.pool
+        if self.maybe_served is not None:
+            pool = self.maybe_served.pool
             ended = await self._loop.run_in_executor(None, pool.stop, _LEAVE_S)
             self.is_clean = self.is_clean and ended
             if ended:
@@ -4085,7 +4085,7 @@ class Service:
     # --- called back on the event loop ---
 
     def _on_loaded(self, served: Served) -> None:
-        self._served = served
+        self.maybe_served = served
         if self._phase is Phase.LOADING:
             self._move(Event.LOADED)
 

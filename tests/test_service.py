@@ -95,6 +95,8 @@ def test_stop_finishes_accepted_work_and_refuses_new() -> None:
             refused = await running.ask("POST", "/v1/embeddings", ask)
             assert (refused.status, refused.error["code"]) == (503, "not_ready")
             assert not running.task.done()
+            metrics = (await running.ask("GET", "/metrics")).body.decode()
+            assert "embellama_queue_inputs 2\n" in metrics  # still true
             engine.release()
             reply = await accepted
             assert reply.status == 200
