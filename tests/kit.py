@@ -44,9 +44,10 @@ def fake_card(**changes: Any) -> es.ModelCard:
         "size_bytes": 1,
         "trained_tokens": 32,
         "max_input_tokens": 32,
-        "pack_tokens": 64,
+        "context_tokens": 64,
         "pack_inputs": 16,
         "pooling": "mean",
+        "weights": "f16",
         "tokeniser": "fake",
         "head": (1,),
         "tail": (2,),
@@ -85,7 +86,9 @@ class FakeEngine:
     ) -> None:
         self.card = fake_card(**card)
         self.calls: list[list[list[int]]] = []  # the packs, in order of completion
+        self.threads: list[int] = []  # of each call
         self.contexts_open = 0
+        self.lanes_made = 0
         self.is_closed = False
         self.failures = {fake_id(NAN_WORD): 10**9, fake_id(BOOM_WORD): 10**9}
         self._gate = threading.Event()
@@ -108,10 +111,14 @@ class FakeEngine:
     def tokenise(self, text: str) -> list[int]:
         return [fake_id(word) for word in text.split()]
 
-    def new_context(self) -> FakeContext:
+    def new_context(self, *, is_lane: bool = False) -> FakeContext:
         with self.lock:
             self.contexts_open += 1
-        return FakeContext(self)
+            self.lanes_made += is_lane
+        return FakeContext(self, is_lane=is_lane)
+
+    def reencode(self, target: str, weights: str) -> None:
+        Path(target).write_bytes(es.GGUF_MAGIC + weights.encode())
 
     def close(self) -> None:
         self.is_closed = True
@@ -132,22 +139,37 @@ class FakeEngine:
 
 
 class FakeContext:
-    """A Context of a FakeEngine; asserts that one thread uses it."""
+    """A Context of a FakeEngine; asserts that one thread uses it, the lane's at a time."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, *, is_lane: bool = False) -> None:
         self._engine = engine
-        self._thread = threading.get_ident()
+        self._thread = 0 if is_lane else threading.get_ident()
+        self._in_use = threading.Lock()
+        card = engine.card
+        self._most_tokens = card.max_input_tokens if is_lane else card.context_tokens
+        self._most_inputs = 1 if is_lane else card.pack_inputs
 
-    def embed(self, inputs: Sequence[Any], *, fresh: bool = False) -> Any:
-        assert threading.get_ident() == self._thread, "a context changed threads"
+    def embed(
+        self, inputs: Sequence[Any], *, threads: int = 1, fresh: bool = False
+    ) -> Any:
+        mine = self._thread in (0, threading.get_ident())
+        assert mine, "a context changed threads"
+        assert self._in_use.acquire(blocking=False), "two threads in one context"
+        try:
+            return self._vectors(inputs, threads)
+        finally:
+            self._in_use.release()
+
+    def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
         engine, card = self._engine, self._engine.card
         engine.enter()
         packs = [[int(i) for i in ids] for ids in inputs]
-        assert sum(map(len, packs)) <= card.pack_tokens
-        assert len(packs) <= card.pack_inputs
+        assert sum(map(len, packs)) <= self._most_tokens
+        assert len(packs) <= self._most_inputs
         vectors = np.array([fake_vector(ids, card.n_embd) for ids in packs])
         with engine.lock:
             engine.calls.append(packs)
+            engine.threads.append(threads)
         for row, ids in enumerate(packs):
             if engine.fails(BOOM_WORD, ids):
                 raise es.EngineError("boom")
@@ -173,6 +195,7 @@ def quiet_log() -> es.Log:
 def settings(**changes: Any) -> es.Settings:
     """Settings for tests: any free port, one worker, a model file nobody opens."""
     base: dict[str, Any] = {"port": 0, "workers": 1, "model_path": "fake.gguf"}
+    base["cache_dir"] = "/nonexistent"  # nothing is kept
     return es.Settings(**(base | changes))
 
 

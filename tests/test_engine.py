@@ -1,4 +1,4 @@
-"""Room 7: llama.cpp, asked with models small enough to be made here.
+"""Room ENGINE: llama.cpp, asked with models small enough to be made here.
 
 The models have random weights and a few kilobytes: a BERT, which is an encoder, and a
 llama, which decodes and keeps a memory between calls. What llama.cpp would answer with
@@ -233,72 +233,6 @@ def run_python(code: str, *arguments: object) -> None:
     )
 
 
-# --- pure parts ---
-
-
-def test_rows_are_scaled_to_length_one_whatever_their_size() -> None:
-    huge, tiny = np.finfo(np.float32).max, 1e-45
-    raw = np.array([[3, 4], [huge, huge], [tiny, 0], [-1, 0]], np.float32)
-    half = 0.5**0.5
-    expected = [[0.6, 0.8], [half, half], [1, 0], [-1, 0]]
-    vectors = es.normalised(raw)
-    assert vectors.dtype == np.float32
-    np.testing.assert_allclose(vectors, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [[0, 0], [np.nan, 1], [np.inf, 1], [1, -np.inf]])
-def test_a_row_without_a_direction_is_nan_throughout_and_harms_no_other(
-    bad: list[float],
-) -> None:
-    vectors = es.normalised(np.array([[1, 0], bad, [0, 2]], np.float32))
-    assert np.isnan(vectors[1]).all()
-    np.testing.assert_array_equal(vectors[[0, 2]], [[1, 0], [0, 1]])
-
-
-def test_a_shortened_vector_has_length_one_and_leaves_the_whole_one_alone() -> None:
-    vector = np.array([0.6, 0.0, 0.8], np.float32)
-    short = es.shortened(vector, 2)
-    np.testing.assert_array_equal(short, [1, 0])
-    assert short.dtype == np.float32
-    assert vector[2] == np.float32(0.8)
-
-
-def test_a_texts_ids_are_framed_even_when_it_says_so_itself() -> None:
-    card = kit.fake_card(head=(1,), tail=(2,))
-    assert es.framed([5], card) == [1, 5, 2]
-    assert es.framed([1, 5, 2], card) == [1, 1, 5, 2, 2]
-    assert es.framed([], card) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("head", "tail", "ids", "expected"),
-    [
-        ((1,), (2,), [5], [1, 5, 2]),
-        ((1,), (2,), [1, 5, 2], [1, 5, 2]),
-        ((1,), (2,), [1, 5], [1, 1, 5, 2]),
-        ((1,), (2,), [5, 2], [1, 5, 2, 2]),
-        ((1,), (2,), [1, 2], [1, 2]),
-        ((1,), (1,), [1], [1, 1, 1]),
-        ((), (2,), [5], [5, 2]),
-        ((), (2,), [5, 2], [5, 2]),
-        ((1,), (), [1, 5], [1, 5]),
-        ((), (), [5], [5]),
-        ((1, 1), (2, 3), [1, 1, 2, 3], [1, 1, 2, 3]),
-    ],
-)
-def test_a_clients_ids_are_framed_unless_the_client_did(
-    head: tuple[int, ...], tail: tuple[int, ...], ids: list[int], expected: list[int]
-) -> None:
-    assert es.framed_once(ids, kit.fake_card(head=head, tail=tail)) == expected
-
-
-def test_truncating_keeps_the_beginning_and_the_final_special_tokens() -> None:
-    ids = list(range(40))
-    card = kit.fake_card(max_input_tokens=5, tail=(8, 9))
-    assert es.truncated(ids, card) == [0, 1, 2, 8, 9]
-    assert es.truncated(ids, kit.fake_card(max_input_tokens=3, tail=())) == [0, 1, 2]
-
-
 # --- small models, really computed ---
 
 
@@ -311,7 +245,7 @@ def test_the_card_says_what_the_file_says(models: Models) -> None:
         assert (card.n_embd, card.trained_tokens, card.max_input_tokens) == (
             *(WIDTH, TRAINED, TRAINED),
         )
-        assert card.pack_tokens == 256
+        assert card.context_tokens == 256
     assert cards["bert"].architecture == "bert"
     pooled = [cards[name].pooling for name in NAMES]
     assert pooled == ["mean", "last", "last"]
@@ -328,8 +262,8 @@ def test_a_pack_gives_each_input_the_vector_it_has_alone(
     chance = np.random.default_rng(2)
     with opened(getattr(models, name)) as (card, embed):
         lengths = [1, 2, 1, TRAINED, 17, 3, 40, 5, TRAINED, 1]
-        lengths.append(card.pack_tokens - sum(lengths))
-        assert sum(lengths) == card.pack_tokens, "exactly at capacity"
+        lengths.append(card.context_tokens - sum(lengths))
+        assert sum(lengths) == card.context_tokens, "exactly at capacity"
         inputs = [chance.integers(5, card.n_vocab, n).tolist() for n in lengths]
         together = embed(*inputs)
         singly = np.concatenate([embed(ids) for ids in inputs])
@@ -367,7 +301,7 @@ def test_what_llama_cpp_would_abort_on_is_an_engine_error_and_work_goes_on(
     with opened(getattr(models, name)) as (card, embed):
         expected = embed([5, 6])
         too_many = [[5] * TRAINED] * 4 + [[5]]
-        assert sum(map(len, too_many)) == card.pack_tokens + 1
+        assert sum(map(len, too_many)) == card.context_tokens + 1
         for inputs in (too_many, [[5], []], [[card.n_vocab]], [[-1]]):
             with pytest.raises(es.EngineError):
                 embed(*inputs)
@@ -423,26 +357,115 @@ def test_a_vocabulary_is_cased_when_the_file_says_so_or_has_capitals(
 
 LONG_INPUTS = """
 import numpy as np
-engine = es.LlamaEngine(sys.argv[1], es.EngineOptions(), kit.quiet_log())
-assert engine.card.max_input_tokens == engine.card.pack_tokens == 1024
-context = engine.new_context()
+common, is_lane = int(sys.argv[2]), bool(int(sys.argv[3]))
+options = es.EngineOptions(common_tokens=common)
+engine = es.LlamaEngine(sys.argv[1], options, kit.quiet_log())
+assert engine.card.max_input_tokens == 1024
+assert engine.card.context_tokens == common
+context = engine.new_context(is_lane=is_lane)
 chance = np.random.default_rng(4)
 long = chance.integers(5, engine.card.n_vocab, 1024).astype(np.int32)
 one = context.embed([long])[0]
-assert context.embed([long[:700], long[:300]])[0] @ one < 0.9999
+parts = [long[:700]] if is_lane else [long[:700], long[:300]]
+assert context.embed(parts)[0] @ one < 0.9999
 assert context.embed([long])[0] @ one >= 0.9999
+"""
+
+
+@pytest.mark.parametrize(("common", "is_lane"), [(1024, 0), (512, 1)])
+@pytest.mark.parametrize(
+    "make", [bert, functools.partial(llama, add_vocabulary=add_spm)]
+)
+def test_an_input_may_fill_a_whole_call_of_any_size(
+    tmp_path: Path, make: Callable[..., Path], common: int, is_lane: int
+) -> None:
+    # More than llama.cpp's own n_ubatch (512), above which an encoder aborts the
+    # process, and than a decoder's share of memory were it split among 256 inputs.
+    path = make(tmp_path / "long.gguf", trained=1024)
+    run_python(LONG_INPUTS, path, common, is_lane)
+
+
+ODD_SIZES = """
+import numpy as np
+chance = np.random.default_rng(5)
+
+def try_out(**sizes):
+    options = es.EngineOptions(**sizes)
+    print(options, file=sys.stderr, flush=True)  # if this is the end of the process
+    engine = es.LlamaEngine(sys.argv[1], options, kit.quiet_log())
+    card = engine.card
+    assert card.max_input_tokens == (options.max_input_tokens or 511)
+    lane, context = engine.new_context(is_lane=True), engine.new_context()
+    whole = [min(card.max_input_tokens, card.context_tokens)]
+    full = [1] * min(card.pack_inputs, options.pack_tokens)
+    full[0] += options.pack_tokens - len(full)
+    for used, sizes in ((lane, [card.max_input_tokens]), (context, whole), (context, full)):
+        inputs = [chance.integers(5, card.n_vocab, n, np.int32) for n in sizes]
+        assert np.isfinite(used.embed(inputs)).all()
+    for used in (lane, context):
+        used.close()
+    engine.close()
+
+for longest in (0, 300, 63, 7):
+    for pack_tokens in (256, 64, 63, 7):
+        try_out(max_input_tokens=longest, pack_tokens=pack_tokens)
+for _ in range(30):
+    longest, pack, common = map(int, chance.integers(3, 511, 3))
+    try_out(max_input_tokens=longest, pack_tokens=pack, common_tokens=common)
 """
 
 
 @pytest.mark.parametrize(
     "make", [bert, functools.partial(llama, add_vocabulary=add_spm)]
 )
-def test_an_input_may_fill_a_whole_call_of_any_size(
+def test_sizes_need_be_multiples_of_nothing(
     tmp_path: Path, make: Callable[..., Path]
 ) -> None:
-    # More than llama.cpp's own n_ubatch (512), above which an encoder aborts the
-    # process, and than a decoder's share of memory were it split among 256 inputs.
-    run_python(LONG_INPUTS, make(tmp_path / "long.gguf", trained=1024))
+    # llama.cpp aborts the process when the tokens of a context are no multiple of its
+    # sequences.
+    run_python(ODD_SIZES, make(tmp_path / "odd.gguf", trained=511))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param({}, 256, id="a pack, when all inputs are shorter"),
+        pytest.param({"pack_tokens": 16}, TRAINED, id="the longest input"),
+        pytest.param(
+            {"pack_tokens": 16, "common_tokens": 40}, 40, id="or a common one"
+        ),
+        pytest.param(
+            {"pack_tokens": 48, "common_tokens": 40}, 48, id="never below a pack"
+        ),
+        pytest.param({"pack_tokens": 16, "max_input_tokens": 20}, 20, id="limited"),
+    ],
+)
+def test_a_workers_context_holds(
+    models: Models, options: dict[str, int], expected: int
+) -> None:
+    with loaded(models.bert, **options) as engine:
+        assert engine.card.context_tokens == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lane_holds_what_is_too_long_for_a_workers_context(
+    models: Models, name: str
+) -> None:
+    longest = np.arange(5, 5 + TRAINED, dtype=np.int32) % 20 + 5
+    with loaded(getattr(models, name)) as engine:
+        context = engine.new_context()
+        expected = context.embed([longest])
+        context.close()
+    with loaded(getattr(models, name), pack_tokens=16, common_tokens=40) as engine:
+        context, lane = engine.new_context(), engine.new_context(is_lane=True)
+        with pytest.raises(es.EngineError):
+            context.embed([longest])
+        np.testing.assert_allclose(lane.embed([longest]), expected, atol=1e-4)
+        # Neither harms the other, nor the model.
+        for used in (context, lane):
+            short = used.embed([longest[:9]])
+            np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
+            used.close()
 
 
 # --- what cannot be served ---
@@ -482,7 +505,7 @@ def test_sizes_the_model_cannot_have_are_refused(
 def test_sizes_may_be_as_small_as_one_token_of_text(models: Models) -> None:
     for options in ({"max_input_tokens": 3}, {"context_size": 3}):
         with opened(models.bert, pack_tokens=16, **options) as (card, embed):
-            assert (card.max_input_tokens, card.pack_tokens) == (3, 16)
+            assert (card.max_input_tokens, card.context_tokens) == (3, 16)
             assert np.isfinite(embed([2, 5, 3])).all()
 
 

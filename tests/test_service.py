@@ -193,7 +193,7 @@ def test_the_front_page_lists_the_routes() -> None:
 
 def test_workers_that_cannot_get_a_context_end_the_start() -> None:
     class Full(kit.FakeEngine):
-        def new_context(self) -> kit.FakeContext:
+        def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
             raise es.StartupError("no memory for a context")
 
     async def check() -> None:

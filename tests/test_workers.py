@@ -1,4 +1,4 @@
-"""Room 9: every job ends exactly once, and the queue's room always comes back.
+"""Room WORKERS: every job ends exactly once, and the queue's room always comes back.
 
 Real threads, a fake engine whose calls can be held. ``deliver`` puts callables into a
 queue that the test runs itself, as the event loop would. Nothing sleeps: the tokeniser
@@ -14,6 +14,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ import pytest
 
 import embellama_server as es
 from tests import kit
+
+
+@dataclass
+class Held:
+    """A call that waits in the engine."""
+
+    began: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)
 
 
 class Engine(kit.FakeEngine):
@@ -33,6 +42,12 @@ class Engine(kit.FakeEngine):
         self.breaks_at: str = ""  # a word that is a bug, in both rooms
         self._seen = threading.Condition()
         self._held: dict[str, threading.Event] = {}
+        self.held_calls: dict[int, Held] = {}  # by a token of theirs
+        self.lane_error: Exception | None = None  # what making one raises
+
+    def hold_call(self, word: str) -> Held:
+        """The next call with this word will wait, but no other call."""
+        return self.held_calls.setdefault(kit.fake_id(word), Held())
 
     def hold(self, text: str) -> threading.Event:
         """The tokeniser will wait at this text until the event is set."""
@@ -52,19 +67,35 @@ class Engine(kit.FakeEngine):
             raise ZeroDivisionError
         return super().tokenise(text)
 
-    def new_context(self) -> kit.FakeContext:
-        with self.lock:
-            self.contexts_open += 1
-        return Context(self)
+    def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+        if is_lane and self.lane_error is not None:
+            raise self.lane_error
+        super().new_context(is_lane=is_lane)  # which counts it
+        return Context(self, is_lane=is_lane)
+
+    def computed(self) -> collections.Counter[tuple[int, ...]]:
+        """How often each input was in a call."""
+        return collections.Counter(tuple(ids) for call in self.calls for ids in call)
 
 
 class Context(kit.FakeContext):
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+    def __init__(self, engine: Engine, *, is_lane: bool) -> None:
+        super().__init__(engine, is_lane=is_lane)
         self._mine = engine
 
-    def embed(self, inputs: Sequence[Any], *, fresh: bool = False) -> Any:
-        vectors = super().embed(inputs, fresh=fresh)
+    def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
+        # In here the context is in use: a second thread would be noticed.
+        for token in {int(token) for ids in inputs for token in ids}:
+            held = self._mine.held_calls.pop(token, None)
+            if held is not None:
+                held.began.set()
+                kit.wait(held.go)
+        return super()._vectors(inputs, threads)
+
+    def embed(
+        self, inputs: Sequence[Any], *, threads: int = 1, fresh: bool = False
+    ) -> Any:
+        vectors = super().embed(inputs, threads=threads, fresh=fresh)
         self._mine.fresh.append(fresh)
         word = self._mine.breaks_at
         if word and any(kit.fake_id(word) in ids for ids in inputs):
@@ -103,7 +134,7 @@ class Desk:
         return job
 
     def room_taken(self) -> tuple[int, int]:
-        backlog, _ = self.pool.state()
+        backlog = self.pool.state().backlog
         return backlog.inputs, backlog.tokens
 
     def close(self) -> None:
@@ -120,21 +151,23 @@ def desk(
     *,
     max_inputs: int = 10_000,
     max_tokens: int = 10**6,
-    **changes: Any,
+    cache_bytes: int = 0,
+    log: es.Log | None = None,
+    deliver: Callable[[Callable[[], None]], None] | None = None,
+    **options: Any,
 ) -> Iterator[Desk]:
     """A pool at work; at the end all its threads and contexts are gone."""
 
     def pool(made: Desk) -> es.Pool:
-        options: dict[str, Any] = {
-            "workers": 1,
-            "pack_tokens": 64,
-            "auto_truncate": False,
-            "log": kit.quiet_log(),
-            "deliver": made.delivered.put,
-            "on_pack": made.reports.append,
-        }
-        backlog = es.Backlog(max_inputs, max_tokens)
-        return es.Pool(engine, backlog, **(options | changes))
+        return es.Pool(
+            engine,
+            es.PoolOptions(**({"workers": 1, "pack_tokens": 64} | options)),
+            es.Backlog(max_inputs, max_tokens),
+            es.VectorCache(cache_bytes, "space"),
+            log=log or kit.quiet_log(),
+            deliver=deliver or made.delivered.put,
+            on_pack=made.reports.append,
+        )
 
     made = Desk(pool)
     made.pool.start()
@@ -168,8 +201,8 @@ def test_vectors_come_in_the_order_of_the_inputs() -> None:
 def test_ids_are_taken_as_they_are_and_framed_once() -> None:
     engine = Engine()
     with desk(engine) as at:
-        at.result([7, 8], [1, 7, 8, 2])
-    assert engine.calls == [[[1, 7, 8, 2], [1, 7, 8, 2]]]
+        at.result([7, 8], [1, 7, 9, 2])
+    assert engine.calls == [[[1, 7, 8, 2], [1, 7, 9, 2]]]
 
 
 def test_inputs_of_different_jobs_share_a_pack() -> None:
@@ -197,7 +230,7 @@ def test_idle_workers_share_what_waits() -> None:
             job = at.submit("a", "b", "c", "d")
             for _ in range(2):
                 engine.wait_until_computing()
-            unwanted = at.submit(*["unwanted words"] * 30)
+            unwanted = at.submit(*(f"unwanted {n}" for n in range(30)))
             later = at.submit("later")
             engine.wait_until_tokenising("later")
             engine.tokenised.clear()
@@ -221,12 +254,13 @@ def test_a_large_job_lets_others_pass_the_tokeniser() -> None:
 
 
 def test_a_job_tokenised_in_parts_takes_one_turn_at_a_time() -> None:
-    engine = Engine(pack_tokens=1000, pack_inputs=1000)
+    engine = Engine(context_tokens=1000, pack_inputs=1000)
     engine.block()
     with desk(engine, pack_tokens=1000) as at:
         at.submit("first")
         engine.wait_until_computing()
-        large, small = at.submit(*["large"] * 64), at.submit("one", "two")
+        texts = [f"large {n}" for n in range(64)]
+        large, small = at.submit(*texts), at.submit("one", "two")
         for later in ("later", "last"):  # when it comes to "last", all parts are there
             at.submit(later)
             engine.wait_until_tokenising(later)
@@ -244,10 +278,10 @@ def test_all_workers_compute_at_once() -> None:
         job = at.submit("a", "b", "c")
         for _ in range(3):
             engine.wait_until_computing()
-        assert at.pool.state()[1] == 3
+        assert at.pool.state().busy == 3
         engine.release()
         at.wait_for(job)
-        assert at.pool.state()[1] == 0
+        assert at.pool.state().busy == 0
 
 
 def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
@@ -258,7 +292,7 @@ def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
     with desk(engine, deliver=lambda call: call()) as at:
 
         def submit(text: str) -> None:
-            job = es.Job([text], lambda: seen.put(at.pool.state()[0].inputs))
+            job = es.Job([text], lambda: seen.put(at.pool.state().backlog.inputs))
             at.pool.submit(job)
 
         for text in ("a", "word " * 50):
@@ -269,7 +303,7 @@ def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
         submit("a")
         engine.wait_until_computing()
         at.pool.abandon_all(es.NotReady("bye"))
-        assert seen.get(timeout=kit.DEADLINE_S) == 1, "what runs still has its room"
+        assert seen.get(timeout=kit.DEADLINE_S) == 0
 
 
 # --- the queue's room ---
@@ -369,7 +403,7 @@ def test_a_job_cancelled_while_waiting_is_never_computed() -> None:
     assert at.finished[job] == 0
 
 
-def test_a_job_cancelled_while_computing_keeps_its_room_until_it_has_run() -> None:
+def test_a_job_cancelled_while_computing_leaves_only_the_tokens_that_run() -> None:
     engine = Engine()
     engine.block()
     with desk(engine) as at:
@@ -377,7 +411,7 @@ def test_a_job_cancelled_while_computing_keeps_its_room_until_it_has_run() -> No
         engine.wait_until_computing()
         at.pool.cancel(job)
         at.pool.cancel(job)  # again: nothing is given back twice
-        assert at.room_taken() == (1, 3)
+        assert at.room_taken() == (0, 3)
         engine.release()
         at.result("last")
         assert at.room_taken() == (0, 0)
@@ -474,6 +508,425 @@ def test_a_truncated_input_keeps_the_final_special_token() -> None:
     assert words[32][-1] == 2
 
 
+# --- equal inputs ---
+
+
+def key(text: str) -> tuple[int, ...]:
+    """The ids of a text, as they are in a call."""
+    return (1, *map(kit.fake_id, text.split()), 2)
+
+
+def test_equal_inputs_of_a_job_are_one_computation() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        job = at.result("same", "other", "same", [kit.fake_id("same")], "same")
+        assert job.tokens == 5 * 3, "all are counted: it is what the client sent"
+        counts = at.pool.state().cache
+        assert (counts.misses, counts.shared, counts.hits) == (2, 3, 0)
+        assert at.room_taken() == (0, 0)
+    assert set(engine.computed().values()) == {1}
+    assert len(job.vectors) == 5
+    for index, text in enumerate(["same", "other", "same", "same", "same"]):
+        np.testing.assert_array_equal(job.vectors[index], kit.fake_vector(key(text)))
+
+
+def test_equal_inputs_in_different_slices_of_a_job_are_one_computation() -> None:
+    # It is tokenised 32 inputs at a time: "last" is alone in its slice.
+    engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        job = at.submit(*["same", "other"] * 32, "last")
+        engine.wait_until_tokenising("last")
+        engine.release()
+        at.wait_for(job)
+        assert_vectors(job)
+    assert dict(engine.computed()) == {key(t): 1 for t in ("same", "other", "last")}
+
+
+def test_equal_inputs_take_an_inputs_room_each_and_the_tokens_of_one() -> None:
+    engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        at.submit("first")
+        engine.wait_until_computing()
+        at.submit("same", "same", "same")
+        gate = engine.hold("later")
+        at.submit("later")
+        engine.wait_until_tokenising("later")
+        assert at.room_taken() == (1 + 3 + 1, 3 + 3 + len("later") + 3)
+        gate.set()
+        engine.release()
+
+
+@pytest.mark.parametrize("is_running", [True, False], ids=["running", "waiting"])
+def test_jobs_share_the_computation_of_an_equal_input(is_running: bool) -> None:
+    engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        if not is_running:
+            at.submit("before")
+        jobs = [at.submit("same", "mine")]
+        engine.wait_until_computing()
+        jobs += [at.submit("same", "yours"), at.submit("same", "same")]
+        last = at.submit("last")
+        engine.wait_until_tokenising("last")
+        engine.release()
+        at.wait_for(last, *jobs)
+        for job in jobs:
+            assert_vectors(job)
+            assert job.ended_at >= job.started_at >= job.arrived_at
+        assert at.room_taken() == (0, 0)
+    assert set(engine.computed().values()) == {1}
+
+
+def test_without_a_cache_what_has_been_computed_is_computed_again() -> None:
+    engine = Engine()
+    with desk(engine, cache_bytes=0) as at:
+        for _ in range(2):
+            assert_vectors(at.result("same"))
+    assert engine.computed()[key("same")] == 2
+
+
+def test_what_is_in_the_cache_is_answered_without_a_call() -> None:
+    engine = Engine()
+    with desk(engine, cache_bytes=10_000) as at:
+        first = at.result("known")
+        engine.block()  # nothing can be computed
+        job = at.result("known", "known")
+        assert_vectors(job)
+        assert (job.tokens, job.truncated) == (6, 0)
+        assert job.ended_at >= job.started_at >= job.arrived_at > first.arrived_at
+        assert at.room_taken() == (0, 0)
+        counts = at.pool.state().cache
+        assert (counts.entries, counts.hits, counts.misses) == (1, 2, 1)
+    assert len(engine.calls) == 1
+
+
+def test_a_job_half_of_which_is_in_the_cache_computes_the_rest() -> None:
+    engine = Engine()
+    with desk(engine, cache_bytes=10_000) as at:
+        at.result("a", "b")
+        assert_vectors(at.result("c", "a", "d", "b"))
+        assert at.room_taken() == (0, 0)
+    assert dict(engine.computed()) == {key(text): 1 for text in "abcd"}
+
+
+def test_a_vector_that_replies_share_cannot_be_written() -> None:
+    with desk(Engine(), cache_bytes=10_000) as at:
+        for _ in range(2):
+            (vector,) = at.result("same").vectors
+            with pytest.raises(ValueError, match="read-only"):
+                vector[0] = 0
+
+
+def test_a_cleared_cache_computes_again_and_says_what_there_was() -> None:
+    engine = Engine()
+    with desk(engine, cache_bytes=10_000) as at:
+        at.result("a", "b")
+        at.result("a")
+        before = at.pool.clear_cache()
+        assert (before.entries, before.hits) == (2, 1)
+        assert before.bytes > 0
+        after = at.pool.state().cache
+        assert (after.entries, after.bytes, after.hits) == (0, 0, 1)
+        assert_vectors(at.result("a"))
+    assert engine.computed()[key("a")] == 2
+
+
+@pytest.mark.parametrize("word", [kit.NAN_WORD, kit.BOOM_WORD])
+def test_what_fails_is_not_in_the_cache(word: str) -> None:
+    engine = Engine()
+    engine.failures[kit.fake_id(word)] = 2  # in its pack, and alone
+    with desk(engine, cache_bytes=10_000) as at:
+        assert at.result(word).error is not None
+        assert_vectors(at.result(word))
+
+
+@pytest.mark.parametrize(
+    ("word", "error"),
+    [(kit.NAN_WORD, es.NonFiniteVector), (kit.BOOM_WORD, es.EngineFailed)],
+)
+def test_each_owner_of_what_fails_is_told_the_number_of_its_own_input(
+    word: str, error: type[es.ApiError]
+) -> None:
+    engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        at.submit("first")
+        engine.wait_until_computing()
+        jobs = {
+            "input[1]": at.submit("good", word),
+            "input[0]": at.submit(word, "fine", word),
+            "input[2]": at.submit("good", "fine", word),
+        }
+        neighbour = at.submit("good", "fine")
+        at.submit("later")
+        engine.wait_until_tokenising("later")
+        engine.release()
+        at.wait_for(neighbour, *jobs.values())
+        assert_vectors(neighbour)
+        for where, job in jobs.items():
+            assert isinstance(job.error, error)
+            assert (job.error.param, where in job.error.message) == (where, True)
+        assert_vectors(at.result("and on"))
+        assert at.room_taken() == (0, 0)
+    assert engine.computed()[key(word)] == 2, "in its pack, and once alone"
+
+
+@pytest.mark.parametrize("leaving", [0, 1, 2], ids=["leader", "second", "third"])
+def test_an_input_whose_owner_leaves_is_computed_once_for_the_others(
+    leaving: int,
+) -> None:
+    engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        at.submit("first")
+        engine.wait_until_computing()
+        names = ["x", "y", "z"]
+        jobs = [at.submit("shared", f"only {name}", "shared") for name in names]
+        last = at.submit("last")
+        engine.wait_until_tokenising("last")
+        at.pool.cancel(jobs[leaving])
+        engine.release()
+        left = [job for job in jobs if job is not jobs[leaving]]
+        at.wait_for(last, *left)
+        for job in left:
+            assert_vectors(job)
+        assert at.room_taken() == (0, 0)
+    assert at.finished[jobs[leaving]] == 0
+    computed = engine.computed()
+    assert computed[key("shared")] == 1
+    assert [computed[key(f"only {name}")] for name in names] == [
+        int(n != leaving) for n in range(3)
+    ]
+
+
+def test_the_second_owner_computes_even_when_it_had_nothing_of_its_own() -> None:
+    # It was not in the line at all.
+    engine = Engine()
+    with desk(engine, workers=2) as at:
+        held = engine.hold_call("busy"), engine.hold_call("busier")
+        at.submit("busy")
+        kit.wait(held[0].began)
+        at.submit("busier")
+        kit.wait(held[1].began)
+        leader, second = at.submit("shared"), at.submit("shared")
+        gate = engine.hold("later")
+        at.submit("later")
+        engine.wait_until_tokenising("later")
+        at.pool.cancel(leader)
+        held[0].go.set()
+        at.wait_for(second)
+        assert_vectors(second)
+        gate.set()
+        held[1].go.set()
+    assert engine.computed()[key("shared")] == 1
+
+
+def test_an_input_that_all_its_owners_left_is_never_computed() -> None:
+    engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        at.submit("first")
+        engine.wait_until_computing()
+        jobs = [at.submit("shared", "more"), at.submit("shared")]
+        last = at.submit("last")
+        engine.wait_until_tokenising("last")
+        for job in jobs:
+            at.pool.cancel(job)
+        engine.release()
+        at.wait_for(last)
+        assert at.room_taken() == (0, 0)
+        assert not engine.computed()[key("shared")]
+        assert_vectors(at.result("shared"))
+    assert not any(at.finished[job] for job in jobs)
+
+
+def test_what_was_computed_for_nobody_is_kept() -> None:
+    engine = Engine()
+    engine.block()
+    with desk(engine, cache_bytes=10_000) as at:
+        jobs = [at.submit("same"), at.submit("same")]
+        engine.wait_until_computing()
+        last = at.submit("last")
+        engine.wait_until_tokenising("last")
+        for job in jobs:
+            at.pool.cancel(job)
+        engine.release()
+        at.wait_for(last)
+        assert_vectors(at.result("same"))
+        assert at.pool.state().cache.hits == 1
+    assert engine.computed()[key("same")] == 1
+
+
+def test_a_new_job_may_join_what_runs_for_nobody() -> None:
+    engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        unwanted = at.submit("same")
+        engine.wait_until_computing()
+        at.pool.cancel(unwanted)
+        job, last = at.submit("same"), at.submit("last")
+        engine.wait_until_tokenising("last")
+        engine.release()
+        at.wait_for(job, last)
+        assert_vectors(job)
+    assert engine.computed()[key("same")] == 1
+
+
+# --- long inputs: the lane ---
+
+LONG = [f"long {n} " + "word " * 100 for n in range(4)]  # above a context of 64
+
+
+def long_engine() -> Engine:
+    """Reads far more than a worker's own context holds."""
+    return Engine(max_input_tokens=200, context_tokens=64)
+
+
+def test_long_inputs_go_through_one_lane_made_when_the_first_one_comes() -> None:
+    engine = long_engine()
+    with desk(engine, workers=3) as at:
+        assert_vectors(at.result("short", "word " * 62))
+        assert (engine.lanes_made, engine.contexts_open) == (0, 3)
+        # That the lane is never used twice at once is seen to by FakeContext.
+        assert_vectors(at.result(*LONG, "short", "and another"))
+        assert_vectors(at.result(LONG[0]))
+        assert (engine.lanes_made, engine.contexts_open) == (1, 4)
+        assert at.room_taken() == (0, 0)
+    assert engine.contexts_open == 0
+    assert [len(call) for call in engine.calls if len(call[0]) > 64] == [1] * 5
+
+
+def test_short_inputs_go_on_while_the_lane_computes() -> None:
+    engine = long_engine()
+    with desk(engine, workers=2) as at:
+        held = engine.hold_call("0")
+        first = at.submit(LONG[0])
+        kit.wait(held.began)
+        second = at.submit(LONG[1], "mine")
+        for text in ("a", "b", "word " * 62):
+            assert_vectors(at.result(text))
+        assert not at.finished[first] + at.finished[second]
+        held.go.set()
+        at.wait_for(first, second)
+        assert_vectors(first)
+        assert_vectors(second)
+    assert engine.lanes_made == 1
+
+
+def test_a_long_input_that_waited_for_the_lane_is_not_forgotten() -> None:
+    # Both workers sleep or compute when it comes, and nothing comes after it.
+    engine = long_engine()
+    with desk(engine, workers=2) as at:
+        held = engine.hold_call("0")
+        first = at.submit(LONG[0])
+        kit.wait(held.began)
+        second = at.submit(LONG[1])
+        other = engine.hold_call("other")
+        busy = at.submit("other")
+        kit.wait(other.began)
+        held.go.set()
+        at.wait_for(first, second)
+        other.go.set()
+        at.wait_for(busy)
+
+
+@pytest.mark.parametrize(
+    "error", [es.StartupError("no room"), es.EngineError("no"), MemoryError()], ids=repr
+)
+def test_a_lane_that_cannot_be_made_fails_long_inputs_and_nothing_else(
+    error: Exception,
+) -> None:
+    engine = long_engine()
+    engine.lane_error = error
+    with desk(engine, workers=2) as at:
+        bad = [at.submit("good", LONG[0]), at.submit(LONG[0]), at.submit(LONG[1])]
+        good = at.submit("short", "too")
+        at.wait_for(good, *bad)
+        assert_vectors(good)
+        wheres = ["input[1]", "input[0]", "input[0]"]
+        for job, where in zip(bad, wheres, strict=True):
+            assert isinstance(job.error, es.EngineFailed)
+            assert job.error.param == where
+        assert at.room_taken() == (0, 0)
+        engine.lane_error = None  # somebody else freed memory
+        assert_vectors(at.result(LONG[0]))
+    assert engine.lanes_made == 1
+
+
+def test_a_long_input_that_fails_once_is_recovered_in_the_lane() -> None:
+    engine = long_engine()
+    engine.failures[kit.fake_id(kit.NAN_WORD)] = 1
+    with desk(engine, workers=2) as at:
+        assert_vectors(at.result(f"{kit.NAN_WORD} " + LONG[0]))
+        assert_vectors(at.result(LONG[1]))
+    assert engine.fresh == [False, True, False]
+    assert engine.lanes_made == 1
+
+
+def test_the_lane_is_closed_at_the_end_even_if_the_first_stop_came_too_early() -> None:
+    engine = long_engine()
+    with desk(engine) as at:
+        held = engine.hold_call("0")
+        job = at.submit(LONG[0])
+        kit.wait(held.began)
+        assert not at.pool.stop(timeout_s=0)
+        assert engine.contexts_open == 2, "it is in use"
+        held.go.set()
+        assert at.pool.stop(kit.DEADLINE_S)
+        assert engine.contexts_open == 0
+        at.wait_for(job)
+        assert_vectors(job)
+
+
+# --- threads of a call ---
+
+
+def test_a_lone_call_uses_the_cores_of_workers_that_sleep() -> None:
+    engine = Engine()
+    with desk(engine, workers=3) as at:
+        for n in range(12):
+            at.result(f"text {n}")
+        assert [report.threads for report in at.reports] == engine.threads
+    assert engine.threads[:2] == [1, 2], "the first may be the first of many"
+    assert set(engine.threads) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"workers": 3, "is_elastic": False}, id="not elastic"),
+        pytest.param({"workers": 1}, id="no other worker"),
+    ],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_lone_call_uses_its_own_threads(
+    options: dict[str, Any], threads: int
+) -> None:
+    engine = Engine()
+    with desk(engine, threads=threads, **options) as at:
+        for n in range(12):
+            at.result(f"text {n}")
+    assert engine.threads == [threads] * 12
+
+
+def test_a_call_while_others_wait_uses_its_own_threads() -> None:
+    engine = Engine(pack_inputs=1)
+    with desk(engine, workers=2) as at:
+        for n in range(4):
+            at.result(f"text {n}")
+        began = len(engine.threads)
+        engine.block()
+        job = at.submit(*(f"many {n}" for n in range(20)))
+        engine.wait_until_computing()
+        last = at.submit("last")
+        engine.wait_until_tokenising("last")
+        engine.release()
+        at.wait_for(job, last)
+    assert set(engine.threads[began:]) == {1}
+
+
 # --- the end ---
 
 
@@ -516,10 +969,10 @@ def test_stopping_waits_for_packs_that_run_and_says_when_it_could_not() -> None:
 
 def test_a_context_that_cannot_be_made_fails_the_start_and_ends_the_rest() -> None:
     class Scarce(Engine):
-        def new_context(self) -> kit.FakeContext:
+        def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
             if self.contexts_open:
                 raise es.StartupError("no room")
-            return super().new_context()
+            return super().new_context(is_lane=is_lane)
 
     engine, threads = Scarce(), set(threading.enumerate())
     with pytest.raises(es.StartupError, match="no room"), desk(engine, workers=3):
@@ -528,18 +981,26 @@ def test_a_context_that_cannot_be_made_fails_the_start_and_ends_the_rest() -> No
     assert set(threading.enumerate()) <= threads
 
 
+# Some are too long, some for the lane, some for a pack; many are equal.
+WORDS = ["a", "b c", "long " * 6, "longer " * 20, "longest " * 40]
+WORDS += [f"text {n}" for n in range(40)] + [kit.NAN_WORD, kit.BOOM_WORD]
+WEIGHTS = [20, 20, 10, 5, 1] + [1] * 40 + [1, 1]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 4000], ids=["no cache", "small cache"])
 @pytest.mark.parametrize("seed", range(3))
-def test_many_submitters_who_often_leave_lose_and_leak_nothing(seed: int) -> None:
-    words = ["a", "b c", "long " * 20, "long " * 40, kit.NAN_WORD, kit.BOOM_WORD]
-    weights = [30, 30, 10, 1, 1, 1]
+def test_many_submitters_who_often_leave_lose_and_leak_nothing(
+    seed: int, cache_bytes: int
+) -> None:
     jobs: list[list[es.Job]] = [[] for _ in range(5)]
     cancelled: set[es.Job] = set()
-    with desk(Engine(), workers=4) as at:
+    engine = Engine(context_tokens=16)
+    with desk(engine, workers=4, pack_tokens=7, cache_bytes=cache_bytes) as at:
 
         def submitter(number: int) -> None:
             chance = random.Random(seed * 10 + number)
             for _ in range(40):
-                texts = chance.choices(words, weights, k=chance.randint(1, 70))
+                texts = chance.choices(WORDS, WEIGHTS, k=chance.randint(1, 50))
                 jobs[number].append(at.submit(*texts))
                 if chance.random() < 0.3:
                     job = chance.choice(jobs[number])
@@ -553,12 +1014,20 @@ def test_many_submitters_who_often_leave_lose_and_leak_nothing(seed: int) -> Non
             thread.join()
         submitted = [job for mine in jobs for job in mine]
         at.wait_for(*(job for job in submitted if job not in cancelled))
-        at.result("x")
+        # Were anything still thought to be under way, these would wait for it.
+        for text in WORDS:
+            at.result(text)
+        counts = at.pool.state().cache
     assert len(submitted) == 200
     assert at.room_taken() == (0, 0)
+    assert at.pool.state().busy == 0
     kinds = collections.Counter(type(job.error) for job in submitted)
     for job in submitted:
         if at.finished[job] and job.error is None:
             assert_vectors(job)
     assert kinds[type(None)] > 20, "hardly one succeeded: the test says little"
     assert len(kinds) > 2, "nothing failed: the test says little"
+    assert engine.lanes_made == 1
+    assert counts.shared > 20, "hardly anything was shared: the test says little"
+    assert bool(cache_bytes) == bool(counts.hits) == bool(counts.evictions)
+    assert counts.bytes <= cache_bytes

@@ -1,0 +1,362 @@
+"""Room CONTEXTS: what becomes of token ids on their way through llama.cpp and back.
+
+With the small random models of test_engine.py where llama.cpp has to be asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+from tests.test_engine import add_bpe, add_spm, bert, llama, loaded, run_python
+
+LONGEST = 128  # tokens that these models read
+# Names of the models, and how they are made.
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "bert": lambda path: bert(path, trained=LONGEST),
+    "bpe": lambda path: llama(path, add_bpe, trained=LONGEST),
+    "spm": lambda path: llama(path, add_spm, trained=LONGEST),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def small(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[es.LlamaEngine]:
+    """Each of the small models in turn."""
+    name = request.param
+    path = MAKERS[name](tmp_path_factory.mktemp("contexts") / f"{name}.gguf")
+    with loaded(path) as engine:
+        yield engine
+
+
+@pytest.fixture
+def context(small: es.LlamaEngine) -> Iterator[es.Context]:
+    """A worker's context of it."""
+    made = small.new_context()
+    yield made
+    made.close()
+
+
+def some_ids(engine: es.LlamaEngine, *sizes: int) -> list[es.TokenIds]:
+    """Inputs of so many tokens, other ones each."""
+    chance = np.random.default_rng(6)
+    n_vocab = engine.card.n_vocab
+    return [chance.integers(5, n_vocab, size, np.int32) for size in sizes]
+
+
+def cosines(one: Any, other: Any) -> Any:
+    """Of each row with the same row of the other."""
+    return np.einsum("ij,ij->i", one, other)
+
+
+# --- pure parts ---
+
+
+def test_rows_are_scaled_to_length_one_whatever_their_size() -> None:
+    huge, tiny = np.finfo(np.float32).max, 1e-45
+    raw = np.array([[3, 4], [huge, huge], [tiny, 0], [-1, 0]], np.float32)
+    half = 0.5**0.5
+    expected = [[0.6, 0.8], [half, half], [1, 0], [-1, 0]]
+    vectors = es.normalised(raw)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [[0, 0], [np.nan, 1], [np.inf, 1], [1, -np.inf]])
+def test_a_row_without_a_direction_is_nan_throughout_and_harms_no_other(
+    bad: list[float],
+) -> None:
+    vectors = es.normalised(np.array([[1, 0], bad, [0, 2]], np.float32))
+    assert np.isnan(vectors[1]).all()
+    np.testing.assert_array_equal(vectors[[0, 2]], [[1, 0], [0, 1]])
+
+
+def test_a_shortened_vector_has_length_one_and_leaves_the_whole_one_alone() -> None:
+    vector = np.array([0.6, 0.0, 0.8], np.float32)
+    short = es.shortened(vector, 2)
+    np.testing.assert_array_equal(short, [1, 0])
+    assert short.dtype == np.float32
+    assert vector[2] == np.float32(0.8)
+
+
+def test_a_texts_ids_are_framed_even_when_it_says_so_itself() -> None:
+    card = kit.fake_card(head=(1,), tail=(2,))
+    assert es.framed([5], card) == [1, 5, 2]
+    assert es.framed([1, 5, 2], card) == [1, 1, 5, 2, 2]
+    assert es.framed([], card) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "ids", "expected"),
+    [
+        ((1,), (2,), [5], [1, 5, 2]),
+        ((1,), (2,), [1, 5, 2], [1, 5, 2]),
+        ((1,), (2,), [1, 5], [1, 1, 5, 2]),
+        ((1,), (2,), [5, 2], [1, 5, 2, 2]),
+        ((1,), (2,), [1, 2], [1, 2]),
+        ((1,), (1,), [1], [1, 1, 1]),
+        ((), (2,), [5], [5, 2]),
+        ((), (2,), [5, 2], [5, 2]),
+        ((1,), (), [1, 5], [1, 5]),
+        ((), (), [5], [5]),
+        ((1, 1), (2, 3), [1, 1, 2, 3], [1, 1, 2, 3]),
+    ],
+)
+def test_a_clients_ids_are_framed_unless_the_client_did(
+    head: tuple[int, ...], tail: tuple[int, ...], ids: list[int], expected: list[int]
+) -> None:
+    assert es.framed_once(ids, kit.fake_card(head=head, tail=tail)) == expected
+
+
+def test_truncating_keeps_the_beginning_and_the_final_special_tokens() -> None:
+    ids = list(range(40))
+    card = kit.fake_card(max_input_tokens=5, tail=(8, 9))
+    assert es.truncated(ids, card) == [0, 1, 2, 8, 9]
+    assert es.truncated(ids, kit.fake_card(max_input_tokens=3, tail=())) == [0, 1, 2]
+
+
+# --- small calls and large ones ---
+
+
+class Recorder:
+    """A Context that returns the first token of each input, and its tokens."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.hows: list[tuple[int, bool]] = []
+        self.is_closed = False
+
+    def embed(
+        self, inputs: Sequence[Any], *, threads: int = 1, fresh: bool = False
+    ) -> Any:
+        self.calls.append([len(ids) for ids in inputs])
+        self.hows.append((threads, fresh))
+        return np.array([[ids[0], len(ids)] for ids in inputs], np.float32)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@given(
+    st.lists(st.integers(1, 80), min_size=1, max_size=70),
+    st.tuples(st.integers(1, 8), st.booleans()),
+)
+def test_small_calls_go_to_the_brief_one_and_large_ones_fill_a_tile(
+    sizes: list[int], how: tuple[int, bool]
+) -> None:
+    brief, full = Recorder(), Recorder()
+    both = es.BriefOrFull(brief, full)
+    inputs = [np.full(size, number, np.int32) for number, size in enumerate(sizes)]
+    rows = both.embed(inputs, threads=how[0], fresh=how[1])
+    np.testing.assert_array_equal(rows, list(enumerate(sizes)))
+    assert len(brief.calls) + len(full.calls) == 1
+    assert brief.hows + full.hows == [how]
+    for call in brief.calls:
+        assert call == sizes
+        assert sum(call) <= es.FLASH_TILE_TOKENS, "what it has room for"
+    for call in full.calls:
+        assert call[: len(sizes)] == sizes
+        assert len(call) <= len(sizes) + 1, "one more is what there is room for"
+        assert sum(call) == max(sum(sizes), es.FLASH_TILE_TOKENS)
+    if sum(sizes) < es.FLASH_TILE_TOKENS // 2:
+        assert brief.calls, "filling up would cost more than it saves"
+
+
+def test_closing_the_pair_closes_both() -> None:
+    brief, full = Recorder(), Recorder()
+    es.BriefOrFull(brief, full).close()
+    assert (brief.is_closed, full.is_closed) == (True, True)
+
+
+EDGES = (1, 10, 47, 48, 49, 60, 63, 64, 65, LONGEST)
+
+
+def test_an_input_has_one_vector_whatever_computes_it(
+    small: es.LlamaEngine, context: es.Context
+) -> None:
+    lane = small.new_context(is_lane=True)
+    inputs = some_ids(small, *EDGES)
+    alone = np.concatenate([context.embed([ids]) for ids in inputs])
+    in_lane = np.concatenate([lane.embed([ids]) for ids in inputs])
+    lane.close()
+    assert cosines(alone, in_lane).min() > 0.9999
+    for other in some_ids(small, 1, 2, 38, 54, 100):
+        beside = [context.embed([other, ids, other[:1]])[1] for ids in inputs]
+        assert cosines(alone, beside).min() > 0.9999
+    # Without this, a model that gives one vector for everything would do.
+    apart = alone[3:] @ alone[3:].T - np.eye(len(inputs) - 3)
+    assert apart.max() < 0.9999
+
+
+def test_the_edges_do_not_wear_off(small: es.LlamaEngine, context: es.Context) -> None:
+    # Neither of the pair, nor what fills up, leaves anything behind in the other.
+    inputs = some_ids(small, *EDGES)
+    before = [context.embed([ids]) for ids in inputs]
+    for order in (inputs[::-1], inputs[::2], inputs):
+        for ids in order:
+            context.embed([ids])
+    after = [context.embed([ids]) for ids in inputs]
+    np.testing.assert_array_equal(before, after)
+
+
+def test_many_tiny_inputs_share_a_small_call(
+    small: es.LlamaEngine, context: es.Context
+) -> None:
+    for count in (48, 49, 63, 64, 65):
+        inputs = some_ids(small, *[1] * count)
+        alone = np.concatenate([context.embed([ids]) for ids in inputs])
+        assert cosines(alone, context.embed(inputs)).min() > 0.9999
+
+
+@pytest.mark.parametrize("total", [48, 49, 60, 63, 64, 65])
+def test_an_error_at_an_edge_is_an_error_and_work_goes_on(
+    small: es.LlamaEngine, context: es.Context, total: int
+) -> None:
+    (good,) = some_ids(small, total)
+    expected = context.embed([good])
+    bad, none = good.copy(), np.zeros(0, np.int32)
+    bad[-1] = small.card.n_vocab
+    for inputs in ([bad], [good, none], [none], [none, good]):
+        with pytest.raises(es.EngineError):
+            context.embed(inputs)
+        np.testing.assert_array_equal(context.embed([good]), expected)
+
+
+# --- threads ---
+
+
+def test_two_threads_compute_what_one_does(
+    small: es.LlamaEngine, context: es.Context
+) -> None:
+    packs = [some_ids(small, size) for size in EDGES] + [some_ids(small, 3, 40, 100)]
+    for inputs in packs:
+        one = context.embed(inputs)
+        for threads in (2, 3, 1):
+            vectors = context.embed(inputs, threads=threads)
+            assert cosines(one, vectors).min() > 0.99999
+
+
+@pytest.mark.model
+def test_two_threads_compute_what_one_does_in_the_default_model(
+    engine: es.LlamaEngine,
+) -> None:
+    context = engine.new_context()
+    for sizes in ([3], [24], [48], [60], [64], [256], [512], [100, 28, 7, 120]):
+        inputs = some_ids(engine, *sizes)
+        one = context.embed(inputs)
+        assert cosines(one, context.embed(inputs, threads=2)).min() > 0.99999
+    context.close()
+
+
+@pytest.mark.model
+def test_the_edges_are_none_in_the_default_model(engine: es.LlamaEngine) -> None:
+    context = engine.new_context()
+    inputs = some_ids(engine, *EDGES)
+    alone = np.concatenate([context.embed([ids]) for ids in inputs])
+    for other in some_ids(engine, 1, 38, 100):
+        beside = [context.embed([other, ids])[1] for ids in inputs]
+        assert cosines(alone, beside).min() > 0.9999
+    context.close()
+
+
+# --- memory ---
+
+# Characters are tokens, a word's first and a later one: 30,005 tokens, so that a call's
+# logits are megabytes and can be seen.
+WIDE_LETTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 15_000)))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder with a large vocabulary."""
+    folder = tmp_path_factory.mktemp("wide")
+    return bert(folder / "wide.gguf", WIDE_LETTERS, trained=512)
+
+
+def mebibytes(tokens: int, engine: es.LlamaEngine) -> int:
+    """What the logits of so many tokens take for a moment."""
+    return tokens * engine.card.n_vocab * 4 >> 20
+
+
+def test_a_long_input_is_refused_in_numbers_when_memory_is_short(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loaded(wide) as engine:
+        lane = engine.new_context(is_lane=True)
+        (ids,) = some_ids(engine, 500)
+        needed = mebibytes(512, engine)
+        assert needed > 50
+        monkeypatch.setattr(es, "free_memory_bytes", lambda: 3.5 * 2**20)
+        with pytest.raises(es.EngineError) as caught:
+            lane.embed([ids])
+        assert f"500 tokens need {needed} MiB" in str(caught.value)
+        assert "3 MiB of memory are free" in str(caught.value)
+        monkeypatch.undo()
+        expected = lane.embed([ids])
+        # The room that was made once stays: nothing can fail it afterwards.
+        monkeypatch.setattr(es, "free_memory_bytes", lambda: 0.0)
+        np.testing.assert_array_equal(lane.embed([ids]), expected)
+        lane.close()
+
+
+def test_a_worker_makes_all_its_room_at_the_start_or_does_not_start(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loaded(wide, pack_tokens=64) as engine:
+        made = engine.new_context()
+        monkeypatch.setattr(es, "free_memory_bytes", lambda: 0.0)
+        (ids,) = some_ids(engine, engine.card.context_tokens)
+        assert np.isfinite(made.embed([ids])).all()
+        made.close()
+        with pytest.raises(es.StartupError) as caught:
+            engine.new_context()
+        said = str(caught.value)
+        assert "no room for another context" in said
+        assert f"{len(ids)} tokens need " in said
+        assert " 0 MiB of memory are free" in said
+
+
+RESIDENT = """
+import numpy as np
+
+def resident_mb():
+    status = open("/proc/self/status").read()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+options = es.EngineOptions()
+engine = es.LlamaEngine(sys.argv[1], options, kit.quiet_log())
+chance = np.random.default_rng(7)
+long = chance.integers(5, engine.card.n_vocab, 512, np.int32)
+pack = [long[n * 8 : n * 8 + 8] for n in range(32)]
+before = resident_mb()
+grown = []
+contexts = []
+for is_lane in (False, False, False, True):
+    contexts.append(engine.new_context(is_lane=is_lane))
+    contexts[-1].embed([long])
+    if not is_lane:
+        contexts[-1].embed(pack)
+        contexts[-1].embed([long[:9]])
+    now = resident_mb()
+    grown.append(round(now - before, 1))
+    before = now
+print(grown, file=sys.stderr)
+assert max(grown) < 25, grown
+"""
+
+
+@pytest.mark.model
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives memory back")
+def test_a_context_takes_little_memory_and_keeps_it_little(default_model: Path) -> None:
+    # In a process of its own: what other tests left free would be used first.
+    run_python(RESIDENT, default_model)
