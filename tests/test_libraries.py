@@ -247,7 +247,10 @@ def test_a_llama_cpp_that_does_not_load_is_one_sentence(tmp_path: Path) -> None:
     # What llama-cpp-python raises on a slim image that lacks libgomp.
     reason = "Failed to load shared library 'libllama.so': libgomp.so.1: not found"
     install(tmp_path, "llama-cpp-python", "99.0")
-    (tmp_path / "llama_cpp.py").write_text(f"raise RuntimeError({reason!r})")
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").touch()
+    broken = tmp_path / "llama_cpp" / "llama_cpp.py"
+    broken.write_text(f"raise RuntimeError({reason!r})")
     flags = ("--port=0", "--log-level=error", f"--model-path={kit.fake_gguf(tmp_path)}")
     done = subprocess.run(
         [sys.executable, es.__file__, *flags],

@@ -22,7 +22,9 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
     import embellama_server as es
 
     known = {row.flag for row in es.SETTING_ROWS} | {
-        *("--print-config", "--version"),  # ours
+        *("--print-config", "--version", "--no-elastic"),  # ours
+        *("--seconds", "--output"),  # of tune
+        *("--bert-base", "--peer-cmd", "--requests"),  # of the bench and the soak test
         *(
             "--peer",
             "--rounds",
