@@ -115,7 +115,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
@@ -391,12 +391,14 @@ def cpus_in_order(root: Path = Path("/")) -> list[int]:
                 node_of[cpu] = int(folder.name.removeprefix("node"))
     seen: collections.Counter[tuple[int, int]] = collections.Counter()
     ranked = []
-    for cpu in sorted(os.sched_getaffinity(0)):
-        siblings = [cpu]
+    usable = os.sched_getaffinity(0)
+    for cpu in sorted(usable):
+        siblings: list[int] = []
         with contextlib.suppress(OSError, ValueError):
             path = system / f"cpu/cpu{cpu}/topology/thread_siblings_list"
             siblings = cpus_of(path.read_text())
-        node, sibling = node_of.get(cpu, 0), sorted(siblings).index(cpu)
+        node = node_of.get(cpu, 0)
+        sibling = sum(other < cpu for other in usable.intersection(siblings))
         seen[node, sibling] += 1
         ranked.append((sibling, seen[node, sibling], node, cpu))
     return [cpu for *_, cpu in sorted(ranked)]
@@ -710,21 +712,33 @@ class LoadedSettings:
     settings: Settings
     sources: Mapping[str, str]
 
+    def given(self) -> dict[str, object]:
+        """What somebody said and a file may hold; paths are absolute."""
+        said: dict[str, object] = {}
+        for row in SETTING_ROWS:
+            value = getattr(self.settings, row.name)
+            is_said = self.sources[row.name] != "default"
+            if is_said and row.option.in_file and not row.option.secret:
+                is_path = row.option.is_path and value
+                said[row.name] = os.path.abspath(value) if is_path else value
+        return said
+
     def describe(self) -> str:
         """What --print-config shows; it is itself a valid configuration file."""
         lines = []
         for row in SETTING_ROWS:
             value = getattr(self.settings, row.name)
-            shown = '"(hidden)"' if row.option.secret and value else _toml(value)
+            shown = '"(hidden)"' if row.option.secret and value else toml_value(value)
             mark = "" if row.option.in_file else "# "
             source = repr(self.sources[row.name])[1:-1]  # on one line, whatever it is
             lines.append(f"{mark}{row.name} = {shown}  # {source}")
         return "\n".join(lines)
 
 
-def _toml(value: object) -> str:
+def toml_value(value: object) -> str:
+    """As TOML writes it: a string, number, boolean or list of them."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     # JSON strings, numbers and booleans are TOML ones, but for DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -1046,12 +1060,14 @@ class NonFiniteVector(ApiError):
     """The model gave no usable vector for one input, twice."""
 
     status, type, code = 500, "server_error", "nonfinite_embedding"
+    what = "has no finite vector in this model, twice"
 
 
 class EngineFailed(ApiError):
     """llama.cpp refused a call, twice."""
 
     status, type, code = 500, "server_error", "engine_failed"
+    what = "could not be computed, twice; the server's log says why"
 
 
 class CodingNotImplemented(ApiError):
@@ -2515,9 +2531,8 @@ def probe_inputs(engine: Engine) -> list[TokenIds]:
     import numpy as np
 
     card = engine.card
-    most = dataclasses.replace(
-        card, max_input_tokens=min(card.max_input_tokens, _PROBE_TOKENS)
-    )
+    longest = min(card.max_input_tokens, card.context_tokens, _PROBE_TOKENS)
+    most = dataclasses.replace(card, max_input_tokens=longest)
     framed_ids = (framed(engine.tokenise(text), card) for text in PROBES)
     return [np.array(truncated(ids, most), np.int32) for ids in framed_ids]
 
@@ -2572,16 +2587,18 @@ class WeightsCache:
         """
         if wanted == "keep":
             return self._load(path)
+        if ready := self._ready(path, wanted, sha256):
+            return self._load(ready)  # from a folder that may only be readable
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(self._folder / ".lock", "wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                return self._engine(path, wanted, sha256)
+                return self._made(path, wanted, sha256)
         except (OSError, EngineError) as error:
             problem = f"weights cannot be re-encoded in {self._folder}: {error}"
             if wanted != "auto":
                 raise StartupError(
-                    f"{problem}; --weights keep serves the file"
+                    f"{problem}; --weights keep serves the file as it is"
                 ) from None
             self._log("warning", problem, instead="the file's own weights")
             return self._load(path)
@@ -2599,63 +2616,81 @@ class WeightsCache:
         target.unlink(missing_ok=True)
         self._seal(target).unlink(missing_ok=True)
 
-    def _target(self, path: str, weights: str, sha256: str) -> Path:
-        return self._folder / f"{Path(path).stem[:64]}-{sha256[:16]}-{weights}.gguf"
+    def _place(self, path: str, sha256: str) -> str:
+        return f"{Path(path).stem[:40]}-{sha256[:16]}"
 
-    def _engine(self, path: str, wanted: str, sha256: str) -> Engine:
+    def _target(self, path: str, weights: str, sha256: str) -> Path:
+        return self._folder / f"{self._place(path, sha256)}-{weights}.gguf"
+
+    def _decision(self, path: str, sha256: str) -> Path:
+        return self._folder / f"{self._place(path, sha256)}.json"
+
+    def _ready(self, path: str, wanted: str, sha256: str) -> str:
+        """The file to load, if all is decided and made; empty if not."""
+        if wanted == "auto":
+            wanted = self._remembered(self._decision(path, sha256))
+        if wanted == "keep":
+            return path
+        target = self._target(path, wanted, sha256)
+        return str(target) if wanted and self._is_intact(target) else ""
+
+    def _made(self, path: str, wanted: str, sha256: str) -> Engine:
         for stale in self._folder.glob(".new-*"):  # of a process that was killed
             stale.unlink(missing_ok=True)
-        decision = self._folder / f"{Path(path).stem[:64]}-{sha256[:16]}.json"
-        if wanted == "auto":
-            wanted = self._remembered(decision)
-        if wanted == "keep":
-            return self._load(path)
-        if wanted and self._is_intact(ready := self._target(path, wanted, sha256)):
-            return self._load(str(ready))
-        own = self._load(path)
-        if not wanted:
-            wanted = self._decide(own, path, sha256)
-            self._remember(decision, wanted)
-        if wanted in ("keep", own.card.weights):
-            return own
-        target = self._target(path, wanted, sha256)
-        if not self._is_intact(target):
-            self._make(own, target, wanted)
-        own.close()
+        if ready := self._ready(path, wanted, sha256):  # another process was faster
+            return self._load(ready)
+        with contextlib.ExitStack() as loaded:
+            own = self._load(path)
+            loaded.callback(own.close)
+            if wanted == "auto":
+                wanted = self._remembered(self._decision(path, sha256))
+                wanted = wanted or self._decided(own, path, sha256)
+            if wanted in ("keep", own.card.weights):
+                loaded.pop_all()
+                return own
+            target = self._target(path, wanted, sha256)
+            if not self._is_intact(target):
+                self._make(own, target, wanted)
         return self._load(str(target))
 
-    def _decide(self, own: Engine, path: str, sha256: str) -> str:
-        """Try the candidates: the fastest that is as good, or keep."""
-        best, best_speedup = "keep", 0.0
+    def _decided(self, own: Engine, path: str, sha256: str) -> str:
+        """Try the candidates: the fastest that is as good, or keep. Remembered."""
+        best, best_speedup, all_tried = "keep", 0.0, True
         for weights in self.candidates(own):
-            target = self._target(path, weights, sha256)
-            self._make(own, target, weights)
-            other = self._load(str(target))
-            try:
-                finding = compare(own, other)
-            finally:
-                other.close()
-            speedup, cosine = f"{finding.speedup:.2f}", f"{finding.cosine:.5f}"
-            self._log(
-                "info", "weights tried", type=weights, speedup=speedup, cosine=cosine
-            )
             loser = weights
-            if finding.is_better and finding.speedup > best_speedup:
-                best, best_speedup, loser = weights, finding.speedup, best
+            try:
+                finding = self._tried(own, self._target(path, weights, sha256), weights)
+                if finding.is_better and finding.speedup > best_speedup:
+                    best, best_speedup, loser = weights, finding.speedup, best
+            except (EngineError, StartupError, OSError) as error:
+                all_tried = False  # no disk or memory now: ask again at the next start
+                where = {"type": weights, "folder": self._folder, "reason": error}
+                self._log("warning", "weights not tried", **where)
             if loser != "keep":
                 self.drop(path, loser, sha256)
+        if all_tried:
+            content = json.dumps({"here": _here(), "weights": best})
+            self._write(self._decision(path, sha256), content.encode())
         return best
 
-    def _remember(self, decision: Path, weights: str) -> None:
-        content = json.dumps({"here": _here(), "weights": weights})
-        self._write(decision, content.encode())
+    def _tried(self, own: Engine, target: Path, weights: str) -> Finding:
+        self._make(own, target, weights)
+        other = self._load(str(target))
+        try:
+            finding = compare(own, other)
+        finally:
+            other.close()
+        speedup, cosine = f"{finding.speedup:.2f}", f"{finding.cosine:.5f}"
+        self._log("info", "weights tried", type=weights, speedup=speedup, cosine=cosine)
+        return finding
 
-    def _remembered(self, decision: Path) -> str:
+    @staticmethod
+    def _remembered(decision: Path) -> str:
         """What was decided here before; empty if nothing was, or elsewhere."""
         try:
             found = json.loads(decision.read_bytes())
             weights, here = found["weights"], found["here"]
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return ""
         is_known = weights in ("keep", *WEIGHT_TYPES) and here == _here()
         return weights if is_known else ""
@@ -2718,6 +2753,13 @@ class CacheCounts:
     misses: int = 0
     shared: int = 0  # inputs that waited for the computation of an equal one
     evictions: int = 0
+
+
+def kept_vector(row: Any) -> Any:
+    """A vector without the pack it was computed in; many replies may share it."""
+    vector = row.copy()
+    vector.setflags(write=False)
+    return vector
 
 
 class VectorCache:
@@ -2807,12 +2849,13 @@ class Stretch:
     at 380); with a neighbour on one of them the same call is slower than with one thread.
     Nothing tells which it is but the clock. So such calls are timed by size, the fastest
     number of threads is used, and the others are tried again now and then: soon when
-    something has changed, ever more rarely while nothing has.
+    something has changed, ever more rarely while nothing has. What was learnt of one
+    size is believed of another until that is timed itself.
     """
 
-    TRIAL_CALLS: ClassVar[int] = 4
-    FIRST_RETRY_S: ClassVar[float] = 1.0
-    LAST_RETRY_S: ClassVar[float] = 30.0
+    TRIAL_CALLS: ClassVar[int] = 3  # with more threads, of which the first wakes them
+    FIRST_RETRY_S: ClassVar[float] = 2.0
+    LAST_RETRY_S: ClassVar[float] = 60.0
 
     def __init__(self, threads: int, others: int) -> None:
         """``threads``: of a call that is not alone. ``others``: all workers but one."""
@@ -2857,6 +2900,8 @@ class Stretch:
             self._retries.pop(size, None)  # something has changed: look again soon
 
     def _due_trial(self, size: int, now: float) -> Trial | None:
+        if (size, self._threads) not in self._speeds:
+            self._believe_nearest(size)
         unknown = [count for count in self._counts if (size, count) not in self._speeds]
         if unknown:
             return self._new_trial(size, unknown[0])
@@ -2873,9 +2918,19 @@ class Stretch:
 
     def _new_trial(self, size: int, threads: int) -> Trial:
         self._speeds.setdefault((size, threads), Speed())  # no longer unknown
-        self._waking = (size, threads)
-        trial = self._trials[size] = Trial(threads, self.TRIAL_CALLS)
+        calls = 1
+        if threads > self._threads:
+            self._waking, calls = (size, threads), self.TRIAL_CALLS
+        trial = self._trials[size] = Trial(threads, calls)
         return trial
+
+    def _believe_nearest(self, size: int) -> None:
+        timed = {other for other, _ in self._speeds}
+        nearest = min(timed, key=lambda other: abs(other - size), default=size)
+        for count in self._counts:
+            if (nearest, count) in self._speeds:
+                speed = self._speeds[nearest, count]
+                self._speeds[size, count] = dataclasses.replace(speed)
 
     def _best(self, size: int) -> int:
         never = Speed()
@@ -2952,7 +3007,7 @@ class Call:
     tokens: int
     threads: int
     number: int  # of all calls
-    is_alone: bool  # nobody else computed, and nothing waited, when it began
+    is_stretchable: bool  # the first worker's, when nobody else had anything to do
     is_lane: bool
 
 
@@ -3164,22 +3219,6 @@ def _too_long(index: int, size: str, limit: int) -> ContextLengthExceeded:
     )
 
 
-def _own(row: Any) -> Any:
-    """A vector without the pack it was computed in; many replies may share it."""
-    vector = row.copy()
-    vector.setflags(write=False)
-    return vector
-
-
-def _failure(kind: type[ApiError], index: int) -> ApiError:
-    where = f"input[{index}]"
-    what = {
-        EngineFailed: "could not be computed, twice; the server's log says why",
-        NonFiniteVector: "has no finite vector in this model, twice",
-    }
-    return kind(f"{where} {what[kind]}", param=where)
-
-
 class Pool:
     """The queue, the tokeniser thread and the workers.
 
@@ -3207,7 +3246,9 @@ class Pool:
         # guarded by _lock
         self._lock = threading.Lock()
         self._untokenised_ready = threading.Condition(self._lock)
-        self._work_ready = threading.Condition(self._lock)
+        numbers = range(options.workers)
+        self._work_ready = [threading.Condition(self._lock) for _ in numbers]
+        self._asleep: set[int] = set()  # workers, by number
         self._untokenised: collections.deque[Job] = collections.deque()
         self._line = Line(options.pack_tokens, engine.card.context_tokens)
         self._jobs: set[Job] = set()  # all that are not over
@@ -3286,7 +3327,7 @@ class Pool:
         with self._lock:
             self._stopping = True
             self._untokenised_ready.notify_all()
-            self._work_ready.notify_all()
+            self._wake(self.options.workers)
         deadline = self._clock() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - self._clock()))
@@ -3370,7 +3411,7 @@ class Pool:
             needed = [item for item in items if not self._is_known(job, item)]
             self._backlog.release(0, bound - sum(item.tokens for item in needed))
             self._line.add(job, needed)
-            self._work_ready.notify(len(needed))
+            self._wake(len(needed))
             if job.next_input < len(job.inputs):
                 self._untokenised.append(job)
             if job.unfinished:
@@ -3406,17 +3447,32 @@ class Pool:
             if self.options.cpus:
                 pin_this_thread(self.options.cpus[number % len(self.options.cpus)])
             context = self.engine.new_context()
+        except OSError as error:
+            started.set_exception(StartupError(f"a worker cannot be pinned: {error}"))
+            return
         except BaseException as error:
             started.set_exception(error)
             return
         started.set_result(None)
         try:
-            while call := self._next_call():
+            while call := self._next_call(number):
                 self._run(context, call)
         finally:
             context.close()
 
-    def _next_call(self) -> Call | None:
+    def _wake(self, workers: int) -> None:
+        """Wake so many, the lowest numbers first. Lock held.
+
+        Not in turns: work that comes one by one stays with one worker, whose caches
+        are warm and who alone may stretch. libgomp keeps a team of threads for every
+        thread that ever used several; with more of them than CPUs all spin a tenth as
+        long, and two threads were 1.5 times slower (MiniLM, 22 tokens: 5.5 ms for 3.5).
+        """
+        for number in sorted(self._asleep)[:workers]:
+            self._asleep.discard(number)
+            self._work_ready[number].notify()
+
+    def _next_call(self, number: int) -> Call | None:
         """Wait for work; None means stop."""
         most_inputs = self.engine.card.pack_inputs
         line, options = self._line, self.options
@@ -3432,18 +3488,20 @@ class Pool:
                 )
                 items = line.take(budget, most_inputs, lane_is_free=self._lane_is_free)
                 if items:
-                    return self._begin(items)
-                self._work_ready.wait()
+                    return self._begin(items, is_first=number == 0)
+                self._asleep.add(number)
+                self._work_ready[number].wait()
+                self._asleep.discard(number)
         return None
 
-    def _begin(self, items: list[Item]) -> Call:
+    def _begin(self, items: list[Item], *, is_first: bool) -> Call:
         """Mark a pack as running, lock held."""
         now = self._clock()
         tokens = sum(item.tokens for item in items)
         is_alone = not (self._busy or self._line.tokens or self._untokenised)
         is_lane = tokens > self.engine.card.context_tokens
         threads = self.options.threads
-        if self.options.is_elastic:
+        if self.options.is_elastic and is_first:
             threads = self._stretch.threads(tokens, now, is_alone=is_alone)
         self._busy += 1
         self._running_tokens += tokens
@@ -3453,7 +3511,8 @@ class Pool:
             item.is_running = True
             for job, _ in item.owners:
                 job.started_at = job.started_at or now
-        return Call(items, tokens, threads, self._calls, is_alone, is_lane)
+        is_stretchable = is_alone and is_first
+        return Call(items, tokens, threads, self._calls, is_stretchable, is_lane)
 
     def _run(self, context: Context, call: Call) -> None:
         begun = self._clock()
@@ -3474,10 +3533,11 @@ class Pool:
             self._running_tokens -= call.tokens
             if call.is_lane:
                 self._lane_is_free = True
-                self._work_ready.notify()  # another long input may wait for it
+                self._wake(1)  # another long input may wait for it
             if call.threads == self.options.threads:
                 self._speed.record(call.tokens, seconds)
-            if call.is_alone and call.number == self._calls:  # and none began since
+            # Alone to the end: none began since.
+            if call.is_stretchable and call.number == self._calls:
                 self._stretch.record(call.tokens, call.threads, seconds)
             for item, (outcome, _) in zip(call.items, outcomes, strict=True):
                 over += self._settle(item, outcome)
@@ -3498,7 +3558,7 @@ class Pool:
             if row is None or math.isnan(row[0]):
                 outcomes.append((self._compute_alone(context, call, item), True))
             else:
-                outcomes.append((_own(row), False))
+                outcomes.append((kept_vector(row), False))
         return outcomes
 
     def _compute_alone(self, context: Context, call: Call, item: Item) -> Any:
@@ -3508,7 +3568,7 @@ class Pool:
         except Exception as error:
             self._log_failure(error, 1)
             return EngineFailed
-        return NonFiniteVector if math.isnan(vector[0]) else _own(vector)
+        return NonFiniteVector if math.isnan(vector[0]) else kept_vector(vector)
 
     def _lane_context(self) -> Context:
         if self._lane is None:
@@ -3531,7 +3591,8 @@ class Pool:
                 job.unfinished -= 1
                 self._backlog.release(1, 0)
             elif job not in over:
-                job.error = _failure(outcome, index)
+                where = f"input[{index}]"
+                job.error = outcome(f"{where} {outcome.what}", param=where)
             if not job.unfinished or not is_vector:
                 over[job] = None
         for job in {job for job, _ in item.owners}:
@@ -3556,7 +3617,7 @@ class Pool:
                 continue
             if item.owners:
                 self._line.add(item.job, [item])
-                self._work_ready.notify()
+                self._wake(1)
             else:
                 del self._in_flight[item.key]
                 self._backlog.release(0, item.tokens)
@@ -4897,7 +4958,7 @@ def accepts_gzip(head: Head) -> bool:
 
 def is_this_machine(peer: str) -> bool:
     """Whether an address is of the loopback, where bytes cost nothing."""
-    return peer.startswith(("127.", "::1", "::ffff:127.")) or not peer
+    return peer in ("", "::1") or peer.startswith(("127.", "::ffff:127."))
 
 
 def gzipped(body: bytes) -> bytes:
@@ -5256,7 +5317,7 @@ class Tuner:
         # Medians of inputs per second; compared within a stage, never across.
         self._stages: list[dict[tuple[Layout, str], float]] = []
         self._done = 0
-        self.refused: dict[str, float] = {}  # weights that change vectors: cosine
+        self.refused: dict[str, str] = {}  # weights that were not measured, and why
 
     def run(self, pack_tokens: int) -> Layout:
         """The best layout. Takes about ``seconds``, and the time to load and re-encode."""
@@ -5284,11 +5345,8 @@ class Tuner:
                 [best] + [dataclasses.replace(best, pack_tokens=p) for p in packs]
             )
         finally:
-            for contexts in self._contexts.values():
-                for context in contexts:
-                    context.close()
-            for engine in self._engines.values():
-                engine.close()
+            for weights in tuple(self._engines):
+                self._close(weights)
 
     def table(self, best: Layout) -> str:
         """What was measured, in Markdown: inputs per second, the best one marked."""
@@ -5303,30 +5361,39 @@ class Tuner:
                 cells += [f"{stage[layout, text]:.1f}" for text in TUNE_TEXTS]
                 cells.append("best" if layout == best else "")
                 lines.append("| " + " | ".join(cells) + " |")
-        for weights, cosine in self.refused.items():
-            lines.append(f"{weights}: not the same vectors (cosine {cosine:.5f})")
+        lines += [f"\n{weights}: {why}" for weights, why in self.refused.items()]
         return "\n".join(lines)
 
     def _load(self) -> None:
         own = self._engines["keep"] = self._cache.engine(
             self._path, "keep", self._sha256
         )
-        self._contexts["keep"] = [own.new_context() for _ in range(self._cores)]
+        self._make_contexts("keep")
         inputs = probe_inputs(own)
         for weights in self._cache.candidates(own):
             self._show(0, 1, f"re-encoding as {weights}")
-            engine = self._cache.engine(self._path, weights, self._sha256)
-            first = engine.new_context()
-            cosine = least_cosine(self._contexts["keep"][0], first, inputs)
-            if cosine < LEAST_COSINE:
-                self.refused[weights] = cosine
-                first.close()
-                engine.close()
-                self._cache.drop(self._path, weights, self._sha256)
+            try:
+                engine = self._cache.engine(self._path, weights, self._sha256)
+            except StartupError as error:  # e.g. a full disk
+                self.refused[weights] = str(error)
                 continue
             self._engines[weights] = engine
-            others = (engine.new_context() for _ in range(1, self._cores))
-            self._contexts[weights] = [first, *others]
+            self._make_contexts(weights)
+            pair = (self._contexts["keep"][0], self._contexts[weights][0])
+            if (cosine := least_cosine(*pair, inputs)) < LEAST_COSINE:
+                self.refused[weights] = f"not the same vectors (cosine {cosine:.5f})"
+                self._close(weights)
+                self._cache.drop(self._path, weights, self._sha256)
+
+    def _make_contexts(self, weights: str) -> None:
+        contexts = self._contexts[weights] = []
+        for _ in range(self._cores):
+            contexts.append(self._engines[weights].new_context())
+
+    def _close(self, weights: str) -> None:
+        for context in self._contexts.pop(weights, []):
+            context.close()
+        self._engines.pop(weights).close()
 
     def _asked(
         self, layouts: Sequence[Layout], *, total: int, slice_s: float, end: float
@@ -5362,32 +5429,26 @@ class Tuner:
         count = max(1, min(layout.pack_tokens, card.context_tokens) // tokens)
         ids = np.resize(np.concatenate(probe_inputs(self._engines["keep"])), tokens)
         pack = [ids] * min(count, card.pack_inputs)
-        done: list[float] = []
         end = time.monotonic() + seconds
 
-        def work(context: Context) -> None:
+        def rate(context: Context) -> float:
             calls, begun = 0, time.monotonic()
             while not calls or time.monotonic() < end:
                 context.embed(pack, threads=layout.threads)
                 calls += 1
-            done.append(calls * len(pack) / (time.monotonic() - begun))
+            return calls * len(pack) / (time.monotonic() - begun)
 
         contexts = self._contexts[layout.weights][: layout.workers]
-        threads = [threading.Thread(target=work, args=(c,)) for c in contexts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(done)
+        with ThreadPoolExecutor(layout.workers) as threads:
+            return sum(threads.map(rate, contexts))
 
 
-def tune_profile(best: Layout, model_path: str) -> str:
-    """A file for --config."""
-    values: dict[str, object] = {"model_path": model_path} if model_path else {}
-    values |= {"weights": best.weights, "workers": best.workers}
+def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
+    """A file for --config: the settings that were given, and the best ones."""
+    values = {**given, "weights": best.weights, "workers": best.workers}
     values |= {"threads": best.threads, "pack_tokens": best.pack_tokens}
     lines = [f"{TUNE_MARK}, version {__version__}, on {cpu_name()}"]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    lines += [f"{name} = {toml_value(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -5428,7 +5489,7 @@ def main(
     if engine_factory is LlamaEngine and (missing := missing_needed()):
         return _say(f"embellama_server: {missing}", code=1)
     if verb == "tune":
-        return _tune(loaded.settings, engine_factory, own["seconds"], own["output"])
+        return _tune(loaded, engine_factory, own["seconds"], own["output"])
     return _serve(loaded.settings, engine_factory)
 
 
@@ -5507,17 +5568,15 @@ def version_text() -> str:
 
 
 def _tune(
-    settings: Settings, engine_factory: EngineFactory, seconds: float, output: str
+    loaded: LoadedSettings, engine_factory: EngineFactory, seconds: float, output: str
 ) -> int:
+    settings = loaded.settings
     log = Log(settings.log_level, settings.log_format, sys.stderr)
     try:
         fetch = ModelFetch(settings.cache_dir, log, DEFAULT_MODEL)
         path = settings.model_path or str(fetch.path())
         profile = Path(output or f"{Path(path).stem}.tune.toml")
-        if profile.exists() and not profile.read_bytes().startswith(TUNE_MARK.encode()):
-            raise StartupError(
-                f"{profile} exists and was not written by tune: name another --output"
-            )
+        _check_profile(profile)
         options = dataclasses.replace(engine_options(settings), pack_tokens=512)
         cache = WeightsCache(
             Path(settings.cache_dir) / "weights",
@@ -5534,16 +5593,25 @@ def _tune(
         )
         best = tuner.run(settings.pack_tokens)
         _show_progress(1, 1, "")
-        absolute = os.path.abspath(path) if settings.model_path else ""
+        # How loud this run was is nothing the next one should keep.
+        given = {n: v for n, v in loaded.given().items() if not n.startswith("log_")}
         unfinished = profile.with_name(f".{profile.name}.new")
-        unfinished.write_text(tune_profile(best, absolute))
+        unfinished.write_text(tune_profile(best, given), encoding="utf-8")
         os.replace(unfinished, profile)
-    except (StartupError, OSError) as error:
+    except (StartupError, EngineError, OSError, UnicodeError) as error:
         return _say(f"embellama_server: {error}", code=1)
-    print(tuner.table(best))
-    return _answer(
-        f"written to {profile}: python embellama_server.py --config {profile}"
-    )
+    done = f"written to {profile}: python embellama_server.py --config {profile}"
+    return _answer(f"{tuner.table(best)}\n\n{done}")
+
+
+def _check_profile(profile: Path) -> None:
+    """Raise StartupError if it could not be written in the end."""
+    if not profile.parent.is_dir():
+        raise StartupError(f"there is no folder {profile.parent} for --output")
+    if profile.exists() and not profile.read_bytes().startswith(TUNE_MARK.encode()):
+        raise StartupError(
+            f"{profile} exists and was not written by tune: name another --output"
+        )
 
 
 def _show_progress(done: int, of: int, what: str) -> None:

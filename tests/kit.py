@@ -87,6 +87,7 @@ class FakeEngine:
         self.card = fake_card(**card)
         self.calls: list[list[list[int]]] = []  # the packs, in order of completion
         self.threads: list[int] = []  # of each call
+        self.callers: list[str] = []  # the worker of each call
         self.contexts_open = 0
         self.lanes_made = 0
         self.is_closed = False
@@ -170,6 +171,7 @@ class FakeContext:
         with engine.lock:
             engine.calls.append(packs)
             engine.threads.append(threads)
+            engine.callers.append(threading.current_thread().name)
         for row, ids in enumerate(packs):
             if engine.fails(BOOM_WORD, ids):
                 raise es.EngineError("boom")

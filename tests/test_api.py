@@ -1,15 +1,20 @@
-"""Room 12 and 14: what OpenAI's clients send, and what they are told."""
+"""Rooms API and ROUTES: what OpenAI's clients send, and what they are told."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import struct
+import zlib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import kit
@@ -116,6 +121,21 @@ def test_all_dimensions_are_a_no_op() -> None:
         assert whole.json == plain.json
 
     with_service(check)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 1])
+def test_usage_counts_the_tokens_that_were_sent_also_those_not_computed(
+    cache_mb: int,
+) -> None:
+    async def check(running: RunningService) -> None:
+        for inputs, tokens in ((["a b", "c"], 7), (["c", "a b", "c", "d"], 13)):
+            for _ in range(2):
+                usage = (await running.ask("POST", URL, {"input": inputs})).json[
+                    "usage"
+                ]
+                assert usage == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+    with_service(check, cache_mb=cache_mb)
 
 
 def test_2048_inputs_are_answered_in_order() -> None:
@@ -399,6 +419,20 @@ def test_models_are_listed_with_their_aliases() -> None:
     with_service(check, model_alias=("org/short",))
 
 
+def test_a_model_says_which_weights_it_has_and_of_which_file(tmp_path: Path) -> None:
+    file = kit.fake_gguf(tmp_path)
+
+    async def check(running: RunningService) -> None:
+        (listed,) = (await running.ask("GET", "/v1/models")).json["data"]
+        assert (await running.ask("GET", "/v1/models/fake")).json == listed
+        meta = listed["meta"]
+        assert meta["weights"] == "bf16"
+        assert meta["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert (meta["n_embd"], meta["pooling"]) == (8, "mean")
+
+    with_service(check, kit.FakeEngine(weights="bf16"), model_path=str(file))
+
+
 def test_a_well_formed_request_id_is_kept_and_another_is_replaced() -> None:
     async def check(running: RunningService) -> None:
         kept = await running.ask("GET", "/health", x_request_id="abc-1.2_Z")
@@ -424,6 +458,202 @@ def test_each_request_is_one_log_line_with_its_figures() -> None:
             assert part in line
 
     with_service(check)
+
+
+# --- gzip ---
+
+MAY_ZIP = {"accept_encoding": "gzip, deflate, br"}
+
+
+def fields(**named: str) -> es.Head:
+    """A head that says no more than this."""
+    pairs = tuple((name.replace("_", "-"), value) for name, value in named.items())
+    return es.Head("GET", "/", "", 1, pairs, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "accepted"),
+    [
+        ("gzip", True),
+        ("GZip", True),
+        ("x-gzip", True),
+        ("deflate, gzip", True),
+        ("gzip;q=0.5, br;q=1", True),
+        ("br,\tgzip ; q=1.000", True),
+        ("gzip;q=0.001", True),
+        (",, gzip ,,", True),
+        ("gzip;", True),
+        ("gzip;q=0", False),
+        ("gzip; q=0.0", False),
+        ("gzip ;q=0.000", False),
+        ("GZIP;Q=0", False),
+        ("gzip;q=0, *", False),
+        ("br, gzip;q=0", False),
+        # Who takes anything may not know what to do with it: curl sends no such thing.
+        ("*", False),
+        ("*;q=1, identity;q=0", False),
+        ("", False),
+        ("identity", False),
+        ("deflate, br, zstd", False),
+        ("gzipped, not-gzip, gzip2", False),
+        ("br;gzip", False),
+        (";q=1", False),
+    ],
+)
+def test_gzip_is_accepted_by_name(value: str, accepted: bool) -> None:
+    assert es.accepts_gzip(fields(accept_encoding=value)) is accepted
+
+
+def test_gzip_may_be_accepted_on_a_line_of_its_own() -> None:
+    pairs = (("accept-encoding", "br"), ("accept-encoding", "gzip"))
+    assert es.accepts_gzip(es.Head("GET", "/", "", 1, pairs, 0))
+    assert not es.accepts_gzip(fields())
+    assert not es.accepts_gzip(fields(content_encoding="gzip"))
+
+
+@given(st.text("gzip;q=0.1 *,-x\t\N{SNOWMAN}"))
+def test_any_accept_encoding_is_yes_or_no(value: str) -> None:
+    assert es.accepts_gzip(fields(accept_encoding=value)) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("peer", "is_here"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("", True),  # a socket without an address
+        ("10.0.0.1", False),
+        ("128.0.0.1", False),
+        ("12.7.0.1", False),
+        ("192.168.127.1", False),
+        ("fe80::1", False),
+        ("2001:db8::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:10.127.0.1", False),
+        ("::", False),
+        ("::1:2", False),
+    ],
+)
+def test_this_machine_is_the_loopback(peer: str, is_here: bool) -> None:
+    assert es.is_this_machine(peer) is is_here
+
+
+@pytest.mark.parametrize("n_embd", [200, 40_000], ids=["small", "large"])
+def test_floats_are_gzipped_for_who_accepts_it(n_embd: int) -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": ["a", "b"]}
+        plain = await running.ask("POST", URL, ask)
+        assert (len(plain.body) > 1 << 16) == (n_embd > 1000), "and so off the loop"
+        for accept in ("gzip", "br, gzip;q=0.1"):
+            zipped = await running.ask("POST", URL, ask, accept_encoding=accept)
+            assert zipped.headers["content-encoding"] == "gzip"
+            assert int(zipped.headers["content-length"]) == len(zipped.body)
+            assert len(zipped.body) < 0.6 * len(plain.body)
+            assert zlib.decompress(zipped.body, 16 + zlib.MAX_WBITS) == plain.body
+            assert zipped.headers["content-type"] == "application/json"
+        for reply in (plain, zipped):
+            assert reply.headers["vary"] == "accept-encoding"
+        for accept in ("br", "gzip;q=0", "*"):
+            other = await running.ask("POST", URL, ask, accept_encoding=accept)
+            assert "content-encoding" not in other.headers
+            assert other.headers["vary"] == "accept-encoding"
+            assert other.body == plain.body
+
+    with_service(check, kit.FakeEngine(n_embd=n_embd), gzip="all")
+
+
+def test_what_fits_into_a_packet_is_not_gzipped() -> None:
+    async def check(running: RunningService) -> None:
+        seen = set()
+        for inputs in range(1, 30):
+            ask = {"input": [f"w{n}" for n in range(inputs)]}
+            size = len((await running.ask("POST", URL, ask)).body)
+            reply = await running.ask("POST", URL, ask, **MAY_ZIP)
+            assert ("content-encoding" in reply.headers) == (size > 1400)
+            assert ("vary" in reply.headers) == (size > 1400)
+            seen.add(size > 1400)
+        assert seen == {False, True}
+
+    with_service(check, gzip="all")
+
+
+def test_base64_is_never_gzipped() -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": ["a", "b"], "encoding_format": "base64"}
+        reply = await running.ask("POST", URL, ask, **MAY_ZIP)
+        assert len(reply.body) > 1 << 16
+        assert not {"content-encoding", "vary"} & set(reply.headers)
+        assert len(reply.json["data"]) == 2
+
+    with_service(check, kit.FakeEngine(n_embd=40_000), gzip="all")
+
+
+def test_errors_are_never_gzipped() -> None:
+    async def check(running: RunningService) -> None:
+        long = "x" * 5000
+        asks = [
+            ("POST", URL, {"input": [long] * 2 + [""], "model": long}, 400),
+            ("POST", URL, {"input": "a", "model": long}, 404),
+            ("GET", f"/{long}", None, 404),
+            ("GET", URL, None, 405),
+        ]
+        for method, path, body, status in asks:
+            reply = await running.ask(method, path, body, **MAY_ZIP)
+            assert reply.status == status
+            assert "content-encoding" not in reply.headers
+            assert reply.error["message"]
+
+    with_service(check, gzip="all")
+
+
+def test_nothing_but_vectors_is_gzipped_nor_its_head() -> None:
+    async def check(running: RunningService) -> None:
+        for path in ("/", "/health", "/v1/models", "/metrics"):
+            for method in ("GET", "HEAD"):
+                reply = await running.ask(method, path, **MAY_ZIP)
+                assert reply.status == 200
+                assert not {"content-encoding", "vary"} & set(reply.headers)
+        head = await running.ask("HEAD", URL, **MAY_ZIP)
+        assert (head.status, head.body) == (405, b"")
+        assert "content-encoding" not in head.headers
+
+    with_service(check, gzip="all", model_alias=tuple(f"m{n}" for n in range(50)))
+
+
+async def answered(running: RunningService, peer: str) -> es.Response:
+    """What a client with this address would be sent."""
+    body = es.json_codec().dumps({"input": ["a", "b"]})
+    named = (("content-type", "application/json"), ("accept-encoding", "gzip"))
+    head = es.Head("POST", URL, "", 1, named, len(body))
+    dispatcher = es.Dispatcher(running.service, kit.quiet_log())
+    return await dispatcher.respond(es.Request(head, body), peer)
+
+
+@pytest.mark.parametrize(
+    ("gzip", "here", "there"),
+    [("remote", False, True), ("all", True, True), ("off", False, False)],
+)
+def test_who_is_on_this_machine_is_spared_the_time_for_gzip(
+    gzip: str, here: bool, there: bool
+) -> None:
+    async def check(running: RunningService) -> None:
+        over_loopback = await running.ask("POST", URL, {"input": ["a", "b"]}, **MAY_ZIP)
+        assert ("content-encoding" in over_loopback.headers) == here
+        # A cache in between must know that it depends on the client.
+        assert over_loopback.headers.get("vary") == (
+            None if gzip == "off" else "accept-encoding"
+        )
+        for peer, is_zipped in (("::1", here), ("10.0.0.1", there), ("fe80::2", there)):
+            response = await answered(running, peer)
+            sent = dict(response.fields)
+            assert (sent.get("content-encoding") == "gzip") == is_zipped
+            assert (sent.get("vary") is None) == (gzip == "off")
+            assert (response.body[:2] == b"\x1f\x8b") == is_zipped
+
+    assert es.load_settings({}, {}).settings.gzip == "remote"
+    with_service(check, kit.FakeEngine(n_embd=200), gzip=gzip)
 
 
 # --- trouble ---

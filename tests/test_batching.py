@@ -595,7 +595,7 @@ def test_what_was_slower_is_tried_again_ever_more_rarely() -> None:
     calls = Calls(busy_neighbour)
     calls.many(2 + es.Stretch.TRIAL_CALLS)
     begun = calls.now
-    times = np.array([begun, *calls.trials(of=2, seconds=150.0)])
+    times = np.array([begun, *calls.trials(of=2, seconds=300.0)])
     expected = [es.Stretch.FIRST_RETRY_S]
     while len(expected) < len(times) - 1:
         expected.append(min(2 * expected[-1], es.Stretch.LAST_RETRY_S))
@@ -616,7 +616,7 @@ def test_a_neighbour_who_leaves_is_noticed_after_the_longest_wait_at_most() -> N
 def test_when_something_has_changed_the_others_are_tried_again_soon() -> None:
     # The neighbour came for a moment, after a long time alone.
     calls = Calls(free_cores)
-    assert len(list(calls.trials(of=1, seconds=100.0))) > 5
+    assert len(list(calls.trials(of=1, seconds=200.0))) > 5
     calls.cost = busy_neighbour
     calls.many(9)
     calls.cost = free_cores

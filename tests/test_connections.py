@@ -1,4 +1,4 @@
-"""Room 11 over real sockets: order, keep-alive, timers, back-pressure, leaving, drain.
+"""Room CONNECTIONS over real sockets: order, timers, back-pressure, leaving, drain.
 
 Every test runs on asyncio's loop and on the one we ship (uvloop when it is there): they
 differ in what a closing transport still does. A test also fails if the loop was told of
@@ -594,6 +594,76 @@ async def test_lingering_ends_for_who_reads_late(
     replies = await client.replies(*["GET"] * (asked + 1))
     assert [reply.status for reply in replies] == [200] * asked + [400]
     await until(lambda: not room.service.connections.open)  # we did not close
+
+
+# --- large requests and replies ---
+
+
+class Pause:
+    """Stands before a function: it says when it is called, and waits until it may go on.
+
+    On the event loop's thread nobody would ever let it go on.
+    """
+
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self._real = real
+        self.began, self.may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.began.set()
+        kit.wait(self.may_go_on)
+        return self._real(*given, **named)
+
+
+@pytest.mark.parametrize("step", ["parse", "embeddings_body", "gzipped"])
+@served(n_embd=4096, gzip="all")
+async def test_others_are_served_while_much_json_is_read_written_or_packed(
+    room: Room, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = es.EmbeddingsAsk if step == "parse" else es
+    pause = Pause(getattr(where, step))
+    monkeypatch.setattr(where, step, pause)
+    body = es.json_codec().dumps({"input": ["a"] * 100}).ljust(1 << 17)
+    head = post("/v1/embeddings", "Accept-Encoding: gzip", length=len(body))
+    large = await room.client(head, body)
+    await asyncio.to_thread(kit.wait, pause.began)
+    other = await room.client()
+    for _ in range(10):
+        other.send(HEALTH)
+        assert (await other.reply()).status == 200
+    assert room.answered() == 10
+    pause.may_go_on.set()
+    reply = await large.reply("POST")
+    assert (reply.status, reply.headers["content-encoding"]) == (200, "gzip")
+
+
+@served(n_embd=4096)
+async def test_health_is_answered_in_the_middle_of_a_large_reply(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Off the loop is not enough: whoever holds the interpreter for all of 20 MB holds
+    # the loop up too.
+    events: list[str] = []
+    real = es.embeddings_body
+
+    def noted(*given: Any) -> bytes:
+        events.append("begin")
+        try:
+            return real(*given)
+        finally:
+            events.append("end")
+
+    monkeypatch.setattr(es, "embeddings_body", noted)
+    large = await room.client(MANY)
+    reply = asyncio.ensure_future(large.reply("POST"))
+    other = await room.client()
+    while not reply.done():
+        other.send(HEALTH)
+        assert (await other.reply()).status == 200
+        events.append("health")
+    assert len(reply.result().json["data"]) == 500
+    between = events[events.index("begin") + 1 : events.index("end")]
+    assert between.count("health") >= 3
 
 
 # --- the end ---

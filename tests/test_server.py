@@ -161,3 +161,23 @@ def test_the_user_s_own_file_is_named_after_its_stem(
         assert isinstance(reply, dict)
         assert reply["model"] == "my-model"
         assert server.stop() == 0
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_mixed_load_leaves_memory_flat_and_every_vector_right(
+    default_model: Path,
+) -> None:
+    # The soak test, in 20 seconds: too short to tell fragments from a slow leak, so
+    # growth is only asked to be below 8 KB a request.
+    command = [sys.executable, "-m", "tests.soak", "--quick", "--flag=--cache-mb=1"]
+    command += ["--growth-kb", "8192"]
+    done = subprocess.run(
+        [*command, "--model-path", str(default_model)],
+        cwd=kit.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3 * kit.DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

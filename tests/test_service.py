@@ -1,9 +1,11 @@
-"""Room 13 and 15: phases, loading, draining, probes."""
+"""Rooms SERVICE and ADMIN: phases, loading, draining, probes, the cache, pinning."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import re
 import threading
 
 import pytest
@@ -202,3 +204,260 @@ def test_workers_that_cannot_get_a_context_end_the_start() -> None:
                 pass
 
     run(check())
+
+
+# --- the cache ---
+
+EMBED = "/v1/embeddings"
+
+
+async def metric(running: kit.RunningService, name: str) -> int:
+    """The present value of a series that counts."""
+    text = (await running.ask("GET", "/metrics")).body.decode()
+    (value,) = re.findall(rf"(?m)^embellama_{re.escape(name)} ([0-9]+)$", text)
+    return int(value)
+
+
+async def lookups(running: kit.RunningService) -> dict[str, int]:
+    """Inputs looked up so far, by result."""
+    name = 'cache_lookups_total{{result="{}"}}'
+    results = ("hit", "shared", "miss")
+    return {r: await metric(running, name.format(r)) for r in results}
+
+
+def test_a_cleared_cache_says_what_it_held_and_computes_again() -> None:
+    engine = kit.FakeEngine()
+
+    async def check() -> None:
+        async with kit.running_service(engine, cache_mb=1) as running:
+            ask = {"input": ["a", "b", "a"]}
+            replies = [await running.ask("POST", EMBED, ask) for _ in range(2)]
+            assert len(engine.calls) == 1
+            used = await metric(running, "cache_bytes")
+            cleared = await running.ask("DELETE", "/admin/cache")
+            assert cleared.status == 200
+            assert cleared.headers["content-type"] == "application/json"
+            assert cleared.json == {"cleared": {"entries": 2, "bytes": used}}
+            assert used > 2 * 8 * 4
+            again = await running.ask("DELETE", "/admin/cache")
+            assert again.json == {"cleared": {"entries": 0, "bytes": 0}}
+            replies.append(await running.ask("POST", EMBED, ask))
+            assert len(engine.calls) == 2
+            assert replies[0].json == replies[1].json == replies[2].json
+
+    run(check())
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_a_cache_is_only_cleared_by_who_says_so(method: str) -> None:
+    async def check() -> None:
+        async with kit.running_service(cache_mb=1) as running:
+            await running.ask("POST", EMBED, {"input": "a"})
+            reply = await running.ask(method, "/admin/cache")
+            assert (reply.status, reply.headers["allow"]) == (405, "DELETE, OPTIONS")
+            assert await metric(running, "cache_entries") == 1
+
+    run(check())
+
+
+def test_a_cache_cannot_be_cleared_before_there_is_one() -> None:
+    async def check() -> None:
+        gate = threading.Event()
+        async with kit.running_service(
+            before_load=lambda: kit.wait(gate), wait_ready=False
+        ) as running:
+            reply = await running.ask("DELETE", "/admin/cache")
+            assert (reply.status, reply.error["code"]) == (503, "not_ready")
+            gate.set()
+            await running.log.settled.wait()
+
+    run(check())
+
+
+def test_cache_metrics_say_what_was_found_and_what_is_kept() -> None:
+    async def check() -> None:
+        async with kit.running_service(cache_mb=1) as running:
+            assert await lookups(running) == {"hit": 0, "shared": 0, "miss": 0}
+            steps = (
+                # inputs; hit, shared, miss and entries from then on
+                (["a", "b"], (0, 0, 2), 2),
+                (["a"], (1, 0, 2), 2),
+                (["c", "c", "c", "a"], (2, 2, 3), 3),
+                ([" c", "b  "], (4, 2, 3), 3),  # spelt otherwise, the same ids
+            )
+            for inputs, (hit, shared, miss), entries in steps:
+                await running.ask("POST", EMBED, {"input": inputs})
+                found = {"hit": hit, "shared": shared, "miss": miss}
+                assert await lookups(running) == found
+                assert await metric(running, "cache_entries") == entries
+            full = await metric(running, "cache_bytes")
+            await running.ask("DELETE", "/admin/cache")
+            for name in ("cache_entries", "cache_bytes"):
+                assert await metric(running, name) == 0
+            # What is counted stays counted, or rates would jump.
+            assert await lookups(running) == {"hit": 4, "shared": 2, "miss": 3}
+            await running.ask("POST", EMBED, {"input": ["a", "b", "c"]})
+            assert await metric(running, "cache_bytes") == full
+            assert await metric(running, "cache_evictions_total") == 0
+
+    run(check())
+
+
+def test_a_full_cache_drops_what_was_not_used_for_longest() -> None:
+    # Two vectors of 400 kB fit into a mebibyte, three do not.
+    engine = kit.FakeEngine(n_embd=100_000)
+
+    async def check() -> None:
+        async with kit.running_service(engine, cache_mb=1) as running:
+            for evicted, text in enumerate(("a", "b", "a", "c", "b")):
+                ask = {"input": text, "dimensions": 1}
+                assert (await running.ask("POST", EMBED, ask)).status == 200
+                found = await metric(running, "cache_evictions_total")
+                assert found == max(0, evicted - 2)
+                assert await metric(running, "cache_bytes") <= 1 << 20
+            assert await metric(running, "cache_entries") == 2
+            assert await lookups(running) == {"hit": 1, "shared": 0, "miss": 4}
+
+    run(check())
+
+
+def test_without_a_cache_each_text_is_computed_each_time() -> None:
+    engine = kit.FakeEngine()
+
+    async def check() -> None:
+        async with kit.running_service(engine, cache_mb=0) as running:
+            for times in (1, 2, 3):
+                await running.ask("POST", EMBED, {"input": "a"})
+                assert len(engine.calls) == times
+            assert await lookups(running) == {"hit": 0, "shared": 0, "miss": 3}
+            cleared = (await running.ask("DELETE", "/admin/cache")).json["cleared"]
+            assert cleared == {"entries": 0, "bytes": 0}
+
+    run(check())
+
+
+# --- pinned workers ---
+
+pinnable = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here"
+)
+
+
+class Watched(kit.FakeEngine):
+    """Notes on which CPUs its threads may run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpus: dict[str, set[int]] = {}  # by the thread's name
+
+    def note(self) -> None:
+        self.cpus[threading.current_thread().name] = os.sched_getaffinity(0)
+
+    def tokenise(self, text: str) -> list[int]:
+        self.note()
+        return super().tokenise(text)
+
+    def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+        self.note()
+        return super().new_context(is_lane=is_lane)
+
+
+@pytest.mark.parametrize("wanted", ["4095", "0-4095", "3-1", "99999"])
+def test_cpus_that_are_not_there_are_one_sentence(wanted: str) -> None:
+    async def check() -> None:
+        with pytest.raises(es.StartupError) as caught:
+            async with kit.running_service(cpu_affinity=wanted):
+                pass
+        said = str(caught.value)
+        assert f"cpu_affinity = {wanted}" in said
+        assert str(es.cpus_in_order()) in said
+        assert "\n" not in said
+
+    run(check())
+
+
+@pytest.mark.parametrize("wanted", ["auto", "0"])
+def test_pinning_where_it_cannot_be_done_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    monkeypatch.setattr(es, "cpus_in_order", list)
+
+    async def check() -> None:
+        with pytest.raises(es.StartupError, match="not Linux"):
+            async with kit.running_service(cpu_affinity=wanted):
+                pass
+
+    run(check())
+
+
+# Sandboxes refuse the call, and a CPU may be gone when a worker starts.
+def test_pinning_that_is_refused_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(es, "cpus_in_order", lambda: [0])
+    monkeypatch.setattr(es, "pin_this_thread", refuse)
+
+    async def check() -> None:
+        with pytest.raises(es.StartupError, match="Operation not permitted"):
+            async with kit.running_service(cpu_affinity="auto"):
+                pass
+
+    run(check())
+
+
+@pinnable
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_auto_pins_each_worker_to_cpus_of_its_own_and_nothing_else(
+    workers: int, threads: int
+) -> None:
+    engine, mine, order = Watched(), os.sched_getaffinity(0), es.cpus_in_order()
+    groups = [set(order[n : n + threads]) for n in range(0, len(order), threads)]
+
+    async def check() -> None:
+        async with kit.running_service(
+            engine, cpu_affinity="auto", workers=workers, threads=threads
+        ) as running:
+            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
+
+    run(check())
+    assert engine.cpus.pop("tokeniser") == mine == os.sched_getaffinity(0)
+    # With more workers than CPUs the first ones are shared.
+    expected = {f"worker-{n}": groups[n % len(groups)] for n in range(workers)}
+    assert engine.cpus == expected
+
+
+@pinnable
+def test_a_list_of_cpus_is_given_out_in_its_order() -> None:
+    engine, order = Watched(), es.cpus_in_order()[::-1]
+
+    async def check() -> None:
+        wanted = ",".join(map(str, order))
+        async with kit.running_service(engine, cpu_affinity=wanted, workers=len(order)):
+            pass
+
+    run(check())
+    assert engine.cpus == {f"worker-{n}": {cpu} for n, cpu in enumerate(order)}
+
+
+@pinnable
+@pytest.mark.parametrize("affinity", ["off", "auto"])
+@pytest.mark.parametrize("elastic", [True, False])
+def test_pinned_workers_lend_no_threads(affinity: str, elastic: bool) -> None:
+    engine = kit.FakeEngine()
+
+    async def check() -> None:
+        async with kit.running_service(
+            engine, cpu_affinity=affinity, workers=2, elastic=elastic, cache_mb=0
+        ) as running:
+            for n in range(12):
+                await running.ask("POST", EMBED, {"input": f"text {n}"})
+            stretched = await metric(running, "packs_stretched_total")
+            assert stretched == sum(threads > 1 for threads in engine.threads)
+
+    run(check())
+    may_stretch = affinity == "off" and elastic
+    assert set(engine.threads) == ({1, 2} if may_stretch else {1})

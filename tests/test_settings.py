@@ -184,6 +184,26 @@ def test_an_alias_may_be_given_many_times(saying: Saying) -> None:
     assert saying.load().settings.model_alias == ("a", "b,c", "a")
 
 
+def test_weights_are_only_changed_unasked_where_the_file_is_ours(
+    saying: Saying,
+) -> None:
+    model = str(kit.fake_gguf(saying.folder))
+    assert es.load_settings({}, {}).settings.weights == "auto"
+    for source in SOURCES:  # whoever names a file gets that file
+        own = Saying(saying.folder)
+        own.say(source, "model_path", model)
+        loaded = own.load()
+        assert (loaded.settings.weights, loaded.sources["weights"]) == (
+            *("keep", "default"),
+        )
+        for wanted in ROWS["weights"].option.choices:
+            for name, value in (("model_path", model), ("model_path", "")):
+                said = Saying(saying.folder)
+                said.say("flag", name, value)
+                said.say(source, "weights", wanted)
+                assert said.load().settings.weights == wanted
+
+
 # --- what is refused, and how ---
 
 BEYOND = [
@@ -212,6 +232,11 @@ BAD_TEXT = {
     ("keep_alive_s", NUMBER): ["10s", "", "nan", "inf", " 1", "1_0", "\u0661"],
     ("gpu_layers", "a whole number, -1 to 1000"): ["all"],
     ("pooling", "must be one of auto, mean, cls, last"): ["max", "", "MEAN"],
+    ("gzip", "must be one of remote, all, off"): ["on", "", "true"],
+    ("weights", "must be one of keep, auto, f32, f16, bf16, q8_0"): ["q4_k_m", ""],
+    ("cpu_affinity", "must be off, auto or a list like 0-3,8"): [
+        *("", "on", "-1", "1-", "1,,2", "1,", "0 1", "0x1", "\u0661", "9" * 6, "0-3\n"),
+    ],
     # asyncio takes the empty host for every interface there is.
     ("host", ""): [""],
     ("model_name", "must be a string"): ["\udcff"],  # could be sent in no answer

@@ -284,6 +284,16 @@ def test_all_workers_compute_at_once() -> None:
         assert at.pool.state().busy == 0
 
 
+def test_work_that_comes_one_by_one_stays_with_the_first_worker() -> None:
+    # Its caches are warm, and it alone has a team of OpenMP threads.
+    engine = kit.FakeEngine()
+    with desk(engine, workers=4) as pool:
+        for number in range(20):
+            pool.result(f"text {number}")
+    assert set(engine.callers) == {"worker-0"}
+    assert max(engine.threads) == 4
+
+
 def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
     # Nothing is delivered under the lock: this would hang. Delivered at once here,
     # on the thread that ended the job: worker, tokeniser, caller of abandon_all().

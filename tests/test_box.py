@@ -1,0 +1,267 @@
+"""Room THIS BOX: free memory, and which CPUs there are, whatever the kernel's files say.
+
+Trees of files in a temporary folder stand for /proc and /sys.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+
+KIB = 1024
+GROUP = "sys/fs/cgroup"
+MEMINFO = "MemTotal:       9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n"
+pinnable = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here"
+)
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    """Files with these texts under ``root``."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, errors="surrogateescape")
+    return root
+
+
+# --- memory ---
+
+
+def limits(**groups: tuple[str, str]) -> dict[str, str]:
+    """Files of groups, by name with ``__`` for ``/``: memory.max and memory.current."""
+    files: dict[str, str] = {}
+    for name, (most, used) in groups.items():
+        folder = f"{GROUP}/{name.replace('__', '/')}"
+        files |= {f"{folder}/memory.max": most, f"{folder}/memory.current": used}
+    return files
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "free"),
+    [
+        (None, {}, 8000 * KIB),  # no cgroups
+        ("0::/\n", {}, 8000 * KIB),  # a box of its own: the root has no limit
+        ("0::/a/b\n", limits(a__b=("max\n", "5\n")), 8000 * KIB),
+        ("0::/a/b\n", limits(a__b=("5000000\n", "4000000\n")), 1_000_000),
+        ("0::/a/b\n", limits(a__b=("9" * 18, "0")), 8000 * KIB),  # more than there is
+        # The parents' limits hold too, whichever is the least.
+        ("0::/a/b\n", limits(a=("5000", "2000"), a__b=("max", "1")), 3000),
+        ("0::/a/b\n", limits(a=("9000", "2000"), a__b=("100", "1")), 99),
+        ("0::/a/b\n", limits(a=("9000", "8990"), a__b=("100", "1")), 10),
+        ("0::/x\n", limits(a=("1", "0")), 8000 * KIB),  # somebody else's
+        ("0::/a\n", limits(a=("1000", "1500")), 0),  # lowered below what is used
+        ("0::/gone\n", {f"{GROUP}/memory.max": "7\n"}, 8000 * KIB),  # no usage: unknown
+        # Malformed, each alone: what cannot be read limits nothing.
+        *(
+            ("0::/a\n", limits(a=bad), 8000 * KIB)
+            for bad in (("", "1"), ("1", ""), ("x", "1"), ("1", "max"), ("\udcff", "1"))
+        ),
+        ("\udcff\n\nno colon\n", limits(a=("1", "0")), 8000 * KIB),
+    ],
+)
+def test_free_memory_is_the_least_of_the_box_and_its_groups(
+    tmp_path: Path, group: str | None, files: dict[str, str], free: float
+) -> None:
+    files = files | {"proc/meminfo": MEMINFO}
+    if group is not None:
+        files["proc/self/cgroup"] = group
+    assert es.free_memory_bytes(tree(tmp_path, files)) == free
+
+
+@pytest.mark.parametrize("meminfo", [None, "", "MemTotal: 1 kB\n", "\udcff\n"])
+def test_free_memory_without_an_estimate_is_the_groups_or_unlimited(
+    tmp_path: Path, meminfo: str | None
+) -> None:
+    # MemAvailable is younger than cgroups; macOS has no /proc.
+    if meminfo is not None:
+        tree(tmp_path, {"proc/meminfo": meminfo})
+    assert es.free_memory_bytes(tmp_path) == math.inf
+    tree(tmp_path, {"proc/self/cgroup": "0::/a\n"} | limits(a=("10", "1")))
+    assert es.free_memory_bytes(tmp_path) == 9
+
+
+TEXTS = st.binary(max_size=40) | st.sampled_from(
+    [b"max\n", b"-5", b"0::/\n", b"0::/../..\n", b"0::/a\0b\n", b"1" * 5000, b"1e9"]
+)
+
+
+@given(meminfo=TEXTS, group=TEXTS, most=TEXTS, used=TEXTS)
+def test_free_memory_is_a_number_whatever_the_files_hold(
+    meminfo: bytes, group: bytes, most: bytes, used: bytes
+) -> None:
+    with tempfile.TemporaryDirectory() as temp:
+        root = tree(Path(temp), {"proc/self/x": "", f"{GROUP}/x": ""})
+        (root / "proc/meminfo").write_bytes(b"MemAvailable: " + meminfo + b" kB\n")
+        (root / "proc/self/cgroup").write_bytes(group)
+        (root / GROUP / "memory.max").write_bytes(most)
+        (root / GROUP / "memory.current").write_bytes(used)
+        assert es.free_memory_bytes(root) >= 0
+
+
+def test_this_box_has_some_memory_left() -> None:
+    assert es.free_memory_bytes() > 0
+
+
+# --- CPUs ---
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [
+        ("", []),
+        ("\n", []),
+        ("0\n", [0]),
+        ("0-3,8", [0, 1, 2, 3, 8]),
+        ("7,2-3\n", [7, 2, 3]),
+        ("5-5", [5]),
+        ("3-1", []),
+        ("0,,2,", [0, 2]),
+    ],
+)
+def test_a_list_of_cpus_is_read_as_the_kernel_writes_it(
+    text: str, cpus: list[int]
+) -> None:
+    assert es.cpus_of(text) == cpus
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_a_list_of_cpus_in_runs_names_each_once(cpus: set[int]) -> None:
+    starts = [cpu for cpu in sorted(cpus) if cpu - 1 not in cpus]
+    ends = [cpu for cpu in sorted(cpus) if cpu + 1 not in cpus]
+    runs = zip(starts, ends, strict=True)
+    assert es.cpus_of(",".join(f"{a}-{b}" for a, b in runs)) == sorted(cpus)
+
+
+def may_use(monkeypatch: pytest.MonkeyPatch, cpus: set[int]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus, raising=False)
+
+
+def topology(nodes: dict[int, str], cores: list[str]) -> dict[str, str]:
+    """sysfs of nodes with these CPUs, and of cores with these threads."""
+    system = "sys/devices/system"
+    files = {f"{system}/node/node{n}/cpulist": cpus for n, cpus in nodes.items()}
+    for threads in cores:
+        for cpu in es.cpus_of(threads):
+            path = f"{system}/cpu/cpu{cpu}/topology/thread_siblings_list"
+            files[path] = f"{threads}\n"
+    return files
+
+
+# Two nodes of two cores of two threads, as most kernels number them...
+USUAL = topology({0: "0-1,4-5\n", 1: "2-3,6-7\n"}, ["0,4", "1,5", "2,6", "3,7"])
+# ... and as some do, where a core's threads stand together.
+PAIRED = topology({0: "0-3\n", 1: "4-7\n"}, ["0-1", "2-3", "4-5", "6-7"])
+ONE_NODE = topology({0: "0-3\n"}, ["0,2", "1,3"])
+
+
+@pytest.mark.parametrize(
+    ("files", "usable", "order"),
+    [
+        (USUAL, set(range(8)), [0, 2, 1, 3, 4, 6, 5, 7]),
+        (PAIRED, set(range(8)), [0, 4, 2, 6, 1, 5, 3, 7]),
+        (USUAL, {1, 2, 3, 6}, [1, 2, 3, 6]),  # the rest is not ours
+        (USUAL, {4, 5}, [4, 5]),  # only second threads
+        # Core 0's second thread comes last: only CPUs that are ours count as siblings.
+        (USUAL, {0, 4, 5}, [0, 5, 4]),
+        (USUAL, {3}, [3]),
+        (ONE_NODE, set(range(4)), [0, 1, 2, 3]),
+        ({}, {5, 1, 3}, [1, 3, 5]),  # no sysfs, as in some containers
+        (topology({}, ["0-1", "2-3"]), set(range(4)), [0, 2, 1, 3]),  # no nodes
+        (topology({0: "x", 1: "2-3"}, []), set(range(4)), [0, 2, 1, 3]),  # garbage
+    ],
+)
+def test_cores_come_before_hyper_threads_and_nodes_take_turns(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, str],
+    usable: set[int],
+    order: list[int],
+) -> None:
+    may_use(monkeypatch, usable)
+    assert es.cpus_in_order(tree(tmp_path, files)) == order
+
+
+@pytest.mark.parametrize("siblings", ["", "x", "\udcff", "8-9\n"])
+def test_siblings_that_cannot_be_believed_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siblings: str
+) -> None:
+    may_use(monkeypatch, {0, 1})
+    path = "sys/devices/system/cpu/cpu0/topology/thread_siblings_list"
+    assert es.cpus_in_order(tree(tmp_path, {path: siblings})) == [0, 1]
+
+
+def test_no_cpus_are_named_where_threads_cannot_be_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert es.cpus_in_order(tree(tmp_path, USUAL)) == []
+
+
+@pinnable
+def test_the_cpus_of_this_box_are_those_we_may_use() -> None:
+    assert sorted(es.cpus_in_order()) == sorted(os.sched_getaffinity(0))
+
+
+@pinnable
+def test_only_the_thread_that_asks_is_pinned() -> None:
+    mine = os.sched_getaffinity(0)
+    (one, *_) = mine
+    found: list[set[int]] = []
+
+    def pinned() -> None:
+        es.pin_this_thread([one])
+        found.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=pinned)
+    thread.start()
+    thread.join(kit.DEADLINE_S)
+    assert found == [{one}]
+    assert os.sched_getaffinity(0) == mine
+
+
+@pinnable
+def test_a_cpu_that_is_not_there_cannot_be_pinned_to() -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        es.pin_this_thread([4095])
+
+
+# --- its name ---
+
+INTEL = "processor\t: {}\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu {}\n\n"
+ARM = "processor\t: {}\nBogoMIPS\t: 50.00\nFeatures\t: fp {}\nCPU part\t: 0xd0c\n\n"
+
+
+@pytest.mark.parametrize("core", [INTEL, ARM])
+def test_a_cpu_has_another_name_when_it_can_do_other_things(
+    tmp_path: Path, core: str
+) -> None:
+    texts = [
+        core.format(0, "avx2 avx512_bf16"),
+        core.format(0, "avx512_bf16 avx2"),  # in another order
+        core.format(0, "avx2"),
+        core.format(0, "avx2 avx512_bf16") + core.format(1, "avx2 avx512_bf16"),
+    ]
+    names = [
+        es.cpu_name(tree(tmp_path / str(n), {"proc/cpuinfo": text}))
+        for n, text in enumerate(texts)
+    ]
+    assert names[0] == names[1] == names[3] != names[2]
+    assert {name.partition(" (")[0] for name in names} == {
+        "Some CPU @ 2 GHz" if core is INTEL else "0xd0c"
+    }
+
+
+def test_a_cpu_has_a_name_wherever_it_is(tmp_path: Path) -> None:
+    assert es.cpu_name(tmp_path)  # no /proc
+    assert es.cpu_name(tree(tmp_path, {"proc/cpuinfo": "\udcff"}))
+    assert es.cpu_name() == es.cpu_name(), "or what was measured is not remembered"

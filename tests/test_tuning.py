@@ -1,0 +1,753 @@
+"""Room TUNING, and `tune` on the command line: what is fastest here, as a profile.
+
+Rates come from a function of the layout instead of a clock, so that a test knows the
+best one; what a call computes comes from the fake engine.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+from tests.test_server import SCRIPT, post
+
+SHA = "7" * 64
+Rate = Callable[[es.Layout, int], float]
+BASE = es.Layout("keep", 4, 1, 256)  # of a Bench
+Show = tuple[int, int, str]
+T = TypeVar("T", bound=es.Tuner)
+
+
+class Engine(kit.FakeEngine):
+    """Weights as the file says; their vectors are others if ``odd`` names them.
+
+    Contexts may be used by any thread: those of a tuner are made before its threads.
+    """
+
+    odd: tuple[str, ...] = ()
+
+    def __init__(self, path: str, *_: Any) -> None:
+        weights = Path(path).read_bytes().removeprefix(es.GGUF_MAGIC).decode()
+        super().__init__(weights=weights or "f16")
+        self.contexts_left: int | None = None  # None: as many as one likes
+
+    def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+        if self.contexts_left is not None:
+            if not self.contexts_left:
+                raise es.StartupError("no room for another context")
+            self.contexts_left -= 1
+        with self.lock:
+            self.contexts_open += 1
+        return Context(self)
+
+
+class Context(kit.FakeContext):
+    """See Engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._thread = 0
+        self._odd = engine.odd
+
+    def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
+        vectors = super()._vectors(inputs, threads)
+        is_odd = self._engine.card.weights in self._odd
+        return -vectors if is_odd else vectors
+
+
+class Tabled(es.Tuner):
+    """A tuner that looks rates up."""
+
+    rate: Rate
+    taken: list[tuple[es.Layout, int, float]]
+    on_measure: Callable[[float], None]
+
+    def _measure(self, layout: es.Layout, tokens: int, seconds: float) -> float:
+        self.taken.append((layout, tokens, seconds))
+        self.on_measure(seconds)
+        return self.rate(layout, tokens)
+
+
+@dataclass
+class Bench:
+    """A model file, a cache for what is made of it, and all engines of both."""
+
+    root: Path
+    odd: tuple[str, ...] = ()
+    engines: list[Engine] = field(default_factory=list)
+    shown: list[Show] = field(default_factory=list)
+    on_load: Callable[[Engine], None] = lambda _: None
+
+    def load(self, path: str) -> Engine:
+        engine = Engine(path)
+        engine.odd = self.odd
+        self.engines.append(engine)
+        self.on_load(engine)
+        return engine
+
+    def real(self, *, cores: int = 4, seconds: float = 0.0) -> es.Tuner:
+        """A tuner that does measure."""
+        return self._made(es.Tuner, cores, seconds)
+
+    def tuner(
+        self, rate: Rate = lambda *_: 1.0, *, cores: int = 4, seconds: float = 60
+    ) -> Tabled:
+        made = self._made(Tabled, cores, seconds)
+        made.rate, made.taken, made.on_measure = rate, [], lambda _: None
+        return made
+
+    def _made(self, kind: type[T], cores: int, seconds: float) -> T:
+        file = self.root / "model.gguf"
+        file.write_bytes(es.GGUF_MAGIC + b"f16")
+        return kind(
+            es.WeightsCache(self.root / "weights", self.load, kit.quiet_log()),
+            str(file),
+            SHA,
+            seconds=seconds,
+            cores=cores,
+            show=lambda *shown: self.shown.append(shown),
+        )
+
+    def assert_closed(self) -> None:
+        assert self.engines
+        assert [e.contexts_open for e in self.engines] == [0] * len(self.engines)
+        assert all(engine.is_closed for engine in self.engines)
+
+    def kept(self) -> list[str]:
+        """The types of weights whose files are there."""
+        return sorted(p.stem.rsplit("-")[-1] for p in self.root.glob("weights/*.gguf"))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+# --- what is best ---
+
+
+@pytest.mark.parametrize(
+    ("faster", "best"),
+    [
+        ({}, BASE),
+        ({"weights": ("bf16", 1.5)}, es.Layout("bf16", 4, 1, 256)),
+        ({"threads": (2, 1.2)}, es.Layout("keep", 2, 2, 256)),
+        ({"threads": (4, 1.2)}, es.Layout("keep", 1, 4, 256)),
+        ({"pack_tokens": (512, 1.2)}, es.Layout("keep", 4, 1, 512)),
+        (
+            {"weights": ("q8_0", 3), "threads": (2, 2), "pack_tokens": (128, 2)},
+            es.Layout("q8_0", 2, 2, 128),
+        ),
+        # What is hardly better may be chance.
+        ({"weights": ("bf16", 1.02)}, BASE),
+        ({"threads": (2, 1.02), "pack_tokens": (128, 1.02)}, BASE),
+    ],
+)
+def test_the_best_layout_is_found_and_a_default_left_for_what_is_clearly_better(
+    bench: Bench, faster: dict[str, tuple[Any, float]], best: es.Layout
+) -> None:
+    def rate(layout: es.Layout, tokens: int) -> float:
+        value = 1000.0 / tokens
+        for name, (wanted, factor) in faster.items():
+            value *= factor if getattr(layout, name) == wanted else 1
+        return value
+
+    assert bench.tuner(rate).run(256) == best
+
+
+FACTORS = st.sampled_from([0.5, 0.97, 1.0, 1.02, 1.1, 1.5])
+
+
+def winner(factors: dict[Any, float], default: Any) -> Any:
+    """The one with the largest factor, unless the default is nearly as good."""
+    best = max(factors, key=lambda key: (factors[key], key == default))
+    return best if factors[best] / factors[default] > 1.03 else default
+
+
+@given(
+    weights=st.fixed_dictionaries(dict.fromkeys(("keep", "bf16", "q8_0"), FACTORS)),
+    threads=st.fixed_dictionaries(dict.fromkeys((1, 2, 4), FACTORS)),
+    packs=st.fixed_dictionaries(dict.fromkeys((128, 256, 512), FACTORS)),
+)
+def test_what_is_best_of_each_is_best_together(
+    weights: dict[str, float], threads: dict[int, float], packs: dict[int, float]
+) -> None:
+    def rate(layout: es.Layout, tokens: int) -> float:
+        of_one = weights[layout.weights] * threads[layout.threads]
+        return of_one * packs[layout.pack_tokens] / tokens
+
+    with tempfile.TemporaryDirectory() as temp:
+        found = Bench(Path(temp)).tuner(rate).run(256)
+    # Of equals any will do: what counts is how fast it is.
+    best = winner(weights, "keep"), winner(threads, 1), winner(packs, 256)
+    assert weights[found.weights] == weights[best[0]]
+    assert threads[found.threads] == threads[best[1]]
+    assert packs[found.pack_tokens] == packs[best[2]]
+    assert found.workers == 4 // found.threads
+
+
+def test_short_and_long_texts_count_the_same(bench: Bench) -> None:
+    # Twice as fast for short texts and 0.4 times for long ones is no gain; nor is much
+    # gained in inputs a second, of which short ones are many.
+    def rate(layout: es.Layout, tokens: int) -> float:
+        if layout.weights != "bf16":
+            return 1000 / tokens
+        return {24: 2.0, 120: 1.1, 380: 0.4}[tokens] * 1000 / tokens
+
+    assert bench.tuner(rate).run(256) == BASE
+
+
+def test_a_box_that_drifts_is_measured_in_rounds(bench: Bench) -> None:
+    # Every round is slower than the one before; one measurement is disturbed.
+    taken = 0
+
+    def rate(layout: es.Layout, tokens: int) -> float:
+        nonlocal taken
+        taken += 1
+        disturbed = 0.01 if taken == 2 else 1.0
+        return disturbed * (1.2 if layout.weights == "bf16" else 1.0) / (1 + taken / 99)
+
+    assert bench.tuner(rate).run(256).weights == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("cores", "layouts"),
+    [
+        (1, {(1, 1)}),
+        (2, {(2, 1), (1, 2)}),
+        (3, {(3, 1), (1, 2)}),
+        (6, {(6, 1), (3, 2), (1, 4)}),
+        (8, {(8, 1), (4, 2), (2, 4), (1, 8)}),
+    ],
+)
+def test_workers_times_threads_are_never_more_than_the_cores(
+    bench: Bench, cores: int, layouts: set[tuple[int, int]]
+) -> None:
+    tuner = bench.tuner(cores=cores)
+    tuner.run(256)
+    assert {(layout.workers, layout.threads) for layout, *_ in tuner.taken} == layouts
+
+
+def test_tokens_a_call_that_somebody_chose_are_the_default(bench: Bench) -> None:
+    tuner = bench.tuner()
+    assert tuner.run(300).pack_tokens == 300
+    assert {t[0].pack_tokens for t in tuner.taken} == {300, 128, 256, 512}
+
+
+# --- what is left out ---
+
+
+def test_weights_that_change_vectors_are_named_and_not_used(bench: Bench) -> None:
+    bench.odd = ("bf16",)
+    tuner = bench.tuner(lambda layout, _: 9.0 if layout.weights == "bf16" else 1.0)
+    best = tuner.run(256)
+    assert best == BASE
+    assert list(tuner.refused) == ["bf16"]
+    assert "bf16" not in {layout.weights for layout, *_ in tuner.taken}
+    assert "bf16: not the same vectors (cosine -1.00000)" in tuner.table(best)
+    assert bench.kept() == ["q8_0"]
+    bench.assert_closed()
+
+
+def test_only_the_files_own_weights_are_compared_when_quantised(bench: Bench) -> None:
+    tuner = bench.tuner()
+    (bench.root / "model.gguf").write_bytes(es.GGUF_MAGIC + b"q4_k_m")
+    assert tuner.run(256) == BASE
+    assert {layout.weights for layout, *_ in tuner.taken} == {"keep"}
+    assert bench.kept() == []
+
+
+# --- the table ---
+
+
+def test_the_table_has_each_layout_of_each_question_and_marks_the_best(
+    bench: Bench,
+) -> None:
+    tuner = bench.tuner(
+        lambda layout, n: (1.5 if layout.weights == "bf16" else 1) * 1e4 / n
+    )
+    best = tuner.run(256)
+    head, rule, *rows = tuner.table(best).splitlines()
+    assert {line.count("|") for line in (head, rule, *rows)} == {8}
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:3] for row in cells] == [
+        *(["keep", "4 x 1", "256"], ["bf16", "4 x 1", "256"], ["q8_0", "4 x 1", "256"]),
+        *(["bf16", "4 x 1", "256"], ["bf16", "2 x 2", "256"], ["bf16", "1 x 4", "256"]),
+        *(["bf16", "4 x 1", "256"], ["bf16", "4 x 1", "128"], ["bf16", "4 x 1", "512"]),
+    ]
+    for row in cells:
+        factor = 1.5 if row[0] == "bf16" else 1
+        assert row[3:6] == [f"{factor * 1e4 / n:.1f}" for n in (24, 120, 380)]
+        assert row[6] == ("best" if row[:3] == ["bf16", "4 x 1", "256"] else "")
+
+
+# --- progress and time ---
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+@pytest.mark.parametrize("odd", [(), ("bf16", "q8_0")])
+def test_progress_goes_from_nothing_to_all(
+    bench: Bench, cores: int, odd: tuple[str, ...]
+) -> None:
+    bench.odd = odd
+    tuner = bench.tuner(cores=cores)
+    tuner.run(256)
+    measuring = [shown for shown in bench.shown if "re-encoding" not in shown[2]]
+    (total,) = {of for _, of, _ in measuring}
+    assert [done for done, *_ in measuring] == list(range(total))
+    assert len(tuner.taken) == total
+    assert all(shown[2].isprintable() and shown[2] for shown in bench.shown)
+
+
+@dataclass
+class Clock:
+    """Time that passes when somebody measures, as many times too slowly."""
+
+    slowness: float
+    now: float = 1000.0
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds * self.slowness
+
+
+@pytest.mark.parametrize("slowness", [0.5, 1.0, 1.5, 100.0])
+def test_measuring_takes_the_time_it_was_given(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, slowness: float
+) -> None:
+    # A call is never cut short: with a large model a slice may take much longer.
+    clock = Clock(slowness)
+    monkeypatch.setattr(es, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    tuner = bench.tuner(seconds=60)
+    tuner.on_measure = clock.passes
+    begun = clock.now
+    tuner.run(256)
+    counts = [
+        sum(taken[:2] == pair for taken in tuner.taken)
+        for pair in {taken[:2] for taken in tuner.taken}
+    ]
+    assert min(counts) >= 1, "everything is measured once"
+    slices = (clock.now - begun) / slowness / tuner.taken[0][2]
+    assert slices == pytest.approx(len(tuner.taken))
+    if slowness <= 1:
+        assert clock.now - begun == pytest.approx(60 * slowness)
+    else:
+        # After the time is over, the first round of what is still asked.
+        rest = (3 + 3 + 3) * len(es.TUNE_TEXTS) * tuner.taken[0][2] * slowness
+        assert clock.now - begun <= 60 + rest
+    if slowness > 10:
+        assert set(counts) <= {1, 2, 3}
+        assert len(tuner.taken) == (3 + 3 + 3) * len(es.TUNE_TEXTS), "one round each"
+
+
+# --- calls ---
+
+
+def test_calls_are_whole_packs_in_all_workers_with_their_threads(bench: Bench) -> None:
+    tuner = bench.real(cores=2)
+    tuner.run(256)
+    assert all(rate > 0 for stage in tuner._stages for rate in stage.values())
+    own = bench.engines[0]
+    packs = {tuple(map(len, pack)) for pack in own.calls[len(es.PROBES) :]}
+    # The fake engine reads 32 tokens an input and 64 a call.
+    assert packs <= {(24, 24), (32, 32)} | {(n,) for n in range(33)}
+    assert {(24, 24), (32, 32)} <= packs
+    assert {n for engine in bench.engines for n in engine.threads} == {1, 2}
+    bench.assert_closed()
+
+
+def test_rates_of_workers_add_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(
+        es, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks)))
+    )
+    # One call: it begins, is found to be over at the next tick, timed at the one after.
+    tuner = bench.real(cores=1)
+    tuner._load()
+    rate = tuner._measure(es.Layout("keep", 1, 1, 256), 24, 0.0)
+    assert rate == 2 / 2, "inputs in one call, by seconds"
+
+
+def test_a_call_that_fails_while_measuring_ends_it_with_its_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died: list[Any] = []
+    monkeypatch.setattr("threading.excepthook", died.append)
+
+    def embed(self: Context, inputs: Sequence[Any], **_: Any) -> Any:
+        if len(inputs) > 1:
+            raise es.EngineError("llama.cpp returned -2")
+        return kit.FakeContext.embed(self, inputs)
+
+    monkeypatch.setattr(Context, "embed", embed)
+    with pytest.raises(es.EngineError, match="returned -2"):
+        bench.real().run(256)
+    assert not died
+    bench.assert_closed()
+
+
+# --- nothing stays open ---
+
+
+def test_everything_is_closed_at_the_end(bench: Bench) -> None:
+    bench.tuner().run(256)
+    assert len(bench.engines) == 3 + 2  # and those that were re-encoded from
+    bench.assert_closed()
+
+
+def test_everything_is_closed_when_measuring_fails(bench: Bench) -> None:
+    tuner = bench.tuner()
+
+    def fail(_: float) -> None:
+        raise KeyboardInterrupt
+
+    tuner.on_measure = fail
+    with pytest.raises(KeyboardInterrupt):
+        tuner.run(256)
+    bench.assert_closed()
+
+
+@pytest.mark.parametrize("weights", ["f16", "bf16"])
+@pytest.mark.parametrize("contexts", [0, 1, 3])
+def test_everything_is_closed_when_there_is_no_room_for_a_context(
+    bench: Bench, weights: str, contexts: int
+) -> None:
+    def limit(engine: Engine) -> None:
+        if engine.card.weights == weights:
+            engine.contexts_left = contexts
+
+    bench.on_load = limit
+    with pytest.raises(es.StartupError, match="no room"):
+        bench.tuner().run(256)
+    bench.assert_closed()
+
+
+# --- the profile ---
+
+FILE_NAMES = st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]),
+    min_size=1,
+    max_size=50,
+).filter(lambda name: name.strip("."))
+LAYOUTS = st.builds(
+    es.Layout,
+    st.sampled_from(["keep", *es.WEIGHT_TYPES]),
+    st.integers(1, 1024),
+    st.integers(1, 1024),
+    st.integers(16, 1 << 16),
+)
+
+
+def loaded(profile: str, folder: Path) -> es.LoadedSettings:
+    """What a server makes of it with --config."""
+    path = folder / "x.tune.toml"
+    path.write_text(profile, encoding="utf-8")
+    return es.load_settings({"config": str(path)}, {})
+
+
+@given(LAYOUTS, FILE_NAMES)
+def test_a_profile_is_a_configuration_that_says_what_was_found(
+    best: es.Layout, name: str
+) -> None:
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp) / "models"
+        folder.mkdir()
+        model = folder / name
+        model.write_bytes(es.GGUF_MAGIC)
+        profile = es.tune_profile(best, {"model_path": str(model)})
+        found = loaded(profile, Path(temp))
+    settings = found.settings
+    assert settings.model_path == str(model)
+    assert best == es.Layout(
+        settings.weights, settings.workers, settings.threads, settings.pack_tokens
+    )
+    given = {n for n, source in found.sources.items() if source.startswith("file ")}
+    names = {"model_path", "weights", "workers", "threads", "pack_tokens"}
+    assert given == names, "and nothing else is said"
+
+
+def test_a_profile_of_the_default_model_names_no_file(tmp_path: Path) -> None:
+    profile = es.tune_profile(BASE, {})
+    assert profile.startswith(es.TUNE_MARK)
+    assert es.cpu_name() in profile.splitlines()[0]
+    assert loaded(profile, tmp_path).sources["model_path"] == "default"
+
+
+# --- the command line ---
+
+
+@dataclass
+class Desk:
+    """`tune` in this process, without a model and in no time."""
+
+    root: Path
+    capsys: pytest.CaptureFixture[str]
+    out: str = ""
+    err: str = ""
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "x.tune.toml"
+
+    def tune(self, *flags: str) -> int:
+        """The exit code; sets out and err."""
+        model = str(kit.fake_gguf(self.root))
+        given = ["tune", "--model-path", model, "--output", str(self.profile)]
+        given += ["--cache-dir", str(self.root / "cache"), *flags]
+        try:
+            code = es.main(given, engine_factory=Engine)
+        except SystemExit as end:
+            code = int(str(end.code))
+        self.out, self.err = self.capsys.readouterr()
+        return code
+
+    def sentence(self) -> str:
+        """What was said, which is one line on stderr and nothing else."""
+        assert self.out == ""
+        assert self.err.startswith("embellama_server: ")
+        assert self.err.endswith("\n")
+        assert self.err[:-1].isprintable(), self.err
+        return self.err
+
+
+MEASURED: list[es.Layout] = []  # by the last test that had a desk
+
+
+@pytest.fixture
+def desk(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Desk:
+    def measure(_: es.Tuner, layout: es.Layout, tokens: int, __: float) -> float:
+        MEASURED.append(layout)
+        return (2.0 if layout.weights == "bf16" else 1.0) * 1000 / tokens
+
+    MEASURED.clear()
+    monkeypatch.setattr(es.Tuner, "_measure", measure)
+    monkeypatch.setattr(es, "usable_cores", lambda: 2)
+    for variable in [v for v in os.environ if v.startswith("EMBELLAMA_")]:
+        monkeypatch.delenv(variable)
+    return Desk(tmp_path, capsys)
+
+
+def test_tune_prints_a_table_and_where_the_profile_is(desk: Desk) -> None:
+    assert desk.tune("--log-level", "error") == 0
+    *table, empty, last = desk.out.splitlines()
+    assert empty == ""
+    assert all(line.startswith("|") for line in table)
+    assert [line for line in table if line.endswith(" best |")]
+    command = f"python embellama_server.py --config {desk.profile}"
+    assert last == f"written to {desk.profile}: {command}"
+    assert desk.err == "", "no progress where nobody watches"
+    found = es.load_settings({"config": str(desk.profile)}, {}).settings
+    assert found.model_path == str(desk.root / "fake.gguf")
+    assert (found.weights, found.workers, found.threads) == ("bf16", 2, 1)
+    assert sorted(p.name for p in desk.root.iterdir()) == [
+        *("cache", "fake.gguf", "x.tune.toml"),
+    ]
+
+
+def test_tune_writes_beside_where_it_was_started_unless_told(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk.root)
+    assert desk.tune("--output", "") == 0
+    assert "written to fake.tune.toml: " in desk.out
+    assert (desk.root / "fake.tune.toml").read_text().startswith(es.TUNE_MARK)
+
+
+def test_a_terminal_is_shown_the_progress(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert desk.tune("--log-level", "error") == 0
+    first, *lines = terminal.getvalue().split("\r\x1b[K")
+    assert first == ""
+    bars = [line[1:21] for line in lines]
+    assert {bar.count("#") + bar.count(".") for bar in bars} == {20}
+    measuring = [line for line in lines if "re-encoding" not in line]
+    filled = [line.count("#") for line in measuring]
+    assert filled == sorted(filled)
+    assert (filled[0], filled[-1]) == (0, 20)
+    assert terminal.getvalue().endswith("\n")
+    assert terminal.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    ["0", "0.9", "86400.5", "100000", "-1", "nan", "inf", "1e3", "", "\u0661"],
+)
+def test_seconds_out_of_bounds_are_exit_2(desk: Desk, seconds: str) -> None:
+    assert desk.tune(f"--seconds={seconds}") == 2
+    said = desk.sentence()
+    assert "--seconds" in said
+    assert "1 to 86400" in said
+    assert not MEASURED
+
+
+@pytest.mark.parametrize("flag", ["--pack-tokens=7", "--prot=1", "--print-config"])
+def test_wrong_settings_are_exit_2_for_tune_too(desk: Desk, flag: str) -> None:
+    assert desk.tune(flag) == 2
+    assert flag.partition("=")[0].lstrip("-").replace("-", "_") in (
+        desk.sentence().replace("-", "_")
+    )
+
+
+@pytest.mark.parametrize("content", [b"port = 1\n", b"", b"\xff", b" # measured by"])
+def test_a_file_that_tune_did_not_write_is_not_overwritten(
+    desk: Desk, content: bytes
+) -> None:
+    desk.profile.write_bytes(content)
+    assert desk.tune() == 1
+    said = desk.sentence()
+    assert str(desk.profile) in said
+    assert "--output" in said
+    assert desk.profile.read_bytes() == content
+    assert not MEASURED, "it is said before anything is measured"
+
+
+def test_a_folder_is_not_overwritten_either(desk: Desk) -> None:
+    desk.profile.mkdir()
+    assert desk.tune() == 1
+    assert str(desk.profile) in desk.sentence()
+
+
+def test_a_profile_is_written_anew(desk: Desk) -> None:
+    assert desk.tune() == 0
+    first = desk.profile.read_text()
+    desk.profile.write_text(first + "port = 1\n")
+    assert desk.tune() == 0
+    assert desk.profile.read_text() == first
+
+
+def test_a_profile_without_a_folder_is_said_before_anything_is_measured(
+    desk: Desk,
+) -> None:
+    nowhere = desk.root / "none/x.toml"
+    assert desk.tune("--output", str(nowhere), "--log-level", "error") == 1
+    assert str(nowhere.parent) in desk.sentence()
+    assert not MEASURED
+
+
+def test_a_model_that_does_not_load_is_exit_1(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise es.StartupError("llama.cpp cannot load it: bad magic")
+
+    monkeypatch.setattr(Engine, "__init__", broken)
+    assert desk.tune() == 1
+    assert "bad magic" in desk.sentence()
+    assert not desk.profile.exists()
+
+
+def test_a_candidate_that_cannot_compute_is_no_traceback(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vectors(self: Context, inputs: Sequence[Any], threads: int) -> Any:
+        if self._engine.card.weights == "bf16":
+            raise es.EngineError("llama.cpp returned -2")
+        return kit.FakeContext._vectors(self, inputs, threads)
+
+    monkeypatch.setattr(Context, "_vectors", vectors)
+    desk.tune("--log-level", "error")
+    assert "Traceback" not in desk.err
+
+
+def test_without_room_for_other_weights_the_rest_is_tuned(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = types.SimpleNamespace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room)
+    assert desk.tune() == 0
+    assert {layout.weights for layout in MEASURED} == {"keep"}
+
+
+def test_help_of_tune_names_its_flags(desk: Desk) -> None:
+    assert desk.tune("--help") == 0
+    for part in ("--seconds", "--output", "--model-path", "embellama_server.py tune"):
+        assert part in desk.out
+
+
+# --- verbs ---
+
+
+@pytest.mark.parametrize("flags", [["--version"], ["--print-config", "--port", "1"]])
+def test_serve_is_what_happens_without_a_verb(
+    capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert es.main(flags) == 0
+    plain = capsys.readouterr()
+    assert es.main(["serve", *flags]) == 0
+    assert capsys.readouterr() == plain
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["bench"],
+        [""],
+        ["Serve"],
+        ["serve", "tune"],
+        ["tune", "serve"],
+        ["--gpu", "tune"],
+    ],
+)
+def test_an_unknown_verb_is_exit_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        es.main(given)
+    assert end.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("embellama_server: unrecognized arguments: ")
+
+
+# --- all of it ---
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_server_starts_with_the_profile_of_its_box(
+    default_model: Path, tmp_path: Path
+) -> None:
+    profile, cache = tmp_path / "box.toml", str(tmp_path / "cache")
+    flags = ["--model-path", str(default_model), "--cache-dir", cache]
+    command = [sys.executable, SCRIPT, "tune", *flags, "--output", str(profile)]
+    done = subprocess.run(
+        [*command, "--seconds", "2", "--log-level", "error"],
+        capture_output=True,
+        text=True,
+        timeout=kit.DEADLINE_S * 2,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith(f"written to {profile}: ")
+    started = ("--config", str(profile), "--cache-dir", cache)
+    with kit.started(*started, module=(SCRIPT,)) as server:
+        reply = post(server.url, {"input": ["hello", "world"]})
+        assert isinstance(reply, dict)
+        assert [len(item["embedding"]) for item in reply["data"]] == [384, 384]
+        assert server.stop() == 0
+        assert not [line for line in server.log if "weights tried" in line]
