@@ -24,7 +24,9 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
     known = {row.flag for row in es.SETTING_ROWS} | {
         *("--print-config", "--version", "--no-elastic"),  # ours
         *("--seconds", "--output"),  # of tune
-        *("--bert-base", "--peer-cmd", "--requests"),  # of the bench and the soak test
+        *("--bert-base", "--peer-cmd", "--list-cells", "--cached", "--health"),  # bench
+        "--requests",  # of the soak test
+        "--parallel",  # llama-server's
         *(
             "--peer",
             "--rounds",
