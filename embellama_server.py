@@ -5277,6 +5277,7 @@ class Service:
 # which all answers take turns, because machines drift. A default is only left for what is
 # clearly better.
 
+TUNE_MARK: Final = "# measured by embellama_server tune"
 TUNE_TEXTS: Final = {"short": 24, "medium": 120, "long": 380}  # tokens
 _TUNE_PACKS: Final = (128, 256, 512)
 _TUNE_ROUNDS: Final = 3
@@ -5398,7 +5399,7 @@ class Tuner:
     def _asked(
         self, layouts: Sequence[Layout], *, total: int, slice_s: float, end: float
     ) -> Layout:
-        """Measure those not measured yet, in turns; the best, the first unless clearly."""
+        """Measure them in turns: the best if it clearly is, else the first."""
         rates: dict[tuple[Layout, str], list[float]] = collections.defaultdict(list)
         for round_number in range(_TUNE_ROUNDS):
             for layout, text in itertools.product(layouts, TUNE_TEXTS):
@@ -5450,9 +5451,6 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
     lines = [f"{TUNE_MARK}, version {__version__}, on {cpu_name()}"]
     lines += [f"{name} = {toml_value(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
-
-
-TUNE_MARK: Final = "# measured by embellama_server tune"
 
 
 # ==============================================================================
