@@ -2680,7 +2680,8 @@ class WeightsCache:
             finding = compare(own, other)
         finally:
             other.close()
-        speedup, cosine = f"{finding.speedup:.2f}", f"{finding.cosine:.5f}"
+        speedup = f"{finding.speedup:.2f}" if finding.speedup else None
+        cosine = f"{finding.cosine:.5f}"
         self._log("info", "weights tried", type=weights, speedup=speedup, cosine=cosine)
         return finding
 
