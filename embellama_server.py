@@ -33,7 +33,7 @@ Which thread owns what
 ----------------------
 event loop    sockets, connections, requests, metrics, phases; never tokenises or computes
 tokeniser     one thread: text -> ids; hands inputs to the queue
-worker-N      one llama.cpp context each; nobody else ever touches it
+worker-N      its own llama.cpp contexts; nobody else ever touches them
               and, while it has its turn with it, the lane for long inputs
 loader        fetches, converts, re-encodes and loads the model once, then ends
 The queue and the cache are guarded by the one lock (Pool._lock); the model's weights
@@ -1976,8 +1976,10 @@ class LlamaContext:
         self._quietly = quietly
         self._threads = 1
         self._memory = llama.llama_get_memory(context)  # None: an encoder
-        # A GPU's output pages are pinned, a decoder does write logits.
-        self._has_idle_logits = self._memory is None and not on_gpu
+        # A GPU's output pages are pinned, a decoder does write logits, and only Linux
+        # promises that MADV_DONTNEED frees.
+        is_plain_memory = sys.platform == "linux" and not on_gpu
+        self._has_idle_logits = self._memory is None and is_plain_memory
         self._tokens = np.zeros(tokens, np.int32)
         self._positions = np.zeros(tokens, np.int32)
         self._counting = np.arange(tokens, dtype=np.int32)
@@ -2072,8 +2074,7 @@ class LlamaContext:
         end = begin + self._output_rows * self._row_bytes
         where = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
         size = end // mmap.PAGESIZE * mmap.PAGESIZE - where
-        # Only Linux promises that MADV_DONTNEED frees.
-        if sys.platform != "linux" or not begin or size <= 0:
+        if not begin or size <= 0:
             return
         if np.ctypeslib.as_array((ctypes.c_byte * size).from_address(where)).any():
             return  # another llama.cpp than we know
@@ -2127,8 +2128,6 @@ DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it
 # (llama.cpp#27783). So much stack, and no text longer than half of what fits:
 TOKENISER_STACK_BYTES: Final = 256 << 20
 MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
-
-
 OPENMP_SPINS: Final = "1000"
 
 # llama.cpp calls its log sink for the rest of the process: callbacks are never freed.
@@ -2812,7 +2811,7 @@ class VectorCache:
 # ==============================================================================
 # 12. PACE - what recent calls say of the next
 # ==============================================================================
-# Pure, like the next room: the clock is the caller's. How fast a worker is gives
+# Pure: the clock is the caller's. How fast a worker is gives
 # Retry-After; how fast a call was with one thread and with more says how many it gets.
 
 
@@ -3101,8 +3100,8 @@ def fair_budget(
     that the first to wake took all that had come together, and the other slept. When
     others compute already and there is enough, one part more is made, which stays behind:
     it is there when the next one has finished, while the answers of the last pack still
-    travel. Measured with two workers, interleaved: of 1.2 times the throughput at 8
-    connections the first rule, of 1.08 at 8 and 1.09 at 16 the second; 1.0 at 64.
+    travel. Measured with two workers, interleaved, throughput: the first rule 1.2 times
+    at 8 connections, the second 1.08 times at 8 and 1.09 at 16; neither matters at 64.
     """
     share = (waiting_tokens + running_tokens) // (workers + 1)
     if running_tokens and share >= _LEAST_SHARE_TOKENS:
@@ -3201,8 +3200,8 @@ class Line:
 # ==============================================================================
 # 14. WORKERS - the threads and the one lock
 # ==============================================================================
-# One lock guards the queue; two conditions on it wake those who can act. Threads never
-# poll. Results leave through loop.call_soon_threadsafe, one call per pack.
+# One lock guards the queue; each thread sleeps on a condition of its own and never
+# polls. Results leave through loop.call_soon_threadsafe, one call per pack.
 # An input that fails is retried alone, once, on wiped memory: its neighbours in the
 # pack are never harmed by it, and it cannot be computed for ever.
 # Inputs longer than a worker's context go through the lane: one context for any accepted
@@ -3212,11 +3211,10 @@ _SLICE_INPUTS: Final = 32  # tokenised at a time, so that a large job lets other
 
 
 def _too_long(index: int, size: str, limit: int) -> ContextLengthExceeded:
-    where = f"input[{index}]"
     return ContextLengthExceeded(
-        f"{where} has {size} and this model reads at most {limit}: shorten or split "
-        "it, or start the server with --auto-truncate",
-        param=where,
+        f"input[{index}] has {size} and this model reads at most {limit}: shorten or "
+        "split it, or start the server with --auto-truncate",
+        param=f"input[{index}]",
     )
 
 
@@ -3445,12 +3443,8 @@ class Pool:
 
     def _work_loop(self, number: int, started: Future[None]) -> None:
         try:
-            if self.options.cpus:
-                pin_this_thread(self.options.cpus[number % len(self.options.cpus)])
+            self._pin(number)
             context = self.engine.new_context()
-        except OSError as error:
-            started.set_exception(StartupError(f"a worker cannot be pinned: {error}"))
-            return
         except BaseException as error:
             started.set_exception(error)
             return
@@ -3460,6 +3454,14 @@ class Pool:
                 self._run(context, call)
         finally:
             context.close()
+
+    def _pin(self, number: int) -> None:
+        groups = self.options.cpus
+        try:
+            if groups:
+                pin_this_thread(groups[number % len(groups)])
+        except OSError as error:
+            raise StartupError(f"a worker cannot be pinned: {error}") from None
 
     def _wake(self, workers: int) -> None:
         """Wake so many, the lowest numbers first. Lock held.
@@ -3492,7 +3494,6 @@ class Pool:
                     return self._begin(items, is_first=number == 0)
                 self._asleep.add(number)
                 self._work_ready[number].wait()
-                self._asleep.discard(number)
         return None
 
     def _begin(self, items: list[Item], *, is_first: bool) -> Call:
@@ -4537,7 +4538,7 @@ async def embeddings(exchange: Exchange) -> Response:
     parse = functools.partial(
         EmbeddingsAsk.parse, raw, served.card, accept_ids=settings.accept_token_ids
     )
-    ask = await _maybe_off_loop(parse, is_large=len(raw) > _LARGE_BODY_BYTES)
+    ask = await maybe_off_loop(parse, is_large=len(raw) > _LARGE_BODY_BYTES)
     name = _named_model(ask.model, served, any_model=settings.any_model)
 
     exchange.log_fields.update(model=name, inputs=len(ask.inputs))
@@ -4545,13 +4546,14 @@ async def embeddings(exchange: Exchange) -> Response:
     _record(job, exchange)
     encode = functools.partial(embeddings_body, ask, name, job)
     floats = len(ask.inputs) * served.card.n_embd
-    body = await _maybe_off_loop(encode, is_large=floats > _LARGE_REPLY_FLOATS)
+    body = await maybe_off_loop(encode, is_large=floats > _LARGE_REPLY_FLOATS)
     # Below that it fits into one packet anyway.
     pays = not ask.as_base64 and len(body) > _LEAST_GZIP_BYTES
     return Response(200, body, is_compressible=pays)
 
 
-async def _maybe_off_loop(work: Callable[[], T], *, is_large: bool) -> T:
+async def maybe_off_loop(work: Callable[[], T], *, is_large: bool) -> T:
+    """Do ``work`` here, or in another thread when it would hold up the event loop."""
     if not is_large:
         return work()
     return await asyncio.get_running_loop().run_in_executor(None, work)
@@ -4891,12 +4893,9 @@ class Dispatcher:
         pays = for_whom == "all" or not is_this_machine(peer)
         if not pays or not accepts_gzip(head):
             return response
-        body = response.body
-        if len(body) < _OFF_LOOP_BYTES:
-            packed = gzipped(body)
-        else:
-            loop = asyncio.get_running_loop()
-            packed = await loop.run_in_executor(None, gzipped, body)
+        pack = functools.partial(gzipped, response.body)
+        is_large = len(response.body) > _OFF_LOOP_BYTES
+        packed = await maybe_off_loop(pack, is_large=is_large)
         fields = (*fields, ("content-encoding", "gzip"))
         return dataclasses.replace(response, body=packed, fields=fields)
 
@@ -5030,6 +5029,21 @@ def engine_options(settings: Settings) -> EngineOptions:
         pooling=settings.pooling,
         gpu_layers=-1 if settings.gpu else settings.gpu_layers,
     )
+
+
+def model_file(settings: Settings, fetch: ModelFetch) -> tuple[str, str]:
+    """The path of the file to serve and its sha256. Raises StartupError."""
+    if settings.model_path:
+        return settings.model_path, sha256_of(Path(settings.model_path))
+    return str(fetch.path()), DEFAULT_MODEL.gguf_sha256["f16"]  # verified just now
+
+
+def weights_cache(
+    settings: Settings, options: EngineOptions, factory: EngineFactory, log: Log
+) -> WeightsCache:
+    """Where engines come from."""
+    folder = Path(settings.cache_dir) / "weights"
+    return WeightsCache(folder, lambda path: factory(path, options, log), log)
 
 
 def _pool_options(settings: Settings) -> PoolOptions:
@@ -5200,13 +5214,9 @@ class Service:
 
     def _loaded(self) -> Served:
         settings, begun = self.settings, time.monotonic()
-        path = settings.model_path or str(self._fetch.path())
+        path, sha256 = model_file(settings, self._fetch)
         options = engine_options(settings)
-        sha256 = sha256_of(Path(path))
-        folder = Path(settings.cache_dir) / "weights"
-        cache = WeightsCache(
-            folder, lambda p: self._engine_factory(p, options, self.log), self.log
-        )
+        cache = weights_cache(settings, options, self._engine_factory, self.log)
         engine = cache.engine(path, settings.weights, sha256)
         pool = Pool(
             engine,
@@ -5573,19 +5583,15 @@ def _tune(
     log = Log(settings.log_level, settings.log_format, sys.stderr)
     try:
         fetch = ModelFetch(settings.cache_dir, log, DEFAULT_MODEL)
-        path = settings.model_path or str(fetch.path())
+        path, sha256 = model_file(settings, fetch)
         profile = Path(output or f"{Path(path).stem}.tune.toml")
         _check_profile(profile)
         options = dataclasses.replace(engine_options(settings), pack_tokens=512)
-        cache = WeightsCache(
-            Path(settings.cache_dir) / "weights",
-            lambda file: engine_factory(file, options, log),
-            log,
-        )
+        cache = weights_cache(settings, options, engine_factory, log)
         tuner = Tuner(
             cache,
             path,
-            sha256_of(Path(path)),
+            sha256,
             seconds=seconds,
             cores=usable_cores(),
             show=_show_progress,
