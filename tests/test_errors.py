@@ -1,4 +1,4 @@
-"""Room 3: every error a caller can be told is whole, and says when to come back."""
+"""ERRORS: every error a caller can be told is whole, and says when to come back."""
 
 from __future__ import annotations
 

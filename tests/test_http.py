@@ -1,4 +1,4 @@
-"""Room 10: which bytes are a request, which are refused and as what, what we send.
+"""HTTP: which bytes are a request, which are refused and as what, what we send.
 
 Two tables. CASES are requests we accept, with what they mean; h11 must read the same.
 REFUSALS are bytes we refuse, with the error and the reason. Every row is fed whole,

@@ -1,4 +1,4 @@
-"""Room 10 against hypothesis: any bytes, bent requests, generated requests.
+"""HTTP against hypothesis: any bytes, bent requests, generated requests.
 
 Whatever comes and however it is cut, the parser gives requests or one ApiError, never
 another exception; what it accepts is sane, and h11 reads the same request from the same

@@ -1,4 +1,4 @@
-"""Room 1: what may be missing or old, and that nobody notices which codec answered."""
+"""THIS BOX: what may be missing or old, and that nobody notices which codec answered."""
 
 from __future__ import annotations
 

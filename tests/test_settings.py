@@ -1,4 +1,4 @@
-"""Room 2: one row is a flag, a variable and a key, and a wrong one is one sentence."""
+"""SETTINGS and CONFIGURATION: one row is a flag, a variable and a key, and a wrong one is one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 4: what a scraper and a log reader are promised.
+"""TELEMETRY: what a scraper and a log reader are promised.
 
 The exposition is read by a parser of its own, stricter than Prometheus': a page that
 Prometheus merely tolerates is a bug here.

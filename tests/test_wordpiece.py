@@ -1,4 +1,4 @@
-"""Room 6: our token ids are the reference tokeniser's, for every text there is.
+"""WORDPIECE: our token ids are the reference tokeniser's, for every text there is.
 
 The reference is huggingface/tokenizers, which made the ids these models were trained
 on. It is compared on real texts, on every code point of Unicode, and on random text.
