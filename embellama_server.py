@@ -2484,8 +2484,8 @@ class LlamaEngine:
 # 10. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which type of number is fastest depends on the CPU: with AVX512_BF16 bf16 is 1.4 (MiniLM)
-# to 1.5 times (BERT-base) as fast as f16, elsewhere slower; q8_0 was slower than f16
-# where we measured. So it is measured on the box, once, and believed only where vectors stay
+# to 1.5 times (BERT-base) as fast as f16 and q8_0 slower; on other CPUs that is not
+# known. So it is measured on the box, once, and believed only where vectors stay
 # the same. What was made and found is kept in the cache directory under the checksum of
 # the file it comes from; another CPU or llama.cpp asks anew.
 
