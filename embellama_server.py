@@ -58,17 +58,18 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 11. CACHE - vectors already computed
 12. PACE - what recent calls say of the next
 13. BATCHING - which waiting inputs share the next call
-14. WORKERS - the threads and the one lock
+14. QUEUE - what is admitted, and what becomes of it
+15. WORKERS - the threads
 --- network wing ---
-15. HTTP - bytes to requests, responses to bytes
-16. CONNECTIONS - sockets, timers, back-pressure
+16. HTTP - bytes to requests, responses to bytes
+17. CONNECTIONS - sockets, timers, back-pressure
 --- hall ---
-17. API - OpenAI's shapes
-18. ADMIN - health, readiness, metrics
-19. ROUTES - the table, and everything derived from it
-20. SERVICE - builds every object; loading, ready, draining, stopped
-21. TUNING - the settings that are fastest on this box
-22. COMMAND LINE - flags in, exit code out
+18. API - OpenAI's shapes
+19. ADMIN - health, readiness, metrics
+20. ROUTES - the table, and everything derived from it
+21. SERVICE - builds every object; loading, ready, draining, stopped
+22. TUNING - the settings that are fastest on this box
+23. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -654,6 +655,13 @@ class Settings:
     log_format: str = option("text", "Shape of log lines.", choices=("text", "json"))
 
 
+# ==============================================================================
+# 3. CONFIGURATION - flags, variables and a file become settings
+# ==============================================================================
+# Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
+# limit that is silently ignored is found out on the day the limit was needed.
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One option with everything that follows from its name."""
@@ -696,13 +704,6 @@ SETTING_ROWS: Final = tuple(
     Row(f.name, type(f.default), f.default, f.metadata["option"])
     for f in dataclasses.fields(Settings)
 )
-
-
-# ==============================================================================
-# 3. CONFIGURATION - flags, variables and a file become settings
-# ==============================================================================
-# Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
-# limit that is silently ignored is found out on the day the limit was needed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -950,6 +951,7 @@ class ApiError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "invalid_request_error"
     code: ClassVar[str] = ""
+    is_transient: ClassVar[bool] = False  # the same request may succeed later
 
     def __init__(
         self,
@@ -996,6 +998,24 @@ class ContextLengthExceeded(ApiError):
     status, code = 400, "context_length_exceeded"
 
 
+class Unauthorized(ApiError):
+    """No key, a wrong or expired one, or a signature that does not hold."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class HostNotAllowed(ApiError):
+    """A Host or Origin that is not ours: a browser lured here by another site."""
+
+    status, code = 403, "host_not_allowed"
+
+
+class AdminOnly(ApiError):
+    """A route for administrators, asked with another key or from another machine."""
+
+    status, code = 403, "admin_only"
+
+
 class ModelNotFound(ApiError):
     """A model this server does not serve."""
 
@@ -1018,6 +1038,13 @@ class ReceiveTimeout(ApiError):
     """A client that was too slow to send its request."""
 
     status, code = 408, "receive_timeout"
+    is_transient = True
+
+
+class ReloadRefused(ApiError):
+    """A new configuration that cannot be used; nothing has changed."""
+
+    status, code = 409, "reload_refused"
 
 
 class BodyTooLarge(ApiError):
@@ -1042,6 +1069,13 @@ class ExpectationFailed(ApiError):
     """An Expect other than 100-continue."""
 
     status, code = 417, "expectation_failed"
+
+
+class RateLimited(ApiError):
+    """More requests or tokens than the key or address may send."""
+
+    status, type, code = 429, "requests", "rate_limit_exceeded"
+    is_transient = True
 
 
 class HeaderTooLarge(ApiError):
@@ -1080,18 +1114,35 @@ class NotReady(ApiError):
     """The model is still loading, or the server is shutting down."""
 
     status, type, code = 503, "server_error", "not_ready"
+    is_transient = True
+
+
+class EngineUnavailable(ApiError):
+    """llama.cpp fails on everything, or hangs; it is being tried again or replaced."""
+
+    status, type, code = 503, "server_error", "engine_unavailable"
+    is_transient = True
 
 
 class Overloaded(ApiError):
-    """The queue is full."""
+    """The queue is full, or cannot be done with before the request's deadline."""
 
     status, type, code = 503, "overloaded", "overloaded"
+    is_transient = True
+
+
+class TooManyConnections(ApiError):
+    """More connections than are served at once, in all or from one address."""
+
+    status, type, code = 503, "overloaded", "too_many_connections"
+    is_transient = True
 
 
 class RequestTimeout(ApiError):
     """A request that waited or computed for longer than --request-timeout-s."""
 
     status, type, code = 504, "server_error", "request_timeout"
+    is_transient = True
 
 
 class VersionNotSupported(ApiError):
@@ -1121,13 +1172,15 @@ def error_headers(error: ApiError) -> list[tuple[str, str]]:
     """Headers the error needs, e.g. both forms of when to come back.
 
     The OpenAI SDKs read retry-after-ms first; Retry-After is whole seconds (RFC 9110
-    section 10.2.3). Above 60 s older SDKs give up, hence the 1-60 s range.
+    section 10.2.3). Above 60 s older SDKs give up, hence the 1-60 s range. Without
+    x-should-retry they retry every 5xx, however often it failed for good.
     """
     headers = list(error.headers)
     if error.retry_after_s is not None:
         wait_s = min(60.0, max(1.0, error.retry_after_s))
         headers.append(("retry-after", str(math.ceil(wait_s))))
         headers.append(("retry-after-ms", str(round(wait_s * 1000))))
+    headers.append(("x-should-retry", "true" if error.is_transient else "false"))
     return headers
 
 
@@ -1180,13 +1233,15 @@ METRICS: Final = (
     Metric("embellama_inputs_truncated_total", "counter", "Inputs cut by --auto-truncate."),
     Metric("embellama_inputs_retried_total", "counter", "Inputs whose vector was not finite or whose call failed; retried alone.", "outcome", ("recovered", "refused")),
     Metric("embellama_packs_total", "counter", "llama.cpp calls."),
+    Metric("embellama_packs_aborted_total", "counter", "Of those, ended early: nobody waited any more, or they took far too long."),
     Metric("embellama_packs_stretched_total", "counter", "Of those, with the threads of idle workers too."),
     Metric("embellama_pack_tokens", "histogram", "Tokens in one call.", buckets=tuple(2.0**n for n in range(3, 14))),
     Metric("embellama_pack_seconds", "histogram", "Duration of one call.", buckets=_SECONDS),
     Metric("embellama_queue_seconds", "histogram", "Wait of a job before its first input ran.", buckets=_SECONDS),
     Metric("embellama_queue_inputs", "gauge", "Inputs waiting or running."),
     Metric("embellama_queue_tokens", "gauge", "Tokens waiting or running."),
-    Metric("embellama_workers", "gauge", "Worker threads, by state.", "state", ("busy", "idle")),
+    Metric("embellama_workers", "gauge", "Worker threads, by state; stuck: in a call that does not end.", "state", ("busy", "idle", "stuck")),
+    Metric("embellama_engine_broken", "gauge", "1 while the engine fails on everything and work is refused."),
     Metric("embellama_cache_lookups_total", "counter", "Inputs found in the cache, computed already for another (shared), or not found.", "result", ("hit", "shared", "miss")),
     Metric("embellama_cache_evictions_total", "counter", "Vectors dropped for newer ones."),
     Metric("embellama_cache_entries", "gauge", "Vectors in the cache."),
@@ -1303,6 +1358,61 @@ class Log:
     def _text(stamp: str, level: str, event: str, fields: dict[str, object]) -> str:
         pairs = (f" {key}={_log_value(value)}" for key, value in fields.items())
         return f"{stamp} {level:7} {event}{''.join(pairs)}"
+
+
+class LineFile:
+    """JSON lines appended to a file, from any thread: one write per line.
+
+    With ``max_bytes`` it is not let grow beyond. What cannot be written (full disk) is
+    lost and counted: it must not fail a request.
+    """
+
+    def __init__(self, path: str, log: Log, max_bytes: float = math.inf) -> None:
+        """Raises StartupError if the file cannot be opened."""
+        self.lost = 0
+        self._path = path
+        self._log = log
+        self._max_bytes = max_bytes
+        try:
+            self._file = self._opened()
+        except OSError as error:
+            raise StartupError(f"{path} cannot be written: {error.strerror}") from None
+
+    def write(self, **fields: object) -> None:
+        """Append one line; ``time`` is added."""
+        line = self._line(fields)
+        try:
+            # Unbuffered: a line is there, or it is not.
+            if os.fstat(self._file).st_size + len(line) > self._max_bytes:
+                raise OSError(None, f"it has reached {self._max_bytes} bytes")
+            if (written := os.write(self._file, line)) < len(line):
+                raise OSError(None, f"only {written} bytes of a line were written")
+        except OSError as error:
+            self.lost += 1
+            if self.lost.bit_count() == 1:  # 1, 2, 4, 8, ...: said, but not each time
+                why = error.strerror
+                self._log(
+                    "error", "lines lost", path=self._path, lost=self.lost, why=why
+                )
+
+    def reopen(self) -> None:
+        """Go on in a new file if the old one was moved away (log rotation)."""
+        try:
+            new = self._opened()
+        except OSError as error:
+            self._log("error", "not reopened", path=self._path, why=error.strerror)
+            return
+        os.dup2(new, self._file)
+        os.close(new)
+
+    def _opened(self) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return os.open(self._path, flags, 0o600)
+
+    @staticmethod
+    def _line(fields: Mapping[str, object]) -> bytes:
+        stamped = {"time": round(time.time(), 3), **fields}
+        return json.dumps(stamped, default=str).encode("ascii") + b"\n"
 
 
 def _log_value(value: object) -> str:
@@ -1853,6 +1963,10 @@ class EngineError(Exception):
     """llama.cpp refused a call; the pack may be retried input by input."""
 
 
+class CallAborted(EngineError):
+    """A call ended early because Context.abort() said so; it gave nothing."""
+
+
 class Context(Protocol):
     """What one worker computes with. Used by one thread at a time."""
 
@@ -1862,8 +1976,12 @@ class Context(Protocol):
         """One vector a row, Euclidean length 1; a row of NaN where there is none.
 
         ``threads`` is how many cores this call may use. ``fresh`` also wipes what
-        earlier calls left in memory. Raises EngineError.
+        earlier calls left in memory. Raises EngineError, or CallAborted.
         """
+        ...
+
+    def abort(self) -> None:
+        """End the present call soon, if there is one; any thread. Later ones are whole."""
         ...
 
     def close(self) -> None:
@@ -1942,6 +2060,11 @@ class BriefOrFull:
         filling = np.zeros(missing, np.int32)
         return self._full.embed([*inputs, filling], threads=threads, fresh=fresh)[:-1]
 
+    def abort(self) -> None:
+        """See Context."""
+        self._brief.abort()
+        self._full.abort()
+
     def close(self) -> None:
         """See Context."""
         self._brief.close()
@@ -1949,7 +2072,13 @@ class BriefOrFull:
 
 
 class LlamaContext:
-    """See Context. The batch is filled by array slices: no per-token Python."""
+    """See Context. The batch is filled by array slices: no per-token Python.
+
+    llama.cpp asks before each node of its graph whether to go on. It asks libc's
+    strlen(), about a text that is empty until abort() makes it "\\1": no Python, so no
+    interpreter lock, and no time (48.1 ms a call with it and without). A call of 48 ms
+    ends 5 ms after the flag is set. GPUs other than Metal do not ask.
+    """
 
     def __init__(
         self,
@@ -1990,6 +2119,9 @@ class LlamaContext:
         self._sequence_pointers = first + step * np.arange(tokens, dtype=np.uintp)
         self._outputs = np.ones(tokens, np.int8)
         self._batch = self._new_batch()
+        self._abort_text = ctypes.create_string_buffer(2)
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
+        llama.llama_set_abort_callback(context, strlen, self._abort_text)
         if self._has_idle_logits:
             self._give_back_logits()
 
@@ -2009,6 +2141,7 @@ class LlamaContext:
         import numpy as np
 
         self.make_room(sum(map(len, inputs)))
+        self._abort_text.value = b""
         self._fill(inputs)
         if threads != self._threads:
             self._llama.llama_set_n_threads(self._context, threads, threads)
@@ -2021,7 +2154,8 @@ class LlamaContext:
             self._llama.llama_memory_clear(self._memory, fresh)
             code = self._llama.llama_decode(self._context, self._batch)
         if code != 0:
-            raise EngineError(f"llama.cpp returned {code} for {len(inputs)} inputs")
+            kind = CallAborted if self._abort_text.value else EngineError
+            raise kind(f"llama.cpp returned {code} for {len(inputs)} inputs")
         raw = np.empty((len(inputs), self._n_embd), np.float32)
         for row in range(len(inputs)):
             vector = self._llama.llama_get_embeddings_seq(self._context, row)
@@ -2029,6 +2163,10 @@ class LlamaContext:
                 raise EngineError(f"llama.cpp kept no vector for input {row}")
             raw[row] = np.ctypeslib.as_array(vector, (self._n_embd,))
         return normalised(raw)
+
+    def abort(self) -> None:
+        """See Context."""
+        self._abort_text.value = b"\1"
 
     def close(self) -> None:
         """See Context."""
@@ -2054,14 +2192,10 @@ class LlamaContext:
                 f"{tokens} tokens need {rows * self._row_bytes >> 20} MiB for a moment "
                 f"and {int(free) >> 20} MiB of memory are free"
             )
-        llama = self._llama
         self._fill([np.zeros(rows, np.int32)])
-        abort = llama.ggml_abort_callback(lambda _: True)
         with self._quietly():
-            llama.llama_set_abort_callback(self._context, abort, None)
-            llama.llama_encode(self._context, self._batch)
-            never = llama.ggml_abort_callback()  # a null pointer
-            llama.llama_set_abort_callback(self._context, never, None)
+            self.abort()
+            self._llama.llama_encode(self._context, self._batch)
         self._output_rows = rows
         self._give_back_logits()
 
@@ -2940,14 +3074,62 @@ class Stretch:
         return max(self._counts, key=rates.__getitem__)
 
 
+class Breaker:
+    """Whether the engine is given work: shut off while a canary fails.
+
+    A call has failed when none of its inputs got a vector, not even alone. Several such
+    in a row are a suspicion, no verdict: they may be one client's poisoned input, which
+    must not shut out the others. So a canary, an input that is nobody's, decides. While
+    it fails work is refused, and it is tried again, ever more rarely.
+    """
+
+    SUSPICIOUS_FAILURES: ClassVar[int] = 5
+    FIRST_RETRY_S: ClassVar[float] = 1.0
+    LAST_RETRY_S: ClassVar[float] = 60.0
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._failures = 0  # in a row
+        self._canary_at = 0.0
+        self._wait_s = self.FIRST_RETRY_S
+
+    def record(self, *, worked: bool) -> None:
+        """Count a call."""
+        self._failures = 0 if worked else self._failures + 1
+
+    def canary_is_due(self, now: float) -> bool:
+        """Whether to send one now; then not again before judge() was told of it."""
+        is_suspect = self.is_open or self._failures >= self.SUSPICIOUS_FAILURES
+        if not is_suspect or now < self._canary_at:
+            return False
+        self._canary_at = math.inf
+        return True
+
+    def judge(self, now: float, *, worked: bool) -> None:
+        """Open or close, by what became of the canary."""
+        if worked:
+            self.is_open, self._failures, self._canary_at = False, 0, now
+            self._wait_s = self.FIRST_RETRY_S
+            return
+        self.is_open = True
+        self._canary_at = now + self._wait_s
+        self._wait_s = min(self._wait_s * 2, self.LAST_RETRY_S)
+
+    def retry_s(self, now: float) -> float:
+        """How long until it may close."""
+        left = self._canary_at - now
+        return left if 0 < left < math.inf else self.FIRST_RETRY_S
+
+
 # ==============================================================================
 # 13. BATCHING - which waiting inputs share the next call
 # ==============================================================================
 # Pure: no clock, lock, thread or metric; the pool brings those.
-# Jobs take turns, one input each, so a line asked beside an import of 2,048 texts is in
-# the next pack, and a pack mixes inputs of many jobs. There is no waiting for a pack to
-# fill: it is whatever queued up while the last one ran, shared among idle workers.
-# Short inputs pass long ones, a few packs at a time; then a long one has its turn.
+# Clients take turns, and each client's jobs, one input each: so a line asked beside an
+# import of 2,048 texts is in the next pack, and a hundred jobs of one client cost another
+# no more than one does. There is no waiting for a pack to fill: it is whatever queued up
+# while the last one ran, shared among idle workers. Short inputs pass long ones, urgent
+# ones those that are less so, a few at a time; then what was passed has its turn.
 # Equal inputs, of one job or of several, are one item with several owners.
 # Room in the queue is counted in inputs and tokens and reserved when a job is admitted,
 # at an upper bound; tokenising it gives back the difference.
@@ -2960,14 +3142,21 @@ class Job:
     # fixed at birth
     inputs: Sequence[str | list[int]]
     finished: Callable[[], None]  # called once when it is over, unless cancelled
-    arrived_at: float = 0.0  # seconds, the pool's clock, as are those below
-    # guarded by the pool's lock
+    client: str = ""  # whose turn it uses
+    urgency: int = 1  # index into URGENCIES
+    timeout_s: float = math.inf  # counted from its arrival
+    allows_partial: bool = False  # an input that fails leaves the others alone
+    # set once, when it is submitted
+    arrived_at: float = 0.0  # seconds, the queue's clock, as are those below
+    deadline_at: float = math.inf  # nothing of it is computed afterwards
+    # guarded by the queue's lock
     next_input: int = 0  # the first one not yet tokenised
     untokenised_tokens: int = 0  # upper bound still reserved for the rest
     waiting: collections.deque[Item] = field(default_factory=collections.deque)
     items: set[Item] = field(default_factory=set)  # waiting, running, or others'
     unfinished: int = 0
     error: BaseException | None = None
+    errors: dict[int, ApiError] = field(default_factory=dict)  # of inputs, if partial
     is_over: bool = False  # answered, failed or abandoned: its inputs are not computed
     # one writer each
     vectors: list[Any] = field(default_factory=list)
@@ -2985,7 +3174,7 @@ class Item:
     key: bytes  # equal for equal ids
     job: Job  # in whose queue it waits
     owners: list[tuple[Job, int]] = field(default_factory=list)  # job, input's index
-    is_running: bool = False
+    call: Call | None = None  # in which it is computed
 
     @property
     def tokens(self) -> int:
@@ -2999,16 +3188,20 @@ class Item:
             self.job = self.owners[0][0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """A pack on its way through llama.cpp."""
 
     items: list[Item]
     tokens: int
     threads: int
+    worker: int
     number: int  # of all calls
+    began_at: float
     is_stretchable: bool  # the first worker's, when nobody else had anything to do
     is_lane: bool
+    is_aborted: bool = False  # nobody wants it any more, or it takes too long
+    is_stuck: bool = False  # and did not end
 
 
 @dataclass(frozen=True, slots=True)
@@ -3021,6 +3214,7 @@ class PackReport:
     seconds: float
     recovered: int
     refused: int
+    is_aborted: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -3032,6 +3226,7 @@ class PoolOptions:
     pack_tokens: int = 256
     is_elastic: bool = True
     auto_truncate: bool = False
+    stuck_after_s: float = 60.0
     cpus: Sequence[Sequence[int]] = ()
 
 
@@ -3041,7 +3236,14 @@ class PoolState:
 
     backlog: Backlog
     busy: int
+    stuck: int
+    is_broken: bool  # the breaker is open
     cache: CacheCounts
+
+
+# Of the room of a queue, the part that is kept for clients who have nothing in it: one
+# client's import may fill the rest and still not shut out another's line.
+_NEWCOMERS_PART: Final = 8
 
 
 @dataclass(slots=True)
@@ -3052,25 +3254,39 @@ class Backlog:
     max_tokens: int
     inputs: int = 0
     tokens: int = 0
+    clients: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def try_reserve(self, inputs: int, tokens: int) -> bool:
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody can be let in, however little they ask for."""
+        return self.inputs >= self.max_inputs or self.tokens >= self.max_tokens
+
+    def try_reserve(self, inputs: int, tokens: int, client: str = "") -> bool:
         """Count a job in, or refuse it. Checked and counted at the same moment.
 
         An idle server takes any valid request: the limits are for what piles up.
         """
-        fits_inputs = self.inputs + inputs <= self.max_inputs
-        fits_tokens = self.tokens + tokens <= self.max_tokens
+        parts = 0 if client not in self.clients else 1
+        most_inputs = self.max_inputs - self.max_inputs // _NEWCOMERS_PART * parts
+        most_tokens = self.max_tokens - self.max_tokens // _NEWCOMERS_PART * parts
+        fits_inputs = self.inputs + inputs <= most_inputs
+        fits_tokens = self.tokens + tokens <= most_tokens
         if self.inputs and not (fits_inputs and fits_tokens):
             return False
         self.inputs += inputs
         self.tokens += tokens
+        self.clients[client] += inputs
         return True
 
-    def release(self, inputs: int, tokens: int) -> None:
-        """Give back room."""
+    def release(self, inputs: int, tokens: int, client: str = "") -> None:
+        """Give back room; a client's, where it is of inputs."""
         self.inputs -= inputs
         self.tokens -= tokens
         assert self.inputs >= 0 and self.tokens >= 0, "released more than was reserved"
+        if inputs:
+            self.clients[client] -= inputs
+            if not self.clients[client]:
+                del self.clients[client]
 
 
 def most_tokens(item: str | list[int], card: ModelCard) -> int:
@@ -3083,6 +3299,11 @@ def most_tokens(item: str | list[int], card: ModelCard) -> int:
     widest = 1 if isinstance(item, list) or item.isascii() else 4
     bound = widest * len(item) + 1 + len(card.head) + len(card.tail)
     return min(card.max_input_tokens, bound)
+
+
+def is_vector(outcome: Any) -> bool:
+    """Whether an input's computation gave one, not the class of an error or None."""
+    return outcome is not None and not isinstance(outcome, type)
 
 
 # A call is efficient once it fills a tile of flash attention (64 tokens); inputs of up to
@@ -3113,19 +3334,73 @@ def fair_budget(
 # takes as long as two packs of 256: so long ones still get a third of the time, and a
 # short one waits for at most one of them.
 MOST_OVERTAKES: Final = 4
+URGENCIES: Final = ("high", "normal", "low")
+MOST_PASSED: Final = 8  # inputs that may go before a less urgent one that waits
 _LOOK_AHEAD: Final = 32  # jobs looked at for an input that still fits into a pack
+
+
+@dataclass(slots=True, eq=False)
+class Turns:
+    """Jobs that are equally urgent: clients in turn, and each client's jobs in turn."""
+
+    clients: collections.OrderedDict[str, collections.deque[Job]] = field(
+        default_factory=collections.OrderedDict
+    )
+    passed: int = 0  # inputs that were more urgent, since one of these was taken
+
+    def enter(self, job: Job, *, is_next: bool = False) -> None:
+        """Queue a job, at its client's end, or in front of everybody."""
+        jobs = self.clients.setdefault(job.client, collections.deque())
+        if is_next:
+            jobs.appendleft(job)
+            self.clients.move_to_end(job.client, last=False)
+        else:
+            jobs.append(job)
+
+    def pick(self, most_tokens: int, now: float) -> Job | None:
+        """The first job whose next input is small enough; it leaves the queue.
+
+        Jobs that are over, or past their deadline, leave it too: never computed.
+        """
+        passed: list[Job] = []
+        found = None
+        while found is None and self.clients and len(passed) < _LOOK_AHEAD:
+            client, jobs = next(iter(self.clients.items()))
+            job = jobs.popleft()
+            if jobs:
+                self.clients.move_to_end(client)
+            else:
+                del self.clients[client]
+            if not job.waiting or job.deadline_at <= now:
+                continue
+            if job.waiting[0].tokens > most_tokens:
+                passed.append(job)
+            else:
+                found = job
+        for job in reversed(passed):
+            self.enter(job, is_next=True)
+        return found
+
+
+def _turns() -> list[Turns]:
+    return [Turns() for _ in URGENCIES]
 
 
 @dataclass(slots=True)
 class Line:
-    """The jobs that have something to compute, in two queues by their next input."""
+    """The jobs that have something to compute, in two sets of queues by their next input."""
 
     pack_tokens: int  # an input above it is long: it goes alone
     context_tokens: int  # an input above it needs the lane
     tokens: int = 0  # of all that waits
-    short: collections.deque[Job] = field(default_factory=collections.deque)
-    long: collections.deque[Job] = field(default_factory=collections.deque)
+    short: list[Turns] = field(default_factory=_turns)  # by urgency, as is the next
+    long: list[Turns] = field(default_factory=_turns)
     overtakes: int = 0  # packs taken since a long input last had its turn
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no job stands in it, not even one that is over."""
+        return not any(turns.clients for turns in (*self.short, *self.long))
 
     def add(self, job: Job, items: Sequence[Item]) -> None:
         """Queue more of a job."""
@@ -3141,107 +3416,94 @@ class Line:
         job.waiting.clear()
 
     def take(
-        self, budget_tokens: int, budget_inputs: int, *, lane_is_free: bool
+        self,
+        budget_tokens: int,
+        budget_inputs: int,
+        *,
+        lane_is_free: bool,
+        now: float = 0.0,
     ) -> list[Item]:
         """The inputs of the next call; empty if none wait, or only for the lane.
 
-        Jobs take turns from the front. Stays within the budgets, except that an input
-        larger than budget_tokens goes alone. One that does not fit into what is left of
-        a pack lets later ones pass and leads the next pack.
+        Stays within the budgets, except that an input larger than budget_tokens goes
+        alone. One that does not fit into what is left of a pack lets later ones pass and
+        leads the next pack.
         """
+        most_long = sys.maxsize if lane_is_free else self.context_tokens
         is_due = self.overtakes >= MOST_OVERTAKES
-        if is_due and (long := self._take_long(lane_is_free=lane_is_free)):
+        if is_due and (long := self._take_long(most_long, now)):
             return [long]
         pack: list[Item] = []
         left = budget_tokens
         while len(pack) < budget_inputs:
-            most = left if pack else self.pack_tokens
-            item = self._pick(self.short, most)
+            item = self._pick(self.short, left if pack else self.pack_tokens, now)
             if item is None:
                 break
             pack.append(item)
             left -= item.tokens
-        if pack and self.long:
+        if pack and any(turns.clients for turns in self.long):
             self.overtakes += 1
-        if not pack and (long := self._take_long(lane_is_free=lane_is_free)):
+        if not pack and (long := self._take_long(most_long, now)):
             return [long]
         return pack
 
-    def _take_long(self, *, lane_is_free: bool) -> Item | None:
-        most = sys.maxsize if lane_is_free else self.context_tokens
-        item = self._pick(self.long, most)
+    def _take_long(self, most_tokens: int, now: float) -> Item | None:
+        item = self._pick(self.long, most_tokens, now)
         if item is not None:
             self.overtakes = 0
         return item
 
-    def _pick(self, queue: collections.deque[Job], most_tokens: int) -> Item | None:
-        """The first input of ``queue`` that is small enough; its job goes to the end."""
-        passed: list[Job] = []
-        found: Item | None = None
-        while found is None and queue and len(passed) < _LOOK_AHEAD:
-            job = queue.popleft()
-            if not job.waiting:
-                continue  # over: it leaves
-            if job.waiting[0].tokens > most_tokens:
-                passed.append(job)
-                continue
-            found = job.waiting.popleft()
-            self.tokens -= found.tokens
-        queue.extendleft(reversed(passed))
-        if found is not None and job.waiting:
-            self._enter(job)
-        return found
+    def _pick(self, rows: list[Turns], most_tokens: int, now: float) -> Item | None:
+        """The next input that is small enough, of the most urgent, or the passed."""
+        waiting = [turns for turns in rows if turns.clients]
+        if len(waiting) > 1:
+            waiting.sort(key=lambda turns: turns.passed < MOST_PASSED)  # else in order
+        for turns in waiting:
+            job = turns.pick(most_tokens, now)
+            if job is not None:
+                turns.passed = 0
+                for other in rows[job.urgency + 1 :]:
+                    other.passed += bool(other.clients)
+                item = job.waiting.popleft()
+                self.tokens -= item.tokens
+                if job.waiting:
+                    self._enter(job)
+                return item
+        return None
 
     def _enter(self, job: Job) -> None:
         is_long = job.waiting[0].tokens > self.pack_tokens
-        (self.long if is_long else self.short).append(job)
+        (self.long if is_long else self.short)[job.urgency].enter(job)
 
 
 # ==============================================================================
-# 14. WORKERS - the threads and the one lock
+# 14. QUEUE - what is admitted, and what becomes of it
 # ==============================================================================
-# One lock guards the queue; each thread sleeps on a condition of its own and never
-# polls. Results leave through loop.call_soon_threadsafe, one call per pack.
-# An input that fails is retried alone, once, on wiped memory: its neighbours in the
-# pack are never harmed by it, and it cannot be computed for ever.
-# Inputs longer than a worker's context go through the lane: one context for any accepted
-# length, made when the first one comes, used by whichever worker takes its turn with it.
-
-_SLICE_INPUTS: Final = 32  # tokenised at a time, so that a large job lets others pass
+# The one lock. The event loop submits and cancels, the tokeniser turns texts into items,
+# workers take packs and settle them; each sleeps on a condition of its own and never
+# polls. Every job ends exactly once, and its room comes back exactly once.
 
 
-def _too_long(index: int, size: str, limit: int) -> ContextLengthExceeded:
-    return ContextLengthExceeded(
-        f"input[{index}] has {size} and this model reads at most {limit}: shorten or "
-        "split it, or start the server with --auto-truncate",
-        param=f"input[{index}]",
-    )
-
-
-class Pool:
-    """The queue, the tokeniser thread and the workers.
-
-    submit(), cancel(), clear_cache() and stop() are for the event loop's thread.
-    """
+class Queue:
+    """All jobs that are not over. See each method for whose thread it is for."""
 
     def __init__(
         self,
-        engine: Engine,
+        card: ModelCard,
         options: PoolOptions,
         backlog: Backlog,
         cache: VectorCache,
         *,
-        log: Log,
-        deliver: Callable[[Callable[[], None]], None],
-        on_pack: Callable[[PackReport], None],
+        on_abort: Callable[[Call], None],
+        clock: Callable[[], float],
     ) -> None:
+        """``on_abort`` ends a call in llama.cpp: a flag, set with the lock held."""
         # fixed at birth
-        self.engine = engine
+        self.card = card
         self.options = options
-        self._log = log
-        self._deliver = deliver  # runs a callable on the event loop's thread
-        self._on_pack = on_pack
-        self._clock = time.monotonic
+        self.breaker = Breaker()  # event loop only, but for record()
+        self.clock = clock
+        self._on_abort = on_abort
         # guarded by _lock
         self._lock = threading.Lock()
         self._untokenised_ready = threading.Condition(self._lock)
@@ -3249,47 +3511,43 @@ class Pool:
         self._work_ready = [threading.Condition(self._lock) for _ in numbers]
         self._asleep: set[int] = set()  # workers, by number
         self._untokenised: collections.deque[Job] = collections.deque()
-        self._line = Line(options.pack_tokens, engine.card.context_tokens)
+        self._line = Line(options.pack_tokens, card.context_tokens)
         self._jobs: set[Job] = set()  # all that are not over
         self._in_flight: dict[bytes, Item] = {}  # waiting or running, by key
+        self._calls: dict[int, Call] = {}  # running, by worker
         self._cache = cache
         self._backlog = backlog
         self._speed = Speed()
         self._stretch = Stretch(options.threads, options.workers - 1)
-        self._busy = 0
         self._running_tokens = 0
-        self._calls = 0  # begun so far
+        self._calls_begun = 0
         self._lane_is_free = True
         self._stopping = False
-        self._threads: list[threading.Thread] = []
-        # whoever holds the lane
-        self._lane: Context | None = None
 
-    def start(self) -> None:
-        """Start all threads; returns when every worker has its context.
+    # --- event loop ---
 
-        Raises whatever making a context raised, after stopping the others.
+    @property
+    def is_full(self) -> bool:
+        """Whether any submit() would be refused. Not exact: nothing is locked."""
+        return self._backlog.is_full
+
+    def submit(self, job: Job, *, is_canary: bool = False) -> None:
+        """Admit a job. job.finished is called when it is over.
+
+        Raises Overloaded when there is no room or it could not be done in time, and
+        EngineUnavailable while the breaker is open.
         """
-        started: list[Future[None]] = [Future() for _ in range(self.options.workers)]
-        self._spawn("tokeniser", self._tokenise_loop, stack=TOKENISER_STACK_BYTES)
-        for number, future in enumerate(started):
-            run = functools.partial(self._work_loop, number, future)
-            self._spawn(f"worker-{number}", run)
-        failed = [error for future in started if (error := future.exception())]
-        if failed:
-            self.stop(timeout_s=1.0)
-            raise failed[0]
-
-    def submit(self, job: Job) -> None:
-        """Admit a job, or raise Overloaded. job.finished is called when it is over."""
-        card = self.engine.card
-        job.arrived_at = self._clock()
-        job.unfinished = len(job.inputs)
-        job.vectors = [None] * len(job.inputs)
-        job.untokenised_tokens = sum(most_tokens(i, card) for i in job.inputs)
+        job.arrived_at = self.clock()
+        job.deadline_at = job.arrived_at + job.timeout_s
+        job.unfinished = count = len(job.inputs)
+        job.vectors = [None] * count
+        job.untokenised_tokens = sum(most_tokens(i, self.card) for i in job.inputs)
         with self._lock:
-            if not self._backlog.try_reserve(len(job.inputs), job.untokenised_tokens):
-                raise self._overloaded()
+            if not is_canary:
+                self._refuse_late(job)
+            tokens = job.untokenised_tokens
+            if not self._backlog.try_reserve(count, tokens, job.client):
+                raise self.overloaded()
             self._jobs.add(job)
             self._untokenised.append(job)
             self._untokenised_ready.notify()
@@ -3313,31 +3571,29 @@ class Pool:
     def state(self) -> PoolState:
         """What is queued, computed and kept now."""
         with self._lock:
-            counts = dataclasses.replace(self._cache.counts)
-            return PoolState(dataclasses.replace(self._backlog), self._busy, counts)
+            return PoolState(
+                backlog=dataclasses.replace(
+                    self._backlog, clients=self._backlog.clients.copy()
+                ),
+                busy=len(self._calls),
+                stuck=sum(call.is_stuck for call in self._calls.values()),
+                is_broken=self.breaker.is_open,
+                cache=dataclasses.replace(self._cache.counts),
+            )
+
+    def set_room(self, max_inputs: int, max_tokens: int) -> None:
+        """Other limits; what is admitted stays."""
+        with self._lock:
+            self._backlog.max_inputs = max_inputs
+            self._backlog.max_tokens = max_tokens
 
     def clear_cache(self) -> CacheCounts:
         """Forget all vectors; what there was."""
         with self._lock:
             return self._cache.clear()
 
-    def stop(self, timeout_s: float) -> bool:
-        """Stop when the present packs are done. False if a thread did not end."""
-        with self._lock:
-            self._stopping = True
-            self._untokenised_ready.notify_all()
-            self._wake(self.options.workers)
-        deadline = self._clock() + timeout_s
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - self._clock()))
-        if any(thread.is_alive() for thread in self._threads):
-            return False
-        if self._lane is not None:
-            self._lane.close()
-            self._lane = None
-        return True
-
-    def _overloaded(self) -> Overloaded:
+    def overloaded(self) -> Overloaded:
+        """The refusal, with the time after which there is room again."""
         backlog = self._backlog
         wait_s = self._speed.drain_s(backlog.tokens, self.options.workers)
         return Overloaded(
@@ -3345,8 +3601,419 @@ class Pool:
             f"{backlog.tokens} of {backlog.max_tokens} tokens are waiting; try again "
             "after the time in Retry-After",
             # Jittered: clients refused together must not come back together.
-            retry_after_s=wait_s * random.uniform(0.9, 1.1),
+            retry_after_s=wait_s * random.uniform(0.75, 1.25),
         )
+
+    def abort_overdue(self) -> list[Call]:
+        """End calls that take far too long; those that did not end are stuck: returned.
+
+        Far too long is ``stuck_after_s``, or twenty times what such a call usually takes.
+        """
+        now, stuck = self.clock(), []
+        with self._lock:
+            for call in self._calls.values():
+                usual_s = self._speed.drain_s(call.tokens, 1)
+                limit_s = max(self.options.stuck_after_s, _OVERDUE_TIMES * usual_s)
+                over_s = now - call.began_at - limit_s
+                if over_s > 0:
+                    self._abort(call)
+                if over_s > _ABORT_S and not call.is_stuck:
+                    call.is_stuck = True
+                    stuck.append(call)
+        return stuck
+
+    def give_up(self, call: Call) -> None:
+        """End the jobs of a stuck call: it may never come back."""
+        with self._lock:
+            over = {job for item in call.items for job, _ in item.owners}
+            for job in over:
+                job.error = EngineUnavailable(_STUCK, retry_after_s=1.0)
+                self._end(job)
+        for job in over:
+            job.finished()
+
+    def stop(self) -> None:
+        """Let next_untokenised() and next_call() return None from now on."""
+        with self._lock:
+            self._stopping = True
+            self._untokenised_ready.notify_all()
+            self._wake(self.options.workers)
+
+    def _refuse_late(self, job: Job) -> None:
+        """Refuse what could not be done now, or not before its deadline. Lock held."""
+        now, speed = self.clock(), self._speed
+        if self.breaker.is_open:
+            raise EngineUnavailable(
+                ENGINE_BROKEN, retry_after_s=self.breaker.retry_s(now)
+            )
+        backlog, workers = self._backlog, self.options.workers
+        if speed.drain_s(backlog.tokens, workers) <= job.timeout_s:
+            return
+        # All of it would be too late. But clients and jobs take turns, so of each other
+        # job only about as many inputs go first as this one has.
+        ahead = sum(min(other.unfinished, job.unfinished) for other in self._jobs)
+        tokens = ahead * backlog.tokens // max(1, backlog.inputs)
+        if speed.drain_s(tokens, workers) > job.timeout_s:
+            raise self.overloaded()
+
+    # --- tokeniser thread ---
+
+    def next_untokenised(self) -> Job | None:
+        """Wait for a job that has inputs to tokenise; None means stop."""
+        with self._lock:
+            while not self._stopping:
+                while self._untokenised:
+                    job = self._untokenised.popleft()
+                    if not job.is_over:
+                        return job
+                self._untokenised_ready.wait()
+        return None
+
+    def enqueue(self, job: Job, made: Sequence[Item | ApiError]) -> bool:
+        """The job's next inputs are tokenised, or refused; whether that ended it."""
+        first = job.next_input
+        raws = job.inputs[first : first + len(made)]
+        bound = sum(most_tokens(raw, self.card) for raw in raws)
+        items = [item for item in made if isinstance(item, Item)]
+        with self._lock:
+            if job.is_over:
+                return False
+            job.next_input += len(made)
+            job.untokenised_tokens -= bound
+            job.tokens += sum(item.tokens for item in items)
+            needed = [item for item in items if not self._is_known(job, item)]
+            self._backlog.release(0, bound - sum(item.tokens for item in needed))
+            for index, error in enumerate(made, first):
+                if isinstance(error, ApiError):
+                    self._refuse_input(job, index, error)
+            self._line.add(job, needed)
+            self._wake(len(needed))
+            if job.next_input < len(job.inputs):
+                self._untokenised.append(job)
+            if job.unfinished:
+                return False
+            self._end(job)
+            return True
+
+    def fail(self, job: Job, error: Exception) -> bool:
+        """End a job with an error; False if it is over already."""
+        with self._lock:
+            if job.is_over:
+                return False
+            job.error = error
+            self._end(job)
+            return True
+
+    def _is_known(self, job: Job, item: Item) -> bool:
+        """Whether the item's vector is there or under way; if not, it is now. Locked."""
+        owner = item.owners[0]
+        vector = self._cache.get(item.key)
+        if vector is not None:
+            job.vectors[owner[1]] = vector
+            job.started_at = job.started_at or self.clock()
+            self._done(job)
+            return True
+        twin = self._in_flight.setdefault(item.key, item)
+        job.items.add(twin)
+        if twin is item:
+            self._cache.counts.misses += 1
+            return False
+        self._cache.counts.shared += 1
+        twin.owners.append(owner)
+        if twin.call is not None:
+            job.started_at = job.started_at or self.clock()
+        return True
+
+    # --- worker threads ---
+
+    def next_call(self, number: int) -> Call | None:
+        """Wait for work; None means stop."""
+        line, options = self._line, self.options
+        with self._lock:
+            while not self._stopping:
+                budget = fair_budget(
+                    line.tokens,
+                    self._running_tokens,
+                    idle=options.workers - len(self._calls),
+                    workers=options.workers,
+                    most=options.pack_tokens,
+                )
+                now = self.clock()
+                items = line.take(
+                    budget,
+                    self.card.pack_inputs,
+                    lane_is_free=self._lane_is_free,
+                    now=now,
+                )
+                if items:
+                    return self._begin(items, number, now)
+                self._asleep.add(number)
+                self._work_ready[number].wait()
+        return None
+
+    def settle(self, call: Call, outcomes: Sequence[Any]) -> list[Job]:
+        """Say what became of a call; the jobs that this ended.
+
+        ``outcomes``: for each input its vector, an ApiError's class, or None if aborted.
+        """
+        seconds = self.clock() - call.began_at
+        over: list[Job] = []
+        with self._lock:
+            del self._calls[call.worker]
+            self._running_tokens -= call.tokens
+            if call.is_lane:
+                self._lane_is_free = True
+                self._wake(1)  # another long input may wait for it
+            if call.threads == self.options.threads and not call.is_aborted:
+                self._speed.record(call.tokens, seconds)
+            # Alone to the end: none began since.
+            if call.is_stretchable and call.number == self._calls_begun:
+                self._stretch.record(call.tokens, call.threads, seconds)
+            is_missed = any(item.owners for item in call.items)
+            worked = any(is_vector(outcome) for outcome in outcomes)
+            if worked or is_missed:
+                self.breaker.record(worked=worked)
+            for item, outcome in zip(call.items, outcomes, strict=True):
+                failed = EngineFailed if outcome is None else outcome
+                over += self._settle_item(item, failed)
+        return over
+
+    def _begin(self, items: list[Item], number: int, now: float) -> Call:
+        """Mark a pack as running. Lock held."""
+        tokens = sum(item.tokens for item in items)
+        is_alone = not (self._calls or self._line.tokens or self._untokenised)
+        is_lane = tokens > self.card.context_tokens
+        threads = self.options.threads
+        if self.options.is_elastic and number == 0:
+            threads = self._stretch.threads(tokens, now, is_alone=is_alone)
+        self._running_tokens += tokens
+        self._calls_begun += 1
+        self._lane_is_free = self._lane_is_free and not is_lane
+        call = self._calls[number] = Call(
+            items,
+            tokens,
+            threads,
+            worker=number,
+            number=self._calls_begun,
+            began_at=now,
+            is_stretchable=is_alone and number == 0,
+            is_lane=is_lane,
+        )
+        for item in items:
+            item.call = call
+            for job, _ in item.owners:
+                job.started_at = job.started_at or now
+        return call
+
+    def _wake(self, workers: int) -> None:
+        """Wake so many, the lowest numbers first. Lock held.
+
+        Not in turns: work that comes one by one stays with one worker, whose caches
+        are warm and who alone may stretch. libgomp keeps a team of threads for every
+        thread that ever used several; with more of them than CPUs all spin a tenth as
+        long, and two threads were 1.5 times slower (MiniLM, 22 tokens: 5.5 ms for 3.5).
+        """
+        for number in sorted(self._asleep)[:workers]:
+            self._asleep.discard(number)
+            self._work_ready[number].notify()
+
+    # --- how items and jobs end; lock held ---
+
+    def _settle_item(self, item: Item, outcome: Any) -> list[Job]:
+        """Give every owner the outcome; the jobs that this ended."""
+        self._forget(item)
+        self._backlog.release(0, item.tokens)
+        found = is_vector(outcome)
+        if found:
+            self._cache.put(item.key, outcome)
+        over: dict[Job, None] = {}  # in order, and each once
+        for job, index in item.owners:
+            if found:
+                job.vectors[index] = outcome
+                self._done(job)
+            else:
+                where = f"input[{index}]"
+                error = outcome(f"{where} {outcome.what}", param=where)
+                self._refuse_input(job, index, error)
+            if not job.unfinished or job.error:
+                over[job] = None
+        for job in {job for job, _ in item.owners}:
+            job.items.discard(item)  # done with: a job that ends leaves the rest
+        for job in over:
+            self._end(job)
+        return list(over)
+
+    def _refuse_input(self, job: Job, index: int, error: ApiError) -> None:
+        """An input has failed: the job's own affair if it allows that, else its end."""
+        if job.allows_partial:
+            job.errors[index] = error
+            self._done(job)
+        else:
+            job.error = job.error or error
+
+    def _done(self, job: Job) -> None:
+        job.unfinished -= 1
+        self._backlog.release(1, 0, job.client)
+
+    def _end(self, job: Job) -> None:
+        """The job is over: give back the room of what has not run."""
+        if job.is_over:
+            return
+        job.is_over = True
+        job.ended_at = self.clock()
+        self._jobs.discard(job)
+        self._backlog.release(job.unfinished, job.untokenised_tokens, job.client)
+        self._line.remove_all(job)
+        for item in job.items:
+            was_waiting = item.job is job and item.call is None
+            item.disown(job)
+            if item.owners and was_waiting:
+                self._line.add(item.job, [item])
+                self._wake(1)
+            elif was_waiting:
+                self._forget(item)
+                self._backlog.release(0, item.tokens)
+            elif item.call and not any(other.owners for other in item.call.items):
+                self._abort(item.call)
+        job.items.clear()
+
+    def _forget(self, item: Item) -> None:
+        """Equal inputs that come from now on are not this one."""
+        if self._in_flight.get(item.key) is item:
+            del self._in_flight[item.key]
+
+    def _abort(self, call: Call) -> None:
+        """Nobody wants the call any more, or nobody should wait for it."""
+        call.is_aborted = True
+        for item in call.items:
+            self._forget(item)
+        self._on_abort(call)
+
+
+_OVERDUE_TIMES: Final = 20
+_ABORT_S: Final = 5.0  # what an abort takes is 5 ms; a GPU may not know it at all
+ENGINE_BROKEN: Final = "the engine fails on every input; it is tried again by itself"
+_STUCK: Final = "the engine did not come back from this call; the server is replaced"
+
+
+# ==============================================================================
+# 15. WORKERS - the threads
+# ==============================================================================
+# Each worker has a context that no other thread touches but to abort its call. Results
+# leave through loop.call_soon_threadsafe, one call per pack. An input that fails is
+# retried alone, once, on a new context or wiped memory: its neighbours in the pack are
+# never harmed by it, and it cannot be computed for ever.
+# Inputs longer than a worker's context go through the lane: one context for any accepted
+# length, made when the first one comes, used by whichever worker takes its turn with it.
+
+_SLICE_INPUTS: Final = 32  # tokenised at a time, so that a large job lets others pass
+
+
+def _too_long(index: int, size: str, limit: int) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"input[{index}] has {size} and this model reads at most {limit}: shorten or "
+        "split it, or start the server with --auto-truncate",
+        param=f"input[{index}]",
+    )
+
+
+class Pool:
+    """The queue, the tokeniser thread and the workers.
+
+    start() is for the loader's thread, the rest for the event loop's.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: PoolOptions,
+        backlog: Backlog,
+        cache: VectorCache,
+        *,
+        log: Log,
+        deliver: Callable[[Callable[[], None]], None],
+        on_pack: Callable[[PackReport], None],
+        dead_letters: LineFile | None = None,
+    ) -> None:
+        """``deliver`` runs a callable on the event loop's thread."""
+        self.engine = engine
+        self.options = options
+        self.log = log
+        self.deliver = deliver
+        self.on_pack = on_pack
+        self.dead_letters = dead_letters
+        self.queue = Queue(
+            engine.card,
+            options,
+            backlog,
+            cache,
+            on_abort=self._abort,
+            clock=time.monotonic,
+        )
+        self.lane: Context | None = None  # whoever holds the lane
+        self._cache = cache
+        self._workers = [Worker(self, number) for number in range(options.workers)]
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start all threads; returns when every worker has its context.
+
+        Raises whatever making a context raised, after stopping the others.
+        """
+        started: list[Future[None]] = [Future() for _ in self._workers]
+        self._spawn("tokeniser", self._tokenise_loop, stack=TOKENISER_STACK_BYTES)
+        for worker, future in zip(self._workers, started, strict=True):
+            run = functools.partial(worker.run, future)
+            self._spawn(f"worker-{worker.number}", run)
+        failed = [error for future in started if (error := future.exception())]
+        if failed:
+            self.stop(timeout_s=1.0)
+            raise failed[0]
+
+    def stop(self, timeout_s: float) -> bool:
+        """Stop when the present packs are done. False if a thread did not end."""
+        self.queue.stop()
+        deadline = self.queue.clock() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - self.queue.clock()))
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        if self.lane is not None:
+            self.lane.close()
+            self.lane = None
+        return True
+
+    def watch(self) -> list[Call]:
+        """To be called every second or so: end what takes too long, try what is broken.
+
+        The calls that have just turned out to be stuck; their jobs are answered.
+        """
+        stuck = self.queue.abort_overdue()
+        for call in stuck:
+            self.queue.give_up(call)
+        if self.queue.breaker.canary_is_due(self.queue.clock()):
+            self._send_canary()
+        return stuck
+
+    def _send_canary(self) -> None:
+        """See Breaker. Another token each time, or the cache would answer."""
+        queue = self.queue
+        token = random.randrange(queue.card.n_vocab)
+        canary = Job([[token]], lambda: judge(), urgency=0)
+
+        def judge() -> None:
+            worked = canary.error is None
+            queue.breaker.judge(queue.clock(), worked=worked)
+            self.log("info" if worked else "error", "canary", worked=worked)
+            if not worked:
+                self.queue.abandon_all(EngineUnavailable(ENGINE_BROKEN))
+
+        queue.submit(canary, is_canary=True)
+
+    def _abort(self, call: Call) -> None:
+        context = self._workers[call.worker].using
+        if context is not None:
+            context.abort()
 
     def _spawn(self, name: str, run: Callable[[], None], stack: int = 0) -> None:
         # Daemon: a thread stuck in native code must not keep the process alive.
@@ -3361,23 +4028,26 @@ class Pool:
     # --- tokeniser thread ---
 
     def _tokenise_loop(self) -> None:
-        while True:
-            with self._lock:
-                while not self._untokenised and not self._stopping:
-                    self._untokenised_ready.wait()
-                if self._stopping:
-                    return
-                job = self._untokenised.popleft()
-                if job.is_over:
-                    continue
+        while job := self.queue.next_untokenised():
             begin = job.next_input
             part = job.inputs[begin : begin + _SLICE_INPUTS]
             try:
-                items = [self._item(job, begin + n, raw) for n, raw in enumerate(part)]
+                made = [self._made(job, begin + n, raw) for n, raw in enumerate(part)]
             except Exception as error:
-                self._fail(job, error)
+                is_over = self.queue.fail(job, error)
             else:
-                self._enqueue(job, items)
+                is_over = self.queue.enqueue(job, made)
+            if is_over:
+                self.deliver(job.finished)
+
+    def _made(self, job: Job, index: int, raw: str | list[int]) -> Item | ApiError:
+        """The input tokenised; what is wrong with it, if the job lives on without it."""
+        try:
+            return self._item(job, index, raw)
+        except ApiError as error:
+            if job.allows_partial:
+                return error
+            raise
 
     def _item(self, job: Job, index: int, raw: str | list[int]) -> Item:
         import numpy as np
@@ -3398,257 +4068,140 @@ class Pool:
         array = np.array(ids, np.int32)
         return Item(array, self._cache.key(array), job, [(job, index)])
 
-    def _enqueue(self, job: Job, items: list[Item]) -> None:
-        card = self.engine.card
-        bound = sum(most_tokens(job.inputs[i.owners[0][1]], card) for i in items)
-        with self._lock:
-            if job.is_over:
-                return
-            job.next_input += len(items)
-            job.untokenised_tokens -= bound
-            job.tokens += sum(item.tokens for item in items)
-            needed = [item for item in items if not self._is_known(job, item)]
-            self._backlog.release(0, bound - sum(item.tokens for item in needed))
-            self._line.add(job, needed)
-            self._wake(len(needed))
-            if job.next_input < len(job.inputs):
-                self._untokenised.append(job)
-            if job.unfinished:
-                return
-            self._end(job)
-        self._deliver(job.finished)
 
-    def _is_known(self, job: Job, item: Item) -> bool:
-        """Whether the item's vector is there or under way; if not, it is now. Locked."""
-        owner = item.owners[0]
-        vector = self._cache.get(item.key)
-        if vector is not None:
-            job.vectors[owner[1]] = vector
-            job.unfinished -= 1
-            job.started_at = job.started_at or self._clock()
-            self._backlog.release(1, 0)
-            return True
-        twin = self._in_flight.setdefault(item.key, item)
-        job.items.add(twin)
-        if twin is item:
-            self._cache.counts.misses += 1
-            return False
-        self._cache.counts.shared += 1
-        twin.owners.append(owner)
-        if twin.is_running:
-            job.started_at = job.started_at or self._clock()
-        return True
+class Worker:
+    """A thread and its context."""
 
-    # --- worker threads ---
+    def __init__(self, pool: Pool, number: int) -> None:
+        self.number = number
+        self.using: Context | None = None  # during a call; for whoever aborts it
+        self._pool = pool
+        self._context: Context | None = None
 
-    def _work_loop(self, number: int, started: Future[None]) -> None:
+    def run(self, started: Future[None]) -> None:
+        """The life of the thread."""
         try:
-            self._pin(number)
-            context = self.engine.new_context()
+            self._pin()
+            self._context = self._pool.engine.new_context()
         except BaseException as error:
             started.set_exception(error)
             return
         started.set_result(None)
         try:
-            while call := self._next_call(number):
-                self._run(context, call)
+            while call := self._pool.queue.next_call(self.number):
+                self._run(call)
         finally:
-            context.close()
+            self._context.close()
 
-    def _pin(self, number: int) -> None:
-        groups = self.options.cpus
+    def _pin(self) -> None:
+        groups = self._pool.options.cpus
         try:
             if groups:
-                pin_this_thread(groups[number % len(groups)])
+                pin_this_thread(groups[self.number % len(groups)])
         except OSError as error:
             raise StartupError(f"a worker cannot be pinned: {error}") from None
 
-    def _wake(self, workers: int) -> None:
-        """Wake so many, the lowest numbers first. Lock held.
-
-        Not in turns: work that comes one by one stays with one worker, whose caches
-        are warm and who alone may stretch. libgomp keeps a team of threads for every
-        thread that ever used several; with more of them than CPUs all spin a tenth as
-        long, and two threads were 1.5 times slower (MiniLM, 22 tokens: 5.5 ms for 3.5).
-        """
-        for number in sorted(self._asleep)[:workers]:
-            self._asleep.discard(number)
-            self._work_ready[number].notify()
-
-    def _next_call(self, number: int) -> Call | None:
-        """Wait for work; None means stop."""
-        most_inputs = self.engine.card.pack_inputs
-        line, options = self._line, self.options
-        with self._lock:
-            while not self._stopping:
-                idle = options.workers - self._busy
-                budget = fair_budget(
-                    line.tokens,
-                    self._running_tokens,
-                    idle=idle,
-                    workers=options.workers,
-                    most=options.pack_tokens,
-                )
-                items = line.take(budget, most_inputs, lane_is_free=self._lane_is_free)
-                if items:
-                    return self._begin(items, is_first=number == 0)
-                self._asleep.add(number)
-                self._work_ready[number].wait()
-        return None
-
-    def _begin(self, items: list[Item], *, is_first: bool) -> Call:
-        """Mark a pack as running, lock held."""
-        now = self._clock()
-        tokens = sum(item.tokens for item in items)
-        is_alone = not (self._busy or self._line.tokens or self._untokenised)
-        is_lane = tokens > self.engine.card.context_tokens
-        threads = self.options.threads
-        if self.options.is_elastic and is_first:
-            threads = self._stretch.threads(tokens, now, is_alone=is_alone)
-        self._busy += 1
-        self._running_tokens += tokens
-        self._calls += 1
-        self._lane_is_free = self._lane_is_free and not is_lane
-        for item in items:
-            item.is_running = True
-            for job, _ in item.owners:
-                job.started_at = job.started_at or now
-        is_stretchable = is_alone and is_first
-        return Call(items, tokens, threads, self._calls, is_stretchable, is_lane)
-
-    def _run(self, context: Context, call: Call) -> None:
-        begun = self._clock()
-        outcomes = self._compute(context, call)
-        seconds = self._clock() - begun
-        bad = sum(isinstance(outcome, type) for outcome, _ in outcomes)
+    def _run(self, call: Call) -> None:
+        pool = self._pool
+        retried = 0
+        rows = self._embed(call, [item.ids for item in call.items], fresh=False)
+        for index, row in enumerate(rows):
+            # A bad row is NaN throughout: looking at its first number is enough.
+            is_bad = row is None or math.isnan(row[0])
+            if is_bad and not call.is_aborted:
+                retried += 1
+                rows[index] = self._alone(call, call.items[index])
+            elif not is_bad:
+                rows[index] = kept_vector(row)
+        bad = sum(not is_vector(row) for row in rows)
         report = PackReport(
-            inputs=len(call.items) - bad,
+            inputs=len(rows) - bad,
             tokens=call.tokens,
             threads=call.threads,
-            seconds=seconds,
-            recovered=sum(retried for _, retried in outcomes) - bad,
-            refused=bad,
+            seconds=pool.queue.clock() - call.began_at,
+            recovered=max(0, retried - bad),
+            refused=0 if call.is_aborted else bad,
+            is_aborted=call.is_aborted,
         )
-        over: list[Job] = []
-        with self._lock:
-            self._busy -= 1
-            self._running_tokens -= call.tokens
-            if call.is_lane:
-                self._lane_is_free = True
-                self._wake(1)  # another long input may wait for it
-            if call.threads == self.options.threads:
-                self._speed.record(call.tokens, seconds)
-            # Alone to the end: none began since.
-            if call.is_stretchable and call.number == self._calls:
-                self._stretch.record(call.tokens, call.threads, seconds)
-            for item, (outcome, _) in zip(call.items, outcomes, strict=True):
-                over += self._settle(item, outcome)
-        self._deliver(functools.partial(self._finish, over, report))
+        over = pool.queue.settle(call, rows)
+        self._write_dead_letters(call, rows)
+        pool.deliver(functools.partial(self._finish, over, report))
 
-    def _compute(self, context: Context, call: Call) -> list[tuple[Any, bool]]:
-        """For each input its vector or an ApiError's class, and whether it was retried."""
-        items = call.items
-        rows: list[Any] = [None] * len(items)
-        try:
-            used = self._lane_context() if call.is_lane else context
-            rows = list(used.embed([i.ids for i in items], threads=call.threads))
-        except Exception as error:
-            self._log_failure(error, len(items))
-        outcomes: list[tuple[Any, bool]] = []
-        for row, item in zip(rows, items, strict=True):
-            # A bad row is NaN throughout: looking at its first number is enough.
-            if row is None or math.isnan(row[0]):
-                outcomes.append((self._compute_alone(context, call, item), True))
-            else:
-                outcomes.append((kept_vector(row), False))
-        return outcomes
-
-    def _compute_alone(self, context: Context, call: Call, item: Item) -> Any:
-        try:
-            used = self._lane_context() if call.is_lane else context
-            vector = used.embed([item.ids], fresh=True)[0]
-        except Exception as error:
-            self._log_failure(error, 1)
-            return EngineFailed
+    def _alone(self, call: Call, item: Item) -> Any:
+        """An input's vector, its ApiError's class, or None if it was aborted."""
+        vector = self._embed(call, [item.ids], fresh=True)[0]
+        if vector is None:
+            return None if call.is_aborted else EngineFailed
         return NonFiniteVector if math.isnan(vector[0]) else kept_vector(vector)
 
-    def _lane_context(self) -> Context:
-        if self._lane is None:
-            tokens = self.engine.card.max_input_tokens
-            self._log("info", "first long input: making the lane", tokens=tokens)
-            self._lane = self.engine.new_context(is_lane=True)
-        return self._lane
+    def _embed(self, call: Call, inputs: list[TokenIds], *, fresh: bool) -> list[Any]:
+        """Rows, or Nones when the call failed or was aborted."""
+        if call.is_aborted:
+            return [None] * len(inputs)
+        threads = 1 if fresh else call.threads
+        try:
+            self.using = self._lane() if call.is_lane else self._context
+            assert self.using is not None
+            return list(self.using.embed(inputs, threads=threads, fresh=fresh))
+        except CallAborted:
+            # Another than ours would have been an earlier call's, and too late.
+            call.is_aborted = True
+            if any(item.owners for item in call.items):
+                self._pool.log("error", "a call took far too long", tokens=call.tokens)
+        except Exception as error:
+            self._log_failure(error, len(inputs))
+            self._renew(call)
+        finally:
+            self.using = None
+        return [None] * len(inputs)
 
-    def _settle(self, item: Item, outcome: Any) -> list[Job]:
-        """Give every owner the outcome, lock held; the jobs that this ended."""
-        del self._in_flight[item.key]
-        self._backlog.release(0, item.tokens)
-        is_vector = not isinstance(outcome, type)
-        if is_vector:
-            self._cache.put(item.key, outcome)
-        over: dict[Job, None] = {}  # in order, and each once
-        for job, index in item.owners:
-            if is_vector:
-                job.vectors[index] = outcome
-                job.unfinished -= 1
-                self._backlog.release(1, 0)
-            elif job not in over:
-                where = f"input[{index}]"
-                job.error = outcome(f"{where} {outcome.what}", param=where)
-            if not job.unfinished or not is_vector:
-                over[job] = None
-        for job in {job for job, _ in item.owners}:
-            job.items.discard(item)  # done with: a job that ends leaves the rest
-        for job in over:
-            self._end(job)
-        return list(over)
+    def _lane(self) -> Context:
+        pool = self._pool
+        if pool.lane is None:
+            tokens = pool.engine.card.max_input_tokens
+            pool.log("info", "first long input: making the lane", tokens=tokens)
+            pool.lane = pool.engine.new_context(is_lane=True)
+        return pool.lane
 
-    def _end(self, job: Job) -> None:
-        """The job is over: give back the room of what has not run. Lock held."""
-        if job.is_over:
-            return
-        job.is_over = True
-        job.ended_at = self._clock()
-        self._jobs.discard(job)
-        self._backlog.release(job.unfinished, job.untokenised_tokens)
-        self._line.remove_all(job)
-        for item in job.items:
-            was_waiting = item.job is job and not item.is_running
-            item.disown(job)
-            if not was_waiting:
-                continue
-            if item.owners:
-                self._line.add(item.job, [item])
-                self._wake(1)
-            else:
-                del self._in_flight[item.key]
-                self._backlog.release(0, item.tokens)
-        job.items.clear()
-
-    # --- back to the event loop ---
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        with self._lock:
-            if job.is_over:
+    def _renew(self, call: Call) -> None:
+        """Another context: nothing a failed call left behind is trusted."""
+        pool, old = self._pool, self._context
+        if call.is_lane:
+            old, pool.lane = pool.lane, None
+        else:
+            try:
+                self._context = pool.engine.new_context()
+            except (StartupError, EngineError) as error:
+                pool.log("error", "no new context, the old one stays", error=error)
                 return
-            job.error = error
-            self._end(job)
-        self._deliver(job.finished)
+        if old is not None:
+            old.close()
+
+    def _write_dead_letters(self, call: Call, outcomes: Sequence[Any]) -> None:
+        letters = self._pool.dead_letters
+        if letters is None or call.is_aborted:
+            return
+        for item, outcome in zip(call.items, outcomes, strict=True):
+            if not is_vector(outcome) and item.owners:
+                job, index = item.owners[0]
+                letters.write(code=outcome.code, input=job.inputs[index])
 
     def _finish(self, jobs: list[Job], report: PackReport) -> None:
-        self._on_pack(report)
+        self._pool.on_pack(report)
         for job in jobs:
             job.finished()
 
     def _log_failure(self, error: Exception, inputs: int) -> None:
-        expected = isinstance(error, EngineError)
+        expected = isinstance(error, (EngineError, StartupError))
         trace = None if expected else "".join(traceback.format_exception(error))
-        self._log("error", "a call failed", inputs=inputs, error=error, trace=trace)
+        self._pool.log(
+            "error", "a call failed", inputs=inputs, error=error, trace=trace
+        )
 
 
 # ==============================================================================
 # --- network wing ---
-# 15. HTTP - bytes to requests, responses to bytes
+# 16. HTTP - bytes to requests, responses to bytes
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: what is odd is refused by name and
 # the connection closed, because two readers of one odd request are how requests get
@@ -3727,13 +4280,17 @@ _REASONS: Final = {
     200: "OK",
     204: "No Content",
     400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
+    409: "Conflict",
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
     417: "Expectation Failed",
+    429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     501: "Not Implemented",
@@ -4086,7 +4643,7 @@ def render_head(response: Response, *, close: bool, date: str) -> bytes:
 
 
 # ==============================================================================
-# 16. CONNECTIONS - sockets, timers, back-pressure
+# 17. CONNECTIONS - sockets, timers, back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # answered the bytes of the next ones wait unparsed, reading stops once a little has
@@ -4361,7 +4918,7 @@ _NO_TRANSPORT: Final = asyncio.Transport()  # until connection_made()
 
 # ==============================================================================
 # --- hall ---
-# 17. API - OpenAI's shapes
+# 18. API - OpenAI's shapes
 # ==============================================================================
 # A body becomes an EmbeddingsAsk here, or a sentence that names the field; indoors
 # nothing is a dict. JSON null counts as absent everywhere (LiteLLM sends it), unknown
@@ -4580,7 +5137,7 @@ async def _computed(ask: EmbeddingsAsk, pool: Pool, timeout_s: float) -> Job:
             done.set_result(None)
 
     job = Job(ask.inputs, finished)
-    pool.submit(job)
+    pool.queue.submit(job)
     try:
         async with asyncio.timeout(timeout_s):
             await done
@@ -4590,7 +5147,7 @@ async def _computed(ask: EmbeddingsAsk, pool: Pool, timeout_s: float) -> Job:
             "inputs at a time, or wait longer"
         ) from None
     finally:
-        pool.cancel(job)  # no-op unless we stopped waiting
+        pool.queue.cancel(job)  # no-op unless we stopped waiting
     if job.error is not None:
         raise job.error
     return job
@@ -4666,7 +5223,7 @@ def _model_object(name: str, served: Served) -> dict[str, object]:
 
 
 # ==============================================================================
-# 18. ADMIN - health, readiness, metrics
+# 19. ADMIN - health, readiness, metrics
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -4693,11 +5250,13 @@ async def metrics(exchange: Exchange) -> Response:
     telemetry.set("embellama_http_connections", len(house.connections.open))
     if house.maybe_served is not None:
         pool = house.maybe_served.pool
-        state = pool.state()
+        state = pool.queue.state()
         telemetry.set("embellama_queue_inputs", state.backlog.inputs)
         telemetry.set("embellama_queue_tokens", state.backlog.tokens)
-        telemetry.set("embellama_workers", state.busy, "busy")
+        telemetry.set("embellama_workers", state.busy - state.stuck, "busy")
         telemetry.set("embellama_workers", pool.options.workers - state.busy, "idle")
+        telemetry.set("embellama_workers", state.stuck, "stuck")
+        telemetry.set("embellama_engine_broken", state.is_broken)
         counts = state.cache
         telemetry.set("embellama_cache_lookups_total", counts.hits, "hit")
         telemetry.set("embellama_cache_lookups_total", counts.shared, "shared")
@@ -4711,7 +5270,7 @@ async def metrics(exchange: Exchange) -> Response:
 
 async def clear_cache(exchange: Exchange) -> Response:
     """Forget all cached vectors; how many there were."""
-    before = exchange.house.served().pool.clear_cache()
+    before = exchange.house.served().pool.queue.clear_cache()
     cleared = {"entries": before.entries, "bytes": before.bytes}
     return Response(200, json_codec().dumps({"cleared": cleared}))
 
@@ -4726,7 +5285,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 19. ROUTES - the table, and everything derived from it
+# 20. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. 404, 405 with Allow, HEAD, OPTIONS, the check before a
 # body is read, the one place where errors become responses, and README's table.
@@ -4973,7 +5532,7 @@ def error_response(error: ApiError) -> Response:
 
 
 # ==============================================================================
-# 20. SERVICE - builds every object; loading, ready, draining, stopped
+# 21. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The only place that constructs things. The socket listens before the model loads, so
 # /health answers during a slow load; /ready turns 200 when every worker has its context.
@@ -5184,7 +5743,7 @@ class Service:
         if self.maybe_served is None:
             return
         reason = "the server stopped before this was finished; ask another one"
-        if left := self.maybe_served.pool.abandon_all(NotReady(reason)):
+        if left := self.maybe_served.pool.queue.abandon_all(NotReady(reason)):
             self.log("warning", "stopped with work unfinished", requests=left)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.connections.drain(), _LEAVE_S)
@@ -5271,6 +5830,7 @@ class Service:
         count("embellama_packs_total")
         is_stretched = report.threads > self.settings.threads
         count("embellama_packs_stretched_total", is_stretched)
+        count("embellama_packs_aborted_total", report.is_aborted)
         count("embellama_inputs_total", report.inputs)
         count("embellama_tokens_total", report.tokens)
         count("embellama_inputs_retried_total", report.recovered, "recovered")
@@ -5280,7 +5840,7 @@ class Service:
 
 
 # ==============================================================================
-# 21. TUNING - the settings that are fastest on this box
+# 22. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -5465,7 +6025,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 22. COMMAND LINE - flags in, exit code out
+# 23. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -72,8 +72,8 @@ def fake_vector(ids: Sequence[int], n_embd: int = 8) -> Any:
 class FakeEngine:
     """An Engine without a model: a word is a token, a vector a hash of the tokens.
 
-    block() makes every call wait until release(); wait_until_computing() returns when a
-    worker is inside one. ``failures`` counts down for each word: a call with the word
+    block() makes every call wait until release() or Context.abort(), which ``aborts``
+    counts; wait_until_computing() returns when a worker is inside one. ``failures`` counts down for each word: a call with the word
     NAN_WORD gives NaN that many times, one with BOOM_WORD raises.
     """
 
@@ -90,20 +90,24 @@ class FakeEngine:
         self.callers: list[str] = []  # the worker of each call
         self.contexts_open = 0
         self.lanes_made = 0
+        self.aborts = 0
+        self.is_deaf = False  # to aborts, as a GPU may be
         self.is_closed = False
         self.failures = {fake_id(NAN_WORD): 10**9, fake_id(BOOM_WORD): 10**9}
-        self._gate = threading.Event()
-        self._gate.set()
+        self._gate = threading.Condition()
+        self._is_open = True
         self._entered = threading.Semaphore(0)
         self.lock = threading.Lock()
 
     def block(self) -> None:
         """From now on calls wait inside the engine."""
-        self._gate.clear()
+        self._is_open = False
 
     def release(self) -> None:
         """Let waiting calls go on."""
-        self._gate.set()
+        with self._gate:
+            self._is_open = True
+            self._gate.notify_all()
 
     def wait_until_computing(self) -> None:
         """Return when one more call has begun."""
@@ -124,10 +128,23 @@ class FakeEngine:
     def close(self) -> None:
         self.is_closed = True
 
-    def enter(self) -> None:
+    def enter(self, context: FakeContext) -> None:
         """Called by a context at the start of a call."""
         self._entered.release()
-        assert self._gate.wait(DEADLINE_S), "blocked for ever"
+        with self._gate:
+            gone_on = self._gate.wait_for(
+                lambda: self._is_open or context.is_aborted, DEADLINE_S
+            )
+        assert gone_on, "blocked for ever"
+        if context.is_aborted:
+            raise es.CallAborted("as asked")
+
+    def abort(self, context: FakeContext) -> None:
+        """Called by a context whose call is to end."""
+        with self._gate:
+            self.aborts += 1
+            context.is_aborted = not self.is_deaf
+            self._gate.notify_all()
 
     def fails(self, word: str, ids: Sequence[int]) -> bool:
         """Whether these ids hold the word and it still has failures left."""
@@ -146,6 +163,7 @@ class FakeContext:
         self._engine = engine
         self._thread = 0 if is_lane else threading.get_ident()
         self._in_use = threading.Lock()
+        self.is_aborted = False
         card = engine.card
         self._most_tokens = card.max_input_tokens if is_lane else card.context_tokens
         self._most_inputs = 1 if is_lane else card.pack_inputs
@@ -156,6 +174,7 @@ class FakeContext:
         mine = self._thread in (0, threading.get_ident())
         assert mine, "a context changed threads"
         assert self._in_use.acquire(blocking=False), "two threads in one context"
+        self.is_aborted = False
         try:
             return self._vectors(inputs, threads)
         finally:
@@ -163,7 +182,7 @@ class FakeContext:
 
     def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
         engine, card = self._engine, self._engine.card
-        engine.enter()
+        engine.enter(self)
         packs = [[int(i) for i in ids] for ids in inputs]
         assert sum(map(len, packs)) <= self._most_tokens
         assert len(packs) <= self._most_inputs
@@ -178,6 +197,9 @@ class FakeContext:
             if engine.fails(NAN_WORD, ids):
                 vectors[row] = np.nan
         return vectors
+
+    def abort(self) -> None:
+        self._engine.abort(self)
 
     def close(self) -> None:
         with self._engine.lock:

@@ -670,7 +670,7 @@ def test_a_vector_that_is_not_finite_is_never_sent_and_harms_no_neighbour() -> N
         asks = ({"input": ["a", "nan"]}, {"input": "b"})
         tasks = [asyncio.create_task(running.ask("POST", URL, ask)) for ask in asks]
         async with asyncio.timeout(kit.DEADLINE_S):
-            while running.service.served().pool.state().backlog.inputs < 4:
+            while running.service.served().pool.queue.state().backlog.inputs < 4:
                 await asyncio.sleep(0)
         engine.release()
         bad, good = await asyncio.gather(*tasks)
@@ -728,7 +728,7 @@ def test_a_request_that_takes_too_long_is_504_and_its_work_is_dropped() -> None:
         assert (reply.status, reply.error["code"]) == (504, "request_timeout")
         engine.release()
         assert (await running.ask("POST", URL, {"input": "c"})).status == 200
-        assert running.service.served().pool.state().backlog.inputs == 0
+        assert running.service.served().pool.queue.state().backlog.inputs == 0
 
     with_service(check, engine, request_timeout_s=0.2)
 

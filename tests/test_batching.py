@@ -10,6 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_a_job_that_is_removed_gives_up_its_turn() -> None:
         line.remove_all(job)
     assert line.tokens == 2
     assert [take(line), take(line)] == [[2], []]
-    assert not (line.short or line.long), "and is forgotten"
+    assert line.is_empty, "and is forgotten"
 
 
 # One input's wait, in packs: what its job's turn may cost with so many jobs before it.
@@ -269,7 +270,7 @@ def test_a_line_loses_nothing_counts_exactly_and_keeps_to_the_budgets(
     while pack := line.take(PACK, 9, lane_is_free=True):
         took(pack, (PACK, 9))
     assert not any(left.values())
-    assert (line.tokens, len(line.short), len(line.long)) == (0, 0, 0)
+    assert (line.tokens, line.is_empty) == (0, True)
 
 
 @settings(max_examples=500)
@@ -351,9 +352,9 @@ def test_a_busy_server_refuses_beyond_either_limit(
     inputs: int, tokens: int, fits: bool
 ) -> None:
     backlog = es.Backlog(10, 100)
-    backlog.try_reserve(4, 40)
-    before = dataclasses.replace(backlog)
-    assert backlog.try_reserve(inputs, tokens) is fits
+    backlog.try_reserve(4, 40, "somebody")
+    before = dataclasses.replace(backlog, clients=backlog.clients.copy())
+    assert backlog.try_reserve(inputs, tokens, "somebody else") is fits
     assert (backlog == before) is not fits, "a refusal counts nothing"
 
 
@@ -373,6 +374,84 @@ def test_releasing_more_than_was_reserved_is_a_bug(inputs: int, tokens: int) -> 
     backlog.try_reserve(1, 1)
     with pytest.raises(AssertionError):
         backlog.release(inputs, tokens)
+
+
+def test_the_last_of_the_room_is_for_clients_who_have_nothing_in_it() -> None:
+    backlog = es.Backlog(16, 10**6)
+    assert backlog.try_reserve(14, 14, "import")
+    assert not backlog.try_reserve(1, 1, "import")
+    assert backlog.try_reserve(1, 1, "query")
+    assert not backlog.try_reserve(1, 1, "query"), "it is no newcomer any more"
+    backlog.release(1, 1, "query")
+    assert backlog.try_reserve(2, 2, "query")
+    assert backlog.is_full
+    assert not backlog.try_reserve(1, 1, "a third")
+
+
+# --- turns: clients, urgencies, deadlines ---
+
+
+def asked_by(client: str, *tokens: int, **more: Any) -> tuple[es.Job, list[es.Item]]:
+    """A job of a client's."""
+    job = es.Job([""] * len(tokens), lambda: None, client=client, **more)
+    return job, [item(job, index, n) for index, n in enumerate(tokens)]
+
+
+def test_a_client_with_many_jobs_gets_no_more_turns_than_one_with_one() -> None:
+    line = es.Line(PACK, CONTEXT)
+    for _ in range(100):
+        line.add(*asked_by("import", 2, 2))
+    line.add(*asked_by("query", 1, 1, 1))
+    assert take(line, inputs=6, tokens=99) == [2, 1, 2, 1, 2, 1]
+
+
+def test_what_is_urgent_goes_first_and_what_was_passed_often_has_its_turn() -> None:
+    line = es.Line(PACK, CONTEXT)
+    line.add(*asked_by("a", *[3] * 9, urgency=es.URGENCIES.index("low")))
+    line.add(*asked_by("a", *[2] * 40, urgency=es.URGENCIES.index("normal")))
+    line.add(*asked_by("b", *[1] * 20, urgency=es.URGENCIES.index("high")))
+    order = [take(line, inputs=1)[0] for _ in range(69)]
+    assert order[: es.MOST_PASSED] == [1] * es.MOST_PASSED
+    assert set(order[: es.MOST_PASSED + 2]) == {1, 2, 3}, "aged: each had a turn"
+    assert max(n for n, size in enumerate(order) if size == 1) < 28
+    assert sorted(order) == [1] * 20 + [2] * 40 + [3] * 9
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2)), max_size=60))
+def test_no_urgency_waits_for_more_than_so_many_others(
+    jobs: list[tuple[str, int]],
+) -> None:
+    line = es.Line(PACK, CONTEXT)
+    for client, urgency in jobs:
+        line.add(*asked_by(client, 1, urgency=urgency))
+    waits = [0, 0, 0]
+    while pack := line.take(PACK, 1, lane_is_free=True):
+        taken = pack[0].job.urgency
+        waits[taken] = 0
+        for urgency in range(3):
+            left = any(i.job.urgency == urgency for i in waiting_in(line))
+            waits[urgency] = waits[urgency] + 1 if left and urgency != taken else 0
+        assert max(waits) <= es.MOST_PASSED + 2
+    assert line.is_empty
+
+
+def waiting_in(line: es.Line) -> Iterator[es.Item]:
+    """All that is queued."""
+    for turns in line.short:
+        for jobs in turns.clients.values():
+            for job in jobs:
+                yield from job.waiting
+
+
+def test_what_is_past_its_deadline_is_never_computed() -> None:
+    line = es.Line(PACK, CONTEXT)
+    late, items = asked_by("a", 1, 1)
+    late.deadline_at = 5.0
+    line.add(late, items)
+    line.add(*asked_by("b", 2))
+    assert sizes(line.take(PACK, 1, lane_is_free=True, now=4.9)) == [1]
+    assert sizes(line.take(PACK, 9, lane_is_free=True, now=5.0)) == [2]
+    assert line.tokens == 1, "the job has not ended yet, only lost its turn"
 
 
 # --- most_tokens ---

@@ -134,7 +134,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
         self.hows: list[tuple[int, bool]] = []
-        self.is_closed = False
+        self.is_closed = self.is_aborted = False
 
     def embed(
         self, inputs: Sequence[Any], *, threads: int = 1, fresh: bool = False
@@ -142,6 +142,9 @@ class Recorder:
         self.calls.append([len(ids) for ids in inputs])
         self.hows.append((threads, fresh))
         return np.array([[ids[0], len(ids)] for ids in inputs], np.float32)
+
+    def abort(self) -> None:
+        self.is_aborted = True
 
     def close(self) -> None:
         self.is_closed = True

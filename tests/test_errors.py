@@ -36,7 +36,12 @@ def test_an_error_states_its_status_type_and_code_itself(
     # their number begins with a 5; a full queue is nobody's.
     asked_wrongly = kind.status < 500 or kind.status in (501, 505)
     sort = "invalid_request_error" if asked_wrongly else "server_error"
-    assert kind.type == ("overloaded" if kind is es.Overloaded else sort)
+    special = {
+        es.Overloaded: "overloaded",
+        es.TooManyConnections: "overloaded",
+        es.RateLimited: "requests",  # OpenAI's word
+    }
+    assert kind.type == special.get(kind, sort)
 
 
 def test_no_two_errors_share_a_code() -> None:
@@ -74,7 +79,17 @@ def test_an_error_s_text_is_its_message() -> None:
 
 
 def test_an_error_that_says_no_time_sends_no_header() -> None:
-    assert es.error_headers(es.Overloaded("full")) == []
+    assert es.error_headers(es.Overloaded("full")) == [("x-should-retry", "true")]
+
+
+@every_error
+def test_clients_are_told_whether_another_try_makes_sense(
+    kind: type[es.ApiError],
+) -> None:
+    # Without it the SDKs try every 408, 409, 429 and 5xx again, however hopeless.
+    said = dict(es.error_headers(kind("no")))["x-should-retry"]
+    hopeful = kind.status in (408, 429, 503, 504)
+    assert said == ("true" if hopeful else "false")
 
 
 def test_headers_of_the_raise_site_come_along() -> None:
@@ -100,7 +115,8 @@ def test_the_wait_is_one_to_sixty_seconds(
     asked_s: float, seconds: str, milliseconds: str
 ) -> None:
     headers = dict(es.error_headers(es.Overloaded("full", retry_after_s=asked_s)))
-    assert headers == {"retry-after": seconds, "retry-after-ms": milliseconds}
+    assert headers["retry-after"] == seconds
+    assert headers["retry-after-ms"] == milliseconds
 
 
 @settings(deadline=None)  # a busy machine is not a failure

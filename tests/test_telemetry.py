@@ -171,7 +171,7 @@ def test_counting_adds_and_setting_replaces() -> None:
     by_state = {
         labels["state"]: n for _, labels, n in families["embellama_workers"].samples
     }
-    assert by_state == {"busy": 2, "idle": 0}
+    assert by_state == {"busy": 2, "idle": 0, "stuck": 0}
     statuses = families["embellama_http_requests_total"].samples
     assert [number for _, _, number in statuses] == [0, 0, 1, 0]
 

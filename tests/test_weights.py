@@ -499,6 +499,9 @@ class Rows:
     def embed(self, inputs: Sequence[Any], **_: Any) -> Any:
         return np.array([next(self._rows) for _ in inputs], np.float32)
 
+    def abort(self) -> None:
+        raise AssertionError("nobody waits for these")
+
     def close(self) -> None:
         pass
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
+import json
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,8 @@ class Engine(kit.FakeEngine):
         self._held: dict[str, threading.Event] = {}
         self.held_calls: dict[int, Held] = {}  # by a token of theirs
         self.lane_error: Exception | None = None  # what making one raises
+        self.fails_always = False
+        self.contexts_made = 0
 
     def hold_call(self, word: str) -> Held:
         """The next call with this word will wait, but no other call."""
@@ -70,6 +75,7 @@ class Engine(kit.FakeEngine):
     def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
         if is_lane and self.lane_error is not None:
             raise self.lane_error
+        self.contexts_made += 1
         super().new_context(is_lane=is_lane)  # which counts it
         return Context(self, is_lane=is_lane)
 
@@ -85,6 +91,8 @@ class Context(kit.FakeContext):
 
     def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
         # In here the context is in use: a second thread would be noticed.
+        if self._mine.fails_always:
+            raise es.EngineError("always")
         for token in {int(token) for ids in inputs for token in ids}:
             held = self._mine.held_calls.pop(token, None)
             if held is not None:
@@ -119,12 +127,17 @@ class Desk:
 
     def submit(self, *inputs: str | list[int]) -> es.Job:
         job = self.job(*inputs)
-        self.pool.submit(job)
+        self.pool.queue.submit(job)
         return job
 
     def wait_for(self, *jobs: es.Job) -> None:
         """Run what was delivered until these jobs are finished."""
         while not all(self.finished[job] for job in jobs):
+            self.delivered.get(timeout=kit.DEADLINE_S)()
+
+    def run_until(self, is_true: Callable[[], bool]) -> None:
+        """Run what was delivered until something is so."""
+        while not is_true():
             self.delivered.get(timeout=kit.DEADLINE_S)()
 
     def result(self, *inputs: str | list[int]) -> es.Job:
@@ -134,7 +147,7 @@ class Desk:
         return job
 
     def room_taken(self) -> tuple[int, int]:
-        backlog = self.pool.state().backlog
+        backlog = self.pool.queue.state().backlog
         return backlog.inputs, backlog.tokens
 
     def close(self) -> None:
@@ -154,6 +167,7 @@ def desk(
     cache_bytes: int = 0,
     log: es.Log | None = None,
     deliver: Callable[[Callable[[], None]], None] | None = None,
+    dead_letters: es.LineFile | None = None,
     **options: Any,
 ) -> Iterator[Desk]:
     """A pool at work; at the end all its threads and contexts are gone."""
@@ -167,6 +181,7 @@ def desk(
             log=log or kit.quiet_log(),
             deliver=deliver or made.delivered.put,
             on_pack=made.reports.append,
+            dead_letters=dead_letters,
         )
 
     made = Desk(pool)
@@ -234,7 +249,7 @@ def test_idle_workers_share_what_waits() -> None:
             later = at.submit("later")
             engine.wait_until_tokenising("later")
             engine.tokenised.clear()
-            at.pool.cancel(unwanted)
+            at.pool.queue.cancel(unwanted)
             engine.release()
             at.wait_for(job, later)
             engine.wait_until_computing()  # that was "later"
@@ -278,10 +293,10 @@ def test_all_workers_compute_at_once() -> None:
         job = at.submit("a", "b", "c")
         for _ in range(3):
             engine.wait_until_computing()
-        assert at.pool.state().busy == 3
+        assert at.pool.queue.state().busy == 3
         engine.release()
         at.wait_for(job)
-        assert at.pool.state().busy == 0
+        assert at.pool.queue.state().busy == 0
 
 
 def test_work_that_comes_one_by_one_stays_with_the_first_worker() -> None:
@@ -302,8 +317,8 @@ def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
     with desk(engine, deliver=lambda call: call()) as at:
 
         def submit(text: str) -> None:
-            job = es.Job([text], lambda: seen.put(at.pool.state().backlog.inputs))
-            at.pool.submit(job)
+            job = es.Job([text], lambda: seen.put(at.pool.queue.state().backlog.inputs))
+            at.pool.queue.submit(job)
 
         for text in ("a", "word " * 50):
             submit(text)
@@ -312,7 +327,7 @@ def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
         engine.block()
         submit("a")
         engine.wait_until_computing()
-        at.pool.abandon_all(es.NotReady("bye"))
+        at.pool.queue.abandon_all(es.NotReady("bye"))
         assert seen.get(timeout=kit.DEADLINE_S) == 0
 
 
@@ -326,8 +341,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         job = at.submit("a", "b")
         refused = at.job("c")
         with pytest.raises(es.Overloaded, match="2 of 2 inputs") as caught:
-            at.pool.submit(refused)
-        assert caught.value.retry_after_s == pytest.approx(1, rel=0.1001)
+            at.pool.queue.submit(refused)
+        assert caught.value.retry_after_s == pytest.approx(1, rel=0.2501)
         engine.release()
         at.wait_for(job)
         assert_vectors(at.result("c"))
@@ -369,7 +384,7 @@ def test_a_job_cancelled_before_tokenising_is_never_tokenised() -> None:
         engine.wait_until_tokenising("first")
         before = at.room_taken()
         job = at.submit("unwanted")
-        at.pool.cancel(job)
+        at.pool.queue.cancel(job)
         assert at.room_taken() == before
         gate.set()
         at.result("last")
@@ -383,7 +398,7 @@ def test_a_job_cancelled_while_being_tokenised_is_never_computed() -> None:
     with desk(engine) as at:
         job = at.submit("unwanted", "either")
         engine.wait_until_tokenising("unwanted")
-        at.pool.cancel(job)
+        at.pool.queue.cancel(job)
         assert at.room_taken() == (0, 0)
         gate.set()
         at.result("last")
@@ -401,7 +416,7 @@ def test_a_job_cancelled_while_waiting_is_never_computed() -> None:
         job = at.submit("unwanted", "either")
         last = at.submit("last")
         engine.wait_until_tokenising("last")
-        at.pool.cancel(job)
+        at.pool.queue.cancel(job)
         engine.release()
         at.wait_for(last)
         assert at.room_taken() == (0, 0)
@@ -419,8 +434,8 @@ def test_a_job_cancelled_while_computing_leaves_only_the_tokens_that_run() -> No
     with desk(engine) as at:
         job = at.submit("unwanted")
         engine.wait_until_computing()
-        at.pool.cancel(job)
-        at.pool.cancel(job)  # again: nothing is given back twice
+        at.pool.queue.cancel(job)
+        at.pool.queue.cancel(job)  # again: nothing is given back twice
         assert at.room_taken() == (0, 3)
         engine.release()
         at.result("last")
@@ -531,7 +546,7 @@ def test_equal_inputs_of_a_job_are_one_computation() -> None:
     with desk(engine) as at:
         job = at.result("same", "other", "same", [kit.fake_id("same")], "same")
         assert job.tokens == 5 * 3, "all are counted: it is what the client sent"
-        counts = at.pool.state().cache
+        counts = at.pool.queue.state().cache
         assert (counts.misses, counts.shared, counts.hits) == (2, 3, 0)
         assert at.room_taken() == (0, 0)
     assert set(engine.computed().values()) == {1}
@@ -607,7 +622,7 @@ def test_what_is_in_the_cache_is_answered_without_a_call() -> None:
         assert (job.tokens, job.truncated) == (6, 0)
         assert job.ended_at >= job.started_at >= job.arrived_at > first.arrived_at
         assert at.room_taken() == (0, 0)
-        counts = at.pool.state().cache
+        counts = at.pool.queue.state().cache
         assert (counts.entries, counts.hits, counts.misses) == (1, 2, 1)
     assert len(engine.calls) == 1
 
@@ -634,10 +649,10 @@ def test_a_cleared_cache_computes_again_and_says_what_there_was() -> None:
     with desk(engine, cache_bytes=10_000) as at:
         at.result("a", "b")
         at.result("a")
-        before = at.pool.clear_cache()
+        before = at.pool.queue.clear_cache()
         assert (before.entries, before.hits) == (2, 1)
         assert before.bytes > 0
-        after = at.pool.state().cache
+        after = at.pool.queue.state().cache
         assert (after.entries, after.bytes, after.hits) == (0, 0, 1)
         assert_vectors(at.result("a"))
     assert engine.computed()[key("a")] == 2
@@ -696,7 +711,7 @@ def test_an_input_whose_owner_leaves_is_computed_once_for_the_others(
         jobs = [at.submit("shared", f"only {name}", "shared") for name in names]
         last = at.submit("last")
         engine.wait_until_tokenising("last")
-        at.pool.cancel(jobs[leaving])
+        at.pool.queue.cancel(jobs[leaving])
         engine.release()
         left = [job for job in jobs if job is not jobs[leaving]]
         at.wait_for(last, *left)
@@ -724,7 +739,7 @@ def test_the_second_owner_computes_even_when_it_had_nothing_of_its_own() -> None
         gate = engine.hold("later")
         at.submit("later")
         engine.wait_until_tokenising("later")
-        at.pool.cancel(leader)
+        at.pool.queue.cancel(leader)
         held[0].go.set()
         at.wait_for(second)
         assert_vectors(second)
@@ -743,7 +758,7 @@ def test_an_input_that_all_its_owners_left_is_never_computed() -> None:
         last = at.submit("last")
         engine.wait_until_tokenising("last")
         for job in jobs:
-            at.pool.cancel(job)
+            at.pool.queue.cancel(job)
         engine.release()
         at.wait_for(last)
         assert at.room_taken() == (0, 0)
@@ -752,7 +767,7 @@ def test_an_input_that_all_its_owners_left_is_never_computed() -> None:
     assert not any(at.finished[job] for job in jobs)
 
 
-def test_what_was_computed_for_nobody_is_kept() -> None:
+def test_what_nobody_waits_for_any_more_is_aborted_and_costs_no_more() -> None:
     engine = Engine()
     engine.block()
     with desk(engine, cache_bytes=10_000) as at:
@@ -761,27 +776,189 @@ def test_what_was_computed_for_nobody_is_kept() -> None:
         last = at.submit("last")
         engine.wait_until_tokenising("last")
         for job in jobs:
-            at.pool.cancel(job)
+            assert engine.aborts == 0, "somebody still waits"
+            at.pool.queue.cancel(job)
+        assert engine.aborts == 1
+        engine.wait_until_computing()  # the next call: the first one has ended
         engine.release()
         at.wait_for(last)
-        assert_vectors(at.result("same"))
-        assert at.pool.state().cache.hits == 1
-    assert engine.computed()[key("same")] == 1
+        assert [r.is_aborted for r in at.reports] == [True, False]
+        assert at.reports[0].refused == at.reports[0].inputs == 0
+    assert engine.computed()[key("same")] == 0
 
 
-def test_a_new_job_may_join_what_runs_for_nobody() -> None:
+def test_a_call_with_one_owner_left_is_not_aborted() -> None:
     engine = Engine()
+    engine.block()
+    with desk(engine) as at:
+        first = at.submit("first")
+        engine.wait_until_computing()
+        jobs = [at.submit("a"), at.submit("b")]
+        at.submit("last")
+        engine.wait_until_tokenising("last")
+        engine.release()
+        at.wait_for(first)
+        at.pool.queue.cancel(jobs[0])
+        at.wait_for(jobs[1])
+        assert_vectors(jobs[1])
+    assert engine.aborts == 0
+
+
+def test_a_new_job_does_not_join_a_call_that_is_being_aborted() -> None:
+    engine = Engine()
+    engine.is_deaf = True  # it does not end at once
     engine.block()
     with desk(engine) as at:
         unwanted = at.submit("same")
         engine.wait_until_computing()
-        at.pool.cancel(unwanted)
+        at.pool.queue.cancel(unwanted)
         job, last = at.submit("same"), at.submit("last")
         engine.wait_until_tokenising("last")
         engine.release()
         at.wait_for(job, last)
         assert_vectors(job)
-    assert engine.computed()[key("same")] == 1
+    assert engine.computed()[key("same")] == 2
+
+
+# --- calls that fail, and calls that do not end ---
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_worker_whose_call_raised_goes_on_with_a_new_context() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        engine.breaks_at = "bug"
+        bad = at.result("bug")
+        assert isinstance(bad.error, es.EngineFailed)
+        assert engine.contexts_made == 1 + 2, "after the call, and after the retry"
+        assert engine.contexts_open == 1
+        assert_vectors(at.result("good"))
+
+
+def test_one_bad_input_leaves_the_others_of_a_partial_job() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        job = at.job("good", kit.NAN_WORD, "w " * 100, "fine", kit.BOOM_WORD)
+        job.allows_partial = True
+        at.pool.queue.submit(job)
+        at.wait_for(job)
+        assert job.error is None
+        found = {index: type(error) for index, error in job.errors.items()}
+        assert found == {
+            1: es.NonFiniteVector,
+            2: es.ContextLengthExceeded,
+            4: es.EngineFailed,
+        }
+        assert [v is not None for v in job.vectors] == [True, False, False, True, False]
+        assert at.room_taken() == (0, 0)
+
+
+def test_the_breaker_opens_when_a_canary_fails_too_and_closes_when_one_works() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        engine.fails_always = True
+        for n in range(es.Breaker.SUSPICIOUS_FAILURES):
+            at.pool.watch()
+            assert not at.pool.queue.state().is_broken, "no verdict yet"
+            at.result(f"w{n}")
+        at.pool.watch()
+        at.run_until(lambda: at.pool.queue.state().is_broken)
+        with pytest.raises(es.EngineUnavailable):
+            at.submit("refused at once")
+        engine.fails_always = False
+        clock = at.pool.queue.clock = Clock()
+        clock.now = 10**9  # the retry is due
+        at.pool.watch()
+        at.run_until(lambda: not at.pool.queue.state().is_broken)
+        assert_vectors(at.result("works again"))
+
+
+def test_one_client_s_poison_does_not_open_the_breaker() -> None:
+    with desk(Engine()) as at:
+        for _ in range(3 * es.Breaker.SUSPICIOUS_FAILURES):
+            assert isinstance(at.result(kit.BOOM_WORD).error, es.EngineFailed)
+            at.pool.watch()
+        assert_vectors(at.result("good"))
+        assert not at.pool.queue.state().is_broken
+
+
+def test_a_call_that_takes_far_too_long_is_ended_and_its_input_refused() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        at.result("first")
+        engine.wait_until_computing()  # that one
+        engine.block()
+        job = at.submit("hangs")
+        engine.wait_until_computing()
+        clock = at.pool.queue.clock = Clock()
+        clock.now = time.monotonic() + at.pool.options.stuck_after_s + 1.0
+        assert at.pool.watch() == [], "aborted, not stuck yet"
+        at.wait_for(job)
+        assert isinstance(job.error, es.EngineFailed)
+        engine.release()
+        at.pool.queue.clock = time.monotonic
+        assert_vectors(at.result("good"))
+
+
+def test_a_call_that_does_not_end_is_stuck_and_its_jobs_are_answered() -> None:
+    engine = Engine()
+    engine.is_deaf = True
+    with desk(engine, workers=2) as at:
+        engine.block()
+        job = at.submit("hangs")
+        engine.wait_until_computing()
+        clock = at.pool.queue.clock = Clock()
+        clock.now = 10**9
+        stuck = at.pool.watch()
+        assert len(stuck) == 1
+        assert isinstance(job.error, es.EngineUnavailable)
+        assert at.finished[job] == 1
+        assert at.pool.queue.state().stuck == 1
+        assert at.pool.watch() == [], "said once"
+        assert at.room_taken() == (0, 3), "the call's tokens are still being computed"
+        engine.release()
+
+
+def test_what_could_not_be_done_in_time_is_refused_at_once() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        at.result("measured")  # a speed is known
+        engine.block()
+        at.submit("running")
+        engine.wait_until_computing()
+        large = [at.submit(*(f"{n} {m}" for m in range(50))) for n in range(4)]
+        hurried = at.job("one", *(f"x{n}" for n in range(49)))
+        hurried.timeout_s = 1e-9
+        with pytest.raises(es.Overloaded):
+            at.pool.queue.submit(hurried)
+        patient = at.job("two")
+        patient.timeout_s = 3600.0
+        at.pool.queue.submit(patient)
+        engine.release()
+        at.wait_for(patient, *large)
+
+
+def test_dead_letters_hold_what_was_refused_after_its_retry(tmp_path: Path) -> None:
+    letters = es.LineFile(str(tmp_path / "dead"), kit.quiet_log(), max_bytes=300)
+    with desk(Engine(), dead_letters=letters) as at:
+        at.result("good", "fine")
+        for _ in range(5):
+            at.result(f"poison {kit.BOOM_WORD}")
+    lines = [json.loads(x) for x in (tmp_path / "dead").read_text().splitlines()]
+    assert 1 <= len(lines) < 5, "bounded"
+    assert lines[0]["code"] == "engine_failed"
+    assert lines[0]["input"] == f"poison {kit.BOOM_WORD}"
+    assert letters.lost == 5 - len(lines)
+    assert (tmp_path / "dead").stat().st_mode & 0o777 == 0o600
 
 
 # --- long inputs: the lane ---
@@ -954,10 +1131,10 @@ def test_abandoned_jobs_end_once_wherever_they_are() -> None:
         ]
         engine.wait_until_tokenising("untokenisable")
         error = es.NotReady("bye")
-        assert at.pool.abandon_all(error) == 4
+        assert at.pool.queue.abandon_all(error) == 4
         assert [at.finished[job] for job in jobs] == [1] * 4
         assert all(job.error is error for job in jobs)
-        assert at.pool.abandon_all(error) == 0
+        assert at.pool.queue.abandon_all(error) == 0
         gate.set()
         engine.release()
         at.result("x")
@@ -1015,7 +1192,7 @@ def test_many_submitters_who_often_leave_lose_and_leak_nothing(
                 if chance.random() < 0.3:
                     job = chance.choice(jobs[number])
                     cancelled.add(job)
-                    at.pool.cancel(job)
+                    at.pool.queue.cancel(job)
 
         threads = [threading.Thread(target=submitter, args=(n,)) for n in range(5)]
         for thread in threads:
@@ -1027,10 +1204,10 @@ def test_many_submitters_who_often_leave_lose_and_leak_nothing(
         # Were anything still thought to be under way, these would wait for it.
         for text in WORDS:
             at.result(text)
-        counts = at.pool.state().cache
+        counts = at.pool.queue.state().cache
     assert len(submitted) == 200
     assert at.room_taken() == (0, 0)
-    assert at.pool.state().busy == 0
+    assert at.pool.queue.state().busy == 0
     kinds = collections.Counter(type(job.error) for job in submitted)
     for job in submitted:
         if at.finished[job] and job.error is None:
