@@ -14,6 +14,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": es.settings_table,
     "errors": es.errors_table,
     "metrics": es.metrics_table,
+    "limits": es.limits_table,
 }
 
 

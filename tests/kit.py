@@ -1,13 +1,16 @@
 """What tests share: a fake engine, a server to talk to, raw bytes on a socket.
 
 No test logic here. ``python -m tests.kit FLAGS`` is the real program with the fake
-engine, for black-box tests that need no model.
+engine, for black-box tests that need no model. With ``supervised`` before the flags,
+which must name a --model-path then, it has a parent, and its engine fails as the inputs
+say: see FaultyEngine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import http.client
 import io
 import os
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -206,6 +210,77 @@ class FakeContext:
             self._engine.contexts_open -= 1
 
 
+class FaultyEngine(FakeEngine):
+    """What goes wrong is asked for through the public API, by words in the inputs.
+
+    slow    takes SLOW_S
+    crash   the process dies of SIGSEGV
+    exit    the process ends by itself, with code 3
+    gil     keeps the interpreter lock for ever
+    deaf    never ends, whatever it is told
+    stall   never ends until it is aborted
+    memory  asks for a tebibyte
+    quit    the worker's thread ends, as if of a bug of ours
+    Loading fails likewise by the name of the model file: crash, exit, deaf, or
+    refuse.gguf, the last of which is a sentence.
+    """
+
+    SLOW_S = 0.05
+
+    def __init__(self, path: str = "", *rest: Any, **card: Any) -> None:
+        super().__init__(path, *rest, **card)
+        stem = Path(path).stem
+        if stem == "refuse":
+            raise es.StartupError(f"{path}: refused")
+        if stem in ("crash", "exit", "deaf"):
+            self.misbehave(stem)
+
+    def new_context(self, *, is_lane: bool = False) -> FaultyContext:
+        super().new_context(is_lane=is_lane)  # which counts it
+        return FaultyContext(self, is_lane=is_lane)
+
+    def misbehave(self, word: str) -> None:
+        """Do what the word says."""
+        if word == "slow":
+            time.sleep(self.SLOW_S)
+        elif word == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif word == "exit":
+            os._exit(3)
+        elif word == "gil":
+            ctypes.PyDLL(None).sleep(10**6)
+        elif word == "deaf":
+            threading.Event().wait()
+        elif word == "memory":
+            bytearray(1 << 40)
+        elif word == "quit":
+            raise SystemExit
+
+
+class FaultyContext(FakeContext):
+    """Of a FaultyEngine."""
+
+    def __init__(self, engine: FaultyEngine, *, is_lane: bool) -> None:
+        super().__init__(engine, is_lane=is_lane)
+        self._faulty = engine
+        self._aborted = threading.Event()
+
+    def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
+        self._aborted.clear()
+        ids = {int(token) for row in inputs for token in row}
+        for word in ("slow", "crash", "exit", "gil", "deaf", "memory", "quit"):
+            if fake_id(word) in ids:
+                self._faulty.misbehave(word)
+        if fake_id("stall") in ids:
+            wait(self._aborted)
+            raise es.CallAborted("as asked")
+        return super()._vectors(inputs, threads)
+
+    def abort(self) -> None:
+        super().abort()
+        self._aborted.set()
+
+
 def wait(event: threading.Event) -> None:
     """Wait for an event, but not for ever."""
     assert event.wait(DEADLINE_S), "nobody set the event"
@@ -220,6 +295,7 @@ def settings(**changes: Any) -> es.Settings:
     """Settings for tests: any free port, one worker, a model file nobody opens."""
     base: dict[str, Any] = {"port": 0, "workers": 1, "model_path": "fake.gguf"}
     base["cache_dir"] = "/nonexistent"  # nothing is kept
+    base["allowed_host"] = ("h", "test")  # what raw requests in tests say
     return es.Settings(**(base | changes))
 
 
@@ -237,6 +313,23 @@ class WatchedLog(io.StringIO):
         return written
 
 
+class Configuration:
+    """What a service finds when it reads its configuration again."""
+
+    def __init__(self, chosen: es.Settings) -> None:
+        self.now: es.Settings | Exception = chosen
+
+    def read(self) -> es.LoadedSettings:
+        if isinstance(self.now, Exception):
+            raise self.now
+        return es.LoadedSettings(self.now, {})
+
+
+def bound(chosen: es.Settings) -> list[socket.socket]:
+    """The listeners of these settings, as the command line binds them."""
+    return es.bind_all(es.listen_addresses(chosen), chosen.uds, int(chosen.uds_mode, 8))
+
+
 @dataclass
 class RunningService:
     """A Service in this process, serving on the current event loop."""
@@ -247,6 +340,7 @@ class RunningService:
     task: asyncio.Task[int]
     host: str
     port: int
+    configuration: Configuration
 
     async def ask(
         self, method: str, path: str, body: Any = None, **fields: str
@@ -258,7 +352,7 @@ class RunningService:
         elif "content_type" not in fields:
             fields["content_type"] = "application/json"
         names = {k.replace("_", "-"): v for k, v in fields.items()}
-        lines = [f"{method} {path} HTTP/1.1", "host: test", "connection: close"]
+        lines = [f"{method} {path} HTTP/1.1", "host: localhost", "connection: close"]
         lines += [f"{k}: {v}" for k, v in names.items()]
         if body is not None:
             lines.append(f"content-length: {len(raw)}")
@@ -282,32 +376,51 @@ async def running_service(
     *,
     wait_ready: bool = True,
     before_load: Callable[[], None] = lambda: None,
+    notifier: es.Notifier | None = None,
+    later: Sequence[FakeEngine] = (),
+    is_successor: bool = False,
     **changes: Any,
 ) -> AsyncIterator[RunningService]:
     """A Service with a FakeEngine; stopped at the end unless it already is.
 
     ``before_load`` runs on the loader thread, in place of a slow or failing load.
+    ``later``: the engines of later loads, the first one's where there is none.
     """
     made = engine or FakeEngine()
+    engines = iter((made, *later))
 
     def factory(*_: object) -> FakeEngine:
         before_load()
-        return made
+        return next(engines, made)
 
-    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stream = WatchedLog()
     log = es.Log("debug", "text", stream)
-    service = es.Service(settings(**changes), log, factory)
-    task = asyncio.create_task(service.run(address.set_result))
-    async with asyncio.timeout(DEADLINE_S):
-        await asyncio.wait((task, address), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-        host, port = (await address).removeprefix("http://").rsplit(":", 1)
-        if wait_ready:
-            await stream.settled.wait()
+    chosen = settings(**changes)
+    listeners = bound(chosen)
+    config = Configuration(chosen)
+    service = es.Service(
+        chosen,
+        log,
+        factory,
+        listeners=listeners,
+        notifier=notifier or es.Notifier(None, {}),
+        read_settings=config.read,
+        is_successor=is_successor,
+    )
+    host, port = "", 0
+    if es.is_tcp(listeners[0]):
+        host, port = listeners[0].getsockname()[:2]
+    announced: list[str] = []
+    task = asyncio.create_task(service.run(announced.append))
+    if wait_ready:
+        async with asyncio.timeout(DEADLINE_S):
+            settled = asyncio.create_task(stream.settled.wait())
+            await asyncio.wait((task, settled), return_when=asyncio.FIRST_COMPLETED)
+            settled.cancel()
+            if task.done():
+                task.result()
     try:
-        yield RunningService(service, stream, made, task, host, int(port))
+        yield RunningService(service, stream, made, task, host, port, config)
     finally:
         made.release()
         if not task.done():
@@ -390,15 +503,38 @@ class Server:
     log: list[str] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def wait_for_log(self, text: str) -> str:
-        """The first log line that holds ``text``, when it is there."""
+    def wait_for_log(self, text: str, times: int = 1) -> str:
+        """The first log line that holds ``text``, or the so manieth, when it is there."""
+
+        def lines() -> list[str]:
+            return [line for line in self.log if text in line]
+
         with self._changed:
-            found = self._changed.wait_for(
-                lambda: [line for line in self.log if text in line] or self._is_over(),
-                DEADLINE_S,
+            self._changed.wait_for(
+                lambda: len(lines()) >= times or self._is_over(), DEADLINE_S
             )
-        assert isinstance(found, list), f"no {text!r} in the log:\n" + "".join(self.log)
-        return str(found[0])
+        found = lines()
+        assert len(found) >= times, f"no {text!r} in the log:\n" + "".join(self.log)
+        return found[times - 1]
+
+    @property
+    def child(self) -> int:
+        """The process that serves, where this one is its parent; 0: none now."""
+        pid = self.process.pid
+        try:
+            pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            return 0
+        if pids:
+            self._last_child = int(pids[0])
+        return int(pids[0]) if pids else 0
+
+    def kill_child(self) -> None:
+        """The last one that was asked for, should it be an orphan that goes on."""
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{self._last_child}/cmdline").read_bytes()
+            if b"\0--port\x000\0" in command:  # still it, and not another's
+                os.kill(self._last_child, signal.SIGKILL)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""
@@ -417,6 +553,7 @@ class Server:
             self._changed.notify_all()
 
     _ended: bool = False
+    _last_child: int = 0
 
     def _is_over(self) -> bool:
         return self._ended
@@ -428,18 +565,24 @@ def started(
     module: Sequence[str] = ("-m", "tests.kit"),
     environment: dict[str, str] | None = None,
     wait_ready: bool = True,
+    hand_over: Sequence[int] = (),
+    before: Sequence[str] = (),
 ) -> Iterator[Server]:
     """The program on a free port, killed at the end if still running.
 
     ``module`` is what Python runs: the kit (fake engine) or embellama_server.py.
+    ``hand_over`` are descriptors that the process keeps open.
+    ``before`` stands before the command, e.g. prlimit and its flags.
     """
     process = subprocess.Popen(
-        [sys.executable, *module, "--port", "0", *flags],
+        [*before, sys.executable, *module, "--port", "0", *flags],
         cwd=ROOT,
         env=os.environ | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pass_fds=hand_over,
         text=True,
+        process_group=0,  # Ctrl-C is sent to a group
     )
     server = Server(process, "")
     collector = threading.Thread(target=server.collect)
@@ -447,14 +590,18 @@ def started(
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("listening on "), "".join(server.log) or "no address"
-        server.url = line.split()[-1]
+        if line or wait_ready:  # else it may have ended before it could listen
+            said = "".join(server.log) or "no address"
+            assert line.startswith("listening on "), said
+            server.url = line.split()[-1]
         if wait_ready:
             server.wait_for_log(" ready ")
         yield server
     finally:
         if process.poll() is None:
+            assert server.child >= 0  # noted: it may hang, or be stopped
             process.kill()
+        server.kill_child()
         process.wait(DEADLINE_S)
         collector.join(DEADLINE_S)
         assert process.stdout is not None
@@ -498,7 +645,15 @@ FEEDS: dict[str, Callable[[bytes], list[bytes]]] = {
 }
 
 
-if __name__ == "__main__":
+def program(arguments: list[str]) -> int:
+    """What ``python -m tests.kit`` runs."""
+    if arguments[:1] == ["supervised"]:
+        command = (sys.executable, "-m", "tests.kit", *arguments)
+        return es.main(arguments[1:], engine_factory=FaultyEngine, command=command)
     with tempfile.TemporaryDirectory() as temp:
-        arguments = ["--model-path", str(fake_gguf(Path(temp))), *sys.argv[1:]]
-        sys.exit(es.main(arguments, engine_factory=FakeEngine))
+        model = ["--model-path", str(fake_gguf(Path(temp)))]
+        return es.main([*model, *arguments], engine_factory=FakeEngine)
+
+
+if __name__ == "__main__":
+    sys.exit(program(sys.argv[1:]))

@@ -35,15 +35,15 @@ def bert_base(
     """A BERT, base size unless told otherwise, with another GGUF's vocabulary."""
     path = folder / "random-bert-base-f16.gguf"
     maker = _Maker(path, "bert", layers, width, heads, feed_forward, context)
-    tokens = maker.copy_vocabulary(vocabulary_from)
-    # llama.cpp adds these two to floats: they are f32 in every file.
-    maker.matrix("position_embd.weight", context, width, dtype=np.float32)
-    maker.matrix("token_types.weight", 2, width, dtype=np.float32)
-    maker.embeddings(tokens)
-    for layer in range(layers):
-        maker.attention(layer, with_biases=True)
-        maker.linear(f"blk.{layer}.ffn_up", feed_forward, width, with_bias=True)
-        maker.linear(f"blk.{layer}.ffn_down", width, feed_forward, with_bias=True)
+    maker.bert(maker.copy_vocabulary(vocabulary_from))
+    return maker.write()
+
+
+def tiny_bert(folder: Path) -> Path:
+    """The smallest there is: a layer, 32 numbers, a token a letter; 20 KB."""
+    path = folder / "random-tiny-bert.gguf"
+    maker = _Maker(path, "bert", 1, 32, 2, 32, 32)
+    maker.bert(maker.small_vocabulary(()))
     return maker.write()
 
 
@@ -90,6 +90,9 @@ class _Maker:
     ) -> None:
         self._path = path
         self._width = width
+        self._layers = layers
+        self._feed_forward = feed_forward
+        self._context = context
         self._chance = np.random.default_rng(1)
         self._unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         self.writer = gguf.GGUFWriter(self._unfinished, architecture)
@@ -135,6 +138,18 @@ class _Maker:
         self.writer.add_bos_token_id(2)
         self.writer.add_sep_token_id(3)
         return len(tokens)
+
+    def bert(self, tokens: int) -> None:
+        """All tensors of a BERT."""
+        inner, width = self._feed_forward, self._width
+        # llama.cpp adds these two to floats: they are f32 in every file.
+        self.matrix("position_embd.weight", self._context, width, dtype=np.float32)
+        self.matrix("token_types.weight", 2, width, dtype=np.float32)
+        self.embeddings(tokens)
+        for layer in range(self._layers):
+            self.attention(layer, with_biases=True)
+            self.linear(f"blk.{layer}.ffn_up", inner, width, with_bias=True)
+            self.linear(f"blk.{layer}.ffn_down", width, inner, with_bias=True)
 
     def embeddings(self, tokens: int) -> None:
         """Of the tokens, and the norm after them."""

@@ -87,7 +87,7 @@ class Ask:
 def raw_request(body: bytes) -> bytes:
     """HTTP/1.1 bytes."""
     return (
-        b"POST /v1/embeddings HTTP/1.1\r\nhost: soak\r\n"
+        b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\n"
         b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
     ) % (len(body), body)
 
@@ -430,7 +430,7 @@ def main() -> int:
             module = (str(kit.ROOT / "embellama_server.py"),)
             started = kit.started(*flags, module=module, wait_ready=False)
             server = stack.enter_context(started)
-            url, pid = server.url, server.process.pid
+            url, pid = server.url, server.child or server.process.pid
         print(f"server       {url}, flags {flags}, seed {given.seed}", flush=True)
         with asyncio.Runner(loop_factory=es.new_event_loop) as runner:
             soak = Soak(url, pid, Mix(given.seed))

@@ -85,7 +85,8 @@ def test_base64_is_little_endian_float32() -> None:
 
 def test_null_counts_as_absent_in_every_field() -> None:
     async def check(running: RunningService) -> None:
-        names = ("model", "encoding_format", "dimensions", "user")
+        names = ["model", "encoding_format", "dimensions", "user", "priority"]
+        names += ["allow_partial"]
         plain = await running.ask("POST", URL, {"input": "a"})
         nulls = await running.ask("POST", URL, {"input": "a", **dict.fromkeys(names)})
         assert nulls.json == plain.json
@@ -255,6 +256,30 @@ BAD_BODIES: dict[str, tuple[Any, str, str | None, str]] = {
         "model",
         "string",
     ),
+    "unknown priority": (
+        {"input": "a", "priority": "urgent"},
+        "invalid_value",
+        "priority",
+        "high, normal, low",
+    ),
+    "priority is a number": (
+        {"input": "a", "priority": 1},
+        "invalid_value",
+        "priority",
+        "string",
+    ),
+    "allow_partial is a number": (
+        {"input": "a", "allow_partial": 1},
+        "invalid_value",
+        "allow_partial",
+        "true or false",
+    ),
+    "allow_partial text": (
+        {"input": "a", "allow_partial": "true"},
+        "invalid_value",
+        "allow_partial",
+        "true or false",
+    ),
     "a list": ([1], "invalid_json", None, "object"),
     "not JSON": (b"{input: 1}", "invalid_json", None, "not JSON"),
     "empty body": (b"", "invalid_json", None, "not JSON"),
@@ -397,6 +422,235 @@ def test_every_route_answers_its_method_and_refuses_all_others() -> None:
             assert methods <= set(options.headers["allow"].split(", "))
 
     with_service(check)
+
+
+# --- priority ---
+
+BODY, HEADER = "body", "header"
+
+
+async def ask_with(
+    running: RunningService, text: str, body: str | None, header: str | None
+) -> kit.Reply:
+    """A request that states its priority, in either place."""
+    fields = {} if header is None else {"x_priority": header}
+    ask = {"input": text, "priority": body}
+    return await running.ask("POST", URL, ask, **fields)
+
+
+@pytest.mark.parametrize(
+    ("said", "order"),
+    [
+        ([(None, None), (None, None), (None, None)], "abc"),
+        ([("low", None), (None, None), ("high", None)], "cba"),
+        ([(None, "low"), ("normal", None), (None, "high")], "cba"),
+        ([(None, "LOW"), (None, "Normal"), (None, "High")], "cba"),
+        ([("high", "low"), ("low", "normal"), ("low", "high")], "cba"),
+        ([("high", ""), ("normal", ""), ("low", "")], "abc"),
+    ],
+)
+def test_what_is_more_urgent_is_computed_first_and_the_header_has_the_last_word(
+    said: list[tuple[str | None, str | None]], order: str
+) -> None:
+    engine = kit.FakeEngine(pack_inputs=1)
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        first = asyncio.create_task(ask_with(running, "first", None, None))
+        await asyncio.to_thread(engine.wait_until_computing)
+        tasks = [first]
+        for text, (body, header) in zip("abc", said, strict=True):
+            tasks.append(asyncio.create_task(ask_with(running, text, body, header)))
+            await waiting_tokenised(running, len(tasks))
+        engine.release()
+        replies = await asyncio.gather(*tasks)
+        assert [reply.status for reply in replies] == [200] * 4
+        computed = [pack[0][1] for pack in engine.calls]
+        assert computed == [kit.fake_id(text) for text in ("first", *order)]
+
+    with_service(check, engine)
+
+
+async def waiting_tokenised(running: RunningService, inputs: int) -> None:
+    """Return when so many inputs are admitted, and known to be one word each."""
+    async with asyncio.timeout(kit.DEADLINE_S):
+        while True:
+            backlog = running.service.served().pool.queue.state().backlog
+            if (backlog.inputs, backlog.tokens) == (inputs, 3 * inputs):
+                return
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("word", ["urgent", "1", "high, low", "hig"])
+def test_a_priority_in_a_header_that_is_none_is_400_and_names_it(word: str) -> None:
+    async def check(running: RunningService) -> None:
+        reply = await ask_with(running, "a", "high", word)
+        assert (reply.status, reply.error["param"]) == (400, "x-priority")
+        assert "high, normal, low" in reply.error["message"]
+        assert running.service.served().pool.queue.state().backlog.inputs == 0
+
+    with_service(check)
+
+
+# --- partial results ---
+
+
+def test_an_input_that_fails_is_an_error_in_its_place_if_that_is_asked_for() -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": ["a", "nan", _LONG, "b c", "boom"], "allow_partial": True}
+        reply = await running.ask("POST", URL, ask)
+        assert reply.status == 200
+        assert set(reply.json) == {"object", "data", "model", "usage"}
+        data = reply.json["data"]
+        assert [item["index"] for item in data] == [0, 1, 2, 3, 4]
+        for index, text in ((0, "a"), (3, "b c")):
+            assert data[index]["object"] == "embedding"
+            vector = data[index]["embedding"]
+            assert vector == pytest.approx(expected(text).tolist(), abs=1e-7)
+        codes = {1: "nonfinite_embedding", 2: "context_length_exceeded"}
+        for index, code in (codes | {4: "engine_failed"}).items():
+            assert set(data[index]) == {"object", "index", "error"}
+            assert data[index]["object"] == "error"
+            error = data[index]["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert (error["code"], error["param"]) == (code, f"input[{index}]")
+        assert running.service.served().pool.queue.state().backlog.inputs == 0
+
+    with_service(check)
+
+
+@pytest.mark.parametrize("partial", [None, False])
+def test_one_input_that_fails_is_the_request_s_failure_if_nothing_is_said(
+    partial: bool | None,
+) -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": ["a", _LONG], "allow_partial": partial}
+        reply = await running.ask("POST", URL, ask)
+        assert (reply.status, reply.error["param"]) == (400, "input[1]")
+
+    with_service(check)
+
+
+def test_a_bad_input_is_400_also_where_partial_results_are_allowed() -> None:
+    async def check(running: RunningService) -> None:
+        for inputs in (["a", ""], ["a", 5], []):
+            ask = {"input": inputs, "allow_partial": True}
+            assert (await running.ask("POST", URL, ask)).status == 400
+
+    with_service(check)
+
+
+def test_partial_results_in_base64_and_fewer_dimensions_are_as_ever() -> None:
+    async def check(running: RunningService) -> None:
+        ask = {"input": ["nan", "a"], "allow_partial": True, "dimensions": 4}
+        reply = await running.ask("POST", URL, ask | {"encoding_format": "base64"})
+        failed, good = reply.json["data"]
+        assert failed["error"]["code"] == "nonfinite_embedding"
+        assert len(base64.b64decode(good["embedding"], validate=True)) == 4 * 4
+
+    with_service(check)
+
+
+def test_what_is_not_finished_in_time_is_an_error_beside_what_is() -> None:
+    engine = kit.FakeEngine()
+
+    async def check(running: RunningService) -> None:
+        assert (await running.ask("POST", URL, {"input": "a"})).status == 200
+        engine.block()
+        ask = {"input": ["a", "b"], "allow_partial": True}
+        reply = await running.ask("POST", URL, ask, x_request_timeout="0.3")
+        assert reply.status == 200
+        done, late = reply.json["data"]
+        assert done["embedding"] == pytest.approx(expected("a").tolist(), abs=1e-7)
+        assert (late["object"], late["index"]) == ("error", 1)
+        assert late["error"]["code"] == "request_timeout"
+        plain = await running.ask(
+            "POST", URL, {"input": ["a", "b"]}, x_request_timeout="0.3"
+        )
+        assert (plain.status, plain.error["code"]) == (504, "request_timeout")
+        assert running.service.served().pool.queue.state().backlog.inputs == 0
+
+    with_service(check, engine)
+
+
+# --- how long a client waits ---
+
+PATIENCE = {  # what a head says: the seconds left of 600
+    (): 600,
+    (("x-request-timeout", "5"),): 5,
+    (("x-request-timeout", "0.25"),): 0.25,
+    (("x-request-timeout", "0"),): 0,
+    (("x-request-timeout", "601"),): 600,
+    (("x-request-timeout", "999999999"),): 600,
+    (("x-stainless-read-timeout", "7"),): 7,
+    (("x-stainless-timeout", "8"),): 8,
+    (("x-stainless-timeout", "600.0"),): 600,
+    (("x-stainless-read-timeout", "None"),): 600,
+    (("x-stainless-timeout", "soon"),): 600,
+    (("x-stainless-timeout", "-1"), ("x-request-timeout", "9")): 9,
+    (("x-stainless-read-timeout", "3"), ("x-request-timeout", "9")): 3,
+    (("x-stainless-timeout", "9"), ("x-request-timeout", "3")): 3,
+}
+
+
+@pytest.mark.parametrize("pairs", PATIENCE)
+def test_a_client_waits_as_long_as_it_says_and_we_allow(
+    pairs: tuple[tuple[str, str], ...],
+) -> None:
+    head = es.Head("POST", URL, "", 1, pairs, 0)
+    assert es.patience_s(head, 600.0) == PATIENCE[pairs]
+
+
+BAD_TIMES = ["soon", "-1", "+1", "1e3", "1.", ".5", "1_0", "inf", "nan", "5s", "1, 2"]
+
+
+@pytest.mark.parametrize("value", BAD_TIMES)
+def test_a_timeout_that_is_no_number_is_400_and_names_the_header(value: str) -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": "a"}, x_request_timeout=value)
+        assert (reply.status, reply.error["param"]) == (400, "x-request-timeout")
+        state = running.service.served().pool.queue.state()
+        assert state.backlog.inputs == state.backlog.tokens == 0
+
+    with_service(check)
+
+
+@pytest.mark.parametrize(
+    "name", ["x_request_timeout", "x_stainless_timeout", "x_stainless_read_timeout"]
+)
+def test_a_request_that_may_take_less_than_the_setting_is_504_by_then(
+    name: str,
+) -> None:
+    engine = kit.FakeEngine()
+
+    async def check(running: RunningService) -> None:
+        assert (await running.ask("POST", URL, {"input": "a"})).status == 200
+        await asyncio.to_thread(engine.wait_until_computing)
+        engine.block()
+        reply = await running.ask("POST", URL, {"input": "b"}, **{name: "0.25"})
+        assert (reply.status, reply.error["code"]) == (504, "request_timeout")
+        for part in ("0.25 s", "--request-timeout-s is 600"):
+            assert part in reply.error["message"]
+        # Nobody waits for it: the call that ran has been ended.
+        await asyncio.to_thread(engine.wait_until_computing)
+        assert engine.aborts == 1
+        engine.release()
+        assert (await running.ask("POST", URL, {"input": "c"})).status == 200
+
+    with_service(check, engine)
+
+
+def test_no_request_may_take_longer_than_the_setting() -> None:
+    engine = kit.FakeEngine()
+
+    async def check(running: RunningService) -> None:
+        assert (await running.ask("POST", URL, {"input": "a"})).status == 200
+        engine.block()
+        long = {"x_request_timeout": "600"}
+        reply = await running.ask("POST", URL, {"input": "b"}, **long)
+        assert (reply.status, reply.error["code"]) == (504, "request_timeout")
+
+    with_service(check, engine, request_timeout_s=1.1)
 
 
 # --- models, ids ---
@@ -627,8 +881,9 @@ async def answered(running: RunningService, peer: str) -> es.Response:
     body = es.json_codec().dumps({"input": ["a", "b"]})
     named = (("content-type", "application/json"), ("accept-encoding", "gzip"))
     head = es.Head("POST", URL, "", 1, named, len(body))
-    dispatcher = es.Dispatcher(running.service, kit.quiet_log())
-    return await dispatcher.respond(es.Request(head, body), peer)
+    dispatcher = es.Dispatcher(running.service, kit.quiet_log(), None)
+    ticket = dispatcher.admit(head, peer)
+    return await dispatcher.respond(es.Request(head, body), ticket)
 
 
 @pytest.mark.parametrize(
@@ -717,6 +972,35 @@ def test_a_full_queue_is_503_at_once_and_says_when_to_come_back() -> None:
         assert (await running.ask("POST", URL, {"input": "c"})).status == 200
 
     with_service(check, engine, queue_size=2)
+
+
+def test_a_flood_of_refusals_is_counted_but_not_logged_one_by_one() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        first = asyncio.create_task(running.ask("POST", URL, {"input": "a"}))
+        await asyncio.to_thread(engine.wait_until_computing)
+        begun = asyncio.get_running_loop().time()
+        for _ in range(50):
+            refused = await running.ask("POST", URL, {"input": "b"})
+            assert refused.headers["x-should-retry"] == "true"
+        seconds = asyncio.get_running_loop().time() - begun
+        running.service._tick()  # what is not said yet
+        lines = running.log.getvalue().splitlines()
+        said = [line for line in lines if " refused " in line]
+        assert 1 <= len(said) <= 2 + seconds
+        assert (
+            sum(int(line.partition("overloaded=")[2].split()[0]) for line in said) == 50
+        )
+        assert not [line for line in lines if "status=503" in line]
+        telemetry = running.service.telemetry
+        assert telemetry.value("embellama_errors_total", "overloaded") == 50
+        assert telemetry.value("embellama_http_requests_total", "5xx") == 50
+        engine.release()
+        assert (await first).status == 200
+
+    with_service(check, engine, queue_size=1)
 
 
 def test_a_request_that_takes_too_long_is_504_and_its_work_is_dropped() -> None:

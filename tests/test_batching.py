@@ -384,7 +384,7 @@ def test_the_last_of_the_room_is_for_clients_who_have_nothing_in_it() -> None:
     assert not backlog.try_reserve(1, 1, "query"), "it is no newcomer any more"
     backlog.release(1, 1, "query")
     assert backlog.try_reserve(2, 2, "query")
-    assert backlog.is_full
+    assert backlog.is_full_for("a third")
     assert not backlog.try_reserve(1, 1, "a third")
 
 

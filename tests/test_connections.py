@@ -9,12 +9,14 @@ queue is not given back. Nothing waits by sleeping: tests wait for what the serv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import socket
 import struct
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,9 +68,13 @@ class Room:
         self.engine = running.engine
         self.clients: list[Client] = []
 
-    async def client(self, *sent: bytes, reads_little: bool = False) -> Client:
+    async def client(
+        self, *sent: bytes, reads_little: bool = False, source: str = ""
+    ) -> Client:
         """A new connection; with ``reads_little`` its kernel buffer is small."""
         sock = socket.socket()
+        if source:
+            sock.bind((source, 0))
         if reads_little:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
@@ -93,6 +99,10 @@ class Room:
         return int(
             sum(self.service.telemetry.value(name, v) for v in es.STATUS_CLASSES)
         )
+
+    def held(self) -> int:
+        """Bytes of requests and replies that the server says it holds."""
+        return self.service.connections.held_bytes
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -126,7 +136,10 @@ def served(**changes: Any) -> Callable[[Callable[..., Awaitable[None]]], Any]:
                         for client in room.clients:
                             client.writer.transport.abort()
                 assert " bug " not in running.log.getvalue()
-                assert not running.service.connections.open
+                connections = running.service.connections
+                assert not connections.open
+                assert not connections.per_address
+                assert connections.held_bytes == 0
                 assert (
                     pool.queue.state().backlog.inputs
                     == pool.queue.state().backlog.tokens
@@ -313,12 +326,18 @@ REFUSED_EARLY = {
 @served()
 async def test_a_bad_head_gets_no_100_continue(room: Room, status: int) -> None:
     head = REFUSED_EARLY[status].removesuffix(b"\r\n")
-    for end in (b"\r\n", b"Expect: 100-continue\r\n\r\n"):
-        raw = await (await room.client(head, end)).rest()
-        assert raw.startswith(b"HTTP/1.1 %d " % status)
-        reply = kit.parse_reply(raw, "POST")
-        assert reply.headers["connection"] == "close"
-        assert reply.error["message"]
+    raw = await (await room.client(head, b"Expect: 100-continue\r\n\r\n")).rest()
+    assert raw.startswith(b"HTTP/1.1 %d " % status)
+    reply = kit.parse_reply(raw, "POST")
+    assert reply.headers["connection"] == "close"
+    assert reply.error["message"]
+
+
+@pytest.mark.parametrize("status", [400, 413, 431])
+@served()
+async def test_what_cannot_be_read_ends_the_connection(room: Room, status: int) -> None:
+    (reply,) = await (await room.client(REFUSED_EARLY[status], HEALTH)).replies("POST")
+    assert (reply.status, reply.headers["connection"]) == (status, "close")
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -380,6 +399,358 @@ async def test_who_sends_all_first_still_reads_the_refusal(
         assert kit.parse_reply(raw, "POST").status == wanted
 
 
+# --- refused, and the connection goes on ---
+
+NOPE = b"GET /nope HTTP/1.1\r\nHost: h\r\n\r\n"
+MUST_NOT = {
+    403: post("/v1/embeddings", "Origin: https://evil.example", length=9),
+    **{status: REFUSED_EARLY[status] for status in (404, 405, 415)},
+}
+
+
+@pytest.mark.parametrize("status", MUST_NOT)
+@served()
+async def test_a_small_request_is_refused_before_its_body_and_another_may_follow(
+    room: Room, status: int
+) -> None:
+    client = await room.client()
+    for _ in range(2):
+        client.send(MUST_NOT[status])
+        reply = await client.reply("POST")
+        assert reply.status == status
+        assert reply.error["message"]
+        assert "connection" not in reply.headers
+        client.send(b"G", b"ET / HTT")  # of the body: not a request
+        client.send(HEALTH)
+        assert (await client.reply()).json == {"status": "ok"}
+
+
+@served(api_key="sk-right")
+async def test_a_connection_survives_a_wrong_key(room: Room) -> None:
+    client = await room.client(embed("a"))
+    reply = await client.reply("POST")
+    assert (reply.status, "connection" in reply.headers) == (401, False)
+    body = b'{"input":"a"}'
+    right = post("/v1/embeddings", "Authorization: Bearer sk-right", length=len(body))
+    client.send(right, body)
+    assert (await client.reply("POST")).status == 200
+
+
+@served(rate_limit=0.001, rate_burst=1)
+async def test_a_connection_survives_a_rate_limit(room: Room) -> None:
+    client = await room.client(embed("a"), embed("b"), HEALTH)
+    replies = [await client.reply(method) for method in ("POST", "POST", "GET")]
+    assert [reply.status for reply in replies] == [200, 429, 200]
+    assert not any("connection" in reply.headers for reply in replies)
+
+
+@served(queue_size=1)
+async def test_a_connection_survives_a_full_queue(room: Room) -> None:
+    room.engine.block()
+    first = await room.client(embed("a"))
+    await room.computing()
+    client = await room.client(embed("b"))
+    reply = await client.reply("POST")
+    assert (reply.status, reply.error["code"]) == (503, "overloaded")
+    room.engine.release()
+    assert (await first.reply("POST")).status == 200
+    client.send(embed("b"))
+    assert (await client.reply("POST")).status == 200
+
+
+PIPELINE = [  # method, status, bytes
+    ("POST", 404, post("/nope", length=9) + b"x" * 9),
+    ("GET", 200, HEALTH),
+    ("HEAD", 404, NOPE.replace(b"GET", b"HEAD")),
+    (
+        "HEAD",
+        405,
+        post("/v1/embeddings", length=9).replace(b"POST", b"HEAD") + b"x" * 9,
+    ),
+    ("POST", 200, embed("a")),
+    ("POST", 415, post("/v1/embeddings", length=1, kind="text/plain") + b"x"),
+    ("GET", 404, NOPE),
+    ("GET", 404, NOPE),
+    ("GET", 200, BYE),
+]
+
+
+@pytest.mark.parametrize("feed", kit.FEEDS)
+@served()
+async def test_refusals_in_a_pipeline_have_their_places(room: Room, feed: str) -> None:
+    client = await room.client()
+    for piece in kit.FEEDS[feed](b"".join(sent for _, _, sent in PIPELINE)):
+        client.send(piece)
+        await asyncio.sleep(0)
+    # HEAD's have no body: RFC 9110, 9.3.2; or the next reply could not be read.
+    replies = await client.replies(*[method for method, _, _ in PIPELINE])
+    assert [reply.status for reply in replies] == [status for _, status, _ in PIPELINE]
+    assert [r.headers.get("connection") for r in replies[:-1]] == [None] * 8
+
+
+@served()
+async def test_a_thousand_refusals_are_answered_to_who_reads_them_later(
+    room: Room,
+) -> None:
+    client = await room.client(*[NOPE] * 1000, BYE)
+    replies = await client.replies(*["GET"] * 1001)
+    assert [reply.status for reply in replies] == [404] * 1000 + [200]
+
+
+UNREAD = {
+    "large": post("/nope", length=es._SKIPPED_BYTES + 1),
+    "chunked": post("/nope", "Transfer-Encoding: chunked"),
+    "expected": post("/nope", "Expect: 100-continue", length=9),
+    "the last": post("/nope", "Connection: close", length=9),
+    "of HTTP/1.0": post("/nope", length=9).replace(b"/1.1", b"/1.0"),
+}
+
+
+@pytest.mark.parametrize("unread", UNREAD)
+@served()
+async def test_a_refused_body_that_is_not_read_ends_the_connection(
+    room: Room, unread: str
+) -> None:
+    (reply,) = await (await room.client(UNREAD[unread], HEALTH * 3)).replies("POST")
+    assert (reply.status, reply.headers["connection"]) == (404, "close")
+    assert room.answered() == 1
+
+
+@served()
+async def test_the_largest_refused_body_that_is_read_is_64_kib(room: Room) -> None:
+    assert es._SKIPPED_BYTES == 64 << 10
+    head = post("/nope", length=es._SKIPPED_BYTES)
+    client = await room.client(head, bytes(es._SKIPPED_BYTES), BYE)
+    replies = await client.replies("POST", "GET")
+    assert [reply.status for reply in replies] == [404, 200]
+
+
+@pytest.mark.parametrize("sent", [b"", b"x" * 8])
+@served(body_timeout_s=0.2)
+async def test_a_refused_body_that_never_comes_ends_the_connection_without_a_word(
+    room: Room, sent: bytes
+) -> None:
+    client = await room.client(post("/nope", length=9))
+    assert (await client.reply("POST")).status == 404
+    client.send(sent)
+    assert await client.rest() == b""
+    assert room.answered() == 1
+
+
+@served()
+async def test_a_refused_body_ends_with_its_client(room: Room) -> None:
+    client = await room.client(post("/nope", length=9), b"xxx")
+    assert (await client.reply("POST")).status == 404
+    client.writer.close()
+    await until(lambda: not room.service.connections.open)
+
+
+# --- too many, too much ---
+
+
+async def told_too_many(client: Client, setting: str) -> None:
+    """The client is told so without being asked, whatever it asks, and that is all."""
+    client.send(HEALTH)
+    (reply,) = await client.replies("GET")
+    assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
+    assert setting in reply.error["message"]
+    assert reply.headers["connection"] == "close"
+    assert int(reply.headers["retry-after"]) >= 1
+    client.writer.close()
+
+
+async def goes_on(*clients: Client) -> None:
+    """All are answered."""
+    for client in clients:
+        client.send(HEALTH)
+        assert (await client.reply()).status == 200
+
+
+@served(max_connections=2)
+async def test_one_connection_too_many_is_told_so_and_the_others_go_on(
+    room: Room,
+) -> None:
+    first, second = await room.client(), await room.client()
+    await goes_on(first, second)
+    await told_too_many(await room.client(), "--max-connections)")
+    await goes_on(first, second)
+    first.writer.close()
+    await until(lambda: len(room.service.connections.open) == 1)
+    await goes_on(await room.client(), second)
+
+
+@served(max_connections=1)
+async def test_of_very_many_connections_too_many_the_last_are_told_nothing(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_TURNED_AWAY", 1)
+    first, second = await room.client(), await room.client()
+    await goes_on(first)
+    await second.reader.readuntil(b"}}")  # and lingers
+    with contextlib.suppress(ConnectionError):
+        assert await (await room.client()).rest() == b""
+    await goes_on(first)
+
+
+@served(max_connections_per_address=2)
+async def test_one_address_with_too_many_connections_leaves_room_for_others(
+    room: Room,
+) -> None:
+    first, second = await room.client(), await room.client()
+    await goes_on(first, second)
+    await told_too_many(await room.client(), "--max-connections-per-address")
+    others = [await room.client(source="127.0.0.2") for _ in range(2)]
+    await goes_on(first, second, *others)
+    first.writer.close()
+    await until(lambda: len(room.service.connections.open) == 3)
+    await goes_on(await room.client(), second)
+
+
+def test_who_comes_over_a_unix_socket_has_no_address(tmp_path: Path) -> None:
+    async def check() -> None:
+        path = str(tmp_path / "socket")
+        async with kit.running_service(
+            host="none", uds=path, max_connections_per_address=1
+        ):
+            clients = [
+                Client(*await asyncio.open_unix_connection(path)) for _ in range(3)
+            ]
+            await goes_on(*clients)
+            for client in clients:
+                client.writer.close()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("peer", "network"),
+    [
+        ("", ""),
+        ("192.0.2.1", "192.0.2.1"),
+        ("192.0.2.2", "192.0.2.2"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("::FFFF:c000:201", "192.0.2.1"),
+        ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::/64"),
+        ("2001:DB8:1:2:0:0:0:3", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::", "2001:db8:1:3::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::1", "::/64"),
+        ("::192.0.2.1", "::/64"),
+    ],
+)
+def test_a_client_is_an_ipv4_address_or_an_ipv6_network(
+    peer: str, network: str
+) -> None:
+    assert es.network_of(peer) == network
+
+
+HALF = 600_000  # of a MiB: two of them are too much
+TWICE_THE_LIMIT = b'{"input":"a"}'.ljust(2 << 20)
+
+
+def chunked(*parts: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    """A request for vectors that does not say how long it is."""
+    lines = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts]
+    return post("/v1/embeddings", "Transfer-Encoding: chunked") + b"".join(lines) + end
+
+
+async def holder(room: Room) -> tuple[Client, bytes]:
+    """A client of whose body half a MiB has come, and what is left to send."""
+    whole = b'{"input":"a"}'.ljust(HALF + 1)
+    client = await room.client(post("/v1/embeddings", length=len(whole)), whole[:-1])
+    await until(lambda: room.held() == HALF)
+    return client, whole[-1:]
+
+
+async def told_full(client: Client) -> None:
+    """The only answer says that there is no room."""
+    (reply,) = await client.replies("POST")
+    assert (reply.status, reply.error["code"]) == (503, "overloaded")
+    assert "--max-buffered-mb" in reply.error["message"]
+    assert reply.headers["connection"] == "close"
+    assert int(reply.headers["retry-after"]) >= 1
+
+
+@served(max_buffered_mb=1)
+async def test_a_body_that_there_is_no_room_for_is_refused_before_it_comes(
+    room: Room,
+) -> None:
+    first, rest = await holder(room)
+    head = post("/v1/embeddings", "Expect: 100-continue", length=HALF)
+    await told_full(await room.client(head))
+    await told_full(await room.client(post("/v1/embeddings", length=HALF)))
+    small = await room.client(embed("small"))
+    assert (await small.reply("POST")).status == 200
+    first.send(rest)
+    assert (await first.reply("POST")).status == 200
+    assert room.held() == 0
+    small.send(post("/v1/embeddings", length=HALF), b'{"input":"b"}'.ljust(HALF))
+    assert (await small.reply("POST")).status == 200
+
+
+@served(max_buffered_mb=1)
+async def test_a_body_of_unknown_length_is_refused_when_there_is_no_more_room(
+    room: Room,
+) -> None:
+    first, rest = await holder(room)
+    await told_full(await room.client(chunked(bytes(HALF), end=b"")))
+    assert room.held() == HALF
+    first.send(rest)
+    assert (await first.reply("POST")).status == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        post("/v1/embeddings", length=len(TWICE_THE_LIMIT)) + TWICE_THE_LIMIT,
+        chunked(TWICE_THE_LIMIT),
+    ],
+    ids=["sized", "chunked"],
+)
+@served(max_buffered_mb=1)
+async def test_alone_a_request_passes_that_is_larger_than_the_room_for_all(
+    room: Room, sent: bytes
+) -> None:
+    client = await room.client(sent)
+    assert (await client.reply("POST")).status == 200
+    assert room.held() == 0
+
+
+@served(n_embd=4096, max_buffered_mb=1)
+async def test_replies_that_nobody_takes_are_counted_until_their_client_leaves(
+    room: Room,
+) -> None:
+    stuck = await room.client(MANY, reads_little=True)
+    await until(lambda: room.held() > 1 << 20)
+    await told_full(await room.client(post("/v1/embeddings", length=HALF)))
+    stuck.writer.transport.abort()
+    await until(lambda: room.held() == 0)
+
+
+@pytest.mark.parametrize(
+    ("sent", "methods"),
+    [
+        (embed("a", "b") * 3, ["POST"] * 3),
+        (embed(*["a"] * 500), ["POST"]),
+        (post("/nope", length=1 << 15) + bytes(1 << 15), ["POST"]),
+        (chunked(b'{"input"', b':"a"}') + HEALTH, ["POST", "GET"]),
+        (b"\r\n", []),
+    ],
+    ids=["small", "large answer", "refused", "chunked", "empty line"],
+)
+@served(n_embd=4096)
+async def test_nothing_is_held_for_who_is_quiet(
+    room: Room, sent: bytes, methods: list[str]
+) -> None:
+    client = await room.client(sent)
+    for method in methods:
+        await client.reply(method)
+    await until(lambda: room.held() == 0)
+    await goes_on(client)
+    assert room.held() == 0
+
+
 # --- time ---
 
 
@@ -392,12 +763,12 @@ async def test_an_idle_connection_is_closed_after_keep_alive(room: Room) -> None
     assert asyncio.get_running_loop().time() - begun > 0.15
 
 
-@served(receive_timeout_s=0.2)
+@served(header_timeout_s=0.2, body_timeout_s=0.2)
 async def test_a_silent_connection_is_closed_silently(room: Room) -> None:
     assert await (await room.client()).rest() == b""
 
 
-@served(keep_alive_s=0.1, receive_timeout_s=0.1)
+@served(keep_alive_s=0.1, header_timeout_s=0.1)
 async def test_computing_is_not_idling(room: Room) -> None:
     room.engine.block()
     busy = await room.client(embed("a"))
@@ -418,7 +789,7 @@ SLOW = {
 
 @pytest.mark.parametrize("served_before", [False, True])
 @pytest.mark.parametrize("slow", SLOW)
-@served(receive_timeout_s=0.3)
+@served(header_timeout_s=0.3, body_timeout_s=0.3)
 async def test_who_sends_too_slowly_is_told_408(
     room: Room, slow: str, served_before: bool
 ) -> None:
@@ -434,6 +805,51 @@ async def test_who_sends_too_slowly_is_told_408(
     reply = kit.parse_reply(rest.result(), "GET")
     assert (reply.status, reply.error["code"]) == (408, "receive_timeout")
     assert reply.headers["connection"] == "close"
+
+
+DRIP_S = 0.02  # not to wait for anything: these are slow clients
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 999999", *list(BODIES)[1:]])
+@served(min_rate_bytes_s=1000)
+async def test_a_body_that_comes_too_slowly_is_told_408(
+    room: Room, framing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_BODY_CHECK_S", 0.2)
+    client = await room.client(post("/v1/embeddings", framing))
+    client.send(b"9999\r\n")
+    rest = asyncio.ensure_future(client.rest())
+    while not rest.done():
+        client.send(b"x")
+        await asyncio.wait({rest}, timeout=DRIP_S)
+    reply = kit.parse_reply(rest.result(), "POST")
+    assert (reply.status, reply.error["code"]) == (408, "receive_timeout")
+    assert "less than 1000 bytes per second" in reply.error["message"]
+    assert reply.headers["connection"] == "close"
+
+
+@served(min_rate_bytes_s=100)
+async def test_a_body_that_comes_slowly_but_steadily_is_waited_for(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_BODY_CHECK_S", 0.1)
+    body = b'{"input":"a"}'.ljust(2000)
+    client = await room.client(post("/v1/embeddings", length=len(body)))
+    for begin in range(0, len(body), 50):  # for a second
+        client.send(body[begin : begin + 50])
+        await asyncio.sleep(DRIP_S)
+    assert (await client.reply("POST")).status == 200
+
+
+@served(min_rate_bytes_s=0)
+async def test_without_a_least_rate_a_body_may_take_its_whole_time(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_BODY_CHECK_S", 0.05)
+    client = await room.client(post("/v1/embeddings", length=13), b'{"input"')
+    await asyncio.sleep(10 * DRIP_S)
+    client.send(b':"a"}')
+    assert (await client.reply("POST")).status == 200
 
 
 # --- leaving ---
@@ -518,7 +934,7 @@ async def test_who_stops_reading_does_not_hold_up_others(room: Room) -> None:
         assert len((await stuck.reply("POST")).json["data"]) == 500
 
 
-@served(n_embd=4096, receive_timeout_s=0.8)
+@served(n_embd=4096, write_timeout_s=0.8)
 async def test_who_reads_slowly_but_steadily_gets_all(room: Room) -> None:
     client = await room.client(MANY, reads_little=True)
     raw = await client.reader.readuntil(b"\r\n\r\n")
@@ -528,6 +944,15 @@ async def test_who_reads_slowly_but_steadily_gets_all(room: Room) -> None:
         raw += await client.reader.readexactly(min(step, size - begin))
         await asyncio.sleep(0.08)  # not to wait for anything: this is a slow client
     assert len(kit.parse_reply(raw, "POST").json["data"]) == 500
+
+
+@served(n_embd=4096, write_timeout_s=0.3, min_rate_bytes_s=1 << 30)
+async def test_who_reads_too_slowly_is_dropped(room: Room) -> None:
+    client = await room.client(MANY, reads_little=True)
+    await until(lambda: room.answered() == 1)
+    while room.service.connections.open:
+        assert await client.reader.read(4096)
+        await asyncio.sleep(DRIP_S)
 
 
 async def stuffed(
@@ -561,7 +986,7 @@ THEN = {
 
 
 @pytest.mark.parametrize("then", THEN)
-@served(n_embd=4096, receive_timeout_s=0.5, keep_alive_s=0.5)
+@served(n_embd=4096, write_timeout_s=0.5, keep_alive_s=0.5, header_timeout_s=0.5)
 async def test_who_does_not_read_is_dropped(
     room: Room, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -697,6 +1122,41 @@ async def test_a_drain_lets_accepted_work_finish(room: Room) -> None:
     assert room.engine.calls == [[ids("a")]]
 
 
+@served(drain_grace_s=3600, drain_timeout_s=3600)
+async def test_who_leaves_goes_on_working_and_says_so(room: Room) -> None:
+    idle = await room.client(HEALTH)
+    await idle.reply()
+    room.service.leave()
+    assert " leaving after=leave" in room.running.log.getvalue()
+    ready = await room.running.ask("GET", "/ready")
+    assert (ready.status, ready.error["code"]) == (503, "not_ready")
+    idle.send(embed("a"), HEALTH)  # an idle connection is not closed under its client
+    (reply,) = await idle.replies("POST")
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
+    await room.computing()  # that was
+    refused = await room.client(NOPE, HEALTH)
+    (reply,) = await refused.replies("GET")
+    assert (reply.status, reply.headers["connection"]) == (404, "close")
+    room.engine.block()
+    busy = await room.client(embed("b"))
+    await room.computing()
+    room.service._move(es.Event.NOTICED)  # the grace is over
+    assert " draining after=noticed" in room.running.log.getvalue()
+    late = await room.client(embed("late"))
+    (reply,) = await late.replies("POST")
+    assert (reply.status, reply.error["code"]) == (503, "not_ready")
+    late.writer.close()
+    room.engine.release()
+    assert (await busy.reply("POST")).status == 200
+    assert await room.running.task == 0
+
+
+@served(drain_grace_s=0.1)
+async def test_a_grace_ends_by_itself(room: Room) -> None:
+    room.service.leave()
+    assert await room.running.task == 0
+
+
 @served(drain_timeout_s=3600)
 async def test_a_second_stop_ends_at_once(room: Room) -> None:
     room.engine.block()
@@ -727,7 +1187,7 @@ async def test_a_drain_ends_after_its_timeout(room: Room) -> None:
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET"])  # and perhaps a next request
-@served(n_embd=4096, drain_timeout_s=3600, receive_timeout_s=3600)
+@served(n_embd=4096, drain_timeout_s=3600, write_timeout_s=3600)
 async def test_a_drain_lasts_until_answers_have_left(room: Room, begun: bytes) -> None:
     client, connection, asked = await stuffed(room, embed("a"), least=1)
     client.send(begun)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -539,9 +540,8 @@ def test_a_file_that_ends_early_is_refused_in_a_sentence(
     path = tmp_path / "cut.gguf"
     path.write_bytes(models.bert.read_bytes()[:cut])
     said = refusal(path)
-    assert said.startswith(f"{path}: llama.cpp cannot load it: ")
+    assert said.startswith(f"{path} is not a sound GGUF file: ")
     assert "\n" not in said
-    assert "gave no reason" not in said
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -549,7 +549,19 @@ def test_a_file_of_garbage_is_refused_in_a_sentence(tmp_path: Path, seed: int) -
     path = tmp_path / "garbage.gguf"
     path.write_bytes(es.GGUF_MAGIC + np.random.default_rng(seed).bytes(5000))
     said = refusal(path)
+    assert said.startswith(f"{path} is not a sound GGUF file: ")
+    assert "\n" not in said
+
+
+def test_a_sound_file_that_llama_cpp_refuses_is_refused_with_its_reason(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "unknown.gguf"
+    architecture = es._gguf_field("general.architecture", "nonsense")
+    path.write_bytes(struct.pack("<4sIQQ", es.GGUF_MAGIC, 3, 0, 1) + architecture)
+    said = refusal(path)
     assert said.startswith(f"{path}: llama.cpp cannot load it: ")
+    assert "nonsense" in said
     assert "\n" not in said
 
 

@@ -20,11 +20,14 @@ from tests.test_http import (
     CASES,
     LIMITS,
     REFUSALS,
+    accepted,
     agrees,
     events_of,
+    h11_knowingly_refuses,
     h11_reads,
     outcome,
 )
+from tests.test_http_cases import CORPUS, SHIPPED
 
 EXAMPLES = settings(max_examples=1000, deadline=None)
 
@@ -59,14 +62,25 @@ soup = st.tuples(
 ).map(lambda parts: parts[0] + b"".join(parts[1]))
 anything = st.binary(max_size=300) | soup
 
+# The tables, and the corpus without what is there for its size.
+KNOWN = st.sampled_from(
+    [
+        *(case.data for case in CASES),
+        *(row.data for row in REFUSALS),
+        *(case.data for case in CORPUS if len(case.data) < 500),
+    ]
+)
+
 
 @st.composite
 def bent(draw: st.DrawFn) -> bytes:
-    """One or two rows of the tables, with a few bytes flipped, inserted, removed."""
-    known = st.sampled_from([*(c.data for c in CASES), *(r.data for r in REFUSALS)])
-    data = bytearray(b"".join(draw(st.lists(known, min_size=1, max_size=2))))
+    """One or two known requests, with a few bytes replaced, added, removed, doubled."""
+    data = bytearray(b"".join(draw(st.lists(KNOWN, min_size=1, max_size=2))))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
+        if draw(st.booleans()):
+            data[at:at] = data[at : at + draw(st.integers(1, 40))]
+            continue
         removed = draw(st.integers(0, 3))
         data[at : at + removed] = draw(st.sampled_from(MORSELS) | st.binary(max_size=2))
     return bytes(data)
@@ -107,11 +121,12 @@ def check_sane(request: es.Request, limits: es.HttpLimits) -> None:
 
 
 def check_one_verdict(data: bytes, places: list[int]) -> None:
-    whole = outcome([data])  # raises whatever is not an ApiError
-    assert outcome(cut(data, places)) == whole
-    for event in whole.events:
-        if isinstance(event, es.Request):
-            check_sane(event, LIMITS)
+    for limits in (LIMITS, SHIPPED):
+        whole = outcome([data], limits)  # raises whatever is not an ApiError
+        assert outcome(cut(data, places), limits) == whole
+        for event in whole.events:
+            if isinstance(event, es.Request):
+                check_sane(event, limits)
 
 
 @EXAMPLES
@@ -149,43 +164,15 @@ def test_no_more_is_kept_than_the_limits_allow(data: bytes, size: int) -> None:
 
 # --- a second opinion ---
 
-# What we accept and h11 refuses; RFC 9112 allows each.
-H11_REFUSES = (
-    re.compile(rb"\r\n"),  # section 2.2: an empty line before the request is skipped
-    re.compile(rb"(?s).*\r\n[0-9A-Fa-f]+[\t ]+;"),  # 7.1.1: BWS before an extension
-    # 7.1.2: trailers may be dropped; h11 judges their framing as it does the head's.
-    re.compile(
-        rb"(?is).*\r\n0+[\t ]*(;[^\r\n]*)?\r\n([^\r\n]+\r\n)*"
-        rb"(content-length|transfer-encoding):"
-    ),
-)
-
-
-def accepted(data: bytes) -> list[tuple[es.Request, bytes]]:
-    """Each request we read, and its own bytes: up to where it was complete."""
-    parser = es.RequestParser(LIMITS)
-    found: list[tuple[es.Request, bytes]] = []
-    begin = 0
-    for end in range(1, len(data) + 1):
-        parser.feed(data[end - 1 : end])
-        try:
-            while event := parser.next_event():
-                if isinstance(event, es.Request):
-                    found.append((event, data[begin:end]))
-                    begin = end
-        except es.ApiError:
-            break
-    return found
-
 
 @settings(EXAMPLES, max_examples=2000)
 @given(anything | bent())
 def test_h11_reads_the_same_from_all_that_is_accepted(data: bytes) -> None:
-    for request, raw in accepted(data):
+    for request, raw in accepted(data, SHIPPED):
         try:
             seconds = h11_reads(raw)
         except h11.RemoteProtocolError:
-            assert any(known.match(raw) for known in H11_REFUSES), raw
+            assert h11_knowingly_refuses(raw), raw
             continue
         assert len(seconds) == 1, (raw, seconds)
         assert agrees(request, seconds[0]), (raw, request, seconds)
@@ -268,7 +255,7 @@ def test_a_valid_request_is_read_as_written(
 ) -> None:
     data = b"".join(one.raw for one in requests)
     meant = events_of(one.request for one in requests)
-    found = outcome(cut(data, places), es.HttpLimits())
+    found = outcome(cut(data, places), SHIPPED)
     assert (found.error, found.events) == (None, meant)
 
 

@@ -22,10 +22,11 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
     import embellama_server as es
 
     known = {row.flag for row in es.SETTING_ROWS} | {
-        *("--print-config", "--version", "--no-elastic"),  # ours
+        *("--print-config", "--version", "--no-elastic", "--no-supervise"),  # ours
         *("--seconds", "--output"),  # of tune
         *("--bert-base", "--peer-cmd", "--list-cells", "--cached", "--health"),  # bench
         "--requests",  # of the soak test
+        "--count",  # of the mutants
         "--parallel",  # llama-server's
         *(
             "--peer",
@@ -37,7 +38,7 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
             "--find-links",
         ),
     }
-    assert set(re.findall(r"--[a-z][a-z-]+", docs.README.read_text())) <= known
+    assert set(re.findall(r"--[a-z][a-z0-9-]+", docs.README.read_text())) <= known
 
 
 def readme_curls() -> list[str]:

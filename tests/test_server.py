@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+import embellama_server as es
 from tests import kit
 
 SCRIPT = str(kit.ROOT / "embellama_server.py")
@@ -102,13 +104,23 @@ def test_a_taken_port_is_exit_1_and_one_sentence(tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_file_llama_cpp_cannot_load_is_exit_1_without_a_traceback(
-    tmp_path: Path,
+NO_MODEL = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + es._gguf_field(
+    "general.architecture", "nonsense"
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"GGUF", "is not a sound GGUF file"), (NO_MODEL, "llama.cpp cannot load it")],
+)
+def test_a_file_that_cannot_be_loaded_is_exit_1_without_a_traceback(
+    tmp_path: Path, data: bytes, reason: str
 ) -> None:
-    model = str(kit.fake_gguf(tmp_path))
-    done = program("--model-path", model, "--port", "0")
+    model = tmp_path / "model.gguf"
+    model.write_bytes(data)
+    done = program("--model-path", str(model), "--port", "0")
     assert done.returncode == 1
-    assert "cannot load it" in done.stderr.splitlines()[-1]
+    assert reason in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
@@ -130,7 +142,7 @@ def test_version_and_help_answer() -> None:
     version = program("--version")
     assert version.returncode == 0
     name, number, digest = version.stdout.split()
-    assert (name, number) == ("embellama_server", "0.1.0")
+    assert (name, number) == ("embellama_server", "0.2.0")
     assert len(digest) == len("sha256:") + 64
     shown = program("--help")
     assert shown.returncode == 0

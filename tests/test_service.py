@@ -80,6 +80,61 @@ def test_stop_while_loading_stops_at_once() -> None:
     run(check())
 
 
+def test_a_successor_accepts_nobody_until_its_model_is_loaded() -> None:
+    async def check() -> None:
+        gate = threading.Event()
+        async with kit.running_service(
+            before_load=lambda: kit.wait(gate), wait_ready=False, is_successor=True
+        ) as running:
+            paths = ("/health", "/ready", "/v1/models")
+            waiting = [asyncio.create_task(running.ask("GET", path)) for path in paths]
+            ask = running.ask("POST", "/v1/embeddings", {"input": "a"})
+            waiting.append(asyncio.create_task(ask))
+            done, _ = await asyncio.wait(waiting, timeout=0.3)
+            assert not done
+            assert not running.service.connections.open
+            gate.set()
+            assert [(await each).status for each in waiting] == [200] * 4
+
+    run(check())
+
+
+def test_a_successor_that_loads_for_too_long_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert es._WAIT_IN_BACKLOG_S == 30
+    monkeypatch.setattr(es, "_WAIT_IN_BACKLOG_S", 0.1)
+
+    async def check() -> None:
+        gate = threading.Event()
+        async with kit.running_service(
+            before_load=lambda: kit.wait(gate), wait_ready=False, is_successor=True
+        ) as running:
+            ask = await running.ask("POST", "/v1/embeddings", {"input": "a"})
+            assert (ask.status, ask.error["code"]) == (503, "not_ready")
+            assert "loading" in ask.error["message"]
+            gate.set()
+            await running.log.settled.wait()
+            assert (await running.ask("GET", "/ready")).status == 200
+
+    run(check())
+
+
+def test_a_successor_that_is_told_to_stop_while_it_loads_does() -> None:
+    async def check() -> None:
+        gate = threading.Event()
+        async with kit.running_service(
+            before_load=lambda: kit.wait(gate), wait_ready=False, is_successor=True
+        ) as running:
+            await asyncio.sleep(0)
+            running.service.stop()
+            async with asyncio.timeout(kit.DEADLINE_S):
+                assert await running.task == 0
+            gate.set()
+
+    run(check())
+
+
 def test_stop_finishes_accepted_work_and_refuses_new() -> None:
     engine = kit.FakeEngine()
     engine.block()

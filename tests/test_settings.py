@@ -93,6 +93,16 @@ def refused(
     return answer
 
 
+# For rows with a pattern.
+MATCHING: dict[str, tuple[Any, Any]] = {
+    "cpu_affinity": ("0-3,8", "auto"),
+    "model_sha256": ("0123456789abcdefABCDEF" + "0" * 42, "f" * 64),
+    "listen": (("[::1]:0", "localhost:65535"), ("192.0.2.1:80",)),
+    "uds_mode": ("0600", "777"),
+    "cors_origin": (("https://a.example", "http://[::1]:80"), ("http://b",)),
+}
+
+
 def pair(row: es.Row, folder: Path) -> tuple[Any, Any]:
     """Two allowed values; the first is not the default."""
     limits = row.option
@@ -102,10 +112,12 @@ def pair(row: es.Row, folder: Path) -> tuple[Any, Any]:
             file.write_bytes(limits.magic)
         return str(files[0]), str(files[1])
     if limits.choices:
+        if row.kind is tuple:
+            return limits.choices[::-1], limits.choices[:1]
         others = [choice for choice in limits.choices if choice != row.default]
         return others[-1], limits.choices[0]
     if limits.pattern:
-        return "0-3,8", "auto"
+        return MATCHING[row.name]
     if row.kind is bool:
         return not row.default, row.default
     if row.kind is tuple:
@@ -237,6 +249,8 @@ BAD_TEXT = {
     ("cpu_affinity", "must be off, auto or a list like 0-3,8"): [
         *("", "on", "-1", "1-", "1,,2", "1,", "0 1", "0x1", "\u0661", "9" * 6, "0-3\n"),
     ],
+    ("uds_mode", "must be octal, e.g. 0660"): ["", "60", "0o660", "0680", "00660"],
+    ("model_sha256", "must be 64 hexadecimal digits"): ["0" * 63, "0" * 65, "g" * 64],
     # asyncio takes the empty host for every interface there is.
     ("host", ""): [""],
     ("model_name", "must be a string"): ["\udcff"],  # could be sent in no answer
@@ -345,7 +359,7 @@ def test_the_shown_settings_are_a_file_that_says_the_same(
     odd = '\x7f\x1b\n\t"\\ \N{SNOWMAN} \N{GRINNING FACE}'
     saying.flags = [f"--model-name={odd}"]
     for row in es.SETTING_ROWS:
-        if row.option.in_file:
+        if row.option.in_file and not row.option.secret:
             saying.say("file", row.name, pair(row, saying.folder)[0])
     assert es.main([*saying.argv(), "--print-config"]) == 0
     shown = capsys.readouterr().out
@@ -380,25 +394,17 @@ def test_the_shown_settings_stay_a_file_whatever_the_file_is_called(
     assert (table["port"], table["threads"]) == (8080, 2)
 
 
-def test_a_secret_is_never_shown(
-    saying: Saying, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # No setting is secret yet: make two so.
-    rows = [
-        dataclasses.replace(row, option=dataclasses.replace(row.option, secret=True))
-        if row.name in ("host", "pooling")
-        else row
-        for row in es.SETTING_ROWS
-    ]
-    monkeypatch.setattr(es, "SETTING_ROWS", tuple(rows))
-    saying.say("flag", "host", "sk-1")
-    shown = saying.load().describe()
-    assert "sk-1" not in shown
-    assert 'host = "(hidden)"  # flag --host' in shown
-    saying.say("environment", "pooling", "sk-2")
-    said = refused(saying)
-    assert "sk-2" not in said
-    assert "pooling" in said
+def test_a_secret_is_never_shown(saying: Saying, refused: Refused) -> None:
+    assert [row.name for row in es.SETTING_ROWS if row.option.secret] == ["api_key"]
+    saying.say("flag", "api_key", "sk-1")
+    loaded = saying.load()
+    assert loaded.settings.api_key == "sk-1"
+    assert "sk-1" not in loaded.describe()
+    assert 'api_key = "(hidden)"  # flag --api-key' in loaded.describe()
+    assert loaded.given() == {}, "what tune writes into a file"
+    wrong = Saying(saying.folder)
+    wrong.say("environment", "api_key", "sk-2\udcff")  # not Unicode
+    assert "sk-2" not in refused(wrong)
 
 
 # --- README ---
@@ -406,7 +412,7 @@ def test_a_secret_is_never_shown(
 
 def test_the_readme_table_has_each_row_once() -> None:
     head, rule, *lines = es.settings_table().splitlines()
-    assert {line.count("|") for line in (head, rule, *lines)} == {5}
+    assert {line.count("|") for line in (head, rule, *lines)} == {6}
     for line, row in zip(lines, ROWS.values(), strict=True):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         assert cells[0] == f"`{row.flag}`"
@@ -475,3 +481,8 @@ def test_cores_are_counted_where_there_is_no_affinity(
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: counted)
     assert es.usable_cores(tmp_path) == cores
+
+
+def test_every_row_says_what_a_reload_does_with_it() -> None:
+    said = {row.option.reload for row in es.SETTING_ROWS}
+    assert said == set(es.RELOADS)

@@ -909,6 +909,26 @@ def test_a_call_that_takes_far_too_long_is_ended_and_its_input_refused() -> None
         assert_vectors(at.result("good"))
 
 
+def test_before_the_first_was_measured_a_call_may_take_a_second_a_token() -> None:
+    engine = Engine()
+    with desk(engine, stuck_after_s=10.0) as at:
+        engine.block()
+        long = at.pool.queue.card.max_input_tokens  # seconds, if each token takes one
+        job = at.submit(" ".join(["word"] * (long - 2)))
+        engine.wait_until_computing()
+        begun = time.monotonic()
+        clock = at.pool.queue.clock = Clock()
+        clock.now = begun + long - 1.0
+        assert at.pool.watch() == []
+        assert engine.aborts == 0
+        clock.now = begun + long + 1.0
+        assert at.pool.watch() == [], "aborted, not stuck yet"
+        assert engine.aborts == 1
+        at.wait_for(job)
+        assert isinstance(job.error, es.EngineFailed)
+        engine.release()
+
+
 def test_a_call_that_does_not_end_is_stuck_and_its_jobs_are_answered() -> None:
     engine = Engine()
     engine.is_deaf = True

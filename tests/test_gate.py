@@ -1,0 +1,1083 @@
+"""Rooms GATE and ROUTES: who is let in where, how often, from which pages; the audit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+import embellama_server as es
+from tests import kit
+from tests.kit import RunningService
+
+ADMIN, PLAIN, OTHER, WRONG = (f"key-of-{who}-0123456789" for who in "apow")
+NAMES = {ADMIN: "operator", PLAIN: "search", OTHER: "import"}
+URL = "/v1/embeddings"
+EXAMPLE = "https://app.example"
+ASK = {"input": "a b"}  # 4 tokens; before they are counted it may be 6
+BOUND, TOKENS = 6, 4
+
+OPEN_ROUTES = ("health", "ready", "metrics", "none")
+ROUTES = [pytest.param(route, id=f"{route.method} {route.path}") for route in es.ROUTES]
+
+
+def key_file(folder: Path, **options: str) -> str:
+    """A key file of everybody; options by name."""
+    path, new = folder / "keys", folder / "keys.new"
+    default = {"operator": "admin"}
+    lines = [
+        f"{name} {key} {options.get(name, default.get(name, ''))}\n"
+        for key, name in NAMES.items()
+    ]
+    new.write_text("".join(lines), encoding="utf-8")
+    new.chmod(0o600)
+    new.replace(path)
+    return str(path)
+
+
+def with_service(
+    check: Callable[[RunningService], Awaitable[None]],
+    engine: kit.FakeEngine | None = None,
+    **changes: Any,
+) -> None:
+    """Run ``check`` against a service; asserts that no key is in its log afterwards."""
+
+    async def run() -> None:
+        async with kit.running_service(engine, **changes) as running:
+            await check(running)
+        for key in (*NAMES, WRONG):
+            assert key not in running.log.getvalue()
+
+    asyncio.run(run())
+
+
+async def fields_of(running: RunningService, sent: bytes) -> list[str]:
+    """The names of the answer's fields, as they come."""
+    raw = await running.exchange(sent)
+    lines = raw.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")[1:]
+    return [line.partition(":")[0].lower() for line in lines]
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The fields that present it."""
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def path_of(route: es.Route) -> str:
+    """A path that the route takes."""
+    return route.path.replace("{id}", "fake")
+
+
+async def ask_route(
+    running: RunningService, route: es.Route, **fields: str
+) -> kit.Reply:
+    """A request that the route answers with 200, if it is let in."""
+    body = ASK if route.takes_json else None
+    return await running.ask(route.method, path_of(route), body, **fields)
+
+
+async def embed(running: RunningService, key: str = "", **ask: Any) -> kit.Reply:
+    """A request for a vector."""
+    return await running.ask("POST", URL, ASK | ask, **bearer(key))
+
+
+def head(path: str = "/", method: str = "GET", **fields: str) -> es.Head:
+    """A request's head, with these fields."""
+    named = tuple((k.replace("_", "-"), v) for k, v in fields.items())
+    return es.Head(method, path, "", 1, named, 0, fields.get("host", ""))
+
+
+def gate(**changes: Any) -> es.Gate:
+    """A gate without a service."""
+    return es.Gate(kit.settings(**changes))
+
+
+# --- every route, with and without keys ---
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_without_keys_this_machine_may_do_everything(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        assert (await ask_route(running, route)).status == 200
+        # Whoever brings a key anyway, as the openai client must, is not refused for it.
+        assert (await ask_route(running, route, **bearer(WRONG))).status == 200
+
+    with_service(check)
+
+
+@pytest.mark.parametrize("peer", ["192.0.2.1", "2001:db8::1", "128.0.0.1"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_without_keys_another_machine_may_not_administer(
+    route: es.Route, peer: str
+) -> None:
+    asked = head(path_of(route), route.method, host="box.example:8080")
+    if route.access != "admin":
+        assert gate().admit(asked, peer, route.access).key_name == ""
+        return
+    with pytest.raises(es.AdminOnly) as caught:
+        gate().admit(asked, peer, route.access)
+    assert (caught.value.status, caught.value.code) == (403, "admin_only")
+
+
+def expected_status(route: es.Route, opened: tuple[str, ...], key: str) -> int:
+    """What a request with this key is answered, where there are keys."""
+    if route.access in opened:
+        return 200
+    if key not in NAMES:
+        return 401
+    return 403 if route.access == "admin" and key != ADMIN else 200
+
+
+@pytest.mark.parametrize("opened", [("health", "ready"), ("metrics",), ("none",)])
+def test_with_keys_a_route_asks_for_what_its_row_says(
+    tmp_path: Path, opened: tuple[str, ...]
+) -> None:
+    async def check(running: RunningService) -> None:
+        for route, key in itertools.product(es.ROUTES, ("", WRONG, *NAMES)):
+            reply = await ask_route(running, route, **bearer(key))
+            wanted = expected_status(route, opened, key)
+            assert reply.status == wanted, (route.method, route.path, key)
+            code = {200: None, 401: "invalid_api_key", 403: "admin_only"}[wanted]
+            assert code is None or reply.error["code"] == code
+            assert ("www-authenticate" in reply.headers) is (wanted == 401)
+
+    with_service(check, api_key_file=key_file(tmp_path), open_route=opened)
+
+
+def test_only_words_of_the_option_stand_in_the_table() -> None:
+    assert {r.access for r in es.ROUTES} <= {"key", "admin", *OPEN_ROUTES} - {"none"}
+    assert {r.access for r in es.ROUTES if r.path.startswith("/admin/")} == {"admin"}
+
+
+def test_a_head_request_asks_for_the_same_key(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        for path, key in itertools.product(("/v1/models", "/metrics"), ("", PLAIN)):
+            reply = await running.ask("HEAD", path, **bearer(key))
+            assert reply.status == (200 if key else 401)
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_options_needs_no_key_and_lists_methods_only(
+    tmp_path: Path, route: es.Route
+) -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("OPTIONS", path_of(route))
+        assert reply.status == 204
+        assert route.method in reply.headers["allow"].split(", ")
+        assert not any(name.startswith("access-control") for name in reply.headers)
+        assert (await running.ask("OPTIONS", "*")).status == 204
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings/", "/ADMIN/cache", "/admin%2Fcache"])
+def test_no_other_spelling_of_a_path_is_a_way_around(tmp_path: Path, path: str) -> None:
+    async def check(running: RunningService) -> None:
+        for method in ("GET", "POST", "DELETE"):
+            assert (await running.ask(method, path)).status == 404
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+def raw_post(length: int, *fields: str) -> bytes:
+    """The head of a request whose body does not come."""
+    kind = "content-type: application/json"
+    lines = (f"POST {URL} HTTP/1.1", "host: h", f"content-length: {length}", kind)
+    return "\r\n".join([*lines, *fields, "", ""]).encode()
+
+
+@pytest.mark.parametrize("fields", [(), ("expect: 100-continue",)], ids=["", "100"])
+@pytest.mark.parametrize("length", [10, 10_000_000], ids=["small", "large"])
+def test_a_wrong_key_is_refused_before_the_body_comes(
+    tmp_path: Path, length: int, fields: tuple[str, ...]
+) -> None:
+    async def check(running: RunningService) -> None:
+        reader, writer = await asyncio.open_connection(running.host, running.port)
+        writer.write(raw_post(length, f"authorization: Bearer {WRONG}", *fields))
+        async with asyncio.timeout(kit.DEADLINE_S):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+def test_the_right_key_is_told_to_continue(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        reader, writer = await asyncio.open_connection(running.host, running.port)
+        fields = (f"authorization: Bearer {PLAIN}", "expect: 100-continue")
+        writer.write(raw_post(10, *fields))
+        async with asyncio.timeout(kit.DEADLINE_S):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 100 ")
+        writer.close()
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+def test_a_refused_request_does_not_leave_its_body_to_be_read_as_the_next(
+    tmp_path: Path,
+) -> None:
+    async def check(running: RunningService) -> None:
+        smuggled = b"DELETE /admin/cache HTTP/1.1\r\nhost: h\r\n\r\n"
+        last = b"GET /health HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
+        sent = raw_post(len(smuggled)) + smuggled + last
+        replies = kit.parse_replies(await running.exchange(sent), ["POST", "GET"])
+        assert [reply.status for reply in replies] == [401, 200]
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+def test_who_was_let_in_once_shows_the_key_again(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        asked = "GET /v1/models HTTP/1.1\r\nhost: h\r\n"
+        first = f"{asked}authorization: Bearer {PLAIN}\r\n\r\n"
+        sent = f"{first}{asked}connection: close\r\n\r\n".encode()
+        replies = kit.parse_replies(await running.exchange(sent), ["GET", "GET"])
+        assert [reply.status for reply in replies] == [200, 401]
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+# --- limits ---
+
+
+def refused_lines(running: RunningService) -> list[str]:
+    """What the log has once a second: how many were refused, and the last of them."""
+    lines = running.log.getvalue().splitlines()
+    return [line for line in lines if " refused " in line]
+
+
+LIMIT_FIELDS = [
+    f"x-ratelimit-{kind}-requests" for kind in ("limit", "remaining", "reset")
+]
+
+
+def test_more_than_the_rate_is_429_and_says_when_to_come_back() -> None:
+    async def check(running: RunningService) -> None:
+        first, second, refused = [await embed(running) for _ in range(3)]
+        assert (first.status, second.status, refused.status) == (200, 200, 429)
+        left = [r.headers["x-ratelimit-remaining-requests"] for r in (first, second)]
+        assert left == ["1", "0"]
+        for reply in (second, refused):
+            assert set(LIMIT_FIELDS) <= set(reply.headers)
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert refused.error["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert 1000 <= int(refused.headers["retry-after-ms"]) <= 60000
+        assert refused.headers["x-should-retry"] == "true"
+        assert (await running.ask("GET", "/health")).status == 200
+        running.service._tick()
+        (line,) = refused_lines(running)
+        assert "rate_limit_exceeded=1 " in line
+
+    with_service(check, rate_limit=0.01, rate_burst=2)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_limit_holds_where_work_is_asked_for_and_nowhere_else(
+    tmp_path: Path, route: es.Route
+) -> None:
+    """Who watches or administers must get through."""
+    limits: dict[str, Any] = {"rate_limit": 0.01, "rate_burst": 1, "token_limit": 1}
+    path = key_file(tmp_path)
+    for gatekeeper in (gate(**limits), gate(api_key_file=path, **limits)):
+        asked = head(path_of(route), route.method, host="localhost", **bearer(ADMIN))
+        caller = gatekeeper.admit(asked, "127.0.0.1", "key")
+        gatekeeper.charge(caller, 100)  # much more than there is
+        passes = contextlib.nullcontext()
+        is_limited = route.access == "key"
+        with pytest.raises(es.RateLimited) if is_limited else passes:
+            gatekeeper.admit(asked, "127.0.0.1", route.access)
+
+
+def test_a_probe_is_told_nothing_of_limits() -> None:
+    gatekeeper = gate(rate_limit=0.01, token_limit=10)
+    for access in ("health", "ready"):
+        caller = gatekeeper.admit(head(host="localhost"), "127.0.0.1", access)
+        assert gatekeeper.limit_fields(caller) == ()
+
+
+def test_without_limits_nothing_is_said_of_them() -> None:
+    async def check(running: RunningService) -> None:
+        reply = await embed(running)
+        assert not any(name.startswith("x-ratelimit") for name in reply.headers)
+
+    with_service(check)
+
+
+def test_a_key_s_own_limits_go_before_the_settings(tmp_path: Path) -> None:
+    path = key_file(
+        tmp_path, search="rate=0.01 burst=3 tokens=600", operator="rate=1000 burst=100"
+    )
+    changes: dict[str, Any] = {"rate_limit": 0.01, "rate_burst": 1, "token_limit": 60}
+
+    async def check(running: RunningService) -> None:
+        replies = [await embed(running, PLAIN) for _ in range(4)]
+        assert [reply.status for reply in replies] == [200] * 3 + [429]
+        assert replies[0].headers["x-ratelimit-limit-requests"] == "3"
+        assert replies[0].headers["x-ratelimit-limit-tokens"] == "600"
+        # Two keys do not share a bucket; this one has the settings' limits.
+        replies = [await embed(running, OTHER) for _ in range(2)]
+        assert [reply.status for reply in replies] == [200, 429]
+        assert replies[0].headers["x-ratelimit-limit-tokens"] == "60"
+        replies = [await embed(running, ADMIN) for _ in range(5)]
+        assert {reply.status for reply in replies} == {200}
+
+    with_service(check, api_key_file=path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("peers", "is_shared"),
+    [
+        (("192.0.2.1", "192.0.2.2"), False),
+        (("192.0.2.1", "192.0.2.1"), True),
+        (("192.0.2.1", "::ffff:192.0.2.1"), True),
+        (("2001:db8::1", "2001:db8::2"), True),
+        (("2001:db8::1", "2001:db8:0:1::1"), False),
+        (("fe80::1%eth0", "fe80::1%eth1"), True),
+        (("", "127.0.0.1"), False),
+    ],
+    ids=str,
+)
+def test_an_address_or_ipv6_network_has_a_bucket(
+    peers: tuple[str, str], *, is_shared: bool
+) -> None:
+    gatekeeper = gate(rate_limit=0.01, rate_burst=1)
+    first, second = peers
+    gatekeeper.admit(head(host="localhost"), first, "key")
+    with pytest.raises(es.RateLimited) if is_shared else contextlib.nullcontext():
+        gatekeeper.admit(head(host="localhost"), second, "key")
+
+
+def test_a_key_has_one_bucket_wherever_it_asks_from(tmp_path: Path) -> None:
+    path = key_file(tmp_path, search="rate=0.01 burst=1")
+    gatekeeper, asked = gate(api_key_file=path), head(**bearer(PLAIN))
+    gatekeeper.admit(asked, "192.0.2.1", "key")
+    with pytest.raises(es.RateLimited):
+        gatekeeper.admit(asked, "192.0.2.2", "key")
+
+
+def test_a_wrong_key_uses_up_nobody_s_requests(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        for _ in range(3):
+            assert (await embed(running, WRONG)).status == 401
+        assert (await embed(running, PLAIN)).status == 200
+
+    path = key_file(tmp_path)
+    with_service(check, api_key_file=path, rate_limit=0.01, rate_burst=1)
+
+
+def remaining_tokens(reply: kit.Reply) -> int:
+    """What the answer says is left."""
+    return int(reply.headers["x-ratelimit-remaining-tokens"])
+
+
+@pytest.fixture
+def charged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the gate is told to count, as it comes: the clock has no part in it."""
+    amounts: list[int] = []
+    charge = es.Gate.charge
+
+    def noted(gatekeeper: es.Gate, caller: es.Caller, tokens: int) -> None:
+        charge(gatekeeper, caller, tokens)
+        amounts.append(tokens)
+
+    monkeypatch.setattr(es.Gate, "charge", noted)
+    return amounts
+
+
+def test_tokens_are_charged_as_they_were_counted_in_the_end(charged: list[int]) -> None:
+    async def check(running: RunningService) -> None:
+        for _ in range(2):
+            reply = await embed(running)
+            assert reply.json["usage"]["total_tokens"] == TOKENS
+        # What was not computed again was asked for again.
+        assert len(running.engine.calls) == 1
+        assert charged == [BOUND, TOKENS - BOUND] * 2
+
+    with_service(check, token_limit=1000, cache_mb=1)
+
+
+@pytest.mark.parametrize(
+    ("ask", "status", "cost"),
+    [
+        ({"input": " ".join(["word"] * 40)}, 400, 0),
+        ({"input": [""]}, 400, 0),
+        ({"model": "gpt-9"}, 404, 0),
+        ({"input": "boom"}, 500, 3),
+    ],
+    ids=["too long", "empty", "another model", "a failing engine"],
+)
+def test_a_request_that_fails_costs_what_was_computed(
+    charged: list[int], ask: dict[str, Any], status: int, cost: int
+) -> None:
+    async def check(running: RunningService) -> None:
+        assert (await embed(running, **ask)).status == status
+        assert sum(charged) == cost
+
+    with_service(check, token_limit=1000)
+
+
+def test_an_upper_bound_beyond_the_limit_is_429_and_takes_nothing() -> None:
+    async def check(running: RunningService) -> None:
+        for left in (6, 2):
+            assert remaining_tokens(await embed(running)) == left
+        refused = await embed(running)
+        assert refused.status == 429
+        assert "10 tokens per minute" in refused.error["message"]
+        assert refused.headers["x-should-retry"] == "true"
+        assert {"retry-after", "retry-after-ms"} <= set(refused.headers)
+        assert remaining_tokens(refused) == 2
+        assert len(running.engine.calls) == 2
+
+    with_service(check, token_limit=10, cache_mb=0)
+
+
+def test_a_refusal_for_its_tokens_has_no_field_twice() -> None:
+    async def check(running: RunningService) -> None:
+        body = json.dumps(ASK).encode()
+        sent = raw_post(len(body), "connection: close") + body
+        assert (await embed(running)).status == 200
+        names = await fields_of(running, sent)
+        assert "retry-after-ms" in names
+        assert len(names) == len(set(names))
+
+    with_service(check, token_limit=6, cache_mb=0)
+
+
+def test_a_request_refused_by_a_full_queue_costs_nothing(charged: list[int]) -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        first = asyncio.create_task(embed(running, input=["a", "b"]))
+        await asyncio.to_thread(engine.wait_until_computing)
+        for _ in range(2):
+            refused = await embed(running, input=["c", "d", "e"])
+            assert (refused.status, refused.error["code"]) == (503, "overloaded")
+        engine.release()
+        assert (await first).status == 200
+        assert charged == [8, 12, -12, 12, -12, -2]
+
+    with_service(check, engine, token_limit=1000, queue_size=4)
+
+
+def test_a_request_larger_than_a_minute_s_tokens_is_answered_when_nothing_was_used() -> (
+    None
+):
+    async def check(running: RunningService) -> None:
+        reply = await embed(running, input=["a"] * 10)  # 30 tokens, at most 40
+        assert reply.status == 200
+        assert remaining_tokens(reply) == 0
+
+    with_service(check, token_limit=10)
+
+
+@pytest.mark.parametrize(
+    ("cap", "asked", "gets"),
+    [
+        ("", "high", "high"),
+        ("", "low", "low"),
+        ("priority=high", "high", "high"),
+        ("priority=normal", "high", "normal"),
+        ("priority=low", "high", "low"),
+        ("priority=low", None, "low"),
+        ("priority=normal", "low", "low"),
+    ],
+)
+def test_a_key_may_not_be_more_urgent_than_its_line_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cap: str,
+    asked: str | None,
+    gets: str,
+) -> None:
+    jobs: list[es.Job] = []
+    submit = es.Queue.submit
+
+    def noted(queue: es.Queue, job: es.Job) -> None:
+        jobs.append(job)
+        submit(queue, job)
+
+    monkeypatch.setattr(es.Queue, "submit", noted)
+
+    async def check(running: RunningService) -> None:
+        assert (await embed(running, PLAIN, priority=asked)).status == 200
+        by_header = bearer(PLAIN) | ({"x_priority": asked} if asked else {})
+        assert (await running.ask("POST", URL, ASK, **by_header)).status == 200
+        assert [es.URGENCIES[job.urgency] for job in jobs] == [gets, gets]
+        assert {job.client for job in jobs} == {"key search"}
+
+    with_service(check, api_key_file=key_file(tmp_path, search=cap))
+
+
+# --- pages of other origins ---
+
+CORS = "access-control-"
+
+
+@pytest.mark.parametrize("fields", [{}, {"sec_fetch_site": "same-origin"}], ids=str)
+def test_without_the_option_nothing_is_said_to_browsers(fields: dict[str, str]) -> None:
+    async def check(running: RunningService) -> None:
+        own = {"host": "localhost:1", "origin": "http://localhost:1"} | fields
+        assert gate().cors_fields(head(**own)) == ()
+        for method in ("GET", "OPTIONS"):
+            reply = await running.ask(method, "/v1/models", origin="http://localhost")
+            assert reply.status in (200, 204)
+            assert "vary" not in reply.headers
+            assert not any(name.startswith(CORS) for name in reply.headers)
+
+    with_service(check)
+
+
+@pytest.mark.parametrize("is_keyed", [False, True], ids=["open", "keys"])
+def test_a_listed_origin_s_pages_may_read_every_answer(
+    tmp_path: Path, *, is_keyed: bool
+) -> None:
+    keys: dict[str, Any] = {"api_key_file": key_file(tmp_path)} if is_keyed else {}
+
+    async def check(running: RunningService) -> None:
+        presented = bearer(PLAIN) if is_keyed else {}
+        paths = {"/v1/models": 200, "/v1/models/gpt-9": 404, "/nothing": 404}
+        if is_keyed:
+            paths["/admin/reload"] = 405
+        for path, status in paths.items():
+            reply = await running.ask("GET", path, origin=EXAMPLE, **presented)
+            assert reply.status == status
+            assert reply.headers["access-control-allow-origin"] == EXAMPLE
+            assert "origin" in reply.headers["vary"]
+            assert "access-control-allow-credentials" not in reply.headers
+        if is_keyed:
+            unknown = await running.ask("GET", "/v1/models", origin=EXAMPLE)
+            assert unknown.status == 401
+            assert unknown.headers["access-control-allow-origin"] == EXAMPLE
+
+    with_service(check, cors_origin=(EXAMPLE, "http://b.example:81"), **keys)
+
+
+OTHER_ORIGINS = [
+    "http://app.example",
+    "https://app.example:444",
+    "https://app.example.evil",
+    "https://sub.app.example",
+    "null",
+    "*",
+    "",
+]
+
+
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
+def test_another_origin_is_told_nothing_but_that_it_varies(origin: str) -> None:
+    gatekeeper, asked = gate(cors_origin=(EXAMPLE,)), head(origin=origin)
+    assert gatekeeper.cors_fields(asked) == (("vary", "origin"),)
+    assert gatekeeper.preflight_fields(asked, "GET") == ()
+
+
+@pytest.mark.parametrize("option", [EXAMPLE, "https://APP.Example"])
+@pytest.mark.parametrize("origin", [EXAMPLE, "https://APP.example"])
+def test_an_origin_s_capitals_do_not_matter(option: str, origin: str) -> None:
+    gatekeeper, asked = gate(cors_origin=(option,)), head(origin=origin)
+    fields = dict(gatekeeper.cors_fields(asked))
+    assert fields["access-control-allow-origin"] == origin
+    exposed = fields["access-control-expose-headers"].split(", ")
+    assert {"*", "x-request-id", "retry-after-ms"} <= set(exposed)
+    assert gatekeeper.preflight_fields(asked, "GET")
+    assert gatekeeper.admit(head(origin=origin, host="localhost"), "127.0.0.1", "key")
+
+
+def test_a_preflight_needs_no_key_and_says_what_may_be_sent(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        wanted = {"access_control_request_method": "POST"}
+        wanted["access_control_request_headers"] = "authorization,content-type"
+        reply = await running.ask("OPTIONS", URL, origin=EXAMPLE, **wanted)
+        assert reply.status == 204
+        assert reply.headers["access-control-allow-origin"] == EXAMPLE
+        assert "POST" in reply.headers["access-control-allow-methods"]
+        allowed = reply.headers["access-control-allow-headers"]
+        assert allowed == "authorization,content-type"
+        assert int(reply.headers["access-control-max-age"]) > 0
+        other = await running.ask("OPTIONS", URL, origin="https://b.example", **wanted)
+        assert other.status == 204
+        assert not any(name.startswith(CORS) for name in other.headers)
+
+    with_service(check, api_key_file=key_file(tmp_path), cors_origin=(EXAMPLE,))
+
+
+# --- names that resolve to this machine ---
+
+HOSTS = [
+    ("localhost", True),
+    ("LOCALHOST:8080", True),
+    ("127.0.0.1:8080", True),
+    ("127.8.8.8", True),
+    ("[::1]:8080", True),
+    ("[::1]", True),
+    ("app.localhost", True),
+    ("app.localhost:80", True),
+    ("box.example:8080", True),  # --allowed-host
+    ("", True),  # HTTP/1.0
+    ("evil.example", False),
+    ("evil.example:8080", False),
+    ("localhost.evil.example", False),
+    ("evillocalhost", False),
+    ("box.example.evil", False),
+    ("192.168.1.2", False),
+    ("[2001:db8::1]", False),
+    ("127.0.0.1.evil.example", False),
+    ("127.evil.example:8080", False),
+    ("::1.evil.example", False),
+    ("sub.box.example", False),
+]
+
+
+@pytest.mark.parametrize(("host", "is_ours"), HOSTS)
+def test_without_keys_a_request_from_this_machine_names_this_machine(
+    host: str, *, is_ours: bool
+) -> None:
+    gatekeeper = gate(allowed_host=("box.example",))
+    accesses = ("key", "admin", "metrics")
+    for peer, access in itertools.product(("127.0.0.1", "::1"), accesses):
+        if is_ours:
+            assert gatekeeper.admit(head(host=host), peer, access)
+            continue
+        with pytest.raises(es.HostNotAllowed) as caught:
+            gatekeeper.admit(head(host=host), peer, access)
+        assert (caught.value.status, caught.value.code) == (403, "host_not_allowed")
+
+
+def test_the_option_s_capitals_do_not_matter() -> None:
+    asked = head(host="Box.Example")
+    assert gate(allowed_host=("Box.Example",)).admit(asked, "127.0.0.1", "key")
+
+
+@pytest.mark.parametrize("peer", ["", "192.0.2.1"], ids=["unix socket", "network"])
+def test_on_other_ways_in_any_host_will_do(peer: str) -> None:
+    assert gate().admit(head(host="evil.example"), peer, "key")
+
+
+def test_the_name_it_listens_on_is_its_own() -> None:
+    gatekeeper = gate(host="Box.internal")
+    assert gatekeeper.admit(head(host="box.internal:80"), "127.0.0.1", "key")
+
+
+def test_with_keys_no_host_or_origin_is_refused(tmp_path: Path) -> None:
+    gatekeeper = gate(api_key_file=key_file(tmp_path))
+    fields = {"host": "evil.example", "origin": "https://evil.example"}
+    asked = head(**fields, sec_fetch_site="cross-site", **bearer(PLAIN))
+    assert gatekeeper.admit(asked, "127.0.0.1", "key").key_name == "search"
+
+
+PAGES: list[tuple[dict[str, str], bool]] = [
+    ({"origin": "http://localhost:8080"}, True),
+    ({"origin": "HTTP://LOCALHOST:8080"}, True),
+    ({"origin": "http://localhost:3000"}, False),  # this machine's other pages
+    ({"origin": "http://127.0.0.1:8080"}, False),
+    ({"origin": "http://localhost"}, False),
+    ({"origin": "localhost:8080"}, False),
+    ({"sec_fetch_site": "same-origin"}, True),
+    ({"sec_fetch_site": "none"}, True),  # typed into the address bar
+    ({"origin": EXAMPLE, "sec_fetch_site": "cross-site"}, True),  # --cors-origin
+    ({"origin": "https://evil.example"}, False),
+    ({"origin": "https://evil.example", "sec_fetch_site": "same-origin"}, False),
+    ({"origin": "http://localhost.evil.example"}, False),
+    ({"origin": "null"}, False),
+    ({"origin": "file://"}, False),
+    ({"sec_fetch_site": "cross-site"}, False),
+    ({"origin": "http://localhost", "sec_fetch_site": "cross-site"}, False),
+]
+
+
+@pytest.mark.parametrize(("fields", "may_ask"), PAGES, ids=str)
+@pytest.mark.parametrize("peer", ["127.0.0.1", "192.0.2.1", ""])
+def test_without_keys_a_page_of_another_site_may_not_ask(
+    fields: dict[str, str], peer: str, *, may_ask: bool
+) -> None:
+    asked = head(host="localhost:8080", **fields)
+    if may_ask:
+        assert gate(cors_origin=(EXAMPLE,)).admit(asked, peer, "key")
+        return
+    with pytest.raises(es.HostNotAllowed, match="--cors-origin"):
+        gate(cors_origin=(EXAMPLE,)).admit(asked, peer, "key")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_host_is_checked_on_every_route_but_open_probes(route: es.Route) -> None:
+    is_probe = route.access in ("health", "ready")
+
+    async def check(running: RunningService) -> None:
+        for fields in (
+            b"host: evil.example",
+            b"host: h\r\norigin: http://evil.example",
+        ):
+            line = f"{route.method} {path_of(route)} HTTP/1.1\r\n".encode()
+            kind = b"content-type: application/json\r\n" if route.takes_json else b""
+            sent = line + kind + fields + b"\r\nconnection: close\r\n\r\n"
+            reply = kit.parse_reply(await running.exchange(sent), route.method)
+            assert reply.status == (200 if is_probe else 403)
+            assert is_probe or reply.error["code"] == "host_not_allowed"
+
+    with_service(check)
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [("none",), ("metrics",), ("none", "health"), ("health", "none")],
+    ids=str,
+)
+def test_a_probe_that_is_not_open_is_checked_as_others(opened: tuple[str, ...]) -> None:
+    with pytest.raises(es.HostNotAllowed):
+        gate(open_route=opened).admit(head(host="evil.example"), "::1", "health")
+
+
+def test_none_closes_what_other_words_open(tmp_path: Path) -> None:
+    words = ("health", "ready", "metrics", "none")
+    gatekeeper = gate(api_key_file=key_file(tmp_path), open_route=words)
+    for access in OPEN_ROUTES[:-1]:
+        with pytest.raises(es.Unauthorized):
+            gatekeeper.admit(head(), "127.0.0.1", access)
+        assert gatekeeper.admit(head(**bearer(PLAIN)), "", access).key_name == "search"
+
+
+@pytest.mark.parametrize("field", ["forwarded", "x_forwarded_for"])
+def test_without_keys_what_a_proxy_passes_on_may_not_administer(
+    tmp_path: Path, field: str
+) -> None:
+    asked = head(host="localhost", **{field: "for=192.0.2.1"})
+    for peer in ("127.0.0.1", "::1", ""):
+        assert gate().admit(asked, peer, "key")
+        with pytest.raises(es.AdminOnly):
+            gate().admit(asked, peer, "admin")
+    keyed, presented = gate(api_key_file=key_file(tmp_path)), bearer(ADMIN)
+    asked = head(**presented, **{field: "for=192.0.2.1"})
+    assert keyed.admit(asked, "127.0.0.1", "admin").key_name == "operator"
+
+
+# --- bodies that are of no use ---
+
+IDLE = [route for route in es.ROUTES if not route.takes_json]
+
+
+@pytest.mark.parametrize("route", IDLE, ids=lambda r: f"{r.method} {r.path}")
+def test_a_route_that_takes_no_json_holds_no_body(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        for method in (route.method, "OPTIONS"):
+            small = await running.ask(method, path_of(route), b" " * 4096)
+            assert small.status == (204 if method == "OPTIONS" else 200)
+            start = f"{method} {path_of(route)} HTTP/1.1\r\nhost: h\r\n"
+            for field in ("content-length: 4097", "transfer-encoding: chunked"):
+                sent = f"{start}connection: close\r\n{field}\r\n\r\n".encode()
+                sent += b"0\r\n\r\n" if "chunked" in field else b" " * 4097
+                reply = kit.parse_reply(await running.exchange(sent), method)
+                assert (reply.status, reply.error["code"]) == (413, "body_too_large")
+
+    with_service(check)
+
+
+def test_who_has_no_key_is_told_so_before_the_body_is_looked_at(
+    tmp_path: Path,
+) -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("GET", "/v1/models", b" " * 5000)
+        assert reply.status == 401
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+# --- the audit log ---
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """What was audited."""
+    return [json.loads(line) for line in path.read_text("ascii").splitlines()]
+
+
+def test_the_audit_says_who_asked_what_and_how_much_and_not_the_text(
+    tmp_path: Path,
+) -> None:
+    audit = tmp_path / "audit"
+
+    async def check(running: RunningService) -> None:
+        for route in es.ROUTES:
+            fields = bearer(ADMIN) | {"x_request_id": "id-1"}
+            assert (await ask_route(running, route, **fields)).status == 200
+        for line, route in zip(lines_of(audit), es.ROUTES, strict=True):
+            is_open = route.access in ("health", "ready")
+            count = (1, TOKENS) if route.takes_json else (None, None)
+            assert time.time() - line.pop("time") < kit.DEADLINE_S * 2
+            assert line == {
+                "id": "id-1",
+                "key": None if is_open else "operator",
+                "address": "127.0.0.1",
+                "method": route.method,
+                "path": path_of(route),
+                "status": 200,
+                "model": "fake" if route.takes_json else None,
+                "inputs": count[0],
+                "tokens": count[1],
+            }
+
+    with_service(check, api_key_file=key_file(tmp_path), audit_log=str(audit))
+    assert audit.stat().st_mode & 0o777 == 0o600
+    assert ADMIN not in audit.read_text("ascii")
+
+
+def test_the_texts_are_audited_only_if_asked_for(tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+
+    async def check(running: RunningService) -> None:
+        await embed(running, input=["secret words", "\u00e4\n"])
+        await embed(running, input=[[10, 11]])
+        await embed(running, input="boom")
+        texts = [line["text"] for line in lines_of(audit)]
+        assert texts == [["secret words", "\u00e4\n"], [[10, 11]], ["boom"]]
+        assert "secret" not in running.log.getvalue()
+
+    with_service(check, audit_log=str(audit), audit_text=True, accept_token_ids=True)
+
+
+def test_what_its_head_condemns_is_logged_and_not_audited(tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+
+    async def check(running: RunningService) -> None:
+        for key, status in ((WRONG, 401), ("", 401), (PLAIN, 403)):
+            asked = running.ask("DELETE", "/admin/cache", **bearer(key))
+            assert (await asked).status == status
+        assert (await running.ask("OPTIONS", URL)).status == 204
+        assert (await running.ask("GET", "/nothing")).status == 404
+        assert lines_of(audit) == []
+        running.service._tick()
+        for code in ("invalid_api_key", "admin_only", "unknown_url"):
+            assert code in running.log.getvalue()
+
+    with_service(check, api_key_file=key_file(tmp_path), audit_log=str(audit))
+
+
+def test_what_its_body_condemns_is_audited(tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+
+    async def check(running: RunningService) -> None:
+        await running.ask("POST", URL, b"{", **bearer(PLAIN))
+        await embed(running, PLAIN, model="gpt-9")
+        found = [(line["key"], line["status"]) for line in lines_of(audit)]
+        assert found == [("search", 400), ("search", 404)]
+
+    with_service(check, api_key_file=key_file(tmp_path), audit_log=str(audit))
+
+
+def test_a_client_that_leaves_is_audited_with_499(tmp_path: Path) -> None:
+    audit, engine = tmp_path / "audit", kit.FakeEngine()
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        body = json.dumps(ASK).encode()
+        presented = f"authorization: Bearer {PLAIN}"
+        _, writer = await asyncio.open_connection(running.host, running.port)
+        writer.write(raw_post(len(body), presented) + body)
+        await asyncio.to_thread(engine.wait_until_computing)
+        writer.transport.abort()
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while not lines_of(audit):
+                await asyncio.sleep(0.01)
+        engine.release()
+        assert (await embed(running, PLAIN)).status == 200
+        found = [(line["key"], line["status"]) for line in lines_of(audit)]
+        assert found == [("search", 499), ("search", 200)]
+        assert "status=499" in running.log.getvalue()
+
+    path = key_file(tmp_path)
+    with_service(check, engine, api_key_file=path, audit_log=str(audit))
+
+
+def test_wrong_keys_are_a_line_a_second_with_the_last_address(
+    tmp_path: Path,
+) -> None:
+    async def check(running: RunningService) -> None:
+        app = running.service.connections.app
+        error = es.unauthorized("this key is not known here")
+        told: list[str] = []
+        for count in (1, 8, 0, 50):  # of each second
+            for number in range(count):
+                assert app.refuse(error, head(), f"192.0.2.{number}").status == 401
+            assert refused_lines(running) == told
+            running.service._tick()
+            lines = refused_lines(running)
+            assert lines[: len(told)] == told
+            new, told = lines[len(told) :], lines
+            assert len(new) == bool(count)
+            for line in new:
+                assert " warning " in line
+                assert f"invalid_api_key={count} " in line
+                assert "this key is not known here" in line
+                assert line.endswith(f"address=192.0.2.{count - 1}")
+        assert "code=invalid_api_key" not in running.log.getvalue()
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+def test_the_line_of_refusals_comes_by_itself(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        asked = running.ask("DELETE", "/admin/cache", **bearer(WRONG))
+        assert (await asked).status == 401
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while not refused_lines(running):
+                await asyncio.sleep(0.01)
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+def test_what_else_is_refused_has_a_line_with_its_address() -> None:
+    async def check(running: RunningService) -> None:
+        assert (await running.ask("GET", "/nothing")).status == 404
+        lines = running.log.getvalue().splitlines()
+        found = next(line for line in lines if "code=unknown_url" in line)
+        assert "address=127.0.0.1" in found
+
+    with_service(check)
+
+
+def test_an_audit_that_cannot_be_written_is_told_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(es.StartupError, match="cannot be written"):
+        es.LineFile(str(tmp_path), kit.quiet_log())
+
+
+def test_the_log_names_the_key_and_never_shows_it(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        await embed(running, PLAIN)
+        assert "key=search" in running.log.getvalue()
+        for key in (PLAIN, WRONG):  # with_service() looks for them
+            await running.ask("GET", "/v1/models", x_api_key=key)
+            await running.ask("GET", "/v1/models", authorization=f"Basic {key}")
+            await running.ask("GET", "/nothing", authorization=f"Bearer {key}")
+            await running.ask("GET", f"/v1/models?key={key}", x_api_key=key)
+
+    with_service(check, api_key_file=key_file(tmp_path), log_level="debug")
+
+
+# --- a key file that is replaced ---
+
+
+def test_a_replaced_key_file_counts_from_the_next_tick(tmp_path: Path) -> None:
+    path = Path(key_file(tmp_path))
+
+    async def check(running: RunningService) -> None:
+        assert (await embed(running, WRONG)).status == 401
+        new = tmp_path / "new"
+        new.write_text(f"newcomer {WRONG}\n", encoding="ascii")
+        new.chmod(0o600)
+        new.replace(path)
+        running.service._tick()
+        assert (await embed(running, WRONG)).status == 200
+        assert (await embed(running, PLAIN)).status == 401
+        assert "keys and certificates read again" in running.log.getvalue()
+
+    with_service(check, api_key_file=str(path))
+
+
+BROKEN: dict[str, bytes | None] = {
+    "empty": b"",
+    "a bad line": f"search {PLAIN} nonsense\n".encode(),
+    "binary": b"\xff" + PLAIN.encode(),
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_key_file_is_not_used_and_is_logged_once(
+    tmp_path: Path, name: str
+) -> None:
+    path, content = Path(key_file(tmp_path)), BROKEN[name]
+
+    async def check(running: RunningService) -> None:
+        path.unlink() if content is None else path.write_bytes(content)
+        for _ in range(3):
+            running.service._tick()
+        for key, status in ((PLAIN, 200), (WRONG, 401), ("", 401)):
+            assert (await embed(running, key)).status == status
+        assert running.log.getvalue().count("changed file not used") == 1
+        key_file(tmp_path)
+        running.service._tick()
+        assert "keys and certificates read again" in running.log.getvalue()
+
+    with_service(check, api_key_file=str(path))
+
+
+def test_a_key_file_that_is_opened_to_others_is_noticed(tmp_path: Path) -> None:
+    path = Path(key_file(tmp_path))
+
+    async def check(running: RunningService) -> None:
+        path.chmod(0o644)
+        running.service._tick()
+        assert "changed file not used" in running.log.getvalue()
+
+    with_service(check, api_key_file=str(path))
+
+
+def test_a_new_file_does_not_fill_the_buckets_again(tmp_path: Path) -> None:
+    path = key_file(tmp_path, search="rate=0.01 burst=1")
+    gatekeeper, asked = gate(api_key_file=path), head(**bearer(PLAIN))
+    gatekeeper.admit(asked, "", "key")
+    key_file(tmp_path, search="rate=0.01 burst=1 # changed")
+    gatekeeper.renew(kit.settings(api_key_file=path))
+    with pytest.raises(es.RateLimited):
+        gatekeeper.admit(asked, "", "key")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"api_key": "short"}, {"api_key_file": os.devnull}, {"api_key_file": "/missing"}],
+    ids=str,
+)
+def test_keys_that_are_no_use_are_a_sentence_at_the_start(
+    changes: dict[str, Any],
+) -> None:
+    with pytest.raises(es.StartupError):
+        gate(**changes)
+
+
+# --- the real client ---
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[kit.Server]:
+    """The program with a key in its environment, for three requests at once."""
+    limits = ("--rate-limit", "0.001", "--rate-burst", "3")
+    with kit.started(*limits, environment={"EMBELLAMA_API_KEY": PLAIN}) as running:
+        yield running
+        assert not any(PLAIN in line or WRONG in line for line in running.log)
+
+
+def client(server: kit.Server, key: str) -> openai.OpenAI:
+    """A client that does not retry."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
+def test_the_openai_client_is_let_in_refused_and_told_to_wait(
+    server: kit.Server,
+) -> None:
+    with client(server, WRONG) as made, pytest.raises(openai.AuthenticationError) as no:
+        made.embeddings.create(model="fake", input="a")
+    assert no.value.code == "invalid_api_key"
+    with client(server, PLAIN) as made:
+        for _ in range(3):
+            assert len(made.embeddings.create(model="fake", input="a").data) == 1
+        with pytest.raises(openai.RateLimitError) as later:
+            made.embeddings.create(model="fake", input="a")
+    assert later.value.code == "rate_limit_exceeded"
+    assert later.value.response.headers["x-should-retry"] == "true"
+
+
+def test_the_key_is_not_in_the_command_line(server: kit.Server) -> None:
+    assert isinstance(server.process.args, list)
+    digest = hashlib.sha256(PLAIN.encode()).hexdigest()
+    assert not any(PLAIN in arg or digest in arg for arg in server.process.args)
