@@ -1,4 +1,4 @@
-"""A light HTTP client to load a server with, in closed loop.
+"""A light HTTP client to load a server with, in closed loop or at a rate.
 
 It shares the machine with what it measures, so it does as little as can be: about 10
 microseconds a request on uvloop.
@@ -29,14 +29,19 @@ def body(inputs: Sequence[str]) -> bytes:
 
 @dataclass
 class Load:
-    """Requests sent over keep-alive connections, each when the last is answered."""
+    """Requests sent over keep-alive connections, each when the last is answered.
+
+    At ``rate`` a second in all, if that is given, and as long as connections are free.
+    """
 
     url: str
     bodies: Sequence[bytes]
     connections: int
     seconds: float
     refusal_ends: bool = True  # the run, when a status is not 200; else it is counted
+    rate: float = 0.0
     latencies: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)  # latencies of what is not 200
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
     end: float = 0.0  # when nothing more is sent
     took: float = 0.0
@@ -65,7 +70,8 @@ class Load:
             await client.connect()
         begun = time.perf_counter()
         self.end = begun + self.seconds
-        for client in clients:
+        for number, client in enumerate(clients):
+            client.due_at = begun + (number / self.rate if self.rate else 0.0)
             client.ask()
         everyone = asyncio.gather(*(client.finished for client in clients))
         async with asyncio.timeout(self.seconds + ANSWER_S):
@@ -99,6 +105,7 @@ class _Client(asyncio.Protocol):
         self._whole = -1  # bytes of the answer; -1: its head is not here, 0: chunked
         self._walked = 0  # up to which chunk
         self._sent_at = 0.0
+        self.due_at = 0.0  # when the next request is to leave, if there is a rate
         self._lost = 0  # times in a row that a connection ended without an answer
         self._joining: asyncio.Task[None] | None = None
 
@@ -117,12 +124,19 @@ class _Client(asyncio.Protocol):
             self._send()
 
     def ask(self) -> None:
-        """Send the next request, or end."""
-        self._sent_at = time.perf_counter()
-        if self._sent_at >= self._load.end:
+        """Send the next request when it is due, or end."""
+        load, now = self._load, time.perf_counter()
+        wait_s = self.due_at - now
+        if now >= load.end:
             self.leave()
-        elif self._transport is not None:
-            self._send()
+        elif wait_s > 0.001:
+            asyncio.get_running_loop().call_later(min(wait_s, load.end - now), self.ask)
+        else:
+            self._sent_at = now
+            if load.rate:
+                self.due_at = max(self.due_at, now - 1.0) + load.connections / load.rate
+            if self._transport is not None:
+                self._send()
 
     def leave(self) -> None:
         if not self.finished.done():
@@ -169,7 +183,8 @@ class _Client(asyncio.Protocol):
 
     def _answered(self) -> None:
         load = self._load
-        load.latencies.append(time.perf_counter() - self._sent_at)
+        took = time.perf_counter() - self._sent_at
+        (load.latencies if self._status == 200 else load.refusals).append(took)
         load.statuses[self._status] += 1
         if self._status != 200 and load.refusal_ends:
             load.fail(f"a subject refused: {bytes(self._received[:1000])!r}")
