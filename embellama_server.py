@@ -2009,7 +2009,7 @@ def _gguf_field(key: str, value: str | bool | float | list[str] | list[int]) -> 
 # Format: ggml's docs/gguf.md. Limits: ggml's own, or far above what any model needs.
 
 _GGUF_VERSIONS: Final = (2, 3)
-_MOST_ENTRIES: Final = 1 << 16  # tensors, and again metadata keys
+MOST_GGUF_ENTRIES: Final = 1 << 16  # tensors, and again metadata keys
 _MOST_TEXT_BYTES: Final = 64 << 20
 _MOST_DIMENSIONS: Final = 4
 _MOST_ALIGNMENT: Final = 4096
@@ -2101,7 +2101,7 @@ def check_gguf(path: str, file: BinaryIO) -> Values:
         raise reader.bad(f"version {version} is none of {_GGUF_VERSIONS}")
     tensors = reader.number("Q", "the number of tensors")
     entries = reader.number("Q", "the number of metadata entries")
-    if max(tensors, entries) > _MOST_ENTRIES:
+    if max(tensors, entries) > MOST_GGUF_ENTRIES:
         raise reader.bad(f"{tensors} tensors and {entries} entries are too many")
     values = _metadata(reader, entries)
     alignment = values.get("general.alignment", 32)
@@ -3819,7 +3819,7 @@ class PoolState:
 
 # Of the room of a queue, the part that is kept for clients who have nothing in it: one
 # client's import may fill the rest and still not shut out another's line.
-_NEWCOMERS_PART: Final = 8
+NEWCOMERS_PART: Final = 8
 
 
 @dataclass(slots=True)
@@ -3858,8 +3858,8 @@ class Backlog:
         if client not in self.clients:
             return self.max_inputs, self.max_tokens
         return (
-            self.max_inputs - self.max_inputs // _NEWCOMERS_PART,
-            self.max_tokens - self.max_tokens // _NEWCOMERS_PART,
+            self.max_inputs - self.max_inputs // NEWCOMERS_PART,
+            self.max_tokens - self.max_tokens // NEWCOMERS_PART,
         )
 
     def release(self, inputs: int, tokens: int, client: str = "") -> None:
@@ -4134,8 +4134,9 @@ class Queue:
             if not is_canary:
                 self._refuse_late(job)
             tokens = job.untokenised_tokens
-            reserve = functools.partial(self._backlog.try_reserve, is_forced=is_canary)
-            if not reserve(count, tokens, job.client):
+            if not self._backlog.try_reserve(
+                count, tokens, job.client, is_forced=is_canary
+            ):
                 raise self.overloaded()
             self._jobs.add(job)
             self._untokenised.append(job)
@@ -4823,14 +4824,14 @@ class HttpLimits:
 class ConnectionLimits:
     """What a client may take of us. Precedents stand in README's table of limits."""
 
-    header_s: float = 30.0
-    body_s: float = 120.0
-    write_s: float = 30.0
-    keep_alive_s: float = 75.0
-    min_rate_bytes_s: int = 240
-    connections: int = 4096
-    connections_per_address: int = 1024
-    buffered_bytes: int = 256 << 20
+    header_s: float
+    body_s: float
+    write_s: float
+    keep_alive_s: float
+    min_rate_bytes_s: int
+    connections: int
+    connections_per_address: int
+    buffered_bytes: int
 
 
 @dataclass(frozen=True)  # no slots: get() remembers
@@ -5769,7 +5770,7 @@ def _beyond(
 # while before closing: else the kernel answers with RST, and the client never sees why.
 # What is held for clients, in and out, is counted over all connections.
 
-_READ_AHEAD_BYTES: Final = 1 << 16
+READ_AHEAD_BYTES: Final = 1 << 16
 _SKIPPED_BYTES: Final = 1 << 16
 _LINGER_S: Final = 2.0  # and again while the client is still sending
 _BODY_CHECK_S: Final = 5.0  # a body's rate is looked at so often, but not in the first
@@ -5959,7 +5960,7 @@ class Connection(asyncio.Protocol):
         self._body_bytes += len(data)
         if self._task is None and self._is_writable:
             self._advance()
-        elif self._parser.buffered_bytes > _READ_AHEAD_BYTES:
+        elif self._parser.buffered_bytes > READ_AHEAD_BYTES:
             self._transport.pause_reading()
         if not self._is_refused:
             self._count_held()
@@ -6092,13 +6093,13 @@ class Connection(asyncio.Protocol):
     def _write(self, response: Response, method: str, *, close: bool) -> None:
         head_bytes = render_head(response, close=close, date=self._shared.date())
         body = b"" if method == "HEAD" else response.body
-        if len(body) < _READ_AHEAD_BYTES:
+        if len(body) < READ_AHEAD_BYTES:
             self._transport.write(head_bytes + body)
         elif self._is_tls:  # what is written at once counts as sent there
             view = memoryview(body)
             self._transport.write(head_bytes)
-            for at in range(0, len(body), _READ_AHEAD_BYTES):
-                self._transport.write(view[at : at + _READ_AHEAD_BYTES])
+            for at in range(0, len(body), READ_AHEAD_BYTES):
+                self._transport.write(view[at : at + READ_AHEAD_BYTES])
         else:
             self._transport.write(head_bytes)
             self._transport.write(body)
@@ -7178,7 +7179,7 @@ class Dispatcher:
         caller = self._house.gate.admit(head, peer, route.access)
         if not route.takes_json:
             _refuse_body(head)
-        if route.takes_json:
+        else:
             served = self._house.served()
             check_media_type(head)
             if served.pool.queue.is_full_for(caller.client):
@@ -7243,7 +7244,7 @@ class Dispatcher:
         return await ticket.route.handler(exchange)
 
     def log_refusals(self) -> None:
-        """Once a second: one line, however many. A flood must not be one of lines."""
+        """Now and then: one line, however many. A flood must not be one of lines."""
         if self._refused:
             self._log("warning", "refused", **self._refused, **self._last_refusal)
             self._refused.clear()
@@ -7362,6 +7363,8 @@ def error_response(error: ApiError) -> Response:
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
+HANDSHAKE_S: Final = 10.0  # TLS
+DEAD_LETTER_BYTES: Final = 16 << 20
 EngineFactory = Callable[[str, EngineOptions, Log], Engine]
 
 
@@ -7577,7 +7580,7 @@ LIMITS: Final = (
     Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones (CVE-2023-39326)", MalformedRequest),
     Limit("chunk lines beyond 16 bytes and twice the data", "chunk_overhead_bytes", "Go 16 KiB", MalformedRequest),
     Limit("body, bytes", "max_body_bytes", "TEI 2 MB, nginx 1 MB; 2048 texts need more", BodyTooLarge),
-    Limit("pipelined requests, bytes read ahead", "65536", "uvicorn 64 KiB", "reading stops until the answer is out"),
+    Limit("pipelined requests, bytes read ahead", str(READ_AHEAD_BYTES), "uvicorn 64 KiB", "reading stops until the answer is out"),
     Limit("requests and replies held, MiB", "max_buffered_mb", "Redis client-output-buffer-limit", Overloaded),
     Limit("connections", "max_connections", "Redis 10,000, nginx 512 a worker", TooManyConnections),
     Limit("connections of one address", "max_connections_per_address", "nginx limit_conn", TooManyConnections),
@@ -7586,10 +7589,10 @@ LIMITS: Final = (
     Limit("a body, least bytes per second", "min_rate_bytes_s", "Kestrel 240 after 5 s", ReceiveTimeout),
     Limit("a reply, seconds in which some must be read", "write_timeout_s", "nginx send_timeout 60 s", "the connection is dropped"),
     Limit("an idle connection, seconds", "keep_alive_s", "nginx 75 s", "it is closed"),
-    Limit("a TLS handshake, seconds", "10", "nginx 60 s", "the connection is dropped"),
+    Limit("a TLS handshake, seconds", f"{HANDSHAKE_S:g}", "nginx 60 s", "the connection is dropped"),
     Limit("inputs waiting or running", "queue_size", "TEI 512, infinity 32,000", Overloaded),
     Limit("tokens waiting or running", "queue_tokens", "vLLM max_num_queued_tokens", Overloaded),
-    Limit("either, of one client", "7/8 of them", "Netflix keeps partitions for others", Overloaded),
+    Limit("either, of one client", f"{NEWCOMERS_PART - 1}/{NEWCOMERS_PART} of them", "Netflix keeps partitions for others", Overloaded),
     Limit("inputs of one request", str(MAX_INPUTS), "OpenAI 2048", InvalidValue),
     Limit("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", ContextLengthExceeded),
     Limit("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", RequestTimeout),
@@ -7599,8 +7602,8 @@ LIMITS: Final = (
     Limit("a signature's age, seconds", "signature_window_s", "AWS 300 s", Unauthorized),
     Limit("silence of the serving process, seconds", "watchdog_s", "systemd WatchdogSec", "it is killed and started again"),
     Limit("accepted work after SIGTERM, seconds", "drain_timeout_s", "Kubernetes 30 s", NotReady),
-    Limit("a GGUF's tensors, and metadata entries", "65536", "ggml 2^30", "the model is not loaded"),
-    Limit("the dead-letter file, bytes", "16777216", "-", "lines are lost, and counted in the log"),
+    Limit("a GGUF's tensors, and metadata entries", str(MOST_GGUF_ENTRIES), "ggml 2^30", "the model is not loaded"),
+    Limit("the dead-letter file, bytes", str(DEAD_LETTER_BYTES), "-", "lines are lost, and counted in the log"),
 )
 # fmt: on
 
@@ -7623,7 +7626,7 @@ def limits_table() -> str:
 # 16 clients that made new connections lost the 16 requests that were in it; of a server
 # that had bound its port itself, 2,668.
 # The parent replaces the process that was started (so its pid is the one to signal) and
-# runs the lines between the two marks below, in a Python without site-packages: 10 MB.
+# runs the lines between the two marks below, in a Python without site-packages: 13 MB.
 # So they use the standard library alone, and no name from elsewhere in this file.
 
 _LAUNCHER: Final = """\
@@ -7977,8 +7980,9 @@ NOT_READY: Final = {
 # ==============================================================================
 # 31. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
-# The only place that constructs things. The socket listens before the model loads, so
-# /health answers during a slow load; /ready turns 200 when every worker has its context.
+# The sockets listen before the model loads, so that /health answers during a slow load;
+# the successor of a process that died lets clients wait instead, at most for a while.
+# /ready turns 200 when every worker has its context.
 # SIGTERM: /ready says 503 while all goes on for --drain-grace-s, so that load balancers
 # notice; then new work is refused and accepted work finishes within --drain-timeout-s,
 # exit 0. SIGINT leaves out the grace; a second signal stops at once.
@@ -7988,16 +7992,14 @@ NOT_READY: Final = {
 # After the drain: for last answers to leave, and for native calls to return.
 _LEAVE_S: Final = 1.0
 _TICK_S: Final = 0.5
-_HANDSHAKE_S: Final = 10.0  # TLS
 # libuv accepts one connection a listener and turn of its loop. In a flood over 640 connections,
 # turns of 30 ms, /health then took 6 s; with as many copies of the listener 0.1 to 0.7 s.
 _ACCEPTS_A_TURN: Final = 16
 _WAIT_IN_BACKLOG_S: Final = 30.0  # then clients are told 503: loading
-_DEAD_LETTER_BYTES: Final = 16 << 20
 
 
 class Service:
-    """The running whole. Event-loop thread only, but for _load()."""
+    """The running whole. Event-loop thread only, but for _load() and _to_loop()."""
 
     def __init__(
         self,
@@ -8037,7 +8039,7 @@ class Service:
             self._audit = LineFile(settings.audit_log, log)
         self._dead_letters = None
         if settings.dead_letter:
-            self._dead_letters = LineFile(settings.dead_letter, log, _DEAD_LETTER_BYTES)
+            self._dead_letters = LineFile(settings.dead_letter, log, DEAD_LETTER_BYTES)
         self._loader = Loader(
             settings.cache_dir,
             log,
@@ -8170,8 +8172,8 @@ class Service:
             sock=listener,
             backlog=backlog,
             ssl=self._tls.context,
-            ssl_handshake_timeout=_HANDSHAKE_S,
-            ssl_shutdown_timeout=_HANDSHAKE_S,
+            ssl_handshake_timeout=HANDSHAKE_S,
+            ssl_shutdown_timeout=HANDSHAKE_S,
         )
 
     def _close_listeners(self, servers: Sequence[asyncio.Server]) -> None:
@@ -8231,7 +8233,7 @@ class Service:
             ended = await self._loop.run_in_executor(None, _free, served)
             self.is_clean = self.is_clean and ended
 
-    # --- every second ---
+    # --- twice a second ---
 
     def _tick(self) -> None:
         """Say that we are alive; look after what may hang, and after changed files."""
@@ -8248,10 +8250,10 @@ class Service:
         stamps = self._file_stamps()
         if stamps != self._stamps:
             self._stamps = stamps
-            self._renew_files(self.settings)
+            self._renew_files()
 
     def _replace(self) -> None:
-        """A call does not end, even when told to: only another process helps."""
+        """A call does not end, or a thread has died: only another process helps."""
         if not self._exit_code:
             why = "a call of the engine does not end, or a thread has died"
             self.log("error", "replacing this process", why=why)
@@ -8264,11 +8266,11 @@ class Service:
         names = (chosen.api_key_file, chosen.tls_cert, chosen.tls_key)
         return [file_stamp(name) for name in (*names, chosen.tls_client_ca) if name]
 
-    def _renew_files(self, settings: Settings) -> None:
+    def _renew_files(self) -> None:
         """Keys and certificates that were replaced; those that are no use, are not."""
         try:
-            self.gate.renew(settings)
-            if self._tls is not None and (files := tls_files(settings)):
+            self.gate.renew(self.settings)
+            if self._tls is not None and (files := tls_files(self.settings)):
                 self._tls.renew(files)
         except StartupError as error:
             self.log("error", "changed file not used", reason=error)
@@ -8341,7 +8343,7 @@ class Service:
         """All that counts at once."""
         self.settings = settings
         self._stamps = self._file_stamps()
-        self._renew_files(settings)
+        self._renew_files()
         self.connections.http = http_limits(settings)
         self.connections.limits = connection_limits(settings, self._files)
         self.log.set_level(settings.log_level)

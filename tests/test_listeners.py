@@ -610,7 +610,7 @@ async def test_what_is_no_tls_is_closed_without_harm(files: Files, sent: bytes) 
 async def test_a_handshake_that_does_not_end_is_ended(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(es, "_HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(es, "HANDSHAKE_S", 0.1)
     async with (
         kit.running_service(**files.settings) as running,
         connected(running, None, b"\x16\x03\x01") as client,
