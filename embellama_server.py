@@ -7823,7 +7823,9 @@ class Parent:
         """The exit code, or None: start it again."""
         code = os.waitstatus_to_exitcode(status)  # below zero: a signal
         self._pid = 0
-        if self._is_stopping and not self._is_heard:
+        # Before and after it has handlers, what we pass on just ends it: as asked.
+        is_by_us = -code in (signal.SIGTERM, signal.SIGINT) or not self._is_heard
+        if self._is_stopping and is_by_us:
             return 0
         if self._is_stopping or code == 0:
             return code if code >= 0 else 128 - code
