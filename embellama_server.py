@@ -7673,6 +7673,7 @@ class Parent:
         # of all
         self._was_ready = False
         self._is_stopping = False
+        self._is_cut_short = False  # ended before it was heard, since told to stop
         self._crashes = 0  # in a row
 
     def run(self) -> int:
@@ -7765,8 +7766,12 @@ class Parent:
             self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
         elif not self._is_heard:
             return  # it has not read its configuration yet
-        if self._pid:  # a child that cannot be heard has no handlers yet: it just ends
-            self._signal_child(number if self._is_heard else signal.SIGTERM)
+        if not self._pid:
+            return
+        # A child that is not heard yet owes nobody anything. SIGTERM would be lost on it
+        # between fork and exec, where it still has our own handlers.
+        self._is_cut_short |= not self._is_heard
+        self._signal_child(number if self._is_heard else signal.SIGKILL)
 
     def _read_channel(self) -> None:
         """What the child tells: lines as for sd_notify(3), and an empty one."""
@@ -7823,8 +7828,8 @@ class Parent:
         """The exit code, or None: start it again."""
         code = os.waitstatus_to_exitcode(status)  # below zero: a signal
         self._pid = 0
-        # Before and after it has handlers, what we pass on just ends it: as asked.
-        is_by_us = -code in (signal.SIGTERM, signal.SIGINT) or not self._is_heard
+        # Before it has handlers, and after, what we pass on just ends it: as asked.
+        is_by_us = -code in (signal.SIGTERM, signal.SIGINT) or self._is_cut_short
         if self._is_stopping and is_by_us:
             return 0
         if self._is_stopping or code == 0:
