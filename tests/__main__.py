@@ -1,8 +1,9 @@
 """The one command: ``python -m tests`` checks style, types, README and behaviour.
 
-python -m tests                                 # everything
+python -m tests                                 # everything but the clients
 python -m tests -m "not model and not slow"     # extra arguments go to pytest
 python -m tests docs                            # rewrite README's generated tables
+python -m tests clients                         # clients by others: '.[test,clients]'
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ def main(arguments: list[str]) -> int:
     if arguments == ["docs"]:
         docs.rewrite()
         return 0
+    if arguments[:1] == ["clients"]:
+        return run("pytest", "-m", "clients", *arguments[1:])
     for check in CHECKS:
         if code := run(*check):
             return code
-    return run("pytest", *arguments)
+    return run("pytest", "-m", "not clients", *arguments)
 
 
 if __name__ == "__main__":

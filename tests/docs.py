@@ -15,6 +15,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "errors": es.errors_table,
     "metrics": es.metrics_table,
     "limits": es.limits_table,
+    "request": lambda: es.form_table(es.EmbeddingsForm),
 }
 
 

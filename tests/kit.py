@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import http.client
 import io
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,9 @@ def fake_card(**changes: Any) -> es.ModelCard:
         "tail": (2,),
     }
     return es.ModelCard(**(facts | changes))
+
+
+RAW_LENGTH = 4.0  # of fake vectors that are not scaled: a power of 2, so exact
 
 
 def fake_id(word: str) -> int:
@@ -120,11 +125,20 @@ class FakeEngine:
     def tokenise(self, text: str) -> list[int]:
         return [fake_id(word) for word in text.split()]
 
-    def new_context(self, *, is_lane: bool = False) -> FakeContext:
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [f"<{token}>" for token in ids]
+
+    def text(self, ids: Sequence[int], *, with_special: bool) -> str:
+        special = {*self.card.head, *self.card.tail} if not with_special else set()
+        return " ".join(f"<{token}>" for token in ids if token not in special)
+
+    def new_context(
+        self, *, is_lane: bool = False, per_token: bool = False
+    ) -> FakeContext:
         with self.lock:
             self.contexts_open += 1
             self.lanes_made += is_lane
-        return FakeContext(self, is_lane=is_lane)
+        return FakeContext(self, is_lane=is_lane, per_token=per_token)
 
     def reencode(self, target: str, weights: str) -> None:
         Path(target).write_bytes(es.GGUF_MAGIC + weights.encode())
@@ -163,8 +177,11 @@ class FakeEngine:
 class FakeContext:
     """A Context of a FakeEngine; asserts that one thread uses it, the lane's at a time."""
 
-    def __init__(self, engine: FakeEngine, *, is_lane: bool = False) -> None:
+    def __init__(
+        self, engine: FakeEngine, *, is_lane: bool = False, per_token: bool = False
+    ) -> None:
         self._engine = engine
+        self._per_token = per_token
         self._thread = 0 if is_lane else threading.get_ident()
         self._in_use = threading.Lock()
         self.is_aborted = False
@@ -173,14 +190,23 @@ class FakeContext:
         self._most_inputs = 1 if is_lane else card.pack_inputs
 
     def embed(
-        self, inputs: Sequence[Any], *, threads: int = 1, fresh: bool = False
+        self,
+        inputs: Sequence[Any],
+        *,
+        threads: int = 1,
+        fresh: bool = False,
+        raw: bool = False,
     ) -> Any:
         mine = self._thread in (0, threading.get_ident())
         assert mine, "a context changed threads"
         assert self._in_use.acquire(blocking=False), "two threads in one context"
         self.is_aborted = False
         try:
-            return self._vectors(inputs, threads)
+            rows = self._vectors(inputs, threads)
+            if self._engine.card.is_ranker:
+                assert raw, "scores are no vectors"
+                return rows[:, : self._engine.card.n_scores]
+            return rows * RAW_LENGTH if raw else rows
         finally:
             self._in_use.release()
 
@@ -190,7 +216,8 @@ class FakeContext:
         packs = [[int(i) for i in ids] for ids in inputs]
         assert sum(map(len, packs)) <= self._most_tokens
         assert len(packs) <= self._most_inputs
-        vectors = np.array([fake_vector(ids, card.n_embd) for ids in packs])
+        computed = [[i] for i in packs[0]] if self._per_token else packs
+        vectors = np.array([fake_vector(ids, card.n_embd) for ids in computed])
         with engine.lock:
             engine.calls.append(packs)
             engine.threads.append(threads)
@@ -235,9 +262,11 @@ class FaultyEngine(FakeEngine):
         if stem in ("crash", "exit", "deaf"):
             self.misbehave(stem)
 
-    def new_context(self, *, is_lane: bool = False) -> FaultyContext:
+    def new_context(
+        self, *, is_lane: bool = False, per_token: bool = False
+    ) -> FaultyContext:
         super().new_context(is_lane=is_lane)  # which counts it
-        return FaultyContext(self, is_lane=is_lane)
+        return FaultyContext(self, is_lane=is_lane, per_token=per_token)
 
     def misbehave(self, word: str) -> None:
         """Do what the word says."""
@@ -260,8 +289,10 @@ class FaultyEngine(FakeEngine):
 class FaultyContext(FakeContext):
     """Of a FaultyEngine."""
 
-    def __init__(self, engine: FaultyEngine, *, is_lane: bool) -> None:
-        super().__init__(engine, is_lane=is_lane)
+    def __init__(
+        self, engine: FaultyEngine, *, is_lane: bool, per_token: bool = False
+    ) -> None:
+        super().__init__(engine, is_lane=is_lane, per_token=per_token)
         self._faulty = engine
         self._aborted = threading.Event()
 
@@ -316,18 +347,59 @@ class WatchedLog(io.StringIO):
 class Configuration:
     """What a service finds when it reads its configuration again."""
 
-    def __init__(self, chosen: es.Settings) -> None:
+    def __init__(self, chosen: es.Settings, models: Sequence[es.Settings] = ()) -> None:
         self.now: es.Settings | Exception = chosen
+        self.models = tuple(models)  # none: there is one, as the settings say
 
     def read(self) -> es.LoadedSettings:
         if isinstance(self.now, Exception):
             raise self.now
-        return es.LoadedSettings(self.now, {})
+        return es.LoadedSettings(self.now, {}, self.models or (self.now,))
 
 
 def bound(chosen: es.Settings) -> list[socket.socket]:
     """The listeners of these settings, as the command line binds them."""
     return es.bind_all(es.listen_addresses(chosen), chosen.uds, int(chosen.uds_mode, 8))
+
+
+RANKER = "ranker"  # the name of a model beside the first one, see all_routes()
+# What each route that takes a body answers with 200.
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"input": "a b"},
+    "/embeddings": {"input": "a b"},
+    "/v1/rerank": {"model": RANKER, "query": "a", "documents": ["b", {"text": "c d"}]},
+    "/v2/rerank": {"model": RANKER, "query": "a", "documents": ["b", "c d"]},
+    "/rerank": {"model": RANKER, "query": "a", "texts": ["b", "c d"]},
+    "/embed": {"inputs": "a b"},
+    "/embed_all": {"inputs": "a b"},
+    "/similarity": {"inputs": {"source_sentence": "a b", "sentences": ["c", "d"]}},
+    "/tokenize": {"inputs": "a b"},
+    "/decode": {"ids": [10, 11]},
+    "/": {"inputs": "a b"},
+    "/invocations": {"inputs": "a b"},
+    "/api/v1/embed": {"inputs": "a b"},
+    "/api/embed": {"model": "fake", "input": "a b"},
+    "/api/embeddings": {"model": "fake", "prompt": "a b"},
+    "/api/show": {"model": "fake"},
+    "/admin/models/load": {"model": "fake"},
+    "/admin/models/unload": {"model": "fake"},
+    "/admin/models/default": {"model": "fake"},
+}
+
+
+def path_of(route: es.Route) -> str:
+    """A path that the route takes."""
+    return route.path.replace("{id}", "fake")
+
+
+def body_of(route: es.Route) -> dict[str, Any] | None:
+    """A body that the route takes, if it takes any."""
+    return BODIES[route.path] if route.form else None
+
+
+def all_routes() -> dict[str, Any]:
+    """What running_service() needs for every route to answer 200."""
+    return {"beside": {RANKER: FakeEngine(n_scores=1, between=(5,), after=(6,))}}
 
 
 @dataclass
@@ -341,6 +413,18 @@ class RunningService:
     host: str
     port: int
     configuration: Configuration
+
+    @property
+    def served(self) -> es.Served:
+        """The first model, in memory."""
+        served = self.service.models.rows[0].served
+        assert served is not None, "not in memory"
+        return served
+
+    @property
+    def backlog(self) -> es.Backlog:
+        """What that model has admitted and not done."""
+        return self.served.pool.queue.state().backlog
 
     async def ask(
         self, method: str, path: str, body: Any = None, **fields: str
@@ -359,6 +443,10 @@ class RunningService:
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
         return parse_reply(await self.exchange(head + raw), method)
 
+    async def ask_route(self, route: es.Route, **fields: str) -> Reply:
+        """A request that the route answers with 200, given all_routes()."""
+        return await self.ask(route.method, path_of(route), body_of(route), **fields)
+
     async def exchange(self, data: bytes) -> bytes:
         """Send bytes, return all that comes back until the server closes."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
@@ -374,6 +462,27 @@ class RunningService:
 async def running_service(
     engine: FakeEngine | None = None,
     *,
+    beside: Mapping[str, FakeEngine] | None = None,
+    **changes: Any,
+) -> AsyncIterator[RunningService]:
+    """A Service with a FakeEngine; stopped at the end unless it already is.
+
+    ``beside``: the engines of other models, by name. ``changes``: of the settings, and
+    what _running() takes.
+    """
+    with (
+        tempfile.TemporaryDirectory() if beside else contextlib.nullcontext() as folder
+    ):
+        async with _running(engine, beside or {}, folder or "", **changes) as running:
+            yield running
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    engine: FakeEngine | None,
+    others: Mapping[str, FakeEngine],
+    folder: str,
+    *,
     wait_ready: bool = True,
     before_load: Callable[[], None] = lambda: None,
     notifier: es.Notifier | None = None,
@@ -381,23 +490,26 @@ async def running_service(
     is_successor: bool = False,
     **changes: Any,
 ) -> AsyncIterator[RunningService]:
-    """A Service with a FakeEngine; stopped at the end unless it already is.
+    """``before_load`` runs on the loader thread, in place of a slow or failing load.
 
-    ``before_load`` runs on the loader thread, in place of a slow or failing load.
     ``later``: the engines of later loads, the first one's where there is none.
+    ``folder`` is for the files of models, where there are others.
     """
     made = engine or FakeEngine()
     engines = iter((made, *later))
 
-    def factory(*_: object) -> FakeEngine:
+    def factory(path: str, *_: object) -> FakeEngine:
         before_load()
-        return next(engines, made)
+        return others.get(Path(path).stem) or next(engines, made)
 
     stream = WatchedLog()
     log = es.Log("debug", "text", stream)
     chosen = settings(**changes)
+    names = ("fake", *others)
+    paths = [str(fake_gguf(Path(folder), name)) for name in names] if folder else []
+    models = [dataclasses.replace(chosen, model_path=path) for path in paths]
     listeners = bound(chosen)
-    config = Configuration(chosen)
+    config = Configuration(chosen, models)
     service = es.Service(
         chosen,
         log,
@@ -405,6 +517,7 @@ async def running_service(
         listeners=listeners,
         notifier=notifier or es.Notifier(None, {}),
         read_settings=config.read,
+        models=config.models,
         is_successor=is_successor,
     )
     host, port = "", 0
@@ -422,7 +535,8 @@ async def running_service(
     try:
         yield RunningService(service, stream, made, task, host, port, config)
     finally:
-        made.release()
+        for each in (made, *others.values()):
+            each.release()
         if not task.done():
             service.stop()
         async with asyncio.timeout(DEADLINE_S):
@@ -449,6 +563,20 @@ class Reply:
         assert set(error) == {"message", "type", "param", "code"}
         assert "x-request-id" in self.headers
         return error
+
+    def error_in(self, dialect: es.Dialect) -> str:
+        """Its sentence; asserts that it is said just as the dialect says errors."""
+        assert self.headers["content-type"] == "application/json"
+        assert self.headers["x-should-retry"] in ("true", "false")
+        if dialect is es.OPENAI:
+            assert set(self.json) == {"error"}
+            return str(self.error["message"])
+        assert "x-request-id" in self.headers
+        has_type = dialect is not es.OLLAMA
+        assert set(self.json) == ({"error", "error_type"} if has_type else {"error"})
+        sentence = self.json["error"]
+        assert isinstance(sentence, str) and sentence
+        return sentence
 
 
 def parse_replies(raw: bytes, methods: Sequence[str]) -> list[Reply]:
@@ -616,10 +744,11 @@ def connected(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
 
 
-def fake_gguf(folder: Path) -> Path:
-    """A file that looks like a model to the settings; for the fake engine."""
-    path = folder / "fake.gguf"
-    path.write_bytes(es.GGUF_MAGIC)
+def fake_gguf(folder: Path, name: str = "fake") -> Path:
+    """A file that looks like a model to all but an engine; for the fake one."""
+    path = folder / f"{name}.gguf"
+    header = struct.pack("<4sIQQ", es.GGUF_MAGIC, 3, 0, 1)
+    path.write_bytes(header + es._gguf_field("general.architecture", "fake"))
     return path
 
 

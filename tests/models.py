@@ -19,7 +19,17 @@ from tests.words import WORDS
 
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPREAD = 0.02  # what BERTs begin their training with
+_WIDE_SPREAD = 0.3  # so that other words give clearly other numbers
 _NORMS = ("attn_output_norm", "layer_output_norm")
+_CAUSAL = ("qwen3",)
+_MEAN, _LAST = gguf.PoolingType.MEAN, gguf.PoolingType.LAST
+_RANK = gguf.PoolingType.RANK
+# How models of the qwen3 kind are asked for a score, in short. The last words matter: the
+# score is that of the last token.
+RERANK_TEMPLATE = (
+    "<|im_start|>system\nyes or no<|im_end|>\n<|im_start|>user\n<Query>: {query}\n"
+    "<Document>: {document}<|im_end|>\n<|im_start|>assistant\n"
+)
 
 
 def bert_base(
@@ -75,8 +85,93 @@ def long_context_bert(
     return maker.write()
 
 
+def tiny_cross_encoder(
+    folder: Path,
+    *,
+    head: Sequence[str] = ("cls", "cls.output"),
+    closing: bool = True,
+    labels: Sequence[str] = (),
+    context: int = 64,
+) -> Path:
+    """A BERT that scores a query and a document; 40 KB.
+
+    ``head``: the layers after it. RoBERTa's rerankers have these two, BERT's the second;
+    with none or the first alone it says that it ranks, and llama.cpp's scores mean nothing.
+    ``closing``: a pair ends with [SEP], as files say that are converted today; older ones
+    say nothing and end with the document. ``labels``: a score for each.
+    """
+    path = folder / "random-tiny-cross-encoder.gguf"
+    maker = _Maker(
+        path, "bert", 1, 32, 2, 32, context, spread=_WIDE_SPREAD, pooling=_RANK
+    )
+    maker.bert(maker.small_vocabulary(WORDS))
+    if closing:
+        maker.writer.add_eos_token_id(3)
+        maker.writer.add_add_bos_token(True)
+        maker.writer.add_add_eos_token(True)
+        maker.writer.add_add_sep_token(False)
+    if labels:
+        maker.writer.add_classifier_output_labels(labels)
+    rows = {"cls": 32, "cls.output": len(labels) or 1}
+    for layer in head:
+        maker.linear(layer, rows[layer], 32, with_bias=True)
+    return maker.write()
+
+
+def tiny_causal(
+    folder: Path,
+    *,
+    begin: bool = False,
+    end: bool = True,
+    byte_pairs: bool = True,
+    context: int = 64,
+) -> Path:
+    """A decoder (qwen3) whose vector is that of the last token; 70 KB.
+
+    ``begin`` and ``end``: whether a text's tokens stand between special ones. Its
+    tokeniser is one of byte pairs, or SentencePiece.
+    """
+    path = folder / "random-tiny-causal.gguf"
+    maker = _Maker(
+        path, "qwen3", 1, 32, 2, 64, context, spread=_WIDE_SPREAD, pooling=_LAST
+    )
+    make = maker.byte_pairs if byte_pairs else maker.sentence_pieces
+    tokens = make(WORDS)
+    maker.writer.add_add_bos_token(begin)
+    maker.writer.add_add_eos_token(end)
+    maker.qwen3(tokens)
+    return maker.write()
+
+
+def tiny_causal_reranker(
+    folder: Path,
+    *,
+    labels: Sequence[str] = ("yes", "no"),
+    template: str = RERANK_TEMPLATE,
+    context: int = 128,
+) -> Path:
+    """A decoder (qwen3) that is asked whether a document fits a query; 70 KB.
+
+    ``template`` is how it is asked; empty: the file has none.
+    """
+    path = folder / "random-tiny-causal-reranker.gguf"
+    maker = _Maker(
+        path, "qwen3", 1, 32, 2, 64, context, spread=_WIDE_SPREAD, pooling=_RANK
+    )
+    tokens = maker.byte_pairs(WORDS)
+    maker.writer.add_add_bos_token(False)
+    maker.writer.add_add_eos_token(True)
+    if template:
+        maker.writer.add_chat_template([{"name": "rerank", "template": template}])
+    if labels:
+        maker.writer.add_classifier_output_labels(labels)
+    maker.qwen3(tokens)
+    maker.linear("cls.output", len(labels) or 1, 32, with_bias=False)
+    return maker.write()
+
+
 class _Maker:
-    """A GGUF of an encoder in the making; the same bytes every time."""
+    """A GGUF in the making; the same bytes every time."""
 
     def __init__(
         self,
@@ -87,10 +182,15 @@ class _Maker:
         heads: int,
         feed_forward: int,
         context: int,
+        *,
+        spread: float = _SPREAD,
+        pooling: gguf.PoolingType = _MEAN,
     ) -> None:
         self._path = path
+        self._spread = spread
         self._width = width
         self._layers = layers
+        self._heads = heads
         self._feed_forward = feed_forward
         self._context = context
         self._chance = np.random.default_rng(1)
@@ -103,9 +203,14 @@ class _Maker:
         self.writer.add_embedding_length(width)
         self.writer.add_feed_forward_length(feed_forward)
         self.writer.add_head_count(heads)
-        self.writer.add_layer_norm_eps(1e-12)
-        self.writer.add_causal_attention(False)
-        self.writer.add_pooling_type(gguf.PoolingType.MEAN)
+        if architecture in _CAUSAL:
+            self.writer.add_head_count_kv(heads)
+            self.writer.add_layer_norm_rms_eps(1e-6)
+            self.writer.add_rope_freq_base(10_000)
+        else:
+            self.writer.add_layer_norm_eps(1e-12)
+            self.writer.add_causal_attention(False)
+        self.writer.add_pooling_type(pooling)
 
     def copy_vocabulary(self, source: Path) -> int:
         """The tokeniser of another GGUF, whatever it says; how many tokens it has."""
@@ -138,6 +243,70 @@ class _Maker:
         self.writer.add_bos_token_id(2)
         self.writer.add_sep_token_id(3)
         return len(tokens)
+
+    def byte_pairs(self, words: Sequence[str]) -> int:
+        """Bytes, and each of these words with a space before it; how many tokens.
+
+        A word is merged letter by letter from its space on, so no two words compete.
+        """
+        tokens = _byte_characters()
+        merges: list[str] = []
+        for word in words:
+            for end in range(1, len(word) + 1):
+                piece = _SPACE + word[:end]
+                if piece not in tokens:
+                    tokens.append(piece)
+                    merges.append(f"{piece[:-1]} {piece[-1]}")
+        plain = len(tokens)
+        tokens += ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        self.writer.add_tokenizer_model("gpt2")
+        self.writer.add_tokenizer_pre("qwen2")
+        self.writer.add_token_list(tokens)
+        self.writer.add_token_types([1] * plain + [3] * 3)
+        self.writer.add_token_merges(merges)
+        self.writer.add_bos_token_id(plain + 1)
+        self.writer.add_eos_token_id(plain)
+        self.writer.add_pad_token_id(plain)
+        return len(tokens)
+
+    def sentence_pieces(self, words: Sequence[str]) -> int:
+        """Bytes, letters and these words; how many tokens."""
+        specials = ["<unk>", "<s>", "</s>"]
+        single = ["\u2581", *string.ascii_lowercase]
+        byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+        pieces = (
+            "\u2581" + word[: end + 1] for word in words for end in range(len(word))
+        )
+        longer = list(dict.fromkeys(pieces))
+        tokens = [*specials, *byte_tokens, *single, *longer]
+        self.writer.add_tokenizer_model("llama")
+        self.writer.add_token_list(tokens)
+        # Higher goes first; a word is put together from its space on.
+        scores = [0.0] * 259 + [-1000.0] * len(single)
+        self.writer.add_token_scores(scores + [-float(n) for n in range(len(longer))])
+        kinds = [2, 3, 3] + [6] * 256  # unknown, control, bytes
+        self.writer.add_token_types(kinds + [1] * (len(tokens) - len(kinds)))
+        self.writer.add_unk_token_id(0)
+        self.writer.add_bos_token_id(1)
+        self.writer.add_eos_token_id(2)
+        return len(tokens)
+
+    def qwen3(self, tokens: int) -> None:
+        """All tensors of a qwen3, but for a head of its own."""
+        inner, width = self._feed_forward, self._width
+        self.matrix("token_embd.weight", tokens, width)
+        self._vector("output_norm.weight", width, around=1)
+        for layer in range(self._layers):
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+                self.linear(f"blk.{layer}.{name}", width, width, with_bias=False)
+            for name in ("attn_q_norm", "attn_k_norm"):
+                length = width // self._heads
+                self._vector(f"blk.{layer}.{name}.weight", length, around=1)
+            for name in ("attn_norm", "ffn_norm"):
+                self._vector(f"blk.{layer}.{name}.weight", width, around=1)
+            for name in ("ffn_up", "ffn_gate"):
+                self.linear(f"blk.{layer}.{name}", inner, width, with_bias=False)
+            self.linear(f"blk.{layer}.ffn_down", width, inner, with_bias=False)
 
     def bert(self, tokens: int) -> None:
         """All tensors of a BERT."""
@@ -175,7 +344,9 @@ class _Maker:
         self, name: str, rows: int, columns: int, dtype: npt.DTypeLike = np.float16
     ) -> None:
         """Small random numbers."""
-        values = self._chance.standard_normal((rows, columns), np.float32) * _SPREAD
+        values = (
+            self._chance.standard_normal((rows, columns), np.float32) * self._spread
+        )
         self.writer.add_tensor(name, values.astype(dtype))
 
     def write(self) -> Path:
@@ -195,5 +366,16 @@ class _Maker:
         self._vector(f"{name}.bias", self._width, around=0)
 
     def _vector(self, name: str, length: int, around: float) -> None:
-        values = self._chance.standard_normal(length, np.float32) * _SPREAD + around
+        noise = self._chance.standard_normal(length, np.float32) * self._spread
+        values = noise + around
         self.writer.add_tensor(name, values.astype(np.float32))
+
+
+_SPACE = "\u0120"  # what stands for a space among bytes
+
+
+def _byte_characters() -> list[str]:
+    """The characters that stand for bytes in a vocabulary like GPT-2's."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]

@@ -447,11 +447,23 @@ class Child:
         process.stdout.close()
 
 
+# What is damaged. A reranker has a head, and special tokens that pairs need.
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "bert": models.tiny_bert,
+    "cross-encoder": models.tiny_cross_encoder,
+    "causal-reranker": models.tiny_causal_reranker,
+}
+
+
 def endings(
-    seeds: Iterable[int], folder: Path, *, unchecked: bool = False
+    seeds: Iterable[int],
+    folder: Path,
+    *,
+    kind: str = "bert",
+    unchecked: bool = False,
 ) -> Iterator[Ending]:
     """Load these mutants, one after the other."""
-    sound = parts_of(models.tiny_bert(folder).read_bytes())
+    sound = parts_of(KINDS[kind](folder).read_bytes())
     path = folder / "mutant.gguf"
     child = Child(unchecked)
     try:
@@ -480,9 +492,11 @@ def _serve_one(path: str) -> tuple[str, str]:
         by_check, by_llama = "is not a sound GGUF" in says, "llama.cpp" in says
         return REFUSED[0 if by_check else 2 if by_llama else 1], says
     card = engine.card
-    ids = np.array([*card.head, *engine.tokenise("a b"), *card.tail], np.int32)
+    own = engine.tokenise("a b")
+    whole = es.framed_pair(own, own, card) if card.is_ranker else es.framed(own, card)
     context = engine.new_context()
-    vectors = context.embed([ids])
+    ids = np.array(whole[: card.context_tokens], np.int32)
+    vectors = context.embed([ids], raw=card.is_ranker)
     context.close()
     engine.close()
     return "served", f"{vectors.shape[1]} numbers"
@@ -492,7 +506,7 @@ def _work(*, unchecked: bool) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     if unchecked:
-        es.check_gguf = lambda path, file: {}
+        es.check_gguf = lambda path, file: {es.HAS_HEAD: True}
     for line in sys.stdin:
         try:
             ended = _serve_one(line.strip())
@@ -508,6 +522,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="*", help="these, not --count")
+    parser.add_argument("--kind", choices=KINDS, default="bert")
     parser.add_argument("--unchecked", action="store_true", help="llama.cpp alone")
     parser.add_argument("--keep", type=Path, help="a folder for those that end badly")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -518,7 +533,9 @@ def main() -> None:
     found: list[Ending] = []
     with tempfile.TemporaryDirectory() as temp:
         seeds = given.seeds if given.seeds is not None else range(given.count)
-        for ending in endings(seeds, Path(temp), unchecked=given.unchecked):
+        for ending in endings(
+            seeds, Path(temp), kind=given.kind, unchecked=given.unchecked
+        ):
             found.append(ending)
             if ending.how not in SOUND_ENDINGS or given.seeds is not None:
                 print(

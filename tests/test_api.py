@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import struct
 import zlib
@@ -85,8 +86,9 @@ def test_base64_is_little_endian_float32() -> None:
 
 def test_null_counts_as_absent_in_every_field() -> None:
     async def check(running: RunningService) -> None:
-        names = ["model", "encoding_format", "dimensions", "user", "priority"]
-        names += ["allow_partial"]
+        names = [row.name for row in dataclasses.fields(es.EmbeddingsForm)]
+        names.remove("input")
+        assert {"model", "dimensions", "allow_partial", "truncate"} <= set(names)
         plain = await running.ask("POST", URL, {"input": "a"})
         nulls = await running.ask("POST", URL, {"input": "a", **dict.fromkeys(names)})
         assert nulls.json == plain.json
@@ -224,13 +226,13 @@ BAD_BODIES: dict[str, tuple[Any, str, str | None, str]] = {
         {"input": "a", "encoding_format": 1},
         "invalid_value",
         "encoding_format",
-        "string",
+        "one of float, base64, bytes",
     ),
     "dimensions 0": (
         {"input": "a", "dimensions": 0},
         "invalid_value",
         "dimensions",
-        "1 to 8",
+        "at least 1",
     ),
     "dimensions 9": (
         {"input": "a", "dimensions": 9},
@@ -266,7 +268,7 @@ BAD_BODIES: dict[str, tuple[Any, str, str | None, str]] = {
         {"input": "a", "priority": 1},
         "invalid_value",
         "priority",
-        "string",
+        "one of high, normal, low",
     ),
     "allow_partial is a number": (
         {"input": "a", "allow_partial": 1},
@@ -411,7 +413,7 @@ def test_every_route_answers_its_method_and_refuses_all_others() -> None:
             real = path.replace("{id}", "fake")
             methods = {r.method for r in es.ROUTES if r.path == path}
             for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"):
-                body = {"input": "a"} if method == "POST" else None
+                body = kit.BODIES.get(path) if method == "POST" else None
                 reply = await running.ask(method, real, body)
                 assert reply.status == (200 if method in methods else 405), (
                     method,
@@ -421,7 +423,7 @@ def test_every_route_answers_its_method_and_refuses_all_others() -> None:
             assert options.status == 204
             assert methods <= set(options.headers["allow"].split(", "))
 
-    with_service(check)
+    with_service(check, **kit.all_routes())
 
 
 # --- priority ---
@@ -475,7 +477,7 @@ async def waiting_tokenised(running: RunningService, inputs: int) -> None:
     """Return when so many inputs are admitted, and known to be one word each."""
     async with asyncio.timeout(kit.DEADLINE_S):
         while True:
-            backlog = running.service.served().pool.queue.state().backlog
+            backlog = running.backlog
             if (backlog.inputs, backlog.tokens) == (inputs, 3 * inputs):
                 return
             await asyncio.sleep(0)
@@ -487,7 +489,7 @@ def test_a_priority_in_a_header_that_is_none_is_400_and_names_it(word: str) -> N
         reply = await ask_with(running, "a", "high", word)
         assert (reply.status, reply.error["param"]) == (400, "x-priority")
         assert "high, normal, low" in reply.error["message"]
-        assert running.service.served().pool.queue.state().backlog.inputs == 0
+        assert running.backlog.inputs == 0
 
     with_service(check)
 
@@ -514,7 +516,7 @@ def test_an_input_that_fails_is_an_error_in_its_place_if_that_is_asked_for() -> 
             error = data[index]["error"]
             assert set(error) == {"message", "type", "param", "code"}
             assert (error["code"], error["param"]) == (code, f"input[{index}]")
-        assert running.service.served().pool.queue.state().backlog.inputs == 0
+        assert running.backlog.inputs == 0
 
     with_service(check)
 
@@ -568,7 +570,7 @@ def test_what_is_not_finished_in_time_is_an_error_beside_what_is() -> None:
             "POST", URL, {"input": ["a", "b"]}, x_request_timeout="0.3"
         )
         assert (plain.status, plain.error["code"]) == (504, "request_timeout")
-        assert running.service.served().pool.queue.state().backlog.inputs == 0
+        assert running.backlog.inputs == 0
 
     with_service(check, engine)
 
@@ -609,7 +611,7 @@ def test_a_timeout_that_is_no_number_is_400_and_names_the_header(value: str) -> 
     async def check(running: RunningService) -> None:
         reply = await running.ask("POST", URL, {"input": "a"}, x_request_timeout=value)
         assert (reply.status, reply.error["param"]) == (400, "x-request-timeout")
-        state = running.service.served().pool.queue.state()
+        state = running.served.pool.queue.state()
         assert state.backlog.inputs == state.backlog.tokens == 0
 
     with_service(check)
@@ -755,19 +757,20 @@ def fields(**named: str) -> es.Head:
     ],
 )
 def test_gzip_is_accepted_by_name(value: str, accepted: bool) -> None:
-    assert es.accepts_gzip(fields(accept_encoding=value)) is accepted
+    assert (es.accepted_coding(fields(accept_encoding=value)) == "gzip") is accepted
 
 
 def test_gzip_may_be_accepted_on_a_line_of_its_own() -> None:
     pairs = (("accept-encoding", "br"), ("accept-encoding", "gzip"))
-    assert es.accepts_gzip(es.Head("GET", "/", "", 1, pairs, 0))
-    assert not es.accepts_gzip(fields())
-    assert not es.accepts_gzip(fields(content_encoding="gzip"))
+    assert es.accepted_coding(es.Head("GET", "/", "", 1, pairs, 0)) == "gzip"
+    assert not es.accepted_coding(fields())
+    assert not es.accepted_coding(fields(content_encoding="gzip"))
 
 
 @given(st.text("gzip;q=0.1 *,-x\t\N{SNOWMAN}"))
-def test_any_accept_encoding_is_yes_or_no(value: str) -> None:
-    assert es.accepts_gzip(fields(accept_encoding=value)) in (True, False)
+def test_any_accept_encoding_is_a_known_coding_or_none(value: str) -> None:
+    found = es.accepted_coding(fields(accept_encoding=value))
+    assert found in ("", *es.known_codings())
 
 
 @pytest.mark.parametrize(
@@ -862,16 +865,33 @@ def test_errors_are_never_gzipped() -> None:
     with_service(check, gzip="all")
 
 
-def test_nothing_but_vectors_is_gzipped_nor_its_head() -> None:
+def test_what_is_short_is_not_gzipped_nor_its_head() -> None:
     async def check(running: RunningService) -> None:
-        for path in ("/", "/health", "/v1/models", "/metrics"):
+        for path in ("/health", "/ready", "/v1/models", "/v1/models/fake"):
             for method in ("GET", "HEAD"):
                 reply = await running.ask(method, path, **MAY_ZIP)
                 assert reply.status == 200
-                assert not {"content-encoding", "vary"} & set(reply.headers)
+                assert "content-encoding" not in reply.headers
+                assert reply.headers.get("vary") in (None, "accept")
         head = await running.ask("HEAD", URL, **MAY_ZIP)
         assert (head.status, head.body) == (405, b"")
         assert "content-encoding" not in head.headers
+
+    with_service(check, gzip="all")
+
+
+def test_what_lists_much_is_gzipped_for_who_accepts_it() -> None:
+    async def check(running: RunningService) -> None:
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/docs"):
+            plain = await running.ask("GET", path)
+            assert len(plain.body) > 1400
+            zipped = await running.ask("GET", path, **MAY_ZIP)
+            head = await running.ask("HEAD", path, **MAY_ZIP)
+            assert zipped.headers["content-encoding"] == "gzip"
+            assert head.headers["content-encoding"] == "gzip"
+            unzipped = zlib.decompress(zipped.body, 16 + zlib.MAX_WBITS)
+            assert path == "/metrics" or unzipped == plain.body
+            assert plain.headers["vary"] == "accept-encoding"
 
     with_service(check, gzip="all", model_alias=tuple(f"m{n}" for n in range(50)))
 
@@ -881,7 +901,7 @@ async def answered(running: RunningService, peer: str) -> es.Response:
     body = es.json_codec().dumps({"input": ["a", "b"]})
     named = (("content-type", "application/json"), ("accept-encoding", "gzip"))
     head = es.Head("POST", URL, "", 1, named, len(body))
-    dispatcher = es.Dispatcher(running.service, kit.quiet_log(), None)
+    dispatcher = es.Dispatcher(running.service, kit.quiet_log(), None, None)
     ticket = dispatcher.admit(head, peer)
     return await dispatcher.respond(es.Request(head, body), ticket)
 
@@ -925,7 +945,7 @@ def test_a_vector_that_is_not_finite_is_never_sent_and_harms_no_neighbour() -> N
         asks = ({"input": ["a", "nan"]}, {"input": "b"})
         tasks = [asyncio.create_task(running.ask("POST", URL, ask)) for ask in asks]
         async with asyncio.timeout(kit.DEADLINE_S):
-            while running.service.served().pool.queue.state().backlog.inputs < 4:
+            while running.backlog.inputs < 4:
                 await asyncio.sleep(0)
         engine.release()
         bad, good = await asyncio.gather(*tasks)
@@ -1012,7 +1032,7 @@ def test_a_request_that_takes_too_long_is_504_and_its_work_is_dropped() -> None:
         assert (reply.status, reply.error["code"]) == (504, "request_timeout")
         engine.release()
         assert (await running.ask("POST", URL, {"input": "c"})).status == 200
-        assert running.service.served().pool.queue.state().backlog.inputs == 0
+        assert running.backlog.inputs == 0
 
     with_service(check, engine, request_timeout_s=0.2)
 

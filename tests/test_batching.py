@@ -89,8 +89,11 @@ def test_a_pack_is(
     assert take(line_of(*jobs), *budget) == expected
 
 
+HUGE = 2048  # inputs, as --max-client-batch-size has it
+
+
 def test_a_job_of_one_input_behind_a_huge_one_is_in_the_next_pack() -> None:
-    line = line_of([30] * es.MAX_INPUTS, pack=256)
+    line = line_of([30] * HUGE, pack=256)
     small, items = job_of(30)
     line.add(small, items)
     pack = line.take(256, 256, lane_is_free=True)
@@ -100,7 +103,7 @@ def test_a_job_of_one_input_behind_a_huge_one_is_in_the_next_pack() -> None:
 
 def test_a_job_that_comes_while_a_huge_one_runs_is_in_the_next_pack_but_one() -> None:
     # The huge job stands in front of it and may take one turn, no more.
-    line = line_of([200] * es.MAX_INPUTS, pack=256)
+    line = line_of([200] * HUGE, pack=256)
     line.take(256, 256, lane_is_free=True)
     small, items = job_of(200)
     line.add(small, items)

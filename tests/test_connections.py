@@ -91,7 +91,7 @@ class Room:
 
     def waiting(self) -> int:
         """Inputs admitted and not done."""
-        return self.service.served().pool.queue.state().backlog.inputs
+        return self.running.backlog.inputs
 
     def answered(self) -> int:
         """Responses so far."""
@@ -128,7 +128,7 @@ def served(**changes: Any) -> Callable[[Callable[..., Awaitable[None]]], Any]:
                 )
                 engine = kit.FakeEngine(**card)
                 async with kit.running_service(engine, **changes) as running:
-                    room, pool = Room(running), running.service.served().pool
+                    room, pool = Room(running), running.served.pool
                     try:
                         async with asyncio.timeout(kit.DEADLINE_S):
                             await test(room, **arguments)
@@ -1045,14 +1045,13 @@ class Pause:
         return self._real(*given, **named)
 
 
-@pytest.mark.parametrize("step", ["parse", "embeddings_body", "gzipped"])
+@pytest.mark.parametrize("step", ["json_object", "filled", "embeddings_body", "packed"])
 @served(n_embd=4096, gzip="all")
 async def test_others_are_served_while_much_json_is_read_written_or_packed(
     room: Room, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = es.EmbeddingsAsk if step == "parse" else es
-    pause = Pause(getattr(where, step))
-    monkeypatch.setattr(where, step, pause)
+    pause = Pause(getattr(es, step))
+    monkeypatch.setattr(es, step, pause)
     body = es.json_codec().dumps({"input": ["a"] * 100}).ljust(1 << 17)
     head = post("/v1/embeddings", "Accept-Encoding: gzip", length=len(body))
     large = await room.client(head, body)

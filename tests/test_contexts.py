@@ -5,6 +5,7 @@ With the small random models of test_engine.py where llama.cpp has to be asked.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import kit
+from tests import kit, models
 from tests.test_engine import add_bpe, add_spm, bert, llama, loaded, run_python
 
 LONGEST = 128  # tokens that these models read
@@ -120,9 +121,37 @@ def test_a_clients_ids_are_framed_unless_the_client_did(
 
 def test_truncating_keeps_the_beginning_and_the_final_special_tokens() -> None:
     ids = list(range(40))
-    card = kit.fake_card(max_input_tokens=5, tail=(8, 9))
-    assert es.truncated(ids, card) == [0, 1, 2, 8, 9]
-    assert es.truncated(ids, kit.fake_card(max_input_tokens=3, tail=())) == [0, 1, 2]
+    assert es.truncated(ids, 5, 1, 2) == [0, 1, 2, 38, 39]
+    assert es.truncated(ids, 3, 1, 0) == [0, 1, 2]
+    assert es.truncated(ids, 3, 0, 0) == [0, 1, 2]
+
+
+def test_truncating_at_the_left_keeps_the_end_and_the_first_special_tokens() -> None:
+    ids = list(range(40))
+    assert es.truncated(ids, 5, 2, 1, left=True) == [0, 1, 37, 38, 39]
+    assert es.truncated(ids, 3, 0, 1, left=True) == [37, 38, 39]
+    assert es.truncated(ids, 3, 0, 0, left=True) == [37, 38, 39]
+
+
+@given(st.data())
+def test_what_is_cut_has_the_length_asked_for_and_both_its_ends(
+    data: st.DataObject,
+) -> None:
+    size = data.draw(st.integers(2, 60))
+    ids = list(range(size))
+    most = data.draw(st.integers(1, size - 1))
+    front = data.draw(st.integers(0, most - 1))
+    end = data.draw(st.integers(0, most - 1 - front))
+    for left in (False, True):
+        cut = es.truncated(ids, most, front, end, left=left)
+        assert len(cut) == most
+        assert cut == sorted(set(cut)), "in order, and each once"
+        assert cut[:front] == ids[:front]
+        assert cut[most - end :] == ids[size - end :]
+        gaps = sum(b - a > 1 for a, b in itertools.pairwise(cut))
+        at_an_edge = (cut[0] > 0) + (cut[-1] < size - 1)
+        assert gaps + at_an_edge == 1, "one piece is left out"
+    assert ids == list(range(size)), "another list"
 
 
 # --- small calls and large ones ---
@@ -133,14 +162,19 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
-        self.hows: list[tuple[int, bool]] = []
+        self.hows: list[tuple[int, bool, bool]] = []
         self.is_closed = self.is_aborted = False
 
     def embed(
-        self, inputs: Sequence[Any], *, threads: int = 1, fresh: bool = False
+        self,
+        inputs: Sequence[Any],
+        *,
+        threads: int = 1,
+        fresh: bool = False,
+        raw: bool = False,
     ) -> Any:
         self.calls.append([len(ids) for ids in inputs])
-        self.hows.append((threads, fresh))
+        self.hows.append((threads, fresh, raw))
         return np.array([[ids[0], len(ids)] for ids in inputs], np.float32)
 
     def abort(self) -> None:
@@ -152,15 +186,15 @@ class Recorder:
 
 @given(
     st.lists(st.integers(1, 80), min_size=1, max_size=70),
-    st.tuples(st.integers(1, 8), st.booleans()),
+    st.tuples(st.integers(1, 8), st.booleans(), st.booleans()),
 )
 def test_small_calls_go_to_the_brief_one_and_large_ones_fill_a_tile(
-    sizes: list[int], how: tuple[int, bool]
+    sizes: list[int], how: tuple[int, bool, bool]
 ) -> None:
     brief, full = Recorder(), Recorder()
     both = es.BriefOrFull(brief, full)
     inputs = [np.full(size, number, np.int32) for number, size in enumerate(sizes)]
-    rows = both.embed(inputs, threads=how[0], fresh=how[1])
+    rows = both.embed(inputs, threads=how[0], fresh=how[1], raw=how[2])
     np.testing.assert_array_equal(rows, list(enumerate(sizes)))
     assert len(brief.calls) + len(full.calls) == 1
     assert brief.hows + full.hows == [how]
@@ -182,6 +216,139 @@ def test_closing_the_pair_closes_both() -> None:
 
 
 EDGES = (1, 10, 47, 48, 49, 60, 63, 64, 65, LONGEST)
+
+# --- rows as the model gives them, and rows of tokens ---
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_nan_throughout_and_the_rest_as_it_was(
+    bad: float,
+) -> None:
+    rows = np.array([[3, 4, 0], [1, bad, 2], [0, 0, 0]], np.float32)
+    found = es.finite(rows.copy())
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(found[[0, 2]], rows[[0, 2]])
+    np.testing.assert_array_equal(es.finite(rows[[0, 2]]), rows[[0, 2]])
+
+
+def lengths(rows: Any) -> Any:
+    """The Euclidean length of each."""
+    return np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+
+
+def test_a_raw_vector_is_the_unit_one_times_its_length(
+    small: es.LlamaEngine, context: es.Context
+) -> None:
+    lane = small.new_context(is_lane=True)
+    inputs = some_ids(small, *EDGES)
+    for used in (context, lane):
+        unit = np.concatenate([used.embed([ids]) for ids in inputs])
+        raw = np.concatenate([used.embed([ids], raw=True) for ids in inputs])
+        np.testing.assert_allclose(lengths(unit), 1, rtol=1e-6)
+        assert np.abs(lengths(raw) - 1).min() > 0.1, "the claim would say nothing"
+        np.testing.assert_allclose(raw, unit * lengths(raw)[:, None], rtol=1e-5)
+        np.testing.assert_array_equal(es.normalised(raw), unit)
+    lane.close()
+
+
+def test_raw_vectors_share_a_call_as_others_do(
+    small: es.LlamaEngine, context: es.Context
+) -> None:
+    for sizes in ((1, 2, 3), (40, 15), (20, 43), (60, 70, 3)):
+        inputs = some_ids(small, *sizes)
+        alone = np.concatenate([context.embed([ids], raw=True) for ids in inputs])
+        together = context.embed(inputs, raw=True)
+        assert together.shape == alone.shape
+        assert cosines(es.normalised(alone), es.normalised(together)).min() > 0.9999
+        np.testing.assert_allclose(lengths(together), lengths(alone), rtol=0.02)
+
+
+# How the vectors of its tokens become that of an input.
+POOLED: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda rows: rows.mean(axis=0),
+    "cls": lambda rows: rows[0],
+    "last": lambda rows: rows[-1],
+}
+MADE: dict[str, Callable[[Path], Path]] = {
+    "an encoder": lambda folder: bert(folder / "m.gguf", trained=LONGEST),
+    "an encoder with rotary positions": models.long_context_bert,
+    "a decoder": lambda folder: models.tiny_causal(folder, context=LONGEST),
+}
+
+
+@pytest.mark.parametrize("pooling", POOLED)
+@pytest.mark.parametrize("name", MADE)
+def test_the_vectors_of_tokens_are_those_that_are_pooled(
+    tmp_path: Path, name: str, pooling: str
+) -> None:
+    with loaded(MADE[name](tmp_path), pooling=pooling) as engine:
+        assert engine.card.pooling == pooling
+        by_token = engine.new_context(is_lane=True, per_token=True)
+        lane = engine.new_context(is_lane=True)
+        for ids in some_ids(engine, 1, 2, 10, 63, 64, 65, LONGEST):
+            rows = by_token.embed([ids], raw=True)
+            assert rows.shape == (len(ids), engine.card.n_embd)
+            (whole,) = lane.embed([ids], raw=True)
+            scale = lengths(whole[None])[0]
+            pooled = POOLED[pooling](rows)
+            np.testing.assert_allclose(pooled / scale, whole / scale, atol=2e-3)
+            unit = by_token.embed([ids])
+            np.testing.assert_allclose(unit, es.normalised(rows), rtol=1e-5)
+        by_token.close()
+        lane.close()
+
+
+def test_a_context_for_tokens_keeps_nothing_of_a_call(small: es.LlamaEngine) -> None:
+    made = small.new_context(is_lane=True, per_token=True)
+    inputs = some_ids(small, *EDGES)
+    before = [made.embed([ids], raw=True) for ids in inputs]
+    for order in (inputs[::-1], inputs[::2]):
+        for ids in order:
+            made.embed([ids], fresh=True)
+    for ids, rows in zip(inputs, before, strict=True):
+        np.testing.assert_array_equal(made.embed([ids], raw=True), rows)
+        two = made.embed([ids], threads=2, raw=True)
+        assert cosines(es.normalised(two), es.normalised(rows)).min() > 0.9999
+    made.close()
+
+
+def test_what_a_context_for_tokens_cannot_compute_is_an_error_and_work_goes_on(
+    small: es.LlamaEngine,
+) -> None:
+    made = small.new_context(is_lane=True, per_token=True)
+    good, long = some_ids(small, 20, LONGEST + 1)
+    expected = made.embed([good], raw=True)
+    bad = good.copy()
+    bad[7] = small.card.n_vocab
+    for ids in (bad, long, good[:0]):
+        with pytest.raises(es.EngineError):
+            made.embed([ids], raw=True)
+        np.testing.assert_array_equal(made.embed([good], raw=True), expected)
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "make", [models.tiny_cross_encoder, models.tiny_causal_reranker]
+)
+def test_a_reranker_gives_all_its_scores_of_a_pair(
+    tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    with loaded(make(tmp_path, labels=("a", "b", "c"))) as engine:
+        assert (engine.card.n_scores, engine.card.row_length) == (3, 3)
+        context = engine.new_context()
+        pairs = [
+            np.array(es.framed_pair([*query], [*text], engine.card), np.int32)
+            for query, text in (some_ids(engine, 3, 5), some_ids(engine, 4, 9))
+        ]
+        alone = np.concatenate([context.embed([ids], raw=True) for ids in pairs])
+        assert alone.shape == (2, 3)
+        np.testing.assert_allclose(context.embed(pairs, raw=True), alone, atol=5e-3)
+        if engine.card.is_probability:
+            np.testing.assert_allclose(alone.sum(axis=1), 1, rtol=1e-5)
+        context.close()
+
+
+# --- edges ---
 
 
 def test_an_input_has_one_vector_whatever_computes_it(

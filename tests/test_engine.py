@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import kit
+from tests import models as models_of
 
 # --- the small models ---
 
@@ -312,7 +313,7 @@ def test_what_llama_cpp_would_abort_on_is_an_engine_error_and_work_goes_on(
 def test_a_decoder_reads_the_final_token(models: Models) -> None:
     # Its vector is the last token's: Llama.embed() of llama-cpp-python drops it.
     with opened(models.spm) as (card, embed):
-        long = es.truncated(es.framed([260] * 99, card), card)
+        long = es.truncated(es.framed([260] * 99, card), card.max_input_tokens, 1, 1)
         assert len(long) == card.max_input_tokens
         assert long[-1] == 2
         one, other = embed(long, [*long[:-1], 260])
@@ -354,6 +355,77 @@ def test_a_vocabulary_is_cased_when_the_file_says_so_or_has_capitals(
     path = bert(tmp_path / "cased.gguf", letters, lowercase=lowercase)
     with loaded(path) as engine:
         assert (engine.tokenise("AB") != engine.tokenise("ab")) is is_cased
+
+
+# --- tokens, and back ---
+
+
+@pytest.mark.parametrize("name", ["bpe", "spm"])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.differing_executors])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@example(text=" leading, and  two ")
+@example(text="\U0001f600 \u4e16\u0301")
+def test_a_texts_tokens_say_the_text_again(
+    engines: dict[str, es.LlamaEngine], name: str, text: str
+) -> None:
+    engine = engines[name]
+    if "\0" in text or any(mark in text for mark in ("<end>", "<s>", "</s>", "<unk>")):
+        return
+    said = engine.text(engine.tokenise(text), with_special=False)
+    assert said.removeprefix(" ") == text.removeprefix(" ")
+
+
+def test_a_wordpiece_says_words_again(engines: dict[str, es.LlamaEngine]) -> None:
+    engine = engines["bert"]
+    for text in ("abc", "a b", "ab ba"):
+        said = engine.text(engine.tokenise(text), with_special=False)
+        assert said.strip() == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_special_tokens_have_names_that_are_left_out_unless_asked_for(
+    engines: dict[str, es.LlamaEngine], name: str
+) -> None:
+    engine = engines[name]
+    card = engine.card
+    own = engine.tokenise("abc")
+    ids = es.framed(own, card)
+    frame = [*card.head, *card.tail]
+    assert frame, "the claim would say nothing"
+    bare = engine.text(own, with_special=False).strip()
+    assert engine.text(ids, with_special=False).strip() == bare
+    whole = engine.text(ids, with_special=True)
+    for piece in engine.pieces(frame):
+        assert piece
+        assert piece in whole
+        assert piece not in bare
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_token_has_a_piece(engines: dict[str, es.LlamaEngine], name: str) -> None:
+    engine = engines[name]
+    every = range(engine.card.n_vocab)
+    pieces = engine.pieces(every)
+    assert len(pieces) == len(every)
+    assert engine.pieces([]) == []
+    assert engine.text([], with_special=True) == ""
+    assert len(engine.text(list(every) * 50, with_special=True)) > len(every)
+
+
+def test_pieces_together_are_the_text(engines: dict[str, es.LlamaEngine]) -> None:
+    engine = engines["bpe"]
+    text = "xxx is (not) 42"
+    assert "".join(engine.pieces(engine.tokenise(text))) == text
+
+
+def test_tokens_with_long_texts_get_the_room_they_need(tmp_path: Path) -> None:
+    # 16 bytes a token are what is tried first.
+    path = models_of.long_context_bert(tmp_path, words=["w" * 100])
+    with loaded(path) as engine:
+        (token,) = engine.tokenise("w" * 100)
+        said = engine.text([token] * 30, with_special=False)
+        assert said.split() == ["w" * 100] * 30
+        assert engine.pieces([token])[0].strip() == "w" * 100
 
 
 LONG_INPUTS = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,13 +17,30 @@ import embellama_server as es
 every_error = pytest.mark.parametrize("kind", es.API_ERRORS, ids=lambda k: k.__name__)
 
 
-def test_the_table_holds_every_error_there_is() -> None:
-    # API_ERRORS is read once, so a class below it or a subclass of one would be
-    # missing from README and from the metrics, whose labels come from the table.
-    def below(kind: type[es.ApiError]) -> set[type[es.ApiError]]:
-        return {kind}.union(*(below(sub) for sub in kind.__subclasses__()))
+def below(kind: type[es.ApiError]) -> set[type[es.ApiError]]:
+    """All that are made of it."""
+    subs = set(kind.__subclasses__())
+    return subs.union(*map(below, subs))
 
-    assert set(es.API_ERRORS) == below(es.ApiError) - {es.ApiError}
+
+# Finer than the table: the same to OpenAI's clients, or but for the type.
+FINER = sorted(below(es.ApiError).difference(es.API_ERRORS), key=lambda k: k.__name__)
+DIALECTS = {one.name: one for one in (es.OPENAI, es.TEI, es.SEED, es.OLLAMA)}
+every_class = pytest.mark.parametrize(
+    "kind", [*es.API_ERRORS, *FINER], ids=lambda k: k.__name__
+)
+every_dialect = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+
+
+def test_the_table_holds_every_error_there_is() -> None:
+    # API_ERRORS is read once, so a class below it would be missing from README; and
+    # from the metrics, whose labels come from the table.
+    assert len(es.API_ERRORS) == len(set(es.API_ERRORS))
+    for kind in FINER:
+        (base,) = kind.__bases__
+        assert base in es.API_ERRORS
+        assert (kind.status, kind.code) == (base.status, base.code)
+        assert kind.is_transient == base.is_transient
 
 
 @every_error
@@ -39,7 +58,8 @@ def test_an_error_states_its_status_type_and_code_itself(
     special = {
         es.Overloaded: "overloaded",
         es.TooManyConnections: "overloaded",
-        es.RateLimited: "requests",  # OpenAI's word
+        es.RateLimited: "requests",  # OpenAI's word, as the next
+        es.TooManyTokens: "max_tokens_per_request",
     }
     assert kind.type == special.get(kind, sort)
 
@@ -57,13 +77,16 @@ def test_an_error_is_a_line_of_the_readme(kind: type[es.ApiError]) -> None:
     assert rows[0].count("|") == 4, "a bar in the text would be another column"
 
 
-@every_error
+@every_class
 @pytest.mark.parametrize("param", [None, "input[3]"])
 def test_a_body_has_the_four_keys_of_openai_s_error_object(
     kind: type[es.ApiError], param: str | None
 ) -> None:
     message = 'say "no"\n\x00 \N{SNOWMAN} \N{GRINNING FACE}'
-    body = json.loads(es.error_body(kind(message, param=param)))
+    error = kind(message, param=param)
+    assert es.OPENAI.status_of(kind) == kind.status
+    body = json.loads(es.OPENAI.body_of(error))
+    assert body == {"error": es.error_object(error)}
     assert body == {
         "error": {
             "message": message,
@@ -72,6 +95,134 @@ def test_a_body_has_the_four_keys_of_openai_s_error_object(
             "code": kind.code,
         }
     }
+
+
+# --- dialects ---
+
+STATUSES = {status.value for status in http.HTTPStatus}
+
+
+def conforms(value: object, schema: Mapping[str, Any]) -> bool:
+    """Whether a value is as a schema says, of the kinds that are used here."""
+    kinds: dict[str, type] = {"object": dict, "string": str, "null": type(None)}
+    assert set(schema) <= {"type", "required", "properties"}, "another kind"
+    said = schema["type"]
+    types = [kinds[name] for name in ([said] if isinstance(said, str) else said)]
+    if not isinstance(value, tuple(types)):
+        return False
+    if not isinstance(value, dict):
+        return True
+    assert set(schema["required"]) == set(schema["properties"])
+    return set(value) == set(schema["required"]) and all(
+        conforms(value[name], one) for name, one in schema["properties"].items()
+    )
+
+
+def test_the_reader_of_schemas_refuses_what_is_none() -> None:
+    schema = es.OPENAI.schema
+    good: dict[str, Any] = json.loads(es.OPENAI.body_of(es.NotReady("no")))
+    assert conforms(good, schema)
+    for name in good["error"]:
+        less = {k: v for k, v in good["error"].items() if k != name}
+        assert not conforms({"error": less}, schema)
+        assert not conforms({"error": good["error"] | {name: 3}}, schema)
+    assert not conforms({"error": "no"}, schema)
+    assert not conforms(good | {"more": "x"}, schema)
+
+
+@every_dialect
+@every_class
+def test_every_error_can_be_said_in_every_dialect(
+    dialect: es.Dialect, kind: type[es.ApiError]
+) -> None:
+    message = 'say "no"\n\x00 \N{SNOWMAN} \N{GRINNING FACE}'
+    status = dialect.status_of(kind)
+    assert status in STATUSES
+    assert 400 <= status <= 599
+    for param in (None, "input[3]"):
+        body = json.loads(dialect.body_of(kind(message, param=param)))
+        assert conforms(body, dialect.schema), body
+        said = body["error"]
+        assert (said["message"] if isinstance(said, dict) else said) == message
+
+
+@every_dialect
+@every_class
+def test_no_dialect_blames_another_or_hides_that_it_may_pass(
+    dialect: es.Dialect, kind: type[es.ApiError]
+) -> None:
+    status = dialect.status_of(kind)
+    if kind.is_transient:
+        assert status in (408, 429, 503, 504), "clients and proxies go by the number"
+    else:
+        assert status not in (408, 429, 503, 504)
+    if status != kind.status and kind is not es.WrongKindOfModel:
+        # 424 is TEI's word for what failed behind it.
+        assert status in (424, 429) or status // 100 == kind.status // 100
+
+
+# text-embeddings-inference 1.9: the status and word of each kind of its errors.
+TEI_KINDS = {
+    "Empty": {400},
+    "Validation": set(range(400, 500)) | {501, 505},
+    "Backend": {424, *range(500, 600)},
+    "Overloaded": {429, 503},
+    "Unhealthy": {503},
+}
+
+
+@pytest.mark.parametrize("dialect", [es.TEI, es.SEED], ids=lambda d: d.name)
+@every_class
+def test_a_word_of_tei_s_goes_with_a_status_it_has(
+    dialect: es.Dialect, kind: type[es.ApiError]
+) -> None:
+    body = json.loads(dialect.body_of(kind("no")))
+    assert dialect.status_of(kind) in TEI_KINDS[body["error_type"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tei", "seed", "openai"),
+    [
+        (es.EmptyInput, (400, "Empty"), 400, 400),
+        (es.InvalidValue, (422, "Validation"), 422, 400),
+        (es.TokenIdsRefused, (422, "Validation"), 422, 400),
+        (es.ContextLengthExceeded, (422, "Validation"), 422, 400),
+        (es.WrongKindOfModel, (424, "Backend"), 424, 400),
+        (es.NonFiniteVector, (424, "Backend"), 500, 500),
+        (es.EngineFailed, (424, "Backend"), 500, 500),
+        (es.Overloaded, (429, "Overloaded"), 429, 503),
+        (es.RateLimited, (429, "Overloaded"), 429, 429),
+        (es.NotReady, (503, "Unhealthy"), 503, 503),
+        (es.ModelUnavailable, (503, "Unhealthy"), 503, 503),
+        (es.InternalError, (500, "Backend"), 500, 500),
+        (es.BodyTooLarge, (413, "Validation"), 413, 413),
+        (es.ModelNotFound, (404, "Validation"), 404, 404),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "",
+)
+def test_an_error_has_the_number_that_clients_of_each_dialect_know(
+    kind: type[es.ApiError], tei: tuple[int, str], seed: int, openai: int
+) -> None:
+    body = json.loads(es.TEI.body_of(kind("no")))
+    assert (es.TEI.status_of(kind), body["error_type"]) == tei
+    assert es.SEED.status_of(kind) == seed
+    assert es.OPENAI.status_of(kind) == es.OLLAMA.status_of(kind) == openai
+
+
+def test_what_is_made_of_an_error_is_said_as_it_is() -> None:
+    class Finer(es.Overloaded):
+        pass
+
+    class Finest(Finer):
+        pass
+
+    for kind in (Finer, Finest):
+        assert es.TEI.status_of(kind) == 429
+        assert json.loads(es.TEI.body_of(kind("no")))["error_type"] == "Overloaded"
+        assert es.OPENAI.status_of(kind) == 503
+
+
+# --- what goes along ---
 
 
 def test_an_error_s_text_is_its_message() -> None:

@@ -108,6 +108,15 @@ def test_the_real_program_is_served_by_its_next_child(
 # --- reload ---
 
 
+@pytest.fixture(autouse=True)
+def a_model_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reload looks at before it loads a model beside another."""
+    folder = tmp_path / "where it runs"
+    folder.mkdir()
+    kit.fake_gguf(folder)
+    monkeypatch.chdir(folder)
+
+
 def changed(running: kit.RunningService, **changes: Any) -> None:
     """What the configuration says from now on."""
     base = running.service.settings
@@ -115,11 +124,33 @@ def changed(running: kit.RunningService, **changes: Any) -> None:
     running.configuration.now = es.Settings(**(names | changes))
 
 
+NOTHING: dict[str, object] = {"changed": [], "model": "kept", "loaded": []}
+
+
 def test_a_reload_that_changes_nothing_says_so() -> None:
     async def check() -> None:
         async with kit.running_service() as running:
             reply = await running.ask("POST", "/admin/reload")
-            assert (reply.status, reply.json) == (200, {"changed": [], "model": "kept"})
+            assert (reply.status, reply.json) == (200, NOTHING)
+
+    run(check())
+
+
+def test_another_name_for_a_model_takes_no_load() -> None:
+    async def check() -> None:
+        async with kit.running_service() as running:
+            served = running.served
+            changed(running, model_alias=("other",), prompt=("query=q: ",))
+            reply = await running.ask("POST", "/admin/reload")
+            names = ["model_alias", "prompt"]
+            said = {"changed": names, "model": "kept", "loaded": []}
+            assert (reply.status, reply.json) == (200, said)
+            assert running.served is served
+            asked = {"input": "a", "model": "other", "prompt_name": "query"}
+            found = await running.ask("POST", EMBED, asked)
+            assert found.status == 200
+            vector = found.json["data"][0]["embedding"]
+            assert np.allclose(vector, faults.expected("q: a"), atol=1e-6)
 
     run(check())
 
@@ -171,7 +202,8 @@ def test_another_model_takes_what_is_new_and_the_old_one_ends_what_it_has() -> N
             first = await asking(running, old)
             changed(running, cache_mb=1)
             reply = await running.ask("POST", "/admin/reload")
-            assert reply.json == {"changed": ["cache_mb"], "model": "replaced"}
+            said = {"changed": ["cache_mb"], "model": "replaced", "loaded": ["fake@1"]}
+            assert reply.json == said
             second = await running.ask("POST", EMBED, {"input": "a"})
             assert len(second.json["data"][0]["embedding"]) == 6
             assert not old.is_closed
@@ -243,13 +275,13 @@ def test_a_configuration_that_is_no_use_changes_nothing(
     async def check() -> None:
         async with kit.running_service() as running:
             before = running.service.settings
-            served = running.service.maybe_served
+            served = running.served
             changed(running, queue_size=7, **changes)
             reply = await running.ask("POST", "/admin/reload")
             assert (reply.status, reply.error["code"]) == (409, "reload_refused")
             assert said in reply.error["message"]
             assert running.service.settings is before
-            assert running.service.maybe_served is served
+            assert running.served is served
             await logged(running, "not reloaded, nothing has changed")
             assert said in running.log.getvalue()
             assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
@@ -418,8 +450,7 @@ def test_a_stop_during_a_reload_goes_first() -> None:
             with contextlib.suppress(Exception):
                 await reload
             await eventually(lambda: new.contexts_open == 0, "the new model's end")
-        assert running.service.maybe_served is not None
-        assert running.service.maybe_served.pool.engine is running.engine
+        assert running.served.pool.engine is running.engine
 
     run(check())
 
@@ -513,19 +544,18 @@ def test_a_file_that_was_rewritten_counts_after_a_hangup(tmp_path: Path) -> None
     config = tmp_path / "config.toml"
     config.write_text("queue_size = 10\n")
     with supervised("--config", str(config)) as server:
-        config.write_text('queue_size = 11\nmodel_alias = ["other"]\n')
+        config.write_text('queue_size = 11\nmodel_alias = ["other"]\ncache_mb = 9\n')
         server.process.send_signal(signal.SIGHUP)
         said = server.wait_for_log(" reloaded ")
-        assert "changed=model_alias,queue_size model=replaced" in said
+        assert "changed=model_alias,cache_mb,queue_size model=replaced" in said
         config.write_text("queue_size = nonsense\n")
         server.process.send_signal(signal.SIGHUP)
         said = server.wait_for_log("not reloaded, nothing has changed")
         assert str(config) in said
         config.write_text("queue_size = 11\nport = 1\n")  # the flag goes before it
         server.process.send_signal(signal.SIGHUP)
-        assert "changed=model_alias model=replaced" in server.wait_for_log(
-            " reloaded ", 2
-        )
+        said = server.wait_for_log(" reloaded ", 2)
+        assert "changed=model_alias,cache_mb model=replaced" in said
         assert Client(server.url).ask("a").outcome == "right"
         assert server.stop() == 0
 
@@ -536,8 +566,9 @@ def test_a_model_file_that_was_replaced_is_another_model_after_a_hangup(
     path = kit.fake_gguf(tmp_path)
     module = ("-m", "tests.kit", "supervised")
     with kit.started("--model-path", str(path), module=module) as server:
-        path.with_name("new").write_bytes(es.GGUF_MAGIC + b"other")
-        path.with_name("new").rename(path)
+        other = kit.fake_gguf(tmp_path, "new")
+        other.write_bytes(other.read_bytes() + b"other")
+        other.rename(path)
         server.process.send_signal(signal.SIGHUP)
         assert "model=replaced" in server.wait_for_log(" reloaded ")
         loads = [line for line in server.log if " loaded model=" in line]

@@ -102,7 +102,14 @@ def agrees_with_the_gguf_package(path: Path) -> es.Values:
         values = es.check_gguf(str(path), file)
     reader = gguf.GGUFReader(path)
     own = {name for name in reader.fields if not name.startswith("GGUF.")}
-    assert set(values) == own
+    if (listed := reader.fields.get("tokenizer.ggml.tokens")) is not None:
+        found = set(listed.contents())
+        has_bytes = found >= {f"<0x{byte:02X}>" for byte in range(256)}
+        assert values.pop("has a token for every byte") == has_bytes
+    assert set(values) == own | {es.HAS_HEAD}
+    named = {tensor.name for tensor in reader.tensors}
+    has_head = "cls.output.weight" in named
+    assert values.pop(es.HAS_HEAD) == has_head
     for name, value in values.items():
         expected = reader.fields[name].contents()
         if name == "tokenizer.ggml.tokens":
@@ -119,7 +126,7 @@ def agrees_with_the_gguf_package(path: Path) -> es.Values:
 
 
 def test_a_sound_file_gives_its_short_values() -> None:
-    assert checked(SOUND.pack()) == VALUES | {"numbers": ()}
+    assert checked(SOUND.pack()) == VALUES | {"numbers": (), es.HAS_HEAD: False}
 
 
 @pytest.mark.parametrize(
@@ -149,13 +156,21 @@ def test_names_are_compared_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [models.tiny_bert, models.long_context_bert], ids=lambda make: make.__name__
+    "make",
+    [
+        models.tiny_bert,
+        models.long_context_bert,
+        models.tiny_cross_encoder,
+        models.tiny_causal,
+        models.tiny_causal_reranker,
+    ],
+    ids=lambda make: make.__name__,
 )
 def test_the_models_of_the_tests_are_sound(
     tmp_path: Path, make: Callable[[Path], Path]
 ) -> None:
     values = agrees_with_the_gguf_package(make(tmp_path))
-    assert values["general.architecture"] in ("bert", "nomic-bert")
+    assert values["general.architecture"] in ("bert", "nomic-bert", "qwen3")
 
 
 @pytest.mark.parametrize("weights", ["f32", "f16", "bf16", "q8_0"])
@@ -221,6 +236,43 @@ def test_another_alignment_counts_for_offsets_and_for_the_data(
     path.write_bytes(aligned.pack())
     assert agrees_with_the_gguf_package(path)["general.alignment"] == alignment
     assert "beyond the end" in refusal(aligned.pack()[:-1])
+
+
+@pytest.mark.parametrize("alignment", [8, 16, 32])
+@pytest.mark.parametrize("size", range(0, 40, 4))
+def test_data_begins_where_llama_cpp_can_read_it(alignment: int, size: int) -> None:
+    # It asserts that what is mapped is aligned to 32 bytes, whatever the file says.
+    entries = (
+        *SOUND.entries,
+        Entry(b"x", TEXT, text(b"a" * size)),
+        number(b"general.alignment", alignment),
+    )
+    raw = replace(SOUND, entries=entries, alignment=alignment).pack()
+    if (len(raw) - len(SOUND.data)) % 32:
+        assert alignment < 32
+        assert "its data begins at " in refusal(raw)
+    else:
+        assert checked(raw).items() >= VALUES.items()
+
+
+BYTES = tuple(b"<0x%02X>" % byte for byte in range(256))
+
+
+def test_a_sentence_piece_without_a_token_for_each_byte_is_refused() -> None:
+    # llama.cpp ends the process at the first character that is none of its tokens.
+    def made(model: bytes, *found: bytes) -> Gguf:
+        kind = Entry(b"tokenizer.ggml.model", TEXT, text(model))
+        return with_entry(kind, tokens(b"<s>", *found))
+
+    # Either form will do.
+    for found in (BYTES, (*BYTES[:97], b"a", *BYTES[98:])):
+        checked(made(b"llama", *found).pack())
+        checked(made(b"llama", *reversed(found)).pack())
+    for some in ((), BYTES[1:], BYTES[:-1], (*BYTES[:97], b"A", *BYTES[98:])):
+        assert "every byte" in refusal(made(b"llama", *some).pack())
+        checked(made(b"gpt2", *some).pack())
+    kind = Entry(b"tokenizer.ggml.model", TEXT, text(b"llama"))
+    assert "every byte" in refusal(with_entry(kind).pack())
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -399,7 +451,7 @@ ASSERTED: dict[str, tuple[list[Entry], list[Entry]]] = {
         [shape(0), shape(513), shape(-1), real(1), WORD, LIST],
     ),
     "bert.pooling_type": (
-        [*map(shape, range(-1, 5)), shape((1 << 32) - 1)],
+        [*map(shape, range(-1, 4)), shape((1 << 32) - 1)],
         [shape(5), shape(-2), shape(1 << 31), real(1), WORD, LIST],
     ),
     "bert.expert_count": ([shape(0)], [shape(513), shape(-1), NAN, WORD, LIST]),
@@ -442,6 +494,35 @@ def test_what_ends_llama_cpp_is_refused_first(name: str) -> None:
         said = refusal(bert_with(name, value).pack())
         shown = name.rpartition("ggml.")[2]
         assert shown in said or (name == TOKENS and "token" in said), said
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "others"),
+    [
+        ("bert", b"cls.output.weight", [b"cls.weight", b"cls.output.bias"]),
+        ("qwen3", b"cls.output.weight", [b"cls.weight", b"output.weight"]),
+        ("jina-bert-v2", b"cls.weight", [b"cls.output.weight", b"cls.bias"]),
+    ],
+)
+def test_what_is_to_rank_has_the_head_of_its_architecture(
+    architecture: str, head: bytes, others: list[bytes]
+) -> None:
+    def made(pooling: int, name: bytes) -> Gguf:
+        entries = (
+            Entry(b"general.architecture", TEXT, text(architecture.encode())),
+            number(f"{architecture}.pooling_type".encode(), pooling),
+            # A name of the file's own does not count.
+            number(es.HAS_HEAD.encode(), 1),
+        )
+        kind = 0 if name.endswith(b"bias") else SECOND.kind
+        tensor = replace(SECOND, name=name, kind=kind)
+        return replace(SOUND, entries=entries, tensors=(FIRST, tensor))
+
+    for pooling in (1, 4):
+        assert checked(made(pooling, head).pack())[es.HAS_HEAD] is True
+    for other in others:
+        assert checked(made(1, other).pack())[es.HAS_HEAD] is False
+        assert "has no head" in refusal(made(4, other).pack())
 
 
 @pytest.mark.parametrize("name", [BOS, SEP, TOKENS])
@@ -579,7 +660,7 @@ def test_the_right_checksum_is_accepted(
     digest = write_sound(path)
     found = found_for(path, model_sha256=change(digest))
     assert (found.sha256, found.must_have.lower()) == (digest, digest)
-    with es.checked_model(str(path), found.must_have) as usable:
+    with es.checked_model(str(path), found.must_have) as (usable, _):
         assert Path(usable).read_bytes() == SOUND.pack()
 
 
@@ -660,7 +741,8 @@ def test_a_file_put_there_after_the_check_is_not_the_one_loaded(tmp_path: Path) 
     path, other = tmp_path / "m.gguf", tmp_path / "other"
     digest = write_sound(path)
     other.write_bytes(b"other")
-    with es.checked_model(str(path), digest) as usable:
+    with es.checked_model(str(path), digest) as (usable, values):
+        assert values.items() >= VALUES.items()
         os.replace(other, path)
         assert path.read_bytes() == b"other"
         loaded = Path(usable).read_bytes()
@@ -677,9 +759,11 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
             pytest.fail("usable")
 
 
-def split_in_two(folder: Path, form: str) -> Path:
+def split_in_two(
+    folder: Path, form: str, make: Callable[[Path], Path] = models.tiny_bert
+) -> Path:
     """The tiny model as two files, as llama.cpp's gguf-split names them; the first."""
-    sound = mutants.parts_of(models.tiny_bert(folder).read_bytes())
+    sound = mutants.parts_of(make(folder).read_bytes())
     cut = len(sound.tensors) // 2
     border = sound.tensors[cut].offset
     moved = [replace(t, offset=t.offset - border) for t in sound.tensors[cut:]]
@@ -701,9 +785,18 @@ def split_in_two(folder: Path, form: str) -> Path:
 def test_a_split_model_keeps_its_path_and_loads(tmp_path: Path) -> None:
     path = split_in_two(tmp_path, "H")  # what gguf-split and the gguf package write
     assert agrees_with_the_gguf_package(path)["split.count"] == 2
-    with es.checked_model(str(path), "") as usable:
+    with es.checked_model(str(path), "") as (usable, _):
         assert usable == str(path)
     es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log()).close()
+
+
+def test_a_split_reranker_may_have_its_head_in_another_part(tmp_path: Path) -> None:
+    path = split_in_two(tmp_path, "H", models.tiny_cross_encoder)
+    names = [tensor.name for tensor in gguf.GGUFReader(path).tensors]
+    assert "cls.output.weight" not in names, "the claim would say nothing"
+    engine = es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
+    assert engine.card.n_scores == 1
+    engine.close()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 100])
@@ -713,7 +806,7 @@ def test_a_split_count_of_any_type_is_one(
 ) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(with_entry(number(b"split.count", count, form)).pack())
-    with es.checked_model(str(path), "") as usable:
+    with es.checked_model(str(path), "") as (usable, _):
         assert (usable == str(path)) == (count > 1)
 
 
@@ -772,10 +865,11 @@ def test_no_tensor_of_16_bits_ends_llama_cpp(tmp_path: Path, kind: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", mutants.KINDS)
 def test_a_damaged_model_is_refused_or_served(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path, record_property: Callable[[str, object], None], kind: str
 ) -> None:
-    found = list(mutants.endings(range(SEEDS), tmp_path))
+    found = list(mutants.endings(range(SEEDS), tmp_path, kind=kind))
     counts = mutants.counted(found)
     record_property("mutants", counts)
     print(counts)

@@ -158,6 +158,7 @@ def post(url: str, **body: object) -> tuple[int, dict[str, str], bytes]:
     with urllib.request.urlopen(request, timeout=kit.DEADLINE_S) as answer:
         headers = {name.lower(): value for name, value in answer.headers.items()}
         headers.pop("date")
+        assert float(headers.pop("openai-processing-ms")) >= 0
         return answer.status, headers, answer.read()
 
 

@@ -21,7 +21,8 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
 
     import embellama_server as es
 
-    known = {row.flag for row in es.SETTING_ROWS} | {
+    rows = es.SETTING_ROWS
+    known = {flag for row in rows for flag in (row.flag, *row.option.also)} | {
         *("--print-config", "--version", "--no-elastic", "--no-supervise"),  # ours
         *("--seconds", "--output"),  # of tune
         *("--bert-base", "--peer-cmd", "--list-cells", "--cached", "--health"),  # bench

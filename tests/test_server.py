@@ -142,7 +142,7 @@ def test_version_and_help_answer() -> None:
     version = program("--version")
     assert version.returncode == 0
     name, number, digest = version.stdout.split()
-    assert (name, number) == ("embellama_server", "0.2.0")
+    assert (name, number) == ("embellama_server", "0.3.0")
     assert len(digest) == len("sha256:") + 64
     shown = program("--help")
     assert shown.returncode == 0

@@ -250,7 +250,9 @@ def test_the_front_page_lists_the_routes() -> None:
 
 def test_workers_that_cannot_get_a_context_end_the_start() -> None:
     class Full(kit.FakeEngine):
-        def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+        def new_context(
+            self, *, is_lane: bool = False, per_token: bool = False
+        ) -> kit.FakeContext:
             raise es.StartupError("no memory for a context")
 
     async def check() -> None:
@@ -412,9 +414,11 @@ class Watched(kit.FakeEngine):
         self.note()
         return super().tokenise(text)
 
-    def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+    def new_context(
+        self, *, is_lane: bool = False, per_token: bool = False
+    ) -> kit.FakeContext:
         self.note()
-        return super().new_context(is_lane=is_lane)
+        return super().new_context(is_lane=is_lane, per_token=per_token)
 
 
 @pytest.mark.parametrize("wanted", ["4095", "0-4095", "3-1", "99999"])
@@ -479,7 +483,7 @@ def test_auto_pins_each_worker_to_cpus_of_its_own_and_nothing_else(
             assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
 
     run(check())
-    assert engine.cpus.pop("tokeniser") == mine == os.sched_getaffinity(0)
+    assert engine.cpus.pop("tokeniser-0") == mine == os.sched_getaffinity(0)
     # With more workers than CPUs the first ones are shared.
     expected = {f"worker-{n}": groups[n % len(groups)] for n in range(workers)}
     assert engine.cpus == expected

@@ -95,6 +95,9 @@ def refused(
 
 # For rows with a pattern.
 MATCHING: dict[str, tuple[Any, Any]] = {
+    "model_name": ("one \N{SNOWMAN}=\"quoted\" 'twice' \\ @ @1x", "another"),
+    "model_alias": (("a b", "\N{SNOWMAN}@"), ("c",)),
+    "prompt": (('query= is "it"\n= ', "a-b_c.1="), ("x={text}",)),
     "cpu_affinity": ("0-3,8", "auto"),
     "model_sha256": ("0123456789abcdefABCDEF" + "0" * 42, "f" * 64),
     "listen": (("[::1]:0", "localhost:65535"), ("192.0.2.1:80",)),
@@ -394,17 +397,439 @@ def test_the_shown_settings_stay_a_file_whatever_the_file_is_called(
     assert (table["port"], table["threads"]) == (8080, 2)
 
 
-def test_a_secret_is_never_shown(saying: Saying, refused: Refused) -> None:
-    assert [row.name for row in es.SETTING_ROWS if row.option.secret] == ["api_key"]
-    saying.say("flag", "api_key", "sk-1")
+def test_what_may_hold_a_key_or_password_is_secret() -> None:
+    secret = [row.name for row in es.SETTING_ROWS if row.option.secret]
+    assert secret == ["api_key", "otlp_endpoint"]
+
+
+@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if row.option.secret])
+def test_a_secret_is_never_shown(saying: Saying, refused: Refused, name: str) -> None:
+    saying.say("flag", name, "sk-1")
     loaded = saying.load()
-    assert loaded.settings.api_key == "sk-1"
+    assert getattr(loaded.settings, name) == "sk-1"
     assert "sk-1" not in loaded.describe()
-    assert 'api_key = "(hidden)"  # flag --api-key' in loaded.describe()
+    assert f'{name} = "(hidden)"  # flag {ROWS[name].flag}' in loaded.describe()
     assert loaded.given() == {}, "what tune writes into a file"
     wrong = Saying(saying.folder)
-    wrong.say("environment", "api_key", "sk-2\udcff")  # not Unicode
+    wrong.say("environment", name, "sk-2\udcff")  # not Unicode
     assert "sk-2" not in refused(wrong)
+
+
+# --- several models ---
+
+
+@dataclass
+class Farm:
+    """Model files that nobody opens further than their first bytes."""
+
+    folder: Path
+
+    def path(self, name: str) -> str:
+        """One called so."""
+        path = self.folder / f"{name}.gguf"
+        path.write_bytes(es.GGUF_MAGIC)
+        return str(path)
+
+
+@pytest.fixture
+def farm(tmp_path: Path) -> Farm:
+    folder = tmp_path / "farm"
+    folder.mkdir()
+    return Farm(folder)
+
+
+def names(loaded: es.LoadedSettings) -> list[tuple[str, int]]:
+    """Of each model, its name and version."""
+    return [(es.name_of(one), one.model_version) for one in loaded.models]
+
+
+def said_of(loaded: es.LoadedSettings) -> list[es.Settings]:
+    """The settings of each model, but for where they were read from."""
+    return [dataclasses.replace(one, config="") for one in loaded.models]
+
+
+def table(**said: Any) -> str:
+    """A [[models]] table."""
+    texts = {k: json.dumps(v, ensure_ascii=False) for k, v in said.items()}
+    lines = (f"{key} = {text}\n" for key, text in texts.items())
+    return "[[models]]\n" + "".join(lines)
+
+
+MODEL_ROWS = {row.table_key: row for row in es.MODEL_ROWS}
+
+
+def test_one_model_is_a_list_of_one(saying: Saying, farm: Farm) -> None:
+    assert names(saying.load()) == [("", 1)]
+    saying.say("flag", "model_path", farm.path("a"))
+    loaded = saying.load()
+    assert loaded.models == (loaded.settings,)
+    assert names(loaded) == [("a", 1)]
+    assert loaded.tables == ()
+
+
+def test_rows_of_a_model_are_the_first_and_have_keys_of_their_own() -> None:
+    assert es.SETTING_ROWS[: len(es.MODEL_ROWS)] == es.MODEL_ROWS
+    assert len(MODEL_ROWS) == len(es.MODEL_ROWS)
+    assert {"path", "name", "aliases", "version", "share", "prompts"} <= set(MODEL_ROWS)
+    assert not any(key.startswith("model") for key in MODEL_ROWS)
+
+
+@pytest.mark.parametrize("key", MODEL_ROWS)
+def test_what_may_be_said_of_one_model_may_be_said_of_each(
+    saying: Saying, farm: Farm, key: str
+) -> None:
+    row = MODEL_ROWS[key]
+    one, other = pair(row, saying.folder)
+    both: list[dict[str, Any]] = [{key: one}, {key: other}]
+    for said, name in zip(both, "ab", strict=True):
+        said.setdefault("path", farm.path(name))
+    if key not in ("name", "version"):
+        for said, name in zip(both, "xy", strict=True):
+            said["name"] = name
+    saying.table = [table(**said) for said in (*both, {"path": farm.path("c")})]
+    first, second, third = saying.load().models
+    assert getattr(first, row.name) == one
+    assert getattr(second, row.name) == other
+    if key not in ("path", "weights", "workers"):
+        assert getattr(third, row.name) == row.default
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_said_of_all_counts_where_a_table_says_nothing(
+    saying: Saying, farm: Farm, source: str
+) -> None:
+    saying.say(source, "threads", 3)
+    saying.say(source, "port", 99)
+    saying.table += [
+        table(path=farm.path("a"), threads=2),
+        table(path=farm.path("b")),
+    ]
+    loaded = saying.load()
+    assert [one.threads for one in loaded.models] == [2, 3]
+    assert {one.port for one in (loaded.settings, *loaded.models)} == {99}
+
+
+def test_weights_of_a_table_follow_its_own_path(saying: Saying, farm: Farm) -> None:
+    saying.table = [
+        table(path=farm.path("a")),
+        table(path=farm.path("b"), weights="auto"),
+    ]
+    loaded = saying.load()
+    assert [one.weights for one in loaded.models] == ["keep", "auto"]
+
+
+def test_prompts_may_be_a_table_of_a_table(saying: Saying, farm: Farm) -> None:
+    path = farm.path("a")
+    saying.table = [
+        f'[[models]]\npath = "{path}"\n[models.prompts]\nquery = "q: "\n"d.1" = ""\n'
+    ]
+    (one,) = saying.load().models
+    assert one.prompt == ("query=q: ", "d.1=")
+
+
+def test_the_files_own_model_is_the_first(saying: Saying, farm: Farm) -> None:
+    saying.say("file", "model_path", farm.path("a"))
+    saying.say("file", "model_alias", ("x",))
+    saying.table.append(table(path=farm.path("b")))
+    loaded = saying.load()
+    assert names(loaded) == [("a", 1), ("b", 1)]
+    assert [one.model_alias for one in loaded.models] == [("x",), ()]
+
+
+def test_flags_name_models(saying: Saying, farm: Farm) -> None:
+    a, b = farm.path("a"), farm.path("b")
+    saying.flags = [f"--model-path={one}" for one in (a, f"x={b}", f"x@3={b}")]
+    loaded = saying.load()
+    assert names(loaded) == [("a", 1), ("x", 1), ("x", 3)]
+    assert [one.model_path for one in loaded.models] == [a, b, b]
+    assert {one.weights for one in loaded.models} == {"keep"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("text", "name", "version"),
+    [
+        ("x={}", "x", 1),
+        ("x@2={}", "x", 2),
+        ("a b/\N{SNOWMAN}@2={}", "a b/\N{SNOWMAN}", 2),
+        ("x@y@1000={}", "x@y", 1000),
+        ("x@={}", "x@", 1),
+        ("@2x={}", "@2x", 1),
+    ],
+)
+def test_one_path_may_name_its_model(
+    saying: Saying, farm: Farm, source: str, text: str, name: str, version: int
+) -> None:
+    saying.say(source, "model_path", text.format(farm.path("a")))
+    loaded = saying.load()
+    assert names(loaded) == [(name, version)]
+    assert loaded.models == (loaded.settings,)
+    assert loaded.settings.model_path == farm.path("a")
+    assert loaded.sources["model_name"].startswith(source)
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_that_file(
+    saying: Saying, farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = farm.path("a=b")
+    monkeypatch.setenv("HOME", str(farm.folder))
+    for shown in (path, "~/a=b.gguf"):
+        said = Saying(saying.folder, [f"--model-path={shown}"])
+        assert names(said.load()) == [("a=b", 1)]
+        assert said.load().settings.model_path == path
+
+
+@pytest.mark.parametrize("source", ["environment", "flag"])
+def test_models_named_elsewhere_are_served_instead_of_the_files(
+    saying: Saying, farm: Farm, source: str
+) -> None:
+    saying.table = [table(path=farm.path("a")), table(path=farm.path("b"))]
+    saying.say(source, "model_path", farm.path("c"))
+    assert names(saying.load()) == [("c", 1)]
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_models_named_by_flags_are_all_that_is_served(
+    saying: Saying, farm: Farm, source: str
+) -> None:
+    saying.say(source, "model_path", farm.path("c"))
+    saying.flags = [f"--model-path={n}={farm.path(n)}" for n in "ab"]
+    loaded = saying.load()
+    assert names(loaded) == [("a", 1), ("b", 1)]
+    again = Saying(saying.folder, table=[loaded.describe()]).load()
+    assert said_of(again) == said_of(loaded)
+
+
+# What is wrong, and a part of the sentence that says it.
+BAD_TABLES = {
+    "must be [[models]] tables": [
+        *("models = 3\n", "models = [3]\n", '[models]\npath = "{a}"\n'),
+        'models = [{{ path = "{a}" }}, []]\n',
+    ],
+    "table 1: path = '' cannot be used": ["[[models]]\n", "[[models]]\nname = 'x'\n"],
+    "table 2: path = '' cannot be used": [
+        *("[[models]]\npath = '{a}'\n[[models]]\n",),
+        *("[[models]]\npath = '{a}'\n[[models]]\npath = ''\n",),
+    ],
+    "table 1: path = 3": ["[[models]]\npath = 3\n"],
+    "table 1: path = {{": ["[[models]]\npath = {{ a = '{a}' }}\n"],
+    "begins with GGUF: No such file": ["[[models]]\npath = '{a}.not'\n"],
+    "no such setting": [
+        *("[[models]]\npath = '{a}'\nmodel_name = 'x'\n",),
+        *("[[models]]\npath = '{a}'\nport = 80\n",),
+        *('[[models]]\npath = "{a}"\n"a\\nb\\u001b" = 80\n',),
+        *("[[models]]\npath = '{a}'\nalias = ['x']\n",),
+    ],
+    "version = 0 cannot be used: must be 1 to": [
+        "[[models]]\npath = '{a}'\nversion = 0\n"
+    ],
+    "version = '2' cannot be used: must be a whole number": [
+        "[[models]]\npath = '{a}'\nversion = '2'\n"
+    ],
+    "a list of strings": [
+        *("[[models]]\npath = '{a}'\naliases = 'x'\n",),
+        *("[[models]]\npath = '{a}'\naliases = {{ x = 'y' }}\n",),
+        *("[[models]]\npath = '{a}'\nprompts = {{ x = 3 }}\n",),
+        *("[[models]]\npath = '{a}'\nprompts = {{ x = ['a'] }}\n",),
+    ],
+    "NAME=TEXT": [
+        *("[[models]]\npath = '{a}'\nprompts = {{ 'a b' = 'c' }}\n",),
+        *("[[models]]\npath = '{a}'\nprompts = ['query']\n",),
+    ],
+    "end in @VERSION": [
+        *("[[models]]\npath = '{a}'\nname = 'x@2'\n",),
+        *("[[models]]\npath = '{a}'\naliases = ['y', 'x@2']\n",),
+    ],
+    "'a@1' cannot be used: two models have this name": [
+        *("[[models]]\npath = '{a}'\n[[models]]\npath = '{a}'\n",),
+        *("[[models]]\npath = '{a}'\n[[models]]\npath = '{b}'\nname = 'a'\n",),
+        *("model_path = '{a}'\n[[models]]\npath = '{a}'\nversion = 1\n",),
+    ],
+    "say it in a [[models]] table": [
+        *("model_name = 'x'\n[[models]]\npath = '{a}'\n",),
+        *("model_alias = ['x']\n[[models]]\npath = '{a}'\n",),
+        *("model_version = 2\n[[models]]\npath = '{a}'\n",),
+        *("model_share = 2\n[[models]]\npath = '{a}'\n",),
+        *(f"model_sha256 = '{'0' * 64}'\n[[models]]\npath = '{{a}}'\n",),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [(part, text) for part, texts in BAD_TABLES.items() for text in texts],
+)
+def test_a_table_that_is_wrong_is_refused(
+    saying: Saying, refused: Refused, farm: Farm, part: str, text: str
+) -> None:
+    saying.table = [text.format(a=farm.path("a"), b=farm.path("b"))]
+    said = refused(saying)
+    assert part.replace("{{", "{") in said
+    assert "settings.toml" in said or "two models" in part
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["x={a}", "x={b}"], "'x@1' cannot be used: two models have this name"),
+        (["{a}", "{a}"], "'a@1' cannot be used: two models have this name"),
+        (["x@2={a}", "x@02={b}"], "'x@2' cannot be used: two models"),
+        (["x@0={a}"], "must be 1 to 1000000000"),
+        (["x@0={a}", "{b}"], "must be 1 to 1000000000"),
+        (["x={a}.not"], "No such file"),
+        (["{a}", "x={a}.not"], "No such file"),
+        (["={a}"], "No such file"),
+        (["x@1234567890={a}"], "end in @VERSION"),
+        (["x=/dev/null"], "begins with GGUF"),
+        (["\udcff={a}"], "Unicode"),
+    ],
+)
+def test_a_flag_that_names_a_model_wrongly_is_refused(
+    saying: Saying, refused: Refused, farm: Farm, flags: list[str], part: str
+) -> None:
+    named = [flag.format(a=farm.path("a"), b=farm.path("b")) for flag in flags]
+    saying.flags = [f"--model-path={flag}" for flag in named]
+    assert part in refused(saying)
+
+
+@pytest.mark.parametrize("source", ["flag", "environment"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_name", "y"),
+        ("model_alias", ("y",)),
+        ("model_version", 2),
+        ("model_share", 0.5),
+        ("model_sha256", "0" * 64),
+    ],
+)
+def test_what_says_which_model_it_is_cannot_be_said_of_several(
+    saying: Saying,
+    refused: Refused,
+    farm: Farm,
+    source: str,
+    name: str,
+    value: Any,
+) -> None:
+    saying.flags = [f"--model-path={farm.path(n)}" for n in "ab"]
+    saying.say(source, name, value)
+    said = refused(saying)
+    assert source in said
+    assert name in said
+    assert "several models" in said
+
+
+def test_a_path_that_names_its_model_may_not_be_contradicted_beside_it(
+    saying: Saying, refused: Refused, farm: Farm
+) -> None:
+    saying.flags = [f"--model-path=x={farm.path('a')}", "--model-name=x"]
+    assert names(saying.load()) == [("x", 1)]
+    saying.flags[1] = "--model-name=y"
+    assert "model_name = 'y'" in refused(saying)
+
+
+# --- what is shown of several ---
+
+
+def test_the_shown_settings_of_several_models_are_a_file_that_says_the_same(
+    saying: Saying, farm: Farm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = '\x1b\n\t"\\ \N{SNOWMAN} \N{GRINNING FACE}'
+    whole = {key: pair(row, saying.folder)[0] for key, row in MODEL_ROWS.items()}
+    saying.say("file", "threads", 3)
+    saying.table += [
+        table(**(whole | {"name": odd})),
+        table(path=farm.path("b"), prompts=[f"q={odd}"]),
+        table(path=farm.path("c"), workers=7, share=1e-7, stuck_after_s=0.5),
+    ]
+    loaded = saying.load()
+    assert es.main([*saying.argv(), "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    again = Saying(saying.folder, table=[shown]).load()
+    assert said_of(again) == said_of(loaded)
+    assert again.tables == loaded.tables
+
+
+def test_models_of_flags_are_shown_as_tables(saying: Saying, farm: Farm) -> None:
+    saying.flags = [f"--model-path={n}@2={farm.path(n)}" for n in "ab"]
+    loaded = saying.load()
+    shown = loaded.describe()
+    assert tomllib.loads(shown)["models"] == [
+        {"path": farm.path(name), "name": name, "version": 2} for name in "ab"
+    ]
+    assert said_of(Saying(saying.folder, table=[shown]).load()) == said_of(loaded)
+
+
+def test_the_files_own_model_and_its_tables_are_shown(
+    saying: Saying, farm: Farm
+) -> None:
+    saying.say("file", "model_path", farm.path("a"))
+    saying.say("file", "model_name", "first")
+    saying.table.append(table(path=farm.path("b")))
+    loaded = saying.load()
+    again = Saying(saying.folder, table=[loaded.describe()]).load()
+    assert said_of(again) == said_of(loaded)
+    assert names(again) == [("first", 1), ("b", 1)]
+
+
+# --- one more model, as an administrator says it ---
+
+
+def test_one_more_model_has_what_is_said_of_all(saying: Saying, farm: Farm) -> None:
+    saying.say("flag", "threads", 3)
+    saying.say("flag", "port", 99)
+    saying.table = [table(path=farm.path("a"), workers=9)]
+    saying.say("environment", "pack_tokens", 64)
+    more = saying.load().with_model({"path": farm.path("b"), "version": 2})
+    assert (es.name_of(more), more.model_version) == ("b", 2)
+    assert (more.threads, more.port, more.pack_tokens) == (3, 99, 64)
+    assert more.weights == "keep"
+    assert more.workers == es.load_settings({}, {}).settings.workers
+
+
+def test_one_more_model_is_nobody_elses_namesake(saying: Saying, farm: Farm) -> None:
+    saying.flags = [f"--model-path=x@7={farm.path('a')}", "--model-alias=y"]
+    more = saying.load().with_model({"path": farm.path("b")})
+    assert (es.name_of(more), more.model_version, more.model_alias) == ("b", 1, ())
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        *({}, {"name": "x"}, {"path": 3}, {"path": "/no/such"}),
+        *({"path": "{a}", "port": 3}, {"path": "{a}", "version": True}),
+        *({"path": "{a}", "prompts": {"q": 3}}, {"path": "{a}", "name": None}),
+        {"path": "{a}", "name": "x@2"},
+    ],
+)
+def test_one_more_model_that_is_wrong_is_refused(
+    saying: Saying, farm: Farm, table: dict[str, Any]
+) -> None:
+    asked = {k: farm.path("a") if v == "{a}" else v for k, v in table.items()}
+    with pytest.raises(es.BadSetting):
+        saying.load().with_model(asked)
+
+
+# --- further flags ---
+
+OTHERS = [(row, flag) for row in es.SETTING_ROWS for flag in row.option.also]
+
+
+@pytest.mark.parametrize(("row", "flag"), OTHERS, ids=lambda x: str(x)[:30])
+def test_what_other_servers_call_a_flag_is_that_flag(
+    saying: Saying, row: es.Row, flag: str
+) -> None:
+    value = pair(row, saying.folder)[0]
+    saying.flags = [f"{flag}={value}"]
+    loaded = saying.load()
+    assert getattr(loaded.settings, row.name) == value
+    assert loaded.sources[row.name] == f"flag {row.flag}"
+
+
+def test_no_flag_has_two_meanings() -> None:
+    flags = [flag for row in es.SETTING_ROWS for flag in (row.flag, *row.option.also)]
+    flags += [f"--no-{row.flag[2:]}" for row in es.SETTING_ROWS if row.kind is bool]
+    assert len(flags) == len(set(flags))
 
 
 # --- README ---
@@ -415,7 +840,8 @@ def test_the_readme_table_has_each_row_once() -> None:
     assert {line.count("|") for line in (head, rule, *lines)} == {6}
     for line, row in zip(lines, ROWS.values(), strict=True):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        assert cells[0] == f"`{row.flag}`"
+        flags = [f"`{flag}`" for flag in (row.flag, *row.option.also)]
+        assert cells[0] == ", ".join(flags)
         assert cells[1] == (row.default_text or "-")
         assert row.option.bound in cells[2]
         assert cells[3] == row.option.help

@@ -129,7 +129,7 @@ def test_every_series_is_there_from_the_start_and_zero() -> None:
             assert numbers == [0], "known on Linux only"
         elif row.name in NOT_ZERO:
             assert min(numbers) > 0, row.name
-        else:
+        elif row.label != "model":  # whose values come with the models
             assert set(numbers) == {0}, row.name
         if row.kind == "histogram":
             bounds = tuple(float(labels["le"]) for _, labels, _ in family.samples[:-2])
@@ -139,6 +139,59 @@ def test_every_series_is_there_from_the_start_and_zero() -> None:
             assert labels == [{row.label: value} for value in row.values]
         else:
             assert [labels for _, labels, _ in family.samples] == [{}]
+
+
+OF_MODELS = [row.name for row in es.METRICS if row.label == "model"]
+ODD = 'a\\n"b\n\\" \N{SNOWMAN}\r{}=,@1'
+
+
+def of_models(telemetry: es.Telemetry, name: str) -> dict[str, float]:
+    """The numbers of a family, by model."""
+    samples = parse(telemetry.exposition())[name].samples
+    assert all(set(labels) == {"model"} for _, labels, _ in samples)
+    return {labels["model"]: number for _, labels, number in samples}
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_a_model_has_its_series_from_when_it_is_named(name: str) -> None:
+    telemetry = es.Telemetry()
+    assert of_models(telemetry, name) == {}
+    with pytest.raises(KeyError):
+        telemetry.count(name, value="a@1")
+    with pytest.raises(KeyError):
+        telemetry.set(name, 1, "a@1")
+    for label in ("a@1", "a@2", ODD):
+        telemetry.add_model(label)
+    assert of_models(telemetry, name) == {"a@1": 0, "a@2": 0, ODD: 0}
+    telemetry.count(name, 3, "a@2")
+    telemetry.count(name, 4, ODD)
+    telemetry.add_model("a@2")  # again: nothing is forgotten
+    assert of_models(telemetry, name) == {"a@1": 0, "a@2": 3, ODD: 4}
+    assert telemetry.value(name, ODD) == 4
+
+
+def test_models_are_told_apart_in_every_family_that_names_them() -> None:
+    assert len(OF_MODELS) >= 6
+    telemetry = es.Telemetry()
+    telemetry.add_model("a@1")
+    for number, name in enumerate(OF_MODELS, 1):
+        telemetry.set(name, number, "a@1")
+    found = [of_models(telemetry, name) for name in OF_MODELS]
+    assert found == [{"a@1": n} for n in range(1, len(OF_MODELS) + 1)]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_name_is_a_label_that_reads_back(label: str) -> None:
+    telemetry = es.Telemetry()
+    telemetry.add_model(label)
+    telemetry.count("embellama_model_inputs_total", 2, label)
+    assert of_models(telemetry, "embellama_model_inputs_total") == {label: 2}
+
+
+def test_telemetries_do_not_share_their_models() -> None:
+    one, other = es.Telemetry(), es.Telemetry()
+    one.add_model("a@1")
+    assert of_models(other, OF_MODELS[0]) == {}
 
 
 def test_rows_follow_prometheus_s_naming() -> None:

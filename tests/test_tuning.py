@@ -45,7 +45,9 @@ class Engine(kit.FakeEngine):
         super().__init__(weights=weights or "f16")
         self.contexts_left: int | None = None  # None: as many as one likes
 
-    def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+    def new_context(
+        self, *, is_lane: bool = False, per_token: bool = False
+    ) -> kit.FakeContext:
         if self.contexts_left is not None:
             if not self.contexts_left:
                 raise es.StartupError("no room for another context")
@@ -504,8 +506,9 @@ class Desk:
 
     def tune(self, *flags: str) -> int:
         """The exit code; sets out and err."""
-        model = str(kit.fake_gguf(self.root))
-        given = ["tune", "--model-path", model, "--output", str(self.profile)]
+        model = self.root / "fake.gguf"
+        model.write_bytes(es.GGUF_MAGIC)  # no weights after it: see Engine
+        given = ["tune", "--model-path", str(model), "--output", str(self.profile)]
         given += ["--cache-dir", str(self.root / "cache"), *flags]
         try:
             code = es.main(given, engine_factory=Engine)
@@ -646,6 +649,15 @@ def test_a_profile_without_a_folder_is_said_before_anything_is_measured(
     assert desk.tune("--output", str(nowhere), "--log-level", "error") == 1
     assert str(nowhere.parent) in desk.sentence()
     assert not MEASURED
+
+
+def test_several_models_are_not_tuned_at_once(desk: Desk) -> None:
+    # Which of them? And what a profile says would be said of all.
+    other = desk.root / "other.gguf"
+    other.write_bytes(es.GGUF_MAGIC)
+    assert desk.tune("--model-path", f"other={other}") == 1
+    assert "--model-path" in desk.err
+    assert not desk.profile.exists()
 
 
 def test_a_model_that_does_not_load_is_exit_1(

@@ -544,7 +544,7 @@ def test_equal_vectors_are_timed_and_every_context_is_closed(
 
 def test_other_vectors_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(kit.FakeEngine):
-        def new_context(self, *, is_lane: bool = False) -> Any:
+        def new_context(self, *, is_lane: bool = False, per_token: bool = False) -> Any:
             self.contexts_open += 1
             context = Rows(*np.eye(8)[:1].repeat(99, axis=0))
             monkeypatch.setattr(context, "close", self.close)

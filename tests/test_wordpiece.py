@@ -87,7 +87,7 @@ def test_a_text_gets_the_ids_the_model_was_given_by_sentence_transformers(
 ) -> None:
     ids = es.framed(engine.tokenise(row["text"]), engine.card)
     if len(ids) > engine.card.max_input_tokens:
-        ids = es.truncated(ids, engine.card)
+        ids = es.truncated(ids, engine.card.max_input_tokens, 1, 1)
     assert ids == row["ids"]
 
 

@@ -49,6 +49,7 @@ class Engine(kit.FakeEngine):
         self.lane_error: Exception | None = None  # what making one raises
         self.fails_always = False
         self.contexts_made = 0
+        self.hole_at: int | None = None  # of a call's rows, the one without numbers
 
     def hold_call(self, word: str) -> Held:
         """The next call with this word will wait, but no other call."""
@@ -72,12 +73,14 @@ class Engine(kit.FakeEngine):
             raise ZeroDivisionError
         return super().tokenise(text)
 
-    def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+    def new_context(
+        self, *, is_lane: bool = False, per_token: bool = False
+    ) -> kit.FakeContext:
         if is_lane and self.lane_error is not None:
             raise self.lane_error
         self.contexts_made += 1
         super().new_context(is_lane=is_lane)  # which counts it
-        return Context(self, is_lane=is_lane)
+        return Context(self, is_lane=is_lane, per_token=per_token)
 
     def computed(self) -> collections.Counter[tuple[int, ...]]:
         """How often each input was in a call."""
@@ -85,8 +88,8 @@ class Engine(kit.FakeEngine):
 
 
 class Context(kit.FakeContext):
-    def __init__(self, engine: Engine, *, is_lane: bool) -> None:
-        super().__init__(engine, is_lane=is_lane)
+    def __init__(self, engine: Engine, *, is_lane: bool, per_token: bool) -> None:
+        super().__init__(engine, is_lane=is_lane, per_token=per_token)
         self._mine = engine
 
     def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
@@ -98,12 +101,20 @@ class Context(kit.FakeContext):
             if held is not None:
                 held.began.set()
                 kit.wait(held.go)
-        return super()._vectors(inputs, threads)
+        rows = super()._vectors(inputs, threads)
+        if self._mine.hole_at is not None:
+            rows[self._mine.hole_at] = np.nan
+        return rows
 
     def embed(
-        self, inputs: Sequence[Any], *, threads: int = 1, fresh: bool = False
+        self,
+        inputs: Sequence[Any],
+        *,
+        threads: int = 1,
+        fresh: bool = False,
+        raw: bool = False,
     ) -> Any:
-        vectors = super().embed(inputs, threads=threads, fresh=fresh)
+        vectors = super().embed(inputs, threads=threads, fresh=fresh, raw=raw)
         self._mine.fresh.append(fresh)
         word = self._mine.breaks_at
         if word and any(kit.fake_id(word) in ids for ids in inputs):
@@ -120,13 +131,13 @@ class Desk:
         self.reports: list[es.PackReport] = []
         self.pool = pool(self)
 
-    def job(self, *inputs: str | list[int]) -> es.Job:
+    def job(self, *inputs: es.Input, **wanted: Any) -> es.Job:
         """A job that counts how often it is finished."""
-        job = es.Job(inputs, lambda: self.finished.update([job]))
+        job = es.Job(inputs, lambda: self.finished.update([job]), **wanted)
         return job
 
-    def submit(self, *inputs: str | list[int]) -> es.Job:
-        job = self.job(*inputs)
+    def submit(self, *inputs: es.Input, **wanted: Any) -> es.Job:
+        job = self.job(*inputs, **wanted)
         self.pool.queue.submit(job)
         return job
 
@@ -140,9 +151,9 @@ class Desk:
         while not is_true():
             self.delivered.get(timeout=kit.DEADLINE_S)()
 
-    def result(self, *inputs: str | list[int]) -> es.Job:
+    def result(self, *inputs: es.Input, **wanted: Any) -> es.Job:
         """Submit and wait."""
-        job = self.submit(*inputs)
+        job = self.submit(*inputs, **wanted)
         self.wait_for(job)
         return job
 
@@ -199,7 +210,10 @@ def assert_vectors(job: es.Job) -> None:
     assert job.error is None
     for text, vector in zip(job.inputs, job.vectors, strict=True):
         ids = [1, *map(kit.fake_id, str(text).split()), 2]
-        np.testing.assert_array_equal(vector, kit.fake_vector(ids))
+        expected = kit.fake_vector(ids)
+        if job.form is es.Form.TOKENS:
+            expected = [kit.fake_vector([token]) * kit.RAW_LENGTH for token in ids]
+        np.testing.assert_array_equal(vector, expected)
 
 
 # --- what a job gets ---
@@ -524,8 +538,8 @@ def test_a_text_the_tokeniser_must_not_see_is_refused_unseen() -> None:
 
 def test_a_truncated_input_keeps_the_final_special_token() -> None:
     engine = Engine(max_chars=1000)
-    with desk(engine, auto_truncate=True) as at:
-        job = at.result("word " * 31, "short", "x " * 5000)
+    with desk(engine) as at:
+        job = at.result("word " * 31, "short", "x " * 5000, truncates=True)
         assert (job.error, job.truncated, job.tokens) == (None, 2, 32 + 3 + 32)
     words = {len(ids): ids for call in engine.calls for ids in call}
     assert max(map(len, engine.tokenised)) == 1000, "it must see no more"
@@ -1096,6 +1110,8 @@ def test_a_lone_call_uses_the_cores_of_workers_that_sleep() -> None:
         for n in range(12):
             at.result(f"text {n}")
         assert [report.threads for report in at.reports] == engine.threads
+        for report in at.reports:
+            assert report.is_stretched == (report.threads > 1)
     assert engine.threads[:2] == [1, 2], "the first may be the first of many"
     assert set(engine.threads) == {1, 2, 3}
 
@@ -1115,6 +1131,7 @@ def test_a_lone_call_uses_its_own_threads(
     with desk(engine, threads=threads, **options) as at:
         for n in range(12):
             at.result(f"text {n}")
+        assert not any(report.is_stretched for report in at.reports)
     assert engine.threads == [threads] * 12
 
 
@@ -1176,10 +1193,12 @@ def test_stopping_waits_for_packs_that_run_and_says_when_it_could_not() -> None:
 
 def test_a_context_that_cannot_be_made_fails_the_start_and_ends_the_rest() -> None:
     class Scarce(Engine):
-        def new_context(self, *, is_lane: bool = False) -> kit.FakeContext:
+        def new_context(
+            self, *, is_lane: bool = False, per_token: bool = False
+        ) -> kit.FakeContext:
             if self.contexts_open:
                 raise es.StartupError("no room")
-            return super().new_context(is_lane=is_lane)
+            return super().new_context(is_lane=is_lane, per_token=per_token)
 
     engine, threads = Scarce(), set(threading.enumerate())
     with pytest.raises(es.StartupError, match="no room"), desk(engine, workers=3):
@@ -1194,21 +1213,31 @@ WORDS += [f"text {n}" for n in range(40)] + [kit.NAN_WORD, kit.BOOM_WORD]
 WEIGHTS = [20, 20, 10, 5, 1] + [1] * 40 + [1, 1]
 
 
+@pytest.mark.parametrize("tokenisers", [1, 3])
 @pytest.mark.parametrize("cache_bytes", [0, 4000], ids=["no cache", "small cache"])
 @pytest.mark.parametrize("seed", range(3))
 def test_many_submitters_who_often_leave_lose_and_leak_nothing(
-    seed: int, cache_bytes: int
+    seed: int, cache_bytes: int, tokenisers: int
 ) -> None:
     jobs: list[list[es.Job]] = [[] for _ in range(5)]
     cancelled: set[es.Job] = set()
     engine = Engine(context_tokens=16)
-    with desk(engine, workers=4, pack_tokens=7, cache_bytes=cache_bytes) as at:
+    with desk(
+        engine,
+        workers=4,
+        pack_tokens=7,
+        cache_bytes=cache_bytes,
+        tokenisers=tokenisers,
+    ) as at:
 
         def submitter(number: int) -> None:
             chance = random.Random(seed * 10 + number)
             for _ in range(40):
                 texts = chance.choices(WORDS, WEIGHTS, k=chance.randint(1, 50))
-                jobs[number].append(at.submit(*texts))
+                # What raises costs a lane.
+                is_unit = kit.BOOM_WORD in texts or chance.random() < 0.8
+                form = es.Form.UNIT if is_unit else es.Form.TOKENS
+                jobs[number].append(at.submit(*texts, form=form))
                 if chance.random() < 0.3:
                     job = chance.choice(jobs[number])
                     cancelled.add(job)
@@ -1234,7 +1263,7 @@ def test_many_submitters_who_often_leave_lose_and_leak_nothing(
             assert_vectors(job)
     assert kinds[type(None)] > 20, "hardly one succeeded: the test says little"
     assert len(kinds) > 2, "nothing failed: the test says little"
-    assert engine.lanes_made == 1
+    assert engine.lanes_made == 2, "for long inputs, and for those by tokens"
     assert counts.shared > 20, "hardly anything was shared: the test says little"
     assert bool(cache_bytes) == bool(counts.hits) == bool(counts.evictions)
     assert counts.bytes <= cache_bytes

@@ -1,0 +1,405 @@
+"""Room CODINGS: what a body is packed in, and what a client accepts."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import sys
+import tracemalloc
+import zlib
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import embellama_server as codings
+from embellama_server import (
+    ApiError,
+    BodyTooLarge,
+    Head,
+    MalformedRequest,
+    UnsupportedMediaType,
+)
+
+try:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd  # type: ignore[import-not-found]  # for older ones
+except ImportError:
+    zstd = None
+
+WITH_ZSTD = pytest.param(
+    "zstd", marks=pytest.mark.skipif(zstd is None, reason="no zstd for this Python")
+)
+CODINGS = pytest.mark.parametrize("coding", ["gzip", WITH_ZSTD])
+MOST = 1 << 20
+
+
+def head(**fields: str) -> Head:
+    """A request's head; accept_encoding="gzip" is the field Accept-Encoding."""
+    pairs = tuple((name.replace("_", "-"), value) for name, value in fields.items())
+    return Head("POST", "/", "", 1, pairs, 0)
+
+
+@pytest.fixture(autouse=True)
+def _zstd_of_any_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codings, "_maybe_zstd", lambda: zstd)
+
+
+@pytest.fixture
+def no_zstd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python before 3.14, or built without zstd."""
+    monkeypatch.setattr(codings, "_maybe_zstd", lambda: None)
+
+
+# --- Accept-Encoding ---
+
+GZIP_OR_NOT = {
+    "": "",
+    "identity": "",
+    "gzip": "gzip",
+    "GZIP": "gzip",
+    "x-gzip": "gzip",
+    "gzip, deflate": "gzip",
+    "gzip, deflate, br, zstd": "gzip",
+    "deflate, br": "",
+    "gzip;q=0": "",
+    "gzip;q=0.000": "",
+    "gzip;q=0.001": "gzip",
+    "gzip ; q=1.0": "gzip",
+    "gzip;q=0, x-gzip": "gzip",
+    "*": "",  # by name only
+    "*;q=0": "",
+    "gzip, *;q=0": "gzip",
+    "gzip;q=0.5, *": "",  # what is not named, so the plain body, is liked better
+    "gzip;q=0.5, identity": "",
+    "gzip, identity;q=0.5": "gzip",
+    "gzip, identity": "gzip",
+    "gzip;q=0.5, identity;q=0": "gzip",
+    "br, ,gzip,": "gzip",
+    "gzip;q=2": "",
+    "gzip;q=.5": "",
+    "gzip;q=1.001": "",
+    "gzip;q=nan": "",
+    "gz ip": "",
+    "gzip;q=\u0661": "",  # a digit, but not of HTTP
+    ";q=1, gzip": "",
+}
+
+
+@pytest.mark.usefixtures("no_zstd")
+@pytest.mark.parametrize("said", GZIP_OR_NOT)
+def test_gzip_is_for_those_who_call_it_by_name(said: str) -> None:
+    assert codings.accepted_coding(head(accept_encoding=said)) == GZIP_OR_NOT[said]
+
+
+@pytest.mark.skipif(zstd is None, reason="no zstd for this Python")
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("gzip, deflate, br, zstd", "zstd"),
+        ("zstd;q=0.5, gzip;q=0.5", "zstd"),
+        ("zstd;q=0.5, gzip;q=0.6", "gzip"),
+        ("zstd;q=0, gzip;q=0.1", "gzip"),
+        ("zstd;q=0.5, identity", ""),
+        ("*", ""),
+    ],
+)
+def test_zstd_before_gzip_unless_the_client_likes_gzip_better(
+    said: str, expected: str
+) -> None:
+    assert codings.accepted_coding(head(accept_encoding=said)) == expected
+
+
+def test_several_fields_are_one_list() -> None:
+    fields = (("accept-encoding", "br"), ("accept-encoding", "gzip"))
+    assert codings.accepted_coding(Head("GET", "/", "", 1, fields, 0)) == "gzip"
+
+
+# --- Accept ---
+
+JSON, TEXT, BYTES = "application/json", "text/plain", "application/octet-stream"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
+JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
+CHOICES = [
+    ("", JSON),
+    ("*/*", JSON),
+    (JSON, JSON),
+    (TEXT, TEXT),
+    ("Text/Plain", TEXT),
+    ("application/*", JSON),
+    ("text/*", TEXT),
+    ("application/json, text/plain, */*", JSON),  # axios
+    ("text/plain, application/json", JSON),  # ties go to the first on offer
+    ("application/json;q=0.5, text/plain", TEXT),
+    ("application/json;q=0.5, */*;q=0.4", JSON),
+    ("*/*, application/json;q=0.1", TEXT),  # the closest range decides
+    ("*/*;q=0.5, text/*;q=0.1, text/plain;q=0.9", TEXT),
+    ("text/*;q=0.9, text/plain;q=0.1, */*;q=0.5", JSON),
+    ("application/json; charset=utf-8", JSON),
+    ("application/json;q=0.2;level=1, text/plain;q=0.1", JSON),
+    ("text/plain;version=1.0.0;q=0.4, text/plain;version=0.0.4;q=0.3", TEXT),
+    (BROWSER, JSON),
+    (JAVA, JSON),  # malformed, so as if it were absent
+    ("json", JSON),
+    ("text/plain;q=2", JSON),
+    ('application/x;profile="a,b"', JSON),
+    (" , ,", JSON),
+    (",text/plain", TEXT),
+    ("image/png", ""),
+    ("application/json;q=0", ""),
+    ("*/*;q=0", ""),
+    ("application/json;q=0, text/*;q=0.0, image/png", ""),
+    ("application/jso", ""),
+    ("application/json-seq", ""),
+]
+
+
+@pytest.mark.parametrize(("accept", "expected"), CHOICES)
+def test_the_type_is_the_one_the_client_likes_best(accept: str, expected: str) -> None:
+    assert codings.chosen_type(head(accept=accept), (JSON, TEXT)) == expected
+
+
+def test_a_type_with_parameters_is_answered_with_them() -> None:
+    offered = (JSON, PROMETHEUS)
+    assert codings.chosen_type(head(accept=TEXT), offered) == PROMETHEUS
+    assert codings.chosen_type(head(accept=PROMETHEUS), offered) == PROMETHEUS
+    scraper = (
+        "application/openmetrics-text;version=1.0.0;q=0.6,"
+        "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+    )
+    assert codings.chosen_type(head(accept=scraper), (PROMETHEUS,)) == PROMETHEUS
+
+
+KINDS = st.sampled_from([JSON, TEXT, BYTES, "*/*", "text/*", "image/png"])
+QUALITY = st.sampled_from(["", ";q=0", ";q=0.3", "; q=1.000", ";q=5", ";a=b;q=0.7"])
+ACCEPTS = st.lists(st.tuples(KINDS, QUALITY).map("".join), max_size=5).map(",".join)
+
+
+@given(accept=ACCEPTS | st.text(st.characters(max_codepoint=255)))
+def test_whatever_is_accepted_is_on_offer_or_nothing(accept: str) -> None:
+    offered = (JSON, TEXT)
+    chosen = codings.chosen_type(head(accept=accept), offered)
+    assert chosen in (*offered, "")
+    codings.accepted_coding(head(accept_encoding=accept))
+
+
+@given(accept=ACCEPTS, order=st.permutations([JSON, TEXT, BYTES]))
+def test_nothing_on_offer_is_liked_better_than_the_chosen(
+    accept: str, order: list[str]
+) -> None:
+    """Against the RFC's words, written the slow way."""
+    if "q=5" in accept or not accept:
+        assert codings.chosen_type(head(accept=accept), order) == order[0]
+        return
+
+    def weight(kind: str) -> float:
+        found = []
+        for member in accept.split(","):
+            said, *parameters = (part.strip() for part in member.split(";"))
+            quality = [float(text[2:]) for text in parameters if text[:2] == "q="]
+            if re.fullmatch(re.escape(said).replace(r"\*", ".*"), kind):
+                found.append((2 - said.count("*"), *(quality or [1.0])))
+        return max(found)[1] if found else 0.0
+
+    chosen = codings.chosen_type(head(accept=accept), order)
+    best = max(order, key=weight)  # the first of equals
+    assert chosen == (best if weight(best) else "")
+
+
+# --- Content-Encoding ---
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", ""),
+        ("identity", ""),
+        ("gzip", "gzip"),
+        ("GZip", "gzip"),
+        ("x-gzip", "gzip"),
+        ("identity, gzip", "gzip"),
+        (" , gzip,", "gzip"),
+    ],
+)
+def test_a_known_coding_is_named(said: str, expected: str) -> None:
+    assert codings.check_coding(head(content_encoding=said)) == expected
+
+
+@pytest.mark.usefixtures("no_zstd")
+@pytest.mark.parametrize(
+    "said",
+    ["br", "deflate", "zstd", "gzip, gzip", "gzip, br", "gzip;q=1", "*", "x" * 999],
+)
+def test_other_codings_and_stacks_are_415_with_what_is_known(said: str) -> None:
+    with pytest.raises(UnsupportedMediaType) as caught:
+        codings.check_coding(head(content_encoding=said))
+    assert caught.value.headers == (("accept-encoding", "gzip"),)
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.skipif(zstd is None, reason="no zstd for this Python")
+def test_zstd_is_known_where_python_has_it() -> None:
+    assert codings.check_coding(head(content_encoding="zstd")) == "zstd"
+    with pytest.raises(UnsupportedMediaType) as caught:
+        codings.check_coding(head(content_encoding="zstd, gzip"))
+    assert caught.value.headers == (("accept-encoding", "zstd, gzip"),)
+
+
+# --- packing and unpacking ---
+
+# Also much longer than a piece, and of a piece exactly.
+PIECE = codings._PIECE_BYTES
+SIZES = st.sampled_from([0, 1, PIECE - 1, PIECE, PIECE + 1, 5 * PIECE])
+BODIES = st.binary(max_size=3000) | st.builds(
+    lambda seed, size: (seed * (size // max(1, len(seed)) + 1))[:size],
+    st.binary(min_size=1, max_size=300),
+    SIZES,
+)
+
+
+@CODINGS
+@given(body=BODIES)
+def test_what_is_packed_unpacks_to_itself_at_any_limit(
+    coding: str, body: bytes
+) -> None:
+    packed = codings.packed(body, coding)
+    assert codings.unpacked(packed, coding, MOST) == body
+    assert codings.unpacked(packed, coding, len(body)) == body
+    if body:
+        with pytest.raises(BodyTooLarge, match=f"more than the {len(body) - 1} bytes"):
+            codings.unpacked(packed, coding, len(body) - 1)
+
+
+def test_an_unpacked_body_is_itself() -> None:
+    assert codings.packed(b"abc", "") == b"abc"
+    assert codings.unpacked(b"abc", "", 1) == b"abc"  # the parser has counted it
+
+
+@CODINGS
+@given(bodies=st.lists(BODIES, min_size=1, max_size=5))
+def test_members_one_after_another_are_one_body(
+    coding: str, bodies: list[bytes]
+) -> None:
+    packed = b"".join(codings.packed(body, coding) for body in bodies)
+    assert codings.unpacked(packed, coding, MOST) == b"".join(bodies)
+
+
+@CODINGS
+@given(body=BODIES, data=st.data())
+def test_a_truncated_body_is_refused(
+    coding: str, body: bytes, data: st.DataObject
+) -> None:
+    packed = codings.packed(body, coding)
+    cut = data.draw(st.integers(0, len(packed) - 1))
+    with pytest.raises(MalformedRequest):
+        codings.unpacked(packed[:cut], coding, MOST)
+
+
+@CODINGS
+@pytest.mark.parametrize("garbage", [b"\0", b"x", b"{}", b"\x1f\x8b", b"\0" * 512])
+def test_what_follows_the_packed_body_is_refused(coding: str, garbage: bytes) -> None:
+    for size in (10, PIECE - 30, 3 * PIECE):
+        packed = codings.packed(bytes(range(256)) * (size // 256 + 1), coding)
+        with pytest.raises(MalformedRequest):
+            codings.unpacked(packed + garbage, coding, MOST)
+
+
+@pytest.mark.parametrize("at", [-1, -5, 15])  # the length, the checksum, the content
+def test_a_changed_byte_is_noticed(at: int) -> None:
+    packed = bytearray(codings.packed(b"some text, some more text", "gzip"))
+    packed[at] ^= 1
+    with pytest.raises(MalformedRequest):
+        codings.unpacked(bytes(packed), "gzip", MOST)
+
+
+@CODINGS
+@settings(max_examples=500)
+@given(body=st.binary(max_size=400), start=st.integers(0, 20))
+@example(body=b"", start=0)
+def test_random_bytes_raise_nothing_but_what_a_caller_is_told(
+    coding: str, body: bytes, start: int
+) -> None:
+    real = codings.packed(b"[0.1,0.2,0.3]" * 9, coding)
+    for attempt in (body, real[:start] + body, real + body):
+        try:
+            assert len(codings.unpacked(attempt, coding, 100)) <= 100
+        except ApiError as error:
+            assert isinstance(error, BodyTooLarge | MalformedRequest)
+
+
+def peak_of(packed: bytes, coding: str, most_bytes: int) -> int:
+    """Bytes held at most while a body is unpacked, which must be too large."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(BodyTooLarge):
+            codings.unpacked(packed, coding, most_bytes)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@CODINGS
+@pytest.mark.parametrize("most_bytes", [1, 1000, 4 << 20])
+def test_a_bomb_takes_no_more_memory_than_the_limit_and_an_eighth(
+    coding: str, most_bytes: int
+) -> None:
+    bomb = codings.packed(bytes(64 << 20), coding)
+    assert len(bomb) < 300_000
+    assert peak_of(bomb, coding, most_bytes) < most_bytes * 9 / 8 + 100_000
+
+
+@CODINGS
+def test_many_empty_members_are_refused(coding: str) -> None:
+    empty = codings.packed(b"", coding)
+    most = codings._MOST_MEMBERS
+    assert codings.unpacked(empty * most, coding, MOST) == b""
+    with pytest.raises(MalformedRequest, match="parts"):
+        codings.unpacked(empty * (most + 1), coding, MOST)
+
+
+@pytest.mark.skipif(zstd is None, reason="no zstd for this Python")
+def test_a_zstd_window_above_8_mib_is_refused() -> None:
+    """RFC 9659: or else each request could make us hold 128 MiB."""
+    assert zstd is not None
+    for window_log, is_accepted in ((23, True), (24, False)):
+        packer = zstd.ZstdCompressor(
+            options={zstd.CompressionParameter.window_log: window_log}
+        )
+        packed = packer.compress(b"abc") + packer.flush()  # of a length not foretold
+        if is_accepted:
+            assert codings.unpacked(packed, "zstd", MOST) == b"abc"
+        else:
+            with pytest.raises(MalformedRequest):
+                codings.unpacked(packed, "zstd", MOST)
+
+
+def test_what_others_pack_is_unpacked() -> None:
+    body = b'{"input":"x"}' * 1000
+    assert codings.unpacked(gzip.compress(body, 9), "gzip", MOST) == body
+    deflated = zlib.compress(body)  # not gzip, whatever it is called
+    with pytest.raises(MalformedRequest):
+        codings.unpacked(deflated, "gzip", MOST)
+    assert gzip.decompress(codings.packed(body, "gzip")) == body
+
+
+# --- ETag ---
+
+
+def test_an_etag_is_weak_and_follows_the_body() -> None:
+    one, other = codings.etag_of(b"one"), codings.etag_of(b"other")
+    assert one == codings.etag_of(b"one") != other
+    assert re.fullmatch(r'W/"[0-9a-f]{32}"', one)
+
+
+def test_if_none_match_finds_the_tag_in_a_list_weak_or_strong() -> None:
+    etag = codings.etag_of(b"body")
+    strong = etag.removeprefix("W/")
+    assert codings.is_unchanged(head(if_none_match="*"), etag)
+    for said in (etag, strong, f'"x", {etag}', f'W/"a,b",{strong} , "y"'):
+        assert codings.is_unchanged(head(if_none_match=said), etag)
+    for said in ("", '""', '"x"', codings.etag_of(b"b"), strong[1:-1], '"*"', "**"):
+        assert not codings.is_unchanged(head(if_none_match=said), etag)
+    assert not codings.is_unchanged(head(), etag)

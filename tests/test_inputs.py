@@ -1,0 +1,728 @@
+"""BATCHING and WORKERS: what is wanted of an input, pairs, and where what is long is cut.
+
+As in test_workers.py: real threads, a fake engine whose calls can be held.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+from tests.test_workers import Clock, Desk, Engine, assert_vectors, desk
+
+UNIT, RAW, TOKENS = es.Form
+BETWEEN, AFTER = 7, 8  # special tokens of a pair
+
+
+def ids_of(text: str) -> list[int]:
+    """Of its words, without special ones."""
+    return [kit.fake_id(word) for word in text.split()]
+
+
+def framed(text: str) -> list[int]:
+    """A text's ids as a call has them."""
+    return [1, *ids_of(text), 2]
+
+
+def raw_vector(ids: Sequence[int]) -> Any:
+    """What a fake model gives before it is scaled."""
+    return kit.fake_vector(ids) * kit.RAW_LENGTH
+
+
+def packed(engine: kit.FakeEngine) -> list[list[int]]:
+    """All inputs of all calls."""
+    return [ids for call in engine.calls for ids in call]
+
+
+def held_up(at: Desk, engine: Engine) -> es.Job:
+    """From now on a call waits in the engine; what is submitted waits behind it."""
+    engine.block()
+    first = at.submit("first")
+    engine.wait_until_computing()
+    return first
+
+
+def let_go(at: Desk, engine: Engine, *jobs: es.Job) -> None:
+    """Compute these jobs, all of which are tokenised by then."""
+    last = at.submit("last")
+    engine.wait_until_tokenising("last")
+    engine.release()
+    at.wait_for(*jobs, last)
+
+
+# --- forms ---
+
+
+def test_the_forms_of_an_input_share_a_pack_and_each_gets_its_own() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        first = held_up(at, engine)
+        unit, raw = at.submit("a b", "c"), at.submit("a b", "d", form=RAW)
+        let_go(at, engine, first, unit, raw)
+    assert len(engine.calls[1]) == 4 + 1, "all in one call"
+    for text, vector in zip(unit.inputs, unit.vectors, strict=True):
+        expected = kit.fake_vector(framed(str(text)))
+        np.testing.assert_allclose(vector, expected, rtol=1e-6)
+    for text, vector in zip(raw.inputs, raw.vectors, strict=True):
+        np.testing.assert_array_equal(vector, raw_vector(framed(str(text))))
+    assert engine.contexts_open == 0
+    assert engine.lanes_made == 0
+
+
+def test_each_form_has_a_place_of_its_own_in_the_cache() -> None:
+    engine = Engine()
+    with desk(engine, cache_bytes=10**6) as at:
+        for _ in range(2):
+            unit, raw = at.result("a"), at.result("a", form=RAW)
+            np.testing.assert_array_equal(unit.vectors[0], kit.fake_vector(framed("a")))
+            np.testing.assert_array_equal(raw.vectors[0], raw_vector(framed("a")))
+        assert at.pool.queue.state().cache.entries == 2
+    assert packed(engine) == [framed("a")] * 2
+
+
+@pytest.mark.parametrize("word", [kit.NAN_WORD, kit.BOOM_WORD])
+@pytest.mark.parametrize("form", [RAW, TOKENS])
+def test_what_has_no_numbers_fails_in_every_form_and_alone(
+    form: es.Form, word: str
+) -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        job = at.result("good", word, form=form, allows_partial=True)
+        assert list(job.errors) == [1]
+        wanted = {kit.NAN_WORD: es.NonFiniteVector, kit.BOOM_WORD: es.EngineFailed}
+        assert isinstance(job.errors[1], wanted[word])
+        assert job.vectors[0] is not None
+        assert_vectors(at.result("good"))
+        assert at.room_taken() == (0, 0)
+
+
+def test_tokens_are_a_row_each_of_the_tokens_alone_in_their_call() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        first = held_up(at, engine)
+        beside = at.submit("a b", "c")
+        job = at.submit("a b", "c d e", form=TOKENS)
+        let_go(at, engine, first, beside, job)
+        assert_vectors(beside)
+        assert_vectors(job)
+        assert [len(rows) for rows in job.vectors] == [4, 5]
+        assert job.tokens == 9
+        assert at.room_taken() == (0, 0)
+    assert sorted(engine.calls[2:], key=len) == [[framed("a b")], [framed("c d e")]]
+    assert engine.lanes_made == 1, "one lane for all of them"
+
+
+def test_tokens_are_never_cached_and_never_found_in_the_cache() -> None:
+    engine = Engine()
+    with desk(engine, cache_bytes=10**6) as at:
+        at.result("a")
+        entries = at.pool.queue.state().cache.entries
+        for _ in range(2):
+            assert_vectors(at.result("a", form=TOKENS))
+        counts = at.pool.queue.state().cache
+        assert (counts.entries, counts.hits) == (entries, 0)
+        assert_vectors(at.result("a"))
+    assert packed(engine) == [framed("a")] * 3
+
+
+def test_equal_inputs_wanted_by_tokens_are_one_computation_while_it_lasts() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        first = held_up(at, engine)
+        jobs = [at.submit("a b", "a b", form=TOKENS) for _ in range(2)]
+        unit = at.submit("a b")
+        let_go(at, engine, first, unit, *jobs)
+        for job in (unit, *jobs):
+            assert_vectors(job)
+    assert packed(engine).count(framed("a b")) == 2, "once in each form"
+
+
+def test_tokens_of_a_text_of_any_length_are_told() -> None:
+    engine = Engine(max_input_tokens=200, context_tokens=64)
+    with desk(engine, workers=2) as at:
+        long = "word " * 150
+        by_tokens, whole = at.submit(long, "a", form=TOKENS), at.submit(long, "a")
+        at.wait_for(by_tokens, whole)
+        assert_vectors(by_tokens)
+        assert_vectors(whole)
+        assert set(at.pool.lanes) == {True, False}
+        assert engine.contexts_open == 2 + 2
+    assert engine.lanes_made == 2
+    assert engine.contexts_open == 0, "both are closed at the end"
+
+
+def test_short_inputs_go_on_while_tokens_are_computed() -> None:
+    engine = Engine()
+    with desk(engine, workers=2) as at:
+        held = engine.hold_call("slow")
+        slow = at.submit("slow", form=TOKENS)
+        kit.wait(held.began)
+        waiting = at.submit("waits", form=TOKENS)
+        assert_vectors(at.result("short"))
+        assert at.finished[waiting] == 0, "there is one lane"
+        held.go.set()
+        at.wait_for(slow, waiting)
+        assert_vectors(waiting)
+
+
+def test_a_context_for_tokens_that_failed_is_renewed() -> None:
+    engine = Engine()
+    engine.failures[kit.fake_id(kit.BOOM_WORD)] = 1
+    log = io.StringIO()
+    with desk(engine, log=es.Log("error", "text", log)) as at:
+        long = at.result("before", form=TOKENS)
+        assert_vectors(long)
+        job = at.result(f"a {kit.BOOM_WORD}", form=TOKENS)
+        assert_vectors(job)
+        assert (at.reports[-1].recovered, at.reports[-1].refused) == (1, 0)
+        assert engine.lanes_made == 2
+        assert engine.contexts_open == 1 + 1, "the old one is closed"
+        assert list(at.pool.lanes) == [True]
+        assert_vectors(at.result("after", form=TOKENS))
+    assert engine.lanes_made == 2
+    assert "boom" in log.getvalue()
+
+
+def test_a_failed_context_for_tokens_leaves_the_lane_for_long_inputs() -> None:
+    engine = Engine(max_input_tokens=200, context_tokens=64)
+    with desk(engine) as at:
+        assert_vectors(at.result("word " * 150))
+        lane = at.pool.lanes[False]
+        failed = at.result(kit.BOOM_WORD, form=TOKENS)
+        assert isinstance(failed.error, es.EngineFailed)
+        assert at.pool.lanes == {False: lane}
+        assert_vectors(at.result("word " * 151))
+
+
+def test_no_lane_for_tokens_fails_these_and_nothing_else() -> None:
+    engine = Engine()
+    engine.lane_error = es.StartupError("no room")
+    with desk(engine) as at:
+        bad, good = at.submit("a", form=TOKENS), at.submit("a")
+        at.wait_for(bad, good)
+        assert isinstance(bad.error, es.EngineFailed)
+        assert_vectors(good)
+        engine.lane_error = None
+        assert_vectors(at.result("a", form=TOKENS))
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_token_without_a_finite_vector_fails_its_input(row: int) -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        engine.hole_at = row
+        job = at.result("a", form=TOKENS)
+        assert isinstance(job.error, es.NonFiniteVector), job.vectors
+        engine.hole_at = None
+        assert_vectors(at.result("a", form=TOKENS))
+
+
+@pytest.mark.parametrize("form", es.Form)
+def test_what_nobody_waits_for_is_never_computed_in_any_form(form: es.Form) -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        first = held_up(at, engine)
+        job = at.submit("unwanted", form=form)
+        last = at.submit("last")
+        engine.wait_until_tokenising("last")
+        at.pool.queue.cancel(job)
+        engine.release()
+        at.wait_for(first, last)
+        assert at.room_taken() == (0, 0)
+    assert framed("unwanted") not in packed(engine)
+
+
+# --- what is cut ---
+
+NUMBERS = " ".join(str(n) for n in range(100))
+
+
+def test_a_job_says_whether_and_where_it_is_cut() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        jobs = [
+            at.submit(NUMBERS),
+            at.submit(NUMBERS, truncates=True),
+            at.submit(NUMBERS, truncates=True, cuts_left=True),
+            at.submit(NUMBERS, cuts_left=True),
+        ]
+        at.wait_for(*jobs)
+    for refused in (jobs[0], jobs[3]):
+        assert isinstance(refused.error, es.ContextLengthExceeded)
+        assert refused.truncated == 0
+    own = ids_of(NUMBERS)
+    for job, kept in ((jobs[1], own[:30]), (jobs[2], own[-30:])):
+        assert (job.error, job.truncated, job.tokens) == (None, 1, 32)
+        expected = kit.fake_vector([1, *kept, 2])
+        np.testing.assert_array_equal(job.vectors[0], expected)
+
+
+@pytest.mark.parametrize("cuts_left", [False, True])
+def test_ids_are_cut_as_texts_are(cuts_left: bool) -> None:
+    engine = Engine()
+    own = ids_of(NUMBERS)
+    with desk(engine) as at:
+        how = {"truncates": True, "cuts_left": cuts_left}
+        job = at.result(own, [1, *own, 2], "fits", **how)
+        assert (job.error, job.truncated) == (None, 2)
+    kept = own[-30:] if cuts_left else own[:30]
+    assert packed(engine)[0] == [1, *kept, 2]
+    assert len(packed(engine)) == 2, "framed once, both are equal"
+
+
+def test_the_tokeniser_sees_the_part_that_is_kept_and_no_more() -> None:
+    engine = Engine(max_chars=100)
+    text = "begin " + "x " * 500 + "the end"
+    with desk(engine) as at:
+        right = at.result(text, truncates=True)
+        left = at.result(text, truncates=True, cuts_left=True)
+        assert (right.error, left.error) == (None, None)
+    assert engine.tokenised == [text[:100], text[-100:]]
+    assert packed(engine)[0][:2] == [1, kit.fake_id("begin")]
+    assert packed(engine)[1][-3:] == [*ids_of("the end"), 2]
+
+
+@pytest.mark.parametrize("named", ["input", "texts", "documents"])
+def test_an_input_is_called_what_the_request_calls_it(named: str) -> None:
+    engine = Engine(max_chars=100)
+    refused = {"long": "w " * 40, "longer": "w" * 101}
+    with desk(engine) as at:
+        words = {name: name for name in (kit.NAN_WORD, kit.BOOM_WORD)}
+        for text in (refused | words).values():
+            error = at.result("good", text, named=named).error
+            assert isinstance(error, es.ApiError)
+            assert error.param == f"{named}[1]"
+            assert f"{named}[1] " in error.message
+        # And each owner of an equal one by its own name.
+        first = held_up(at, engine)
+        mine = at.submit(kit.NAN_WORD, named=named)
+        other = at.submit("fine", kit.NAN_WORD, named="other")
+        let_go(at, engine, first, mine, other)
+        for job, param in ((mine, f"{named}[0]"), (other, "other[1]")):
+            assert isinstance(job.error, es.NonFiniteVector)
+            assert job.error.param == param
+
+
+# --- pairs ---
+
+
+def ranker(**card: Any) -> Engine:
+    """Gives two scores of a pair, and asserts that nobody takes them for a vector."""
+    frame = {"between": (2, BETWEEN), "after": (AFTER,)}
+    return Engine(**({"n_scores": 2, **frame} | card))
+
+
+def pairs(query: str, *texts: str) -> list[es.Pair]:
+    return [es.Pair(query, text) for text in texts]
+
+
+def pair_ids(query: str, text: str) -> list[int]:
+    """As a call has them."""
+    return [1, *ids_of(query), 2, BETWEEN, *ids_of(text), AFTER]
+
+
+def score_of(ids: Sequence[int]) -> Any:
+    return kit.fake_vector(ids)[:2]
+
+
+def test_a_pair_is_a_query_and_a_text_between_special_tokens() -> None:
+    engine = ranker()
+    with desk(engine) as at:
+        job = at.result(*pairs("the cat", "one", "two three", ""), form=RAW)
+        assert job.error is None
+        for text, row in zip(("one", "two three", ""), job.vectors, strict=True):
+            np.testing.assert_array_equal(row, score_of(pair_ids("the cat", text)))
+        assert job.tokens == sum(map(len, packed(engine)))
+    expected = [pair_ids("the cat", text) for text in ("one", "two three", "")]
+    assert sorted(packed(engine)) == sorted(expected)
+
+
+def test_a_query_is_tokenised_once() -> None:
+    engine = ranker()
+    texts = [f"text {n}" for n in range(100)]  # of several slices
+    with desk(engine, workers=2, tokenisers=3) as at:
+        jobs = [at.submit(*pairs(f"query {n}", *texts), form=RAW) for n in range(3)]
+        at.wait_for(*jobs)
+    for number, job in enumerate(jobs):
+        assert job.error is None
+        assert engine.tokenised.count(f"query {number}") == 1
+        for text, row in zip(texts, job.vectors, strict=True):
+            wanted = score_of(pair_ids(f"query {number}", text))
+            np.testing.assert_array_equal(row, wanted)
+
+
+def test_equal_pairs_are_one_computation_and_their_scores_are_cached() -> None:
+    engine = ranker()
+    with desk(engine, cache_bytes=10**6) as at:
+        for _ in range(2):
+            at.result(*pairs("q", "a", "b", "a"), form=RAW)
+        at.result(*pairs("q a", "b"), form=RAW)
+    assert sorted(packed(engine)) == sorted(
+        [pair_ids("q", "a"), pair_ids("q", "b"), pair_ids("q a", "b")]
+    )
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+@pytest.mark.parametrize("cuts_left", [False, True])
+def test_a_query_without_room_for_a_text_is_refused_by_name(
+    truncates: bool, cuts_left: bool
+) -> None:
+    engine = ranker()  # 32 tokens, 4 of them special
+    how = {"truncates": truncates, "cuts_left": cuts_left, "form": RAW}
+    with desk(engine) as at:
+        error = at.result(*pairs("w " * 28, "a"), named="documents", **how).error
+        assert isinstance(error, es.ContextLengthExceeded)
+        assert error.param == "query"
+        assert "query has 32 tokens" in error.message
+        assert "at most 32" in error.message
+        assert at.result(*pairs("w " * 27, "a"), **how).error is None
+        assert at.room_taken() == (0, 0)
+
+
+def test_each_pair_of_a_partial_job_is_told_that_the_query_is_too_long() -> None:
+    with desk(ranker()) as at:
+        long = pairs("w " * 40, "a", "b")
+        job = at.result(*long, form=RAW, allows_partial=True)
+        assert job.error is None
+        assert [job.errors[n].param for n in range(2)] == ["query", "query"]
+
+
+@pytest.mark.parametrize("cuts_left", [False, True])
+def test_a_text_that_is_cut_leaves_the_query_and_the_end(cuts_left: bool) -> None:
+    engine = ranker()
+    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    with desk(engine) as at:
+        job = at.result(*pairs("the query", NUMBERS, "short"), **how)
+        assert (job.error, job.truncated) == (None, 1)
+    room = 32 - len(pair_ids("the query", ""))
+    own = ids_of(NUMBERS)
+    kept = own[-room:] if cuts_left else own[:room]
+    expected = [1, *ids_of("the query"), 2, BETWEEN, *kept, AFTER]
+    assert packed(engine)[0] == expected
+    assert len(expected) == 32
+
+
+def test_a_text_that_is_too_long_for_its_query_is_refused_by_name() -> None:
+    with desk(ranker()) as at:
+        job = at.result(*pairs("q", "a", "w " * 28), form=RAW, named="documents")
+        assert isinstance(job.error, es.ContextLengthExceeded)
+        assert job.error.param == "documents[1]"
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+def test_the_tokeniser_sees_no_more_of_a_pair_than_it_may(truncates: bool) -> None:
+    engine = ranker(max_chars=50)
+    with desk(engine) as at:
+        asked = pairs("q " * 100, "a"), pairs("q", "a " * 100)
+        for each, name in zip(asked, ("query", "documents[0]"), strict=True):
+            how = {"truncates": truncates, "named": "documents"}
+            job = at.result(*each, form=RAW, **how)
+            if not truncates:
+                assert isinstance(job.error, es.ContextLengthExceeded)
+                assert job.error.param == name
+    assert max(map(len, engine.tokenised), default=0) <= 50
+
+
+# Words are tokens here too.
+TEMPLATE = "begin {query} then {document} end of {query} ."
+
+
+def template_ids(query: str, text: str) -> list[int]:
+    """The template filled in; nothing around it."""
+    return ids_of(f"begin {query} then {text} end of {query} .")
+
+
+def test_a_template_is_the_whole_of_a_pair() -> None:
+    engine = ranker(pair_template=TEMPLATE)
+    with desk(engine) as at:
+        job = at.result(*pairs("the cat", "one", "two three"), form=RAW)
+        assert job.error is None
+    expected = [template_ids("the cat", text) for text in ("one", "two three")]
+    assert packed(engine) == expected
+
+
+@pytest.mark.parametrize("cuts_left", [False, True])
+def test_a_text_cut_within_a_template_leaves_all_the_rest(cuts_left: bool) -> None:
+    engine = ranker(pair_template=TEMPLATE)
+    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    with desk(engine) as at:
+        job = at.result(*pairs("q", NUMBERS), **how)
+        assert (job.error, job.truncated) == (None, 1)
+        job = at.result(*pairs("q " * 14, "a"), **how)
+        assert isinstance(job.error, es.ContextLengthExceeded)
+        assert job.error.param == "query"
+    own, room = ids_of(NUMBERS), 32 - len(template_ids("q", ""))
+    kept = own[-room:] if cuts_left else own[:room]
+    front, end = ids_of("begin q then"), ids_of("end of q .")
+    assert packed(engine) == [[*front, *kept, *end]]
+
+
+@pytest.mark.parametrize("word", ["{query}", "{document}", "{text}", "{}", "{0}", "%s"])
+def test_a_text_that_looks_like_a_template_is_only_a_text(word: str) -> None:
+    engine = ranker(pair_template=TEMPLATE)
+    with desk(engine) as at:
+        for query, text in (("q", f"a {word} b"), (f"a {word} b", "t"), (word, word)):
+            assert at.result(es.Pair(query, text), form=RAW).error is None
+            assert packed(engine)[-1] == template_ids(query, text)
+
+
+@pytest.mark.parametrize("cuts_left", [False, True])
+def test_a_templates_end_outlives_a_text_cut_by_characters(cuts_left: bool) -> None:
+    engine = ranker(pair_template=TEMPLATE, max_chars=120)
+    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    with desk(engine) as at:
+        job = at.result(*pairs("q", "x " * 500), **how)
+        assert (job.error, job.truncated) == (None, 1)
+    front, end = ids_of("begin q then"), ids_of("end of q .")
+    middle = ids_of("x") * (32 - len(front) - len(end))
+    assert packed(engine) == [[*front, *middle, *end]]
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+def test_a_query_the_tokeniser_must_not_see_is_refused_unseen_in_a_template(
+    truncates: bool,
+) -> None:
+    engine = ranker(pair_template=TEMPLATE, max_chars=120)
+    with desk(engine) as at:
+        job = at.result(*pairs("q " * 500, "a"), form=RAW, truncates=truncates)
+        assert isinstance(job.error, es.ContextLengthExceeded)
+        assert job.error.param == "query"
+    assert max(map(len, engine.tokenised), default=0) <= 120
+
+
+def test_a_rankers_canary_is_no_vector_either() -> None:
+    engine = ranker()
+    with desk(engine) as at:
+        engine.fails_always = True
+        for n in range(es.Breaker.SUSPICIOUS_FAILURES):
+            at.result(*pairs("q", f"a{n}"), form=RAW)
+        at.pool.watch()
+        at.run_until(lambda: at.pool.queue.state().is_broken)
+        engine.fails_always = False
+        at.pool.queue.clock = clock = Clock()
+        clock.now = 10**9
+        at.pool.watch()
+        at.run_until(lambda: not at.pool.queue.state().is_broken)
+        assert at.result(*pairs("q", "works again"), form=RAW).error is None
+
+
+def test_dead_letters_hold_both_texts_of_a_pair(tmp_path: Path) -> None:
+    letters = es.LineFile(str(tmp_path / "dead"), kit.quiet_log())
+    with desk(ranker(), dead_letters=letters) as at:
+        at.result(*pairs("the query", f"poison {kit.BOOM_WORD}"), form=RAW)
+    (line,) = (tmp_path / "dead").read_text().splitlines()
+    found = json.loads(line)
+    expected = ("the query", f"poison {kit.BOOM_WORD}", "engine_failed")
+    assert (found["query"], found["input"], found["code"]) == expected
+
+
+PAIR_CARD = kit.fake_card(
+    max_input_tokens=10**6, n_scores=1, between=(2, BETWEEN), after=(AFTER,)
+)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@given(TEXTS, TEXTS)
+@example("각값", "\u1f82" * 9)
+def test_no_pair_has_more_tokens_than_are_reserved_for_it(
+    query: str, text: str
+) -> None:
+    # At worst a token for each character of the decomposition, or each byte.
+    def worst(part: str) -> list[int]:
+        return [9] * (len(part) if part.isascii() else 4 * len(part))
+
+    ids = es.framed_pair(worst(query), worst(text), PAIR_CARD)
+    found = es.most_tokens(es.Pair(query, text), PAIR_CARD)
+    assert len(ids) <= found <= len(ids) + 2 + 1
+
+
+def test_no_pair_takes_more_room_than_the_model_can_read() -> None:
+    card = kit.fake_card(n_scores=1)
+    assert es.most_tokens(es.Pair("q" * 9999, "t"), card) == card.max_input_tokens
+
+
+def test_a_rankers_rows_are_as_long_as_it_has_scores() -> None:
+    assert (PAIR_CARD.is_ranker, PAIR_CARD.row_length) == (True, 1)
+    embeds = kit.fake_card()
+    assert (embeds.is_ranker, embeds.row_length) == (False, embeds.n_embd)
+
+
+def kept(run: Callable[[], object]) -> es.Errand:
+    """One that nobody gives up."""
+
+    def given_up(error: es.ApiError) -> None:
+        raise AssertionError(error)
+
+    return es.Errand(functools.partial(_run, run), given_up)
+
+
+def _run(run: Callable[[], object]) -> None:
+    run()
+
+
+# --- tokeniser threads ---
+
+
+def test_there_are_as_many_tokenisers_as_one_says() -> None:
+    before = set(threading.enumerate())
+    with desk(Engine(), tokenisers=3, workers=2):
+        started = {t.name for t in set(threading.enumerate()) - before}
+    names = [f"tokeniser-{n}" for n in range(3)] + ["worker-0", "worker-1"]
+    assert started == set(names)
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_text_that_takes_long_to_tokenise_holds_up_one_tokeniser() -> None:
+    engine = Engine()
+    gate = engine.hold("slow")
+    with desk(engine, tokenisers=2) as at:
+        slow = at.submit("slow", "behind it")
+        engine.wait_until_tokenising("slow")
+        for n in range(3):
+            assert_vectors(at.result(f"quick {n}"))
+        assert "behind it" not in engine.tokenised, "a job has one tokeniser at a time"
+        gate.set()
+        at.wait_for(slow)
+        assert_vectors(slow)
+
+
+def test_all_tokenisers_work_at_once() -> None:
+    engine = Engine()
+    texts = [f"text {n}" for n in range(3)]
+    gates = [engine.hold(text) for text in texts]
+    with desk(engine, tokenisers=3) as at:
+        jobs = [at.submit(text) for text in texts]
+        for text in texts:
+            engine.wait_until_tokenising(text)
+        for gate in gates:
+            gate.set()
+        at.wait_for(*jobs)
+        for job in jobs:
+            assert_vectors(job)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_tokeniser_that_ended_is_missed() -> None:
+    ended: list[threading.Thread] = []
+    over = threading.Event()
+
+    def bug() -> object:
+        ended.append(threading.current_thread())
+        over.set()
+        raise SystemExit
+
+    with desk(Engine(), tokenisers=2) as at:
+        before = at.pool.has_lost_a_thread
+        at.pool.queue.send_errand(kept(bug))
+        kit.wait(over)
+        ended[0].join(kit.DEADLINE_S)
+        assert (before, at.pool.has_lost_a_thread) == (False, True)
+        assert_vectors(at.result("the other one goes on"))
+
+
+# --- errands ---
+
+
+def test_an_errand_is_done_by_the_tokeniser_in_the_order_they_came() -> None:
+    engine = Engine()
+    gate = engine.hold("first")
+    done: list[tuple[int, str]] = []
+    over = threading.Event()
+    with desk(engine) as at:
+        first = at.submit("first", "later")
+        engine.wait_until_tokenising("first")
+        for number in range(3):
+
+            def errand(number: int = number) -> None:
+                done.append((number, threading.current_thread().name))
+                if number == 2:
+                    over.set()
+
+            at.pool.queue.send_errand(kept(errand))
+        assert done == []
+        gate.set()
+        kit.wait(over)
+        at.wait_for(first)
+        assert_vectors(first)
+        assert at.room_taken() == (0, 0), "an errand takes none"
+    assert done == [(n, "tokeniser-0") for n in range(3)]
+
+
+def test_an_errand_goes_between_the_slices_of_a_large_job() -> None:
+    engine = Engine()
+    gate = engine.hold("large 0")
+    seen: list[int] = []
+    with desk(engine) as at:
+        large = at.submit(*(f"large {n}" for n in range(100)))
+        engine.wait_until_tokenising("large 0")
+        at.pool.queue.send_errand(kept(lambda: seen.append(len(engine.tokenised))))
+        gate.set()
+        at.wait_for(large)
+    assert seen == [32], "after a slice"
+
+
+def test_errands_wake_a_tokeniser_that_has_nothing_to_do() -> None:
+    with desk(Engine(), tokenisers=2) as at:
+        for _ in range(10):
+            done = threading.Event()
+            at.pool.queue.send_errand(kept(done.set))
+            kit.wait(done)
+        assert_vectors(at.result("a"))
+
+
+def test_an_errand_waits_for_the_jobs_before_it_to_have_had_their_turn() -> None:
+    engine = Engine()
+    gate = engine.hold("first")
+    seen: list[list[str]] = []
+    with desk(engine) as at:
+        jobs = [at.submit("first")]
+        engine.wait_until_tokenising("first")
+        jobs += [at.submit(f"before {n}") for n in range(3)]
+        at.pool.queue.send_errand(kept(lambda: seen.append(list(engine.tokenised))))
+        jobs.append(at.submit("after"))
+        gate.set()
+        at.wait_for(*jobs)
+    assert seen == [["first", "before 0", "before 1", "before 2"]]
+
+
+def test_an_errand_that_is_not_run_any_more_is_given_up() -> None:
+    engine = Engine()
+    gate = engine.hold("first")
+    errors: list[es.ApiError] = []
+    ran: list[None] = []
+    with desk(engine) as at:
+        first = at.submit("first")
+        engine.wait_until_tokenising("first")
+        for _ in range(2):
+            errand = es.Errand(lambda: ran.append(None), errors.append)
+            at.pool.queue.send_errand(errand)
+        error = es.NotReady("bye")
+        assert at.pool.queue.abandon_all(error) == 1, "errands are no jobs"
+        assert errors == [error] * 2
+        gate.set()
+        at.wait_for(first)
+        assert_vectors(at.result("and on"))
+    assert ran == []
+    assert len(errors) == 2
+
+
+def test_forms_are_told_apart_by_keys_that_no_ids_share() -> None:
+    values = [form.value for form in es.Form]
+    assert len(set(values)) == len(values)
+    cache = es.VectorCache(10**6, "space")
+    ids = [np.arange(n, dtype=np.int32) for n in range(9)]
+    keys = [cache.key(one) + value for one, value in itertools.product(ids, values)]
+    assert len(set(keys)) == len(keys)

@@ -1,0 +1,2491 @@
+"""Rooms MODELS and CONFIGURATION: several models, in memory or not, and their versions.
+
+Engines are fakes, one for each load, known by the stem of the file; the files are real
+GGUFs, of a model with random weights, because they are looked at before they are loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import embellama_server as es
+from tests import kit, models
+from tests.faults import until as until_so
+
+SCRIPT = str(kit.ROOT / "embellama_server.py")
+MIB = 1 << 20
+
+
+def run(check: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine."""
+    asyncio.run(check)
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    """Wait until it holds; for what no event tells."""
+    async with asyncio.timeout(kit.DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.002)
+    assert condition(), what
+
+
+# --- engines ---
+
+
+class Engines:
+    """A factory of fake engines that counts loads, holds them up, or lets them fail."""
+
+    def __init__(self) -> None:
+        self.loads: list[str] = []  # stems, as loading began
+        self.made: dict[str, list[kit.FakeEngine]] = collections.defaultdict(list)
+        self.problem: dict[str, Exception] = {}  # by stem: what loading raises
+        self._gates: dict[str, threading.Event] = {}
+        self._entered = threading.Semaphore(0)
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str, *_: object) -> kit.FakeEngine:
+        stem = Path(path).stem
+        with self._lock:
+            self.loads.append(stem)
+        self._entered.release()
+        if gate := self._gates.get(stem):
+            kit.wait(gate)
+        if stem in self.problem:
+            raise self.problem[stem]
+        engine = kit.FakeEngine()
+        with self._lock:
+            self.made[stem].append(engine)
+        return engine
+
+    def hold(self, stem: str) -> None:
+        """From now on loads of it wait."""
+        self._gates[stem] = threading.Event()
+
+    def let_go(self, stem: str = "") -> None:
+        """Let them go on; without a name all."""
+        for name in (stem,) if stem else tuple(self._gates):
+            self._gates.pop(name, threading.Event()).set()
+
+    async def loading(self) -> None:
+        """Return when one more load has begun."""
+        entered = asyncio.to_thread(self._entered.acquire, timeout=kit.DEADLINE_S)
+        assert await entered, "nothing is loaded"
+
+    def last(self, stem: str) -> kit.FakeEngine:
+        """The engine that was made last."""
+        return self.made[stem][-1]
+
+    def alive(self, stem: str) -> int:
+        """How many are in memory."""
+        return sum(not engine.is_closed for engine in self.made[stem])
+
+    def release(self) -> None:
+        """Let everything go on."""
+        self.let_go()
+        for engines in tuple(self.made.values()):
+            for engine in engines:
+                engine.release()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest model."""
+    return models.tiny_bert(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny: Path) -> Callable[[str], str]:
+    """A model file of any name."""
+
+    def file(stem: str) -> str:
+        path = tmp_path / f"{stem}.gguf"
+        if not path.exists():
+            shutil.copy(tiny, path)
+        return str(path)
+
+    return file
+
+
+# --- a service with several models ---
+
+
+class Written(kit.Configuration):
+    """What a service finds when it reads its configuration again."""
+
+    def __init__(self, common: es.Settings, rows: Sequence[es.Settings]) -> None:
+        super().__init__(common)
+        self.common, self.rows = common, tuple(rows)
+
+    def read(self) -> es.LoadedSettings:
+        if isinstance(self.now, Exception):
+            raise self.now
+        given = {"workers": es.Given("test", 1, 1)}
+        return es.LoadedSettings(self.common, {}, self.rows, common=given)
+
+
+class Several(kit.RunningService):
+    """A running service, and shorthands."""
+
+    engines: Engines
+    written: Written
+
+    @property
+    def models(self) -> es.Models:
+        return self.service.models
+
+    def model(self, label: str) -> es.Model:
+        """The row of name@version."""
+        return next(row for row in self.models.rows if row.label == label)
+
+    def served_of(self, label: str) -> es.Served:
+        """What is in memory of it."""
+        served = self.model(label).served
+        assert served is not None
+        return served
+
+    async def embed(self, model: str | None = None, **more: Any) -> kit.Reply:
+        """One input to one model."""
+        body = {"input": "a"} | ({"model": model} if model else {}) | more
+        return await self.ask("POST", "/v1/embeddings", body)
+
+    async def answering(self, model: str | None = None, **more: Any) -> str:
+        """Which one answers."""
+        reply = await self.embed(model, **more)
+        assert reply.status == 200, reply.body
+        return reply.headers["x-embellama-model"]
+
+    async def admin(self, verb: str, **body: Any) -> kit.Reply:
+        """POST /admin/models/verb."""
+        return await self.ask("POST", f"/admin/models/{verb}", body)
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """GET /admin/models, by label."""
+        rows = (await self.ask("GET", "/admin/models")).json["models"]
+        return {row["model"]: row for row in rows}
+
+    async def metric(self, series: str) -> float:
+        """The value of a series as a scrape shows it."""
+        text = (await self.ask("GET", "/metrics")).body.decode()
+        lines = [line for line in text.splitlines() if line.startswith(f"{series} ")]
+        assert len(lines) == 1, f"{series} in:\n{text}"
+        return float(lines[0].rpartition(" ")[2])
+
+    def sweep(self) -> None:
+        """Free whoever is done, now."""
+        self.models.sweep(0)
+
+    async def freed(self, engine: kit.FakeEngine) -> None:
+        """Wait until an engine is out of memory."""
+        await until(lambda: engine.is_closed, "freed")
+
+    def pass_time(self, seconds: float) -> None:
+        """Let every model's last use lie further back."""
+        for row in self.models.rows:
+            row.used_at -= seconds
+
+
+def row(path: str, **changes: Any) -> es.Settings:
+    """The settings of a model; ``name``, ``version``, ``aliases``, ``share`` in short."""
+    short = {f"model_{key}": changes.pop(key) for key in _SHORT & set(changes)}
+    return kit.settings(**{"cache_mb": 1} | short | changes, model_path=path)
+
+
+_SHORT = {"name", "version", "alias", "share", "sha256"}
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    *rows: es.Settings,
+    engines: Engines | None = None,
+    wait_ready: bool = True,
+    **changes: Any,
+) -> AsyncIterator[Several]:
+    """A service of these models, stopped at the end unless it already is."""
+    engines = engines or Engines()
+    common = kit.settings(**{"model_path": ""} | changes)
+    stream = kit.WatchedLog()
+    listeners = kit.bound(common)
+    written = Written(common, rows)
+    service = es.Service(
+        common,
+        es.Log("debug", "text", stream),
+        engines,
+        listeners=listeners,
+        notifier=es.Notifier(None, {}),
+        read_settings=written.read,
+        models=rows,
+    )
+    host, port = listeners[0].getsockname()[:2]
+    task = asyncio.create_task(service.run(lambda _: None))
+    running = Several(service, stream, kit.FakeEngine(), task, host, port, written)
+    running.engines, running.written = engines, written
+    try:
+        if wait_ready:
+            await until(lambda: task.done() or stream.settled.is_set(), "ready")
+            if task.done():
+                task.result()
+        yield running
+    finally:
+        engines.release()
+        if not task.done():
+            service.stop()
+        async with asyncio.timeout(kit.DEADLINE_S):
+            await task
+
+
+def key_file(folder: Path, lines: str) -> str:
+    """A file of keys."""
+    path = folder / "keys"
+    path.touch(0o600)
+    path.write_text(lines)
+    return str(path)
+
+
+async def cut_off(running: Several, path: str, body: Any) -> Callable[[], None]:
+    """Send a request; what hangs up when called."""
+    raw = es.json_codec().dumps(body)
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(raw)}\r\n\r\n"
+    )
+    client = socket.create_connection((running.host, running.port))
+    client.sendall(head.encode() + raw)
+    return client.close
+
+
+# --- which model ---
+
+
+def registry(*rows: es.Settings) -> es.Models:
+    """Models that nobody loads."""
+
+    def never(_: object) -> Any:
+        raise AssertionError("loaded")
+
+    async def made() -> es.Models:
+        return es.Models(
+            rows,
+            default_name="default",
+            load=never,
+            free=never,
+            telemetry=es.Telemetry(),
+            log=kit.quiet_log(),
+        )
+
+    return asyncio.run(made())
+
+
+def found(known: es.Models, asked: str | None, *, any_model: bool = False) -> str:
+    """The label of what answers."""
+    return known.find(asked, "somebody", any_model=any_model).label
+
+
+@pytest.mark.parametrize(
+    ("asked", "label"),
+    [
+        (None, "a@2"),
+        ("a", "a@2"),
+        ("a@1", "a@1"),
+        ("a@2", "a@2"),
+        ("one", "a@2"),
+        ("b", "b@7"),
+        ("b@7", "b@7"),
+        ("a:latest", "a@2"),
+        ("one:latest", "a@2"),
+        ("b@7:latest", "b@7"),
+        ("c:latest", "c:latest@1"),
+    ],
+)
+def test_a_model_is_found_by_name_alias_and_version(
+    asked: str | None, label: str
+) -> None:
+    known = registry(
+        row("f", name="a", alias=("one",)),
+        row("f", name="a", version=2),
+        row("f", name="b", version=7),
+        row("f", name="c:latest"),
+    )
+    assert found(known, asked) == label
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["", "x", "a@3", "@1", "a@", "a@01", "one@1", "A", "a:newest", "\udcff", "c"],
+)
+def test_another_name_is_refused_and_told_which_there_are(asked: str) -> None:
+    known = registry(row("f", name="a", alias=("one",)), row("f", name="a", version=2))
+    with pytest.raises(es.ModelNotFound, match=r"served: a, a@1, a@2, one\.") as caught:
+        found(known, asked)
+    assert caught.value.param == "model"
+    assert found(known, asked, any_model=True) == "a@2"
+
+
+def test_any_model_does_not_hide_those_that_are_there() -> None:
+    known = registry(row("f", name="a"), row("f", name="b"))
+    assert found(known, "b", any_model=True) == "b@1"
+    assert found(known, "c", any_model=True) == "a@1"
+
+
+def test_a_model_without_a_name_is_called_as_its_file_and_the_default_as_itself() -> (
+    None
+):
+    assert found(registry(row("/x/some.model.gguf")), None) == "some.model@1"
+    assert found(registry(row("")), "default") == "default@1"
+
+
+def test_very_long_names_do_not_make_very_long_errors() -> None:
+    rows = [row("f", name=f"{n}" * 60) for n in range(30)]
+    with pytest.raises(es.ModelNotFound) as caught:
+        found(registry(*rows), "x" * 10**5)
+    assert len(caught.value.message) < 700
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (row("f", name="a"), row("f", name="b", alias=("a",))),
+        (row("f", name="b", alias=("a",)), row("f", name="a")),
+        (row("f", name="a", alias=("x",)), row("f", name="b", alias=("x",))),
+        pytest.param((row("f", name="a", version=2), row("/x/a@2.gguf"))),
+        pytest.param((row("/x/a@2.gguf"), row("f", name="a", version=2))),
+    ],
+)
+def test_a_name_that_means_two_models_is_refused(rows: Sequence[es.Settings]) -> None:
+    with pytest.raises(es.StartupError, match="would be the name of two models"):
+        registry(*rows)
+
+
+def test_versions_may_share_an_alias_and_a_name_may_be_its_own() -> None:
+    known = registry(
+        row("f", name="a", alias=("x", "a", "x")),
+        row("f", name="a", version=2, alias=("x",)),
+    )
+    assert found(known, "x") == "a@2"
+
+
+def test_the_highest_version_is_the_default_until_somebody_says_otherwise() -> None:
+    known = registry(
+        row("f", name="a", version=9),
+        row("f", name="a", version=10),
+        row("f", name="a", version=2),
+        row("f", name="b"),
+    )
+    assert (found(known, "a"), known.default_version("a")) == ("a@10", 10)
+    known.set_default(known.find("a@2", "", any_model=False))
+    assert (found(known, "a"), known.default_version("a")) == ("a@2", 2)
+    assert found(known, None) == "a@2"
+    assert found(known, "a@10") == "a@10"
+    assert (found(known, "b"), known.default_version("b")) == ("b@1", 1)
+
+
+# --- shares ---
+
+CLIENTS = [f"client {n}" for n in range(2000)]
+
+
+def split(known: es.Models, asked: str | None = "a") -> dict[str, str]:
+    """Which one each client gets."""
+    return {
+        client: known.find(asked, client, any_model=False).label for client in CLIENTS
+    }
+
+
+@pytest.mark.parametrize("asked", ["a", None, "x", "a:latest"])
+def test_shares_split_the_clients_of_a_name(asked: str | None) -> None:
+    known = registry(
+        row("f", name="a", share=0.5, alias=("x",)),
+        row("f", name="a", version=2, share=0.375),
+        row("f", name="a", version=3, share=0.125),
+    )
+    counts = collections.Counter(split(known, asked).values())
+    # Five standard deviations of a binomial of 2000.
+    assert abs(counts["a@1"] - 1000) < 112
+    assert abs(counts["a@2"] - 750) < 109
+    assert abs(counts["a@3"] - 250) < 74
+    assert found(known, "a@3") == "a@3"
+
+
+def test_shares_are_relative_to_each_other() -> None:
+    def of(*shares: float) -> dict[str, str]:
+        rows = (
+            row("f", name="a", version=n + 1, share=s) for n, s in enumerate(shares)
+        )
+        return split(registry(*rows))
+
+    assert of(3, 1) == of(0.75, 0.25) == of(750_000, 250_000)
+
+
+def test_a_client_keeps_its_version_and_other_names_split_otherwise() -> None:
+    rows = [
+        row("f", name=name, version=version, share=1)
+        for name in "ab"
+        for version in (1, 2)
+    ]
+    first = split(registry(*rows))
+    assert (
+        first
+        == split(registry(*rows))
+        == split(registry(*reversed(rows[2:]), *rows[:2]))
+    )
+    other = split(registry(*rows), "b")
+    same = sum(first[c][-1] == other[c][-1] for c in CLIENTS)
+    assert abs(same - 1000) < 112  # who tries the new a is not who tries the new b
+
+
+def test_a_greater_share_takes_clients_over_and_moves_no_other() -> None:
+    def of(share: float) -> dict[str, str]:
+        rows = (
+            row("f", name="a", share=1 - share),
+            row("f", name="a", version=2, share=share),
+        )
+        return split(registry(*rows))
+
+    few, many = of(0.1), of(0.3)
+    assert all(many[c] == "a@2" for c in CLIENTS if few[c] == "a@2")
+    assert collections.Counter(of(0).values()) == {"a@1": 2000}
+
+
+def test_a_version_without_a_share_gets_nobody_beside_those_that_have_one() -> None:
+    known = registry(
+        row("f", name="a", share=1), row("f", name="a", version=2), row("f", name="b")
+    )
+    assert set(split(known).values()) == {"a@1"}
+
+
+def test_a_default_that_was_set_ends_the_split_of_its_name_alone() -> None:
+    rows = [
+        row("f", name=name, version=version, share=1)
+        for name in "ab"
+        for version in (1, 2)
+    ]
+    known = registry(*rows)
+    known.set_default(known.find("a@1", "", any_model=False))
+    assert set(split(known).values()) == {"a@1"}
+    assert set(split(known, "b").values()) == {"b@1", "b@2"}
+
+
+def test_requests_say_who_answered_and_metrics_count_it(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("a2"), name="a", version=2), row(files("b")))
+        async with serving(*rows) as running:
+            assert await running.answering() == "a@2"
+            assert await running.answering("b", input=["x", "y z"]) == "b@1"
+            assert await running.answering("a@1") == "a@1"
+            assert await running.answering("b", input="x") == "b@1"
+            missing = await running.embed("c")
+            assert (missing.status, missing.error["code"]) == (404, "model_not_found")
+            for label, requests, inputs, tokens in (
+                ("a@1", 1, 1, 3),
+                ("a@2", 1, 1, 3),
+                ("b@1", 2, 3, 10),
+            ):
+                shown = f'{{model="{label}"}}'
+                name = "embellama_model"
+                assert await running.metric(f"{name}_requests_total{shown}") == requests
+                assert await running.metric(f"{name}_inputs_total{shown}") == inputs
+                assert await running.metric(f"{name}_tokens_total{shown}") == tokens
+                assert await running.metric(f"{name}_loaded{shown}") == 1
+                assert await running.metric(f"{name}_loads_total{shown}") == 1
+                assert await running.metric(f"{name}_queue_inputs{shown}") == 0
+            calls = {stem: len(running.engines.last(stem).calls) for stem in ("a", "b")}
+            assert calls["a"] == 1
+            assert calls["b"] >= 1
+            assert (await running.embed("b", input="q")).json["model"] == "b"
+
+    run(check())
+
+
+def test_every_dialect_chooses_by_model_and_says_which(
+    files: Callable[[str], str],
+) -> None:
+    asks: list[tuple[str, dict[str, Any]]] = [
+        ("/embeddings", {"input": "a"}),
+        ("/embed", {"inputs": "a"}),
+        ("/api/v1/embed", {"inputs": "a"}),
+        ("/api/embed", {"input": "a"}),
+        ("/api/embeddings", {"prompt": "a"}),
+    ]
+
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"), version=3)) as running:
+            for path, body in asks:
+                for asked, label in (("b", "b@3"), ("a@1", "a@1"), ("b:latest", "b@3")):
+                    reply = await running.ask("POST", path, body | {"model": asked})
+                    assert reply.status == 200, (path, reply.body)
+                    assert reply.headers["x-embellama-model"] == label, path
+                reply = await running.ask("POST", path, body | {"model": "no"})
+                assert reply.status == 404, (path, reply.body)
+
+    run(check())
+
+
+def test_a_user_is_sticky_before_the_key_and_the_key_before_the_address(
+    files: Callable[[str], str], tmp_path: Path
+) -> None:
+    lines = "".join(f"key{n} secret-number-{n:04}\n" for n in range(8))
+    keys = key_file(tmp_path, lines)
+
+    async def check() -> None:
+        rows = (
+            row(files("a"), share=1),
+            row(files("a2"), name="a", version=2, share=1),
+        )
+        async with serving(*rows, api_key_file=keys) as running:
+
+            async def who(key: int, user: str = "") -> str:
+                body = {"input": "a"} | ({"user": user} if user else {})
+                reply = await running.ask(
+                    "POST",
+                    "/v1/embeddings",
+                    body,
+                    authorization=f"Bearer secret-number-{key:04}",
+                )
+                assert reply.status == 200, reply.body
+                return reply.headers["x-embellama-model"]
+
+            users = [f"user {n}" for n in range(8)]
+            by_user = {
+                user: {await who(key, user) for key in range(8)} for user in users
+            }
+            assert all(len(labels) == 1 for labels in by_user.values())
+            assert len(set.union(*by_user.values())) == 2
+            by_key = [{await who(key) for _ in range(3)} for key in range(8)]
+            assert all(len(labels) == 1 for labels in by_key)
+            assert len(set.union(*by_key)) == 2
+
+    run(check())
+
+
+# --- loading on demand ---
+
+
+def test_without_preload_the_server_is_ready_and_loads_when_asked(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            assert running.engines.loads == ["a"]
+            assert (await running.ask("GET", "/ready")).status == 200
+            states = await running.states()
+            assert [states[m]["state"] for m in ("a@1", "b@1")] == [
+                "loaded",
+                "unloaded",
+            ]
+            listed = (await running.ask("GET", "/v1/models")).json["data"]
+            assert [(e["id"], e["meta"]["state"]) for e in listed] == [
+                ("a", "loaded"),
+                ("b", "unloaded"),
+            ]
+            assert await running.answering("a") == "a@1"
+            assert running.engines.loads == ["a"]
+            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+            assert await running.answering("b") == "b@1"
+            assert await running.answering("b") == "b@1"
+            assert running.engines.loads == ["a", "b"]
+            assert (await running.states())["b@1"]["state"] == "loaded"
+
+    run(check())
+
+
+def test_a_server_may_preload_nothing(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"), preload=False)) as running:
+            assert (await running.ask("GET", "/ready")).status == 200
+            assert running.engines.loads == []
+            assert await running.answering() == "a@1"
+
+    run(check())
+
+
+def test_one_load_however_many_requests_wait_for_it(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()  # a's
+            running.engines.hold("b")
+            asks = [
+                asyncio.create_task(running.embed("b", input=f"text {n}"))
+                for n in range(50)
+            ]
+            await running.engines.loading()
+            open_now = running.service.connections.open
+            await until(lambda: len(open_now) == 50, "all wait")
+            assert (await running.states())["b@1"]["state"] == "loading"
+            assert await running.answering("a") == "a@1"  # others go on
+            running.engines.let_go()
+            replies = await asyncio.gather(*asks)
+            assert [reply.status for reply in replies] == [200] * 50
+            assert running.engines.loads == ["a", "b"]
+            assert (
+                await running.metric('embellama_model_requests_total{model="b@1"}')
+                == 50
+            )
+
+    run(check())
+
+
+def test_models_are_loaded_one_at_a_time(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        rows = [row(files(stem), preload=False) for stem in "abc"]
+        async with serving(*rows) as running:
+            for stem in "abc":
+                running.engines.hold(stem)
+            asks = [asyncio.create_task(running.embed(stem)) for stem in "abc"]
+            open_now = running.service.connections.open
+            await until(lambda: len(open_now) == 3, "all wait")
+            for count in (1, 2, 3):
+                await running.engines.loading()
+                assert len(running.engines.loads) == count
+                states = [s["state"] for s in (await running.states()).values()]
+                assert states.count("loaded") == count - 1
+                running.engines.let_go(running.engines.loads[-1])
+            assert [(await ask).status for ask in asks] == [200] * 3
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [es.StartupError("it is cracked"), es.EngineError("it is cracked")],
+    ids=["startup", "engine"],
+)
+def test_a_load_that_fails_is_told_to_all_and_tried_again_by_the_next(
+    files: Callable[[str], str], problem: Exception
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            running.engines.problem["b"] = problem
+            asks = [asyncio.create_task(running.embed("b")) for _ in range(10)]
+            await running.engines.loading()
+            await until(lambda: len(running.service.connections.open) == 10, "all")
+            running.engines.let_go()
+            for reply in await asyncio.gather(*asks):
+                assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+                assert "b@1 cannot be loaded: it is cracked" in reply.error["message"]
+                assert int(reply.headers["retry-after"]) >= 1
+            assert running.engines.loads == ["a", "b"]
+            assert (await running.states())["b@1"]["state"] == "unloaded"
+            assert await running.answering("a") == "a@1"
+            del running.engines.problem["b"]
+            assert await running.answering("b") == "b@1"
+            assert running.engines.loads == ["a", "b", "b"]
+            assert running.engines.alive("b") == 1
+
+    run(check())
+
+
+def test_a_client_that_leaves_while_it_waits_cancels_nobodys_load(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            leave = await cut_off(
+                running, "/v1/embeddings", {"input": "a", "model": "b"}
+            )
+            await running.engines.loading()  # for the one that leaves
+            others = [asyncio.create_task(running.embed("b")) for _ in range(3)]
+            open_now = running.service.connections.open
+            await until(lambda: len(open_now) == 4, "all wait")
+            leave()
+            await until(lambda: len(open_now) == 3, "one has left")
+            running.engines.let_go()
+            assert [(await other).status for other in others] == [200] * 3
+            assert running.engines.loads == ["a", "b"]
+            assert running.log.getvalue().count("status=499") == 1
+
+    run(check())
+
+
+def test_a_load_that_everybody_has_left_ends_well(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            body = {"input": "a", "model": "b"}
+            leave = await cut_off(running, "/v1/embeddings", body)
+            await running.engines.loading()
+            leave()
+            await until(lambda: not running.service.connections.open, "left")
+            running.engines.let_go()
+            await until(lambda: running.model("b@1").served, "loaded")
+            assert await running.answering("b") == "b@1"
+            assert running.engines.loads == ["a", "b"]
+            assert "bug" not in running.log.getvalue()
+
+    run(check())
+
+
+def test_a_load_that_fails_after_everybody_has_left_harms_nobody(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            running.engines.problem["b"] = es.EngineError("cracked")
+            body = {"input": "a", "model": "b"}
+            leave = await cut_off(running, "/v1/embeddings", body)
+            await running.engines.loading()
+            leave()
+            await until(lambda: not running.service.connections.open, "left")
+            running.engines.let_go()
+            await until(lambda: running.model("b@1").loading is None, "over")
+            del running.engines.problem["b"]
+            assert await running.answering("b") == "b@1"
+
+    run(check())
+
+
+# --- unloading ---
+
+
+def test_an_idle_model_is_unloaded_and_comes_back_on_demand(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b")))
+        async with serving(*rows, idle_unload_s=600) as running:
+            await running.answering("b")
+            before = running.engines.last("b")
+            idle = running.model("b@1")
+            idle.used_at -= 599
+            running.models.sweep(600)
+            assert idle.served is not None
+            idle.used_at -= 1
+            await running.freed(before)  # by the service itself
+            assert before.contexts_open == 0
+            assert running.model("b@1").served is None
+            assert running.model("a@1").served is not None
+            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+            assert (await running.ask("GET", "/ready")).status == 200
+            assert await running.answering("b") == "b@1"
+            assert running.engines.loads == ["a", "b", "b"]
+            assert await running.metric('embellama_model_loads_total{model="b@1"}') == 2
+            assert running.models.is_clean
+
+    run(check())
+
+
+def test_all_models_may_be_idle_and_the_server_is_ready_still(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b")))
+        async with serving(*rows, idle_unload_s=600) as running:
+            running.pass_time(600)
+            for stem in "ab":
+                await running.freed(running.engines.last(stem))
+            assert (await running.ask("GET", "/ready")).status == 200
+            assert await running.metric("embellama_queue_inputs") == 0
+            assert await running.metric('embellama_workers{state="idle"}') == 0
+            assert await running.answering() == "a@1"
+
+    run(check())
+
+
+def test_without_idle_unload_nobody_is_unloaded(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            running.pass_time(1e9)
+            running.models.sweep(0)
+            assert running.model("a@1").served is not None
+
+    run(check())
+
+
+def test_a_model_with_work_is_not_idle(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            engine = running.engines.last("a")
+            engine.block()
+            ask = asyncio.create_task(running.embed(input=["x", "y", "z"]))
+            await asyncio.to_thread(engine.wait_until_computing)
+            running.pass_time(1e9)
+            running.models.sweep(1)
+            assert running.model("a@1").served is not None
+            engine.release()
+            assert (await ask).status == 200
+            running.models.sweep(1)  # it has been used just now
+            assert running.model("a@1").served is not None
+            running.pass_time(2)
+            running.models.sweep(1)
+            assert running.model("a@1").served is None
+
+    run(check())
+
+
+def test_a_model_that_is_unloaded_finishes_its_work_first(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            engine = running.engines.last("b")
+            engine.block()
+            ask = asyncio.create_task(running.embed("b", input=["x", "y"]))
+            await asyncio.to_thread(engine.wait_until_computing)
+            reply = await running.admin("unload", model="b")
+            assert (reply.status, reply.json["state"]) == (200, "unloaded")
+            running.sweep()
+            assert not engine.is_closed
+            # Who comes now gets a new one; the old one's work goes on.
+            assert await running.answering("b") == "b@1"
+            assert running.engines.alive("b") == 2
+            engine.release()
+            answer = await ask
+            assert (answer.status, len(answer.json["data"])) == (200, 2)
+            await running.freed(engine)
+            assert await running.answering("b") == "b@1"
+            assert running.engines.alive("b") == 1
+            assert len(running.engines.loads) == 3
+
+    run(check())
+
+
+def test_counters_never_fall_over_unloading_and_loading(
+    files: Callable[[str], str],
+) -> None:
+    series = [
+        *(f'embellama_cache_lookups_total{{result="{r}"}}' for r in ("hit", "miss")),
+        "embellama_inputs_total",
+        "embellama_tokens_total",
+        *(
+            f'embellama_model_{name}_total{{model="b@1"}}'
+            for name in ("requests", "inputs", "tokens", "loads")
+        ),
+    ]
+
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+
+            async def values() -> list[float]:
+                return [await running.metric(name) for name in series]
+
+            seen = await values()
+            for _ in range(3):
+                for text in ("x", "x", "y"):
+                    await running.embed("b", input=text)
+                used = await values()
+                assert all(a <= b for a, b in zip(seen, used, strict=True))
+                assert used[0] > seen[0]  # a hit of the cache
+                engine = running.engines.last("b")
+                await running.admin("unload", model="b")
+                unloaded = await values()
+                assert unloaded == used
+                await running.freed(engine)
+                freed = await values()
+                assert freed == used
+                seen = freed
+            assert await running.metric("embellama_cache_entries") == 0
+
+    run(check())
+
+
+def test_counters_do_not_fall_for_a_moment_either(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            await running.answering("b")
+            before = running.models.cache_counts()
+            assert before.misses
+            running.models.unload(running.model("b@1"))
+            assert running.models.cache_counts().misses == before.misses
+            running.sweep()
+            assert running.models.cache_counts().misses == before.misses
+
+    run(check())
+
+
+# --- administration ---
+
+
+def test_an_administrator_loads_and_unloads_by_any_name(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a"), alias=("x",), preload=False), row(files("b")))
+        async with serving(*rows) as running:
+            for name in ("a", "x", "a@1", "a:latest"):
+                reply = await running.admin("load", model=name)
+                assert reply.status == 200
+                state = reply.json
+                assert (state["model"], state["state"]) == ("a@1", "loaded")
+                assert state["aliases"] == ["x"]
+                digest = hashlib.sha256(Path(files("a")).read_bytes()).hexdigest()
+                assert state["sha256"] == digest
+                assert state["size_bytes"] >= 1
+                assert state["idle_s"] >= 0
+                again = await running.admin("load", model=name)  # no harm
+                assert again.json["sha256"] == digest
+                engine = running.engines.last("a")
+                reply = await running.admin("unload", model=name)
+                assert (reply.status, reply.json["state"]) == (200, "unloaded")
+                assert "sha256" not in reply.json
+                again = await running.admin("unload", model=name)
+                assert (again.status, again.json["state"]) == (200, "unloaded")
+                await running.freed(engine)
+            assert running.engines.loads == ["b", "a", "a", "a", "a"]
+
+    run(check())
+
+
+def test_an_administrator_adds_a_file_as_another_version_and_makes_it_the_default(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            digest = hashlib.sha256(Path(files("new")).read_bytes()).hexdigest()
+            reply = await running.admin(
+                "load",
+                path=files("new"),
+                name="a",
+                version=2,
+                sha256=digest.upper(),
+                workers=2,
+                pooling="cls",
+            )
+            assert reply.status == 200, reply.body
+            state = reply.json
+            assert (state["model"], state["state"]) == ("a@2", "loaded")
+            assert (state["path"], state["sha256"]) == (files("new"), digest)
+            assert running.served_of("a@2").pool.options.workers == 2
+            assert running.model("a@2").settings.pooling == "cls"
+            assert await running.answering("a@2") == "a@2"
+            assert await running.answering("a@1") == "a@1"
+            reply = await running.admin("default", model="a@1")
+            assert reply.json["is_default"] is True
+            assert await running.answering("a") == "a@1"
+            states = await running.states()
+            assert [states[m]["is_default"] for m in ("a@1", "a@2")] == [True, False]
+            await running.admin("default", model="a@2")
+            assert await running.answering() == "a@2"
+
+    run(check())
+
+
+def test_a_file_without_a_name_is_added_under_its_own(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            reply = await running.admin("load", path=files("other"))
+            assert reply.json["model"] == "other@1"
+            assert await running.answering("other") == "other@1"
+            assert await running.answering() == "a@1"
+
+    run(check())
+
+
+def test_what_cannot_be_loaded_leaves_nothing_behind(
+    files: Callable[[str], str], tmp_path: Path
+) -> None:
+    no_model = tmp_path / "no.gguf"
+    no_model.write_bytes(b"GIF89a")
+    asks: list[tuple[dict[str, Any], int, str, str]] = [
+        ({}, 400, "model", "either model or path"),
+        ({"model": "a", "path": "a.gguf"}, 400, "model", "either model or path"),
+        ({"name": "b"}, 400, "model", "either model or path"),
+        ({"model": "no"}, 404, "model", "not served here"),
+        ({"model": "a@2"}, 404, "model", "not served here"),
+        ({"model": 5}, 400, "model", "a string"),
+        ({"path": str(tmp_path / "absent.gguf")}, 400, "", "No such file"),
+        ({"path": str(tmp_path)}, 400, "", "Is a directory"),
+        ({"path": str(no_model)}, 400, "", "GIF8"),
+        ({"path": "a\0b"}, 400, "", "null"),
+        ({"path": "A", "name": "a"}, 409, "name", "a@1 is served already"),
+        ({"path": "A", "version": 1}, 409, "name", "a@1 is served already"),
+        ({"path": "A", "name": "x"}, 409, "name", "two models"),
+        ({"path": "A", "name": "n", "version": 0}, 400, "version", "1"),
+        ({"path": "A", "name": "n", "version": True}, 400, "version", "whole number"),
+        ({"path": "A", "name": "n", "version": 10**9 + 1}, 400, "version", "1"),
+        ({"path": "A", "name": "n", "workers": 0}, 400, "workers", "1"),
+        ({"path": "A", "name": "n", "workers": 1025}, 400, "workers", "1"),
+        ({"path": "A", "name": "n", "pooling": "max"}, 400, "pooling", "mean"),
+        ({"path": "A", "name": "n", "sha256": "0" * 63}, 400, "", "64 hexadecimal"),
+        ({"path": "A", "name": "n", "sha256": "0" * 64}, 503, "", "has the sha256"),
+    ]
+
+    async def check() -> None:
+        async with serving(row(files("a"), alias=("x",))) as running:
+            loads = list(running.engines.loads)
+            for body, status, param, said in asks:
+                if body.get("path") == "A":
+                    body["path"] = files("a")
+                reply = await running.admin("load", **body)
+                assert reply.status == status, (body, reply.body)
+                assert said in reply.error["message"], (body, reply.body)
+                if param:
+                    assert reply.error["param"] == param, (body, reply.body)
+                assert set(await running.states()) == {"a@1"}, body
+            assert running.engines.loads == loads
+            assert await running.answering("x") == "a@1"
+
+    run(check())
+
+
+@pytest.mark.parametrize("verb", ["unload", "default"])
+def test_models_that_are_not_there_cannot_be_unloaded_or_made_the_default(
+    files: Callable[[str], str], verb: str
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), any_model=True) as running:
+            for body, status in (
+                ({"model": "no"}, 404),
+                ({"model": "a@2"}, 404),
+                ({"model": ""}, 404),
+                ({}, 400),
+                ({"model": None}, 400),
+                ({"model": ["a"]}, 400),
+            ):
+                reply = await running.admin(verb, **cast(Any, body))
+                assert reply.status == status, (body, reply.body)
+                assert reply.error["param"] == "model"
+            assert (await running.states())["a@1"]["state"] == "loaded"
+
+    run(check())
+
+
+def test_only_administrators_may(files: Callable[[str], str], tmp_path: Path) -> None:
+    lines = "plain secret-number-one\nboss secret-number-two admin\n"
+    keys = key_file(tmp_path, lines)
+
+    async def check() -> None:
+        async with serving(row(files("a")), api_key_file=keys) as running:
+            for number, status in (("one", 403), ("two", 200)):
+                bearer = f"Bearer secret-number-{number}"
+                got = await running.ask("GET", "/admin/models", authorization=bearer)
+                assert got.status == status
+                for verb in ("load", "default", "unload"):
+                    reply = await running.ask(
+                        "POST",
+                        f"/admin/models/{verb}",
+                        {"model": "a"},
+                        authorization=bearer,
+                    )
+                    assert reply.status == status
+            assert (await running.ask("GET", "/admin/models")).status == 401
+
+    run(check())
+
+
+def test_an_added_file_that_fails_to_load_is_gone_again(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            running.engines.problem["new"] = es.EngineError("cracked")
+            body = {"path": files("new"), "name": "n"}
+            for _ in range(2):
+                reply = await running.admin("load", **body)
+                assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+                assert "cracked" in reply.error["message"]
+                assert set(await running.states()) == {"a@1"}
+                assert (await running.embed("n")).status == 404
+            del running.engines.problem["new"]
+            assert (await running.admin("load", **body)).status == 200
+
+    run(check())
+
+
+def test_the_same_file_twice_at_once_is_loaded_once(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            running.engines.hold("new")
+            await running.engines.loading()
+            body = {"path": files("new"), "name": "n"}
+            first = asyncio.create_task(running.admin("load", **body))
+            await running.engines.loading()
+            second = await running.admin("load", **body)
+            assert (second.status, second.error["code"]) == (409, "model_conflict")
+            running.engines.let_go()
+            assert (await first).status == 200
+            assert running.engines.loads == ["a", "new"]
+            assert running.engines.alive("new") == 1
+            assert await running.answering("n") == "n@1"
+
+    run(check())
+
+
+def test_the_same_file_under_two_names_is_two_models(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            replies = await asyncio.gather(
+                *(running.admin("load", path=files("a"), name=n) for n in "xyz")
+            )
+            assert [r.status for r in replies] == [200] * 3
+            assert running.engines.alive("a") == 4
+            assert [await running.answering(n) for n in "xyz"] == ["x@1", "y@1", "z@1"]
+
+    run(check())
+
+
+def test_loading_what_is_loading_waits_for_the_same_load(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            loads = [
+                asyncio.create_task(running.admin("load", model="b")) for _ in range(3)
+            ]
+            open_now = running.service.connections.open
+            await until(lambda: len(open_now) == 4, "all wait")
+            running.engines.let_go()
+            assert (await ask).status == 200
+            assert [(await load).json["state"] for load in loads] == ["loaded"] * 3
+            assert running.engines.loads == ["a", "b"]
+
+    run(check())
+
+
+def test_the_only_model_cannot_be_removed_and_another_can(
+    files: Callable[[str], str],
+) -> None:
+    known = registry(row("f", name="a"))
+    with pytest.raises(es.ModelConflict, match="a@1 is the only model"):
+        known.remove(known.rows[0])
+
+    async def check() -> None:
+        rows = (row(files("a")), row(files("a2"), name="a", version=2))
+        async with serving(*rows) as running:
+            running.models.set_default(running.model("a@2"))
+            engine = running.engines.last("a2")
+            engine.block()
+            ask = asyncio.create_task(running.embed("a"))
+            await asyncio.to_thread(engine.wait_until_computing)
+            running.models.remove(running.model("a@2"))
+            assert await running.answering("a") == "a@1"
+            assert (await running.embed("a@2")).status == 404
+            running.sweep()
+            assert not engine.is_closed
+            engine.release()
+            await ask
+            await running.freed(engine)
+            assert running.models.default_version("a") == 1
+
+    run(check())
+
+
+def test_an_administrator_may_have_a_model_forgotten(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("a2"), name="a", version=2))
+        async with serving(*rows) as running:
+            await running.admin("load", path=files("n"))
+            engine = running.engines.last("a2")
+            engine.block()
+            ask = asyncio.create_task(running.embed("a"))
+            await asyncio.to_thread(engine.wait_until_computing)
+            for name in ("a@2", "n"):
+                reply = await running.admin("unload", model=name, forget=True)
+                assert (reply.status, reply.json["state"]) == (200, "unloaded")
+                assert (await running.embed(name)).status == 404
+            assert set(await running.states()) == {"a@1"}
+            assert await running.answering("a") == "a@1"
+            engine.release()
+            assert (await ask).status == 200  # it was accepted before
+            await running.freed(engine)
+            last = await running.admin("unload", model="a", forget=True)
+            assert (last.status, last.error["code"]) == (409, "model_conflict")
+            assert await running.answering("a") == "a@1"
+            wrong = await running.admin("unload", model="a", forget="yes")
+            assert (wrong.status, wrong.error["param"]) == (400, "forget")
+            # And what was forgotten may come again.
+            assert (await running.admin("load", path=files("n"))).status == 200
+            assert await running.answering("n") == "n@1"
+
+    run(check())
+
+
+def test_a_model_that_is_forgotten_while_it_loads_serves_who_waits_and_goes(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            await running.admin("unload", model="b", forget=True)
+            running.engines.let_go()
+            assert (await ask).status == 200
+            await running.freed(running.engines.last("b"))
+            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+
+    run(check())
+
+
+def test_who_asks_for_a_model_that_was_just_freed_is_told_to_try_again(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            pool = running.served_of("a@1").pool
+            pool.queue.stop()
+            for path, key in (("/v1/embeddings", "input"), ("/tokenize", "inputs")):
+                reply = await running.ask("POST", path, {key: "a"})
+                assert reply.status == 503, reply.body
+                assert "retry-after" in reply.headers
+
+    run(check())
+
+
+# --- memory ---
+
+
+def test_a_load_beyond_the_ceiling_is_refused_with_the_numbers_and_others_go_on(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = [100 * MIB]
+    monkeypatch.setattr(es, "resident_bytes", lambda: used[0])
+
+    async def check() -> None:
+        ceiling: dict[str, Any] = {"max_memory_mb": 200}
+        rows = (row(files("a"), **ceiling), row(files("b"), preload=False, **ceiling))
+        async with serving(*rows, **ceiling) as running:
+            used[0] = 199 * MIB
+            threads = threading.active_count()
+            reply = await running.embed("b")
+            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+            needed = es.needed_bytes(rows[1], files("b")) >> 20
+            said = (
+                f"take {needed} MiB of memory, 199 MiB are used and --max-memory-mb is"
+            )
+            assert f"{said} 200" in reply.error["message"]
+            assert running.engines.loads == ["a"]
+            assert threading.active_count() <= threads + 1  # of the executor
+            state = (await running.states())["b@1"]
+            assert state["state"] == "unloaded"
+            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+            assert await running.answering("a") == "a@1"
+            used[0] = 100 * MIB
+            assert await running.answering("b") == "b@1"
+
+    run(check())
+
+
+def test_a_load_that_this_box_has_no_memory_for_is_refused_with_both_numbers(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+            monkeypatch.setattr(es, "free_memory_bytes", lambda: 7.5 * MIB)
+            reply = await running.embed("b")
+            assert reply.status == 503
+            needed = es.needed_bytes(running.model("b@1").settings, files("b")) >> 20
+            said = f"take {needed} MiB of memory and 7 MiB are free"
+            assert said in reply.error["message"]
+            added = await running.admin("load", path=files("c"))
+            assert added.status == 503
+            assert "7 MiB are free" in added.error["message"]
+            assert set(await running.states()) == {"a@1", "b@1"}
+            assert running.engines.loads == ["a"]
+            assert await running.answering("a") == "a@1"
+            monkeypatch.setattr(es, "free_memory_bytes", lambda: 1e12)
+            assert await running.answering("b") == "b@1"
+
+    run(check())
+
+
+def test_the_first_model_is_what_the_box_is_for_unless_a_ceiling_is_set(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "free_memory_bytes", lambda: 0.0)
+
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            assert await running.answering() == "a@1"
+        with pytest.raises(es.StartupError, match="0 MiB are free"):
+            async with serving(row(files("a"), max_memory_mb=1)):
+                pass
+        with pytest.raises(es.StartupError, match="0 MiB are free"):
+            async with serving(row(files("a")), row(files("b"))):
+                pass
+
+    run(check())
+
+
+def test_what_a_model_may_take_grows_with_its_workers_and_its_cache(
+    files: Callable[[str], str],
+) -> None:
+    def needed(**changes: Any) -> int:
+        return es.needed_bytes(kit.settings(**{"cache_mb": 0} | changes), files("a"))
+
+    size = os.path.getsize(files("a"))
+    one = needed()
+    assert one > size
+    assert needed(workers=3) - needed(workers=2) == one - size
+    assert needed(cache_mb=5) - one == 5 * MIB
+
+
+def test_a_decoder_may_take_room_for_the_logits_of_a_call(tmp_path: Path) -> None:
+    path = str(models.tiny_causal(tmp_path))
+    with open(path, "rb") as file:
+        tokens = es.check_gguf(path, file)["tokenizer.ggml.tokens"]
+    wide, narrow = (
+        es.needed_bytes(kit.settings(common_tokens=16, pack_tokens=n), path)
+        for n in (1024, 512)
+    )
+    assert isinstance(tokens, int)
+    assert wide - narrow > 512 * 4 * tokens
+
+
+# --- checksums ---
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_file_with_another_checksum_is_refused_before_it_is_mapped(
+    files: Callable[[str], str], tmp_path: Path, beside: bool, preload: bool
+) -> None:
+    wrong = "0" * 63 + "a"
+    right = hashlib.sha256(Path(files("b")).read_bytes()).hexdigest()
+    sums = tmp_path / "SHA256SUMS"
+    said = {}
+    if beside:
+        sums.write_text(f"{'1' * 64}  other.gguf\n{wrong}  b.gguf\n")
+    else:
+        said = {"sha256": wrong.upper()}
+
+    async def check() -> None:
+        engines = Engines()
+        rows = (row(files("a")), row(files("b"), preload=preload, **said))
+        if preload:
+            with pytest.raises(es.StartupError, match=f"{right} and must have {wrong}"):
+                async with serving(*rows, engines=engines):
+                    pass
+            assert engines.loads == ["a"]
+            assert engines.alive("a") == 0
+            return
+        async with serving(*rows, engines=engines) as running:
+            reply = await running.embed("b")
+            assert reply.status == 503
+            assert f"{right} and must have {wrong}" in reply.error["message"]
+            assert engines.loads == ["a"]
+            assert await running.answering("a") == "a@1"
+            if beside:
+                sums.write_text(f"{right} *./b.gguf\n")
+                assert await running.answering("b") == "b@1"
+
+    run(check())
+
+
+def test_a_checksum_that_is_told_counts_and_not_the_one_beside(
+    files: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  a.gguf\n")
+    right = hashlib.sha256(Path(files("a")).read_bytes()).hexdigest()
+
+    async def check() -> None:
+        async with serving(row(files("a"), sha256=right)) as running:
+            assert await running.answering() == "a@1"
+
+    run(check())
+
+
+def test_a_file_that_is_gone_when_it_is_wanted_is_refused(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+            os.unlink(files("b"))
+            reply = await running.embed("b")
+            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+            assert "cannot be read" in reply.error["message"]
+            Path(files("b")).write_bytes(es.GGUF_MAGIC + bytes(4))
+            reply = await running.embed("b")
+            assert reply.status == 503
+
+    run(check())
+
+
+# --- other models than before ---
+
+
+async def reloaded(
+    running: Several, *rows: es.Settings, **common: Any
+) -> dict[str, Any]:
+    """What a reload with these says that it did."""
+    running.written.rows = rows
+    running.written.common = dataclasses.replace(running.written.common, **common)
+    reply = await running.ask("POST", "/admin/reload")
+    assert reply.status == 200, reply.body
+    return cast(dict[str, Any], reply.json)
+
+
+def test_a_reload_keeps_in_memory_what_it_can(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(
+            row(files("a")), row(files("b")), row(files("c"), preload=False)
+        ) as running:
+            kept = running.served_of("b@1")
+            gone = running.engines.last("a")
+            said = await reloaded(
+                running,
+                row(files("b"), alias=("x",), prompt=("q=ask: ",), preload=False),
+                row(files("c"), preload=False),
+                row(files("d")),
+                row(files("e"), preload=False),
+            )
+            assert said["loaded"] == ["d@1"]
+            assert running.served_of("b@1") is kept
+            assert await running.answering("x", prompt_name="q") == "b@1"
+            assert await running.answering() == "b@1"
+            assert (await running.embed("a")).status == 404
+            states = {m: s["state"] for m, s in (await running.states()).items()}
+            assert states == {
+                "b@1": "loaded",
+                "c@1": "unloaded",
+                "d@1": "loaded",
+                "e@1": "unloaded",
+            }
+            await running.freed(gone)
+            assert running.engines.loads == ["a", "b", "d"]
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"workers": 2}, {"pooling": "cls"}, {"cache_mb": 2}, {"max_input_tokens": 16}],
+    ids=str,
+)
+def test_a_reload_loads_anew_what_is_made_otherwise(
+    files: Callable[[str], str], changes: dict[str, Any]
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            old = running.engines.last("a")
+            old.block()
+            ask = asyncio.create_task(running.embed("a"))
+            await asyncio.to_thread(old.wait_until_computing)
+            said = await reloaded(running, row(files("a"), **changes), row(files("b")))
+            assert said["loaded"] == ["a@1"]
+            running.sweep()
+            assert not old.is_closed
+            assert await running.answering("a") == "a@1"
+            old.release()
+            assert (await ask).status == 200
+            await running.freed(old)
+            assert running.engines.loads == ["a", "b", "a"]
+
+    run(check())
+
+
+def test_a_reload_loads_a_file_that_has_changed(
+    files: Callable[[str], str], tmp_path: Path
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            assert (await reloaded(running, *rows))["loaded"] == []
+            new = tmp_path / "new"
+            shutil.copy(files("a"), new)
+            new.replace(files("a"))
+            assert (await reloaded(running, *rows))["loaded"] == ["a@1"]
+            assert running.engines.loads == ["a", "a"]
+
+    run(check())
+
+
+def test_after_a_reload_metrics_say_what_is_in_memory(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            await running.answering("a")
+            await reloaded(running, row(files("a"), workers=2))
+            for label, there in (("a@1", 1), ("b@1", 0)):
+                shown = f'embellama_model_loaded{{model="{label}"}}'
+                assert await running.metric(shown) == there, label
+            name = 'embellama_model_requests_total{model="a@1"}'
+            assert await running.metric(name) == 1
+
+    run(check())
+
+
+@pytest.mark.parametrize("which", ["load", "names", "file"])
+def test_a_reload_that_fails_has_changed_nothing(
+    files: Callable[[str], str], which: str
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a"), alias=("x",)), row(files("b")))
+        async with serving(*rows) as running:
+            before = list(running.models.rows)
+            served = [one.served for one in before]
+            new = [row(files("a"), workers=2), row(files("c")), row(files("d"))]
+            if which == "load":
+                running.engines.problem["d"] = es.EngineError("cracked")
+            elif which == "names":
+                new[2] = row(files("d"), alias=("c",))
+            else:
+                new[2] = row(files("d"), sha256="0" * 64)
+            running.written.rows = tuple(new)
+            reply = await running.ask("POST", "/admin/reload")
+            assert (reply.status, reply.error["code"]) == (409, "reload_refused")
+            assert "nothing has changed" in reply.error["message"]
+            assert running.models.rows == before
+            assert [one.served for one in before] == served
+            assert await running.answering("x") == "a@1"
+            assert await running.answering("b") == "b@1"
+            assert (await running.embed("c")).status == 404
+            # What had been loaded for it is let go.
+            await until(
+                lambda: (
+                    running.engines.alive("a") == 1
+                    and not running.engines.alive("c")
+                    and not running.engines.alive("d")
+                ),
+                "freed",
+            )
+            assert await running.metric('embellama_model_loaded{model="a@1"}') == 1
+
+    run(check())
+
+
+def test_a_reload_leaves_alone_what_an_administrator_added(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            await running.admin("load", path=files("n"))
+            kept = running.served_of("n@1")
+            said = await reloaded(running, row(files("b")))
+            assert said["loaded"] == ["b@1"]
+            assert running.served_of("n@1") is kept
+            assert await running.answering() == "b@1"
+
+    run(check())
+
+
+def test_what_was_added_and_then_configured_is_the_configurations(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            await running.admin("load", path=files("n"))
+            said = await reloaded(running, row(files("a")), row(files("n"), workers=2))
+            assert said["loaded"] == ["n@1"]
+            await reloaded(running, row(files("a")))
+            assert set(await running.states()) == {"a@1"}
+
+    run(check())
+
+
+def test_a_model_that_is_asked_for_during_a_reload_is_what_the_reload_says(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("c")
+            running.engines.hold("d")
+            reload = asyncio.create_task(
+                reloaded(
+                    running,
+                    row(files("a")),
+                    row(files("b"), preload=False, workers=2),
+                    row(files("c")),
+                    row(files("d")),
+                )
+            )
+            await running.engines.loading()
+            ask = asyncio.create_task(running.embed("b"))
+            await until(lambda: running.model("b@1").loading, "b waits for its turn")
+            running.engines.let_go("c")
+            assert (await ask).status == 200  # as it was before
+            running.engines.let_go("d")
+            await reload
+            await running.answering("b")
+            assert running.served_of("b@1").pool.options.workers == 2
+
+    run(check())
+
+
+def test_an_administrator_whose_model_a_reload_removes_is_told_so(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            load = asyncio.create_task(running.admin("load", model="b"))
+            await running.engines.loading()
+            await reloaded(running, rows[0])
+            running.engines.let_go()
+            assert (await load).status in (200, 404, 409)
+
+    run(check())
+
+
+def test_a_default_version_that_was_set_is_forgotten_by_a_reload(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("a2"), name="a", version=2))
+        async with serving(*rows) as running:
+            await running.admin("default", model="a@1")
+            assert await running.answering("a") == "a@1"
+            await reloaded(running, *rows)
+            assert await running.answering("a") == "a@2"
+
+    run(check())
+
+
+def test_what_was_not_in_memory_is_not_loaded_by_a_reload_without_preload(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = [row(files(s), preload=s == "a") for s in "abc"]
+        async with serving(*rows) as running:
+            await running.answering("b")
+            changed = [dataclasses.replace(one, workers=2) for one in rows]
+            assert (await reloaded(running, *changed))["loaded"] == ["a@1", "b@1"]
+
+    run(check())
+
+
+def test_two_reloads_at_once_are_one(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            first = asyncio.create_task(
+                reloaded(running, row(files("a")), row(files("b")))
+            )
+            await running.engines.loading()
+            second = await running.ask("POST", "/admin/reload")
+            assert second.status == 409
+            assert await running.answering("a") == "a@1"
+            running.engines.let_go()
+            assert (await first)["loaded"] == ["b@1"]
+            assert running.engines.alive("b") == 1
+
+    run(check())
+
+
+def test_a_hangup_changes_the_models(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            running.written.rows = (row(files("b")),)
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: " reloaded " in running.log.getvalue(), "reloaded")
+            assert await running.answering() == "b@1"
+
+    run(check())
+
+
+# --- one model's trouble is not another's ---
+
+
+def test_a_broken_engine_is_one_models_trouble(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            broken = running.served_of("b@1").pool.queue.breaker
+            broken.judge(0.0, worked=False)
+            broken._canary_at = float("inf")
+            assert broken.is_open
+            for _ in range(3):
+                reply = await running.embed("b")
+                assert (reply.status, reply.error["code"]) == (
+                    503,
+                    "engine_unavailable",
+                )
+                assert await running.answering("a") == "a@1"
+            assert (await running.ask("GET", "/ready")).status == 200
+            assert await running.metric("embellama_engine_broken") == 1
+            running.served_of("a@1").pool.queue.breaker.judge(0.0, worked=False)
+            assert (await running.ask("GET", "/ready")).status == 503
+
+    run(check())
+
+
+def test_inputs_that_fail_in_one_model_fail_in_no_other(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            running.engines.last("a").failures[kit.fake_id(kit.BOOM_WORD)] = 0
+            for _ in range(10):
+                assert (await running.embed("b", input=kit.BOOM_WORD)).status == 500
+                assert (await running.embed("a", input=kit.BOOM_WORD)).status == 200
+
+    run(check())
+
+
+@pytest.mark.parametrize("limit", [{"queue_size": 4}, {"queue_tokens": 64}], ids=str)
+def test_a_full_queue_is_one_models_trouble(
+    files: Callable[[str], str], limit: dict[str, Any]
+) -> None:
+    async def check() -> None:
+        rows = [row(files(stem), **limit) for stem in "ab"]
+        async with serving(*rows, **limit) as running:
+            full = running.engines.last("b")
+            full.block()
+            texts = [f"x{n}" for n in range(40)]
+            asks = [asyncio.create_task(running.embed("b", input=texts))]
+            await asyncio.to_thread(full.wait_until_computing)
+            for _ in range(3):
+                reply = await running.embed("b", input=["y"] * 8)
+                assert (reply.status, reply.error["code"]) == (503, "overloaded")
+                assert await running.answering("a") == "a@1"
+            other = running.engines.last("a")
+            other.block()
+            asks.append(asyncio.create_task(running.embed("a", input=texts)))
+            await asyncio.to_thread(other.wait_until_computing)
+            assert (await running.embed("a", input=["y"] * 8)).status == 503
+            other.release()
+            full.release()
+            assert [(await ask).status for ask in asks] == [200, 200]
+
+    run(check())
+
+
+def test_a_model_that_computes_for_long_holds_up_no_other(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            slow = running.engines.last("b")
+            slow.block()
+            ask = asyncio.create_task(running.embed("b"))
+            await asyncio.to_thread(slow.wait_until_computing)
+            assert (
+                await running.metric('embellama_model_queue_inputs{model="b@1"}') == 1
+            )
+            assert (
+                await running.metric('embellama_model_queue_inputs{model="a@1"}') == 0
+            )
+            for _ in range(5):
+                assert await running.answering("a") == "a@1"
+            slow.release()
+            assert (await ask).status == 200
+
+    run(check())
+
+
+def test_one_models_call_that_never_ends_replaces_the_process_and_others_finish(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        stuck_after = {"stuck_after_s": 0.1}
+        rows = [row(files(stem), **stuck_after) for stem in "ab"]
+        async with serving(*rows) as running:
+            deaf = running.engines.last("b")
+            deaf.is_deaf = True
+            deaf.block()
+            ask = asyncio.create_task(running.embed("b"))
+            await asyncio.to_thread(deaf.wait_until_computing)
+            queue = running.served_of("b@1").pool.queue
+            begun = queue.clock()
+            queue.clock = lambda: begun + 3600
+            reply = await ask
+            assert (reply.status, reply.error["code"]) == (503, "engine_unavailable")
+            assert await running.task == 1  # for its parent to start another
+            assert "replacing this process" in running.log.getvalue()
+
+    run(check())
+
+
+# --- who comes and goes at the same time ---
+
+
+async def settle(turns: int = 20) -> None:
+    """Let the event loop turn a few times."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+def test_a_model_that_is_unloaded_just_as_it_was_loaded_answers_who_waited(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            waiting = running.model("b@1")
+            task = waiting.loading
+            assert task is not None
+
+            def unload(_: object) -> None:
+                running.models.unload(waiting)
+                running.sweep()
+
+            task.add_done_callback(unload)  # before whoever waits is told
+            running.engines.let_go()
+            async with asyncio.timeout(min(2.0, kit.DEADLINE_S)):
+                reply = await ask
+            assert reply.status in (200, 503), reply.body
+
+    run(check())
+
+
+def test_the_model_that_is_named_is_the_one_that_computed(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (
+            row(files("a"), preload=False),
+            row(files("a2"), name="a", version=2, preload=False),
+            row(files("c")),
+        )
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("a2")
+            ask = asyncio.create_task(running.embed("a"))
+            await running.engines.loading()
+            await running.admin("default", model="a@1")
+            running.engines.let_go()
+            reply = await ask
+            assert reply.headers["x-embellama-model"] == "a@2"
+            assert running.engines.loads == ["c", "a2"]
+
+    run(check())
+
+
+def test_who_waits_for_a_model_that_is_removed_meanwhile_gets_its_vectors(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            running.models.remove(running.model("b@1"))
+            running.engines.let_go()
+            assert (await ask).status == 200
+
+    run(check())
+
+
+def test_a_model_that_is_removed_while_it_loads_is_let_go(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            running.models.remove(running.model("b@1"))
+            running.engines.let_go()
+            await ask
+            async with asyncio.timeout(2):
+                await running.freed(running.engines.last("b"))
+
+    run(check())
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["stays", "goes"])
+def test_a_reload_while_a_model_loads_makes_no_second_one(
+    files: Callable[[str], str], stays: bool
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            await reloaded(running, *(rows if stays else rows[:1]))
+            running.engines.let_go()
+            assert (await ask).status in (200, 200 if stays else 404)
+            if stays:
+                assert await running.answering("b") == "b@1"
+            else:
+                await until(lambda: not running.engines.alive("b"), "let go")
+            assert running.engines.loads == ["a", "b"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit, "DEADLINE_S", min(5.0, kit.DEADLINE_S))
+        run(check())
+
+
+def test_an_administrator_who_leaves_while_a_file_is_added_leaves_nothing_behind(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            await running.engines.loading()
+            running.engines.hold("n")
+            leave = await cut_off(running, "/admin/models/load", {"path": files("n")})
+            await running.engines.loading()
+            leave()
+            await until(lambda: not running.service.connections.open, "left")
+            running.engines.let_go()
+            await until(lambda: running.engines.made["n"], "loaded")
+            await until(
+                lambda: (
+                    bool(running.engines.alive("n")) == (len(running.models.rows) == 2)
+                ),
+                "served or gone",
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit, "DEADLINE_S", min(5.0, kit.DEADLINE_S))
+        run(check())
+
+
+def test_an_administrator_who_leaves_in_the_middle_of_a_reload_leaves_nothing_behind(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            running.written.rows = (row(files("a")), row(files("b")))
+            client = socket.create_connection((running.host, running.port))
+            client.sendall(b"POST /admin/reload HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await running.engines.loading()
+            client.close()
+            await until(lambda: not running.service.connections.open, "left")
+            assert running.models.is_loading
+            running.engines.let_go()
+            await until(lambda: running.engines.made["b"], "loaded")
+            await until(
+                lambda: (
+                    bool(running.engines.alive("b")) == (len(running.models.rows) == 2)
+                ),
+                "served or gone",
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit, "DEADLINE_S", min(5.0, kit.DEADLINE_S))
+        run(check())
+
+
+def test_a_model_whose_call_has_not_ended_is_not_idle(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            deaf = running.engines.last("b")
+            deaf.is_deaf = True
+            deaf.block()
+            leave = await cut_off(
+                running, "/v1/embeddings", {"input": "a", "model": "b"}
+            )
+            await asyncio.to_thread(deaf.wait_until_computing)
+            leave()
+            queue = running.served_of("b@1").pool.queue
+            await until(lambda: not queue.state().backlog.inputs, "nobody waits")
+            assert queue.state().busy == 1
+            await running.admin("unload", model="b")
+            running.sweep()
+            assert running.models.retiring
+            deaf.release()
+            await running.freed(deaf)
+            assert running.models.is_clean
+
+    run(check())
+
+
+def test_memory_that_was_just_freed_is_there_for_the_next_model(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        ceiling: dict[str, Any] = {"max_memory_mb": 1000}
+        rows = (row(files("a"), **ceiling), row(files("b"), preload=False, **ceiling))
+        engines = Engines()
+        monkeypatch.setattr(
+            es, "resident_bytes", lambda: 990 * MIB * engines.alive("a")
+        )
+        async with serving(*rows, engines=engines, **ceiling) as running:
+            assert (await running.admin("unload", model="a")).status == 200
+            assert (await running.admin("load", model="b")).status == 200
+
+    run(check())
+
+
+def test_a_version_that_is_being_added_does_not_answer_before_it_is_there(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            await running.engines.loading()
+            running.engines.hold("new")
+            body = {"path": files("new"), "name": "a", "version": 2}
+            load = asyncio.create_task(running.admin("load", **body))
+            await running.engines.loading()
+            running.engines.problem["new"] = es.EngineError("cracked")
+            async with asyncio.timeout(2):
+                assert await running.answering("a") == "a@1"
+            running.engines.let_go()
+            assert (await load).status == 503
+
+    run(check())
+
+
+def test_unloading_while_it_loads_says_so_and_serves_who_waits(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            reply = await running.admin("unload", model="b")
+            assert (reply.status, reply.json["state"]) == (200, "loading")
+            running.engines.let_go()
+            assert (await ask).status == 200
+            assert running.engines.alive("b") == 1
+
+    run(check())
+
+
+def test_many_who_load_unload_and_ask_at_once_all_get_answers(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = [row(files(stem), preload=False) for stem in "abc"]
+        async with serving(*rows, idle_unload_s=0.001) as running:
+
+            async def asks(stem: str) -> None:
+                for n in range(15):
+                    assert (await running.embed(stem, input=f"{n}")).status == 200
+
+            async def unloads(stem: str) -> None:
+                for _ in range(15):
+                    assert (await running.admin("unload", model=stem)).status == 200
+                    running.sweep()
+                    await asyncio.sleep(0)
+
+            who = (each(stem) for each in (asks, asks, unloads) for stem in "abc")
+            await asyncio.gather(*who)
+            for stem in "abc":
+                await running.admin("unload", model=stem)
+            await until(
+                lambda: not any(running.engines.alive(stem) for stem in "abc"), "freed"
+            )
+            assert running.models.is_clean
+            assert all(
+                not engine.contexts_open
+                for engines in running.engines.made.values()
+                for engine in engines
+            )
+
+    run(check())
+
+
+def test_reloads_among_requests_refuse_nobody(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        rows = [row(files(stem)) for stem in "ab"]
+        async with serving(*rows) as running:
+            is_over = False
+
+            async def asks(stem: str) -> int:
+                count = 0
+                while not is_over:
+                    assert (await running.embed(stem, input=f"{count}")).status == 200
+                    count += 1
+                return count
+
+            clients = [asyncio.create_task(asks(stem)) for stem in "abab"]
+            for workers in (2, 1, 2, 1):
+                changed = [dataclasses.replace(one, workers=workers) for one in rows]
+                assert (await reloaded(running, *changed))["loaded"] == ["a@1", "b@1"]
+            is_over = True
+            assert all(await asyncio.gather(*clients))
+            await until(
+                lambda: running.engines.alive("a") == running.engines.alive("b") == 1,
+                "freed",
+            )
+
+    run(check())
+
+
+# --- stopping ---
+
+
+def test_a_stop_waits_for_a_load_that_somebody_waits_for(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            running.service.stop()
+            assert (await running.embed("b")).status == 503
+            running.engines.let_go()
+            assert (await ask).status == 200
+            assert await running.task == 0
+            assert running.service.is_clean
+            for stem in "ab":
+                assert running.engines.alive(stem) == 0
+
+    run(check())
+
+
+def test_who_waits_for_a_load_that_outlives_the_drain_is_told(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows, drain_timeout_s=0.1) as running:
+            await running.engines.loading()
+            running.engines.hold("b")
+            ask = asyncio.create_task(running.embed("b"))
+            await running.engines.loading()
+            running.service.stop()
+            try:
+                assert await running.task == 0
+                assert not running.service.is_clean  # so the program leaves at once
+                reply = await ask
+                assert (reply.status, reply.error["code"]) == (503, "not_ready")
+            finally:
+                ask.cancel()
+
+    run(check())
+
+
+def test_a_stop_frees_what_was_unloaded_a_moment_ago(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), row(files("b"))) as running:
+            await running.admin("unload", model="b")
+            running.sweep()
+            running.service.stop()
+            assert await running.task == 0
+            assert running.engines.alive("a") == running.engines.alive("b") == 0
+            assert running.service.is_clean
+
+    run(check())
+
+
+# --- the program itself ---
+
+
+def ask(server: kit.Server, path: str, body: Any = None) -> tuple[int, Any, Any]:
+    """Status, header fields and JSON of one request."""
+    data = None if body is None else json.dumps(body).encode()
+    kind = {"content-type": "application/json"}
+    request = urllib.request.Request(server.url + path, data, kind)
+    try:
+        with urllib.request.urlopen(request, timeout=kit.DEADLINE_S) as reply:
+            return reply.status, reply.headers, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, json.load(error)
+
+
+def vector(server: kit.Server, model: str, text: str = "abc") -> list[float]:
+    """Of a text, by a model of that name."""
+    status, _, reply = ask(server, "/v1/embeddings", {"input": text, "model": model})
+    assert status == 200, reply
+    return list(reply["data"][0]["embedding"])
+
+
+def config(folder: Path, text: str) -> str:
+    """A configuration file."""
+    path = folder / "models.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, Path]:
+    """An encoder and a decoder."""
+    return tiny, models.tiny_causal(tmp_path_factory.mktemp("causal"))
+
+
+def test_the_program_serves_files_that_were_named_by_flags(
+    two: tuple[Path, Path],
+) -> None:
+    flags = ("--model-path", f"a={two[0]}", "--model-path", f"b@3={two[1]}")
+    with kit.started(*flags, "--workers", "1", module=(SCRIPT,)) as server:
+        _, _, listed = ask(server, "/v1/models")
+        assert [entry["id"] for entry in listed["data"]] == ["a", "b"]
+        both = [vector(server, name) for name in ("a", "b@3")]
+        assert vector(server, "b") == both[1] != both[0]
+        status, fields, _ = ask(server, "/v1/embeddings", {"input": "x", "model": "b"})
+        assert (status, fields["x-embellama-model"]) == (200, "b@3")
+        assert ask(server, "/v1/embeddings", {"input": "x", "model": "b@1"})[0] == 404
+        # Unloaded, loaded anew, under another name: the same vectors.
+        assert ask(server, "/admin/models/unload", {"model": "b"})[0] == 200
+        body = {"path": str(two[1]), "name": "c", "version": 7, "workers": 2}
+        status, _, state = ask(server, "/admin/models/load", body)
+        assert (status, state["model"], state["state"]) == (200, "c@7", "loaded")
+        assert [vector(server, name) for name in ("b", "c@7")] == [both[1]] * 2
+        assert server.stop() == 0
+
+
+def test_the_program_serves_the_tables_of_its_file_and_reads_them_again(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(two[1].read_bytes()).hexdigest()
+    a = f'[[models]]\nname = "a"\npath = "{two[0]}"\naliases = ["x", "y"]\n'
+    b = (
+        f'[[models]]\nname = "b"\nversion = 2\npath = "{two[1]}"\npreload = false\n'
+        f'sha256 = "{digest}"\nprompts = {{ query = "ask: " }}\nworkers = 2\n'
+    )
+    flags = ("--config", config(tmp_path, f"workers = 1\n{a}{b}"))
+    with kit.started(*flags, module=(SCRIPT,)) as server:
+        states = {
+            row["model"]: row for row in ask(server, "/admin/models")[2]["models"]
+        }
+        assert {m: s["state"] for m, s in states.items()} == {
+            "a@1": "loaded",
+            "b@2": "unloaded",
+        }
+        assert vector(server, "x") == vector(server, "y") == vector(server, "a")
+        plain = vector(server, "b", "ask: abc")
+        body = {"input": "abc", "model": "b", "prompt_name": "query"}
+        assert ask(server, "/v1/embeddings", body)[2]["data"][0]["embedding"] == plain
+        # Another checksum, and nothing changes; the right one, and it does.
+        config(tmp_path, a + b.replace(digest, "0" * 64).replace("false", "true"))
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("not reloaded, nothing has changed")
+        assert vector(server, "b", "ask: abc") == plain
+        config(tmp_path, f"workers = 1\n{b}")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log(" reloaded ")
+        assert ask(server, "/v1/embeddings", {"input": "x", "model": "a"})[0] == 404
+        assert vector(server, "b", "ask: abc") == plain
+        assert server.stop() == 0
+
+
+def test_the_program_refuses_a_wrong_checksum_at_its_start(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    table = f'[[models]]\npath = "{two[0]}"\nsha256 = "{"0" * 64}"\n'
+    flags = ("--no-supervise", "--config", config(tmp_path, table))
+    with kit.started(*flags, module=(SCRIPT,), wait_ready=False) as server:
+        assert server.process.wait(kit.DEADLINE_S) == 1
+        server.wait_for_log("and must have 0000")
+
+
+def test_the_program_refuses_a_load_beyond_its_ceiling(
+    two: tuple[Path, Path],
+) -> None:
+    flags = ("--model-path", str(two[0]), "--workers", "1", "--cache-mb", "0")
+    ceiling = ("--max-memory-mb", "400", "--no-supervise")
+    with kit.started(*flags, *ceiling, module=(SCRIPT,)) as server:
+        before = vector(server, two[0].stem)
+        body = {"path": str(two[1]), "workers": 200}
+        status, _, reply = ask(server, "/admin/models/load", body)
+        assert status == 503
+        said = reply["error"]["message"]
+        found = re.search(
+            r"take ([0-9]+) MiB of memory, ([0-9]+) MiB are used and --max-memory-mb is "
+            r"400",
+            said,
+        )
+        assert found, said
+        assert int(found[1]) >= 8000
+        assert 20 < int(found[2]) < 400
+        assert vector(server, two[0].stem) == before
+        assert len(ask(server, "/admin/models")[2]["models"]) == 1
+        body["workers"] = 1
+        assert ask(server, "/admin/models/load", body)[0] == 200
+        assert server.stop() == 0
+
+
+def lazily(tiny: Path, folder: Path, stem: str) -> tuple[str, ...]:
+    """Flags of a supervised kit with a good model and one whose load goes wrong."""
+    bad = folder / f"{stem}.gguf"
+    shutil.copy(tiny, bad)
+    tables = (
+        f'[[models]]\npath = "{tiny}"\nname = "good"\n'
+        f'[[models]]\npath = "{bad}"\nname = "bad"\npreload = false\n'
+    )
+    return ("--config", config(folder, f"workers = 1\n{tables}"))
+
+
+def outcome(server: kit.Server, model: str) -> int:
+    """The status of one request; 0: the connection was lost."""
+    try:
+        return ask(server, "/v1/embeddings", {"input": "a", "model": model})[0]
+    except (OSError, http.client.HTTPException):
+        return 0
+
+
+@pytest.mark.parametrize("word", ["crash", "exit"])
+def test_a_load_that_kills_the_process_is_started_over_and_others_are_served(
+    tiny: Path, tmp_path: Path, word: str
+) -> None:
+    with kit.started(
+        *lazily(tiny, tmp_path, word), module=("-m", "tests.kit", "supervised")
+    ) as server:
+        assert outcome(server, "good") == 200
+        assert outcome(server, "bad") == 0
+        server.wait_for_log(" ready ", 2)
+        assert outcome(server, "good") == 200
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "alone"])
+def test_a_stop_while_a_load_does_not_end_is_obeyed_with_code_0(
+    tiny: Path, tmp_path: Path, supervised: bool
+) -> None:
+    flags = [*lazily(tiny, tmp_path, "deaf"), "--drain-timeout-s", "0.2"]
+    flags += [] if supervised else ["--no-supervise"]
+    with kit.started(*flags, module=("-m", "tests.kit", "supervised")) as server:
+        answers: list[int] = []
+        waits = threading.Thread(
+            target=lambda: answers.append(outcome(server, "bad")), daemon=True
+        )
+        waits.start()
+        until_so(
+            lambda: ask(server, "/admin/models")[2]["models"][1]["state"] == "loading",
+            "it loads",
+        )
+        assert outcome(server, "good") == 200
+        assert server.stop() == 0
+        waits.join(kit.DEADLINE_S)
+        assert answers and answers[0] in (0, 503)
+
+
+def test_a_second_signal_does_not_wait_for_a_load(tiny: Path, tmp_path: Path) -> None:
+    flags = [*lazily(tiny, tmp_path, "deaf"), "--drain-timeout-s", "3600"]
+    with kit.started(*flags, module=("-m", "tests.kit", "supervised")) as server:
+        waits = threading.Thread(target=outcome, args=(server, "bad"), daemon=True)
+        waits.start()
+        until_so(
+            lambda: ask(server, "/admin/models")[2]["models"][1]["state"] == "loading",
+            "it loads",
+        )
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log(" draining ")
+        assert server.stop() == 0
+        waits.join(kit.DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--model-path", "a=F", "--model-path", "a=F"), "this name and version"),
+        (("--model-path", "a=F", "--model-path", "b=absent.gguf"), "No such file"),
+        (("--model-path", "a=F", "--model-path", "b@0=F"), "version"),
+        (
+            ("--model-path", "a=F", "--model-path", "b=F", "--model-name", "c"),
+            "several models",
+        ),
+        (
+            ("--model-path", "a=F", "--model-path", "b=F", "--model-alias", "c"),
+            "several models",
+        ),
+    ],
+)
+def test_models_that_cannot_be_are_refused_at_the_start(
+    tiny: Path, flags: Sequence[str], said: str
+) -> None:
+    given = collections.defaultdict(list)
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        name = flag.removeprefix("--").replace("-", "_")
+        given[name].append(value.replace("=F", f"={tiny}"))
+    read: dict[str, Any] = dict(given)
+    if "model_name" in read:
+        read["model_name"] = read["model_name"][0]
+    with pytest.raises(es.BadSetting, match=said):
+        es.load_settings(read, {})
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("", "path"),
+        ('path = ""', "path"),
+        ('path = "F"\ncolour = 1', "colour.*no such setting"),
+        ('path = "F"\nport = 1', "port.*no such setting"),
+        ('path = "F"\nversion = 0', "version"),
+        ('path = "F"\nversion = "1"', "version"),
+        ('path = "F"\nshare = -1', "share"),
+        ('path = "F"\naliases = "x"', "aliases"),
+        ('path = "F"\naliases = [""]', "aliases"),
+        ('path = "F"\nsha256 = "abc"', "sha256"),
+        ('path = "F"\npooling = "max"', "pooling"),
+        ('path = "F"\nprompts = { a = 1 }', "prompts"),
+        ('path = "F"\nname = "x@2"', "name"),
+        ('path = "F"\n[[models]]\npath = "F"', "this name and version"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused_with_its_place(
+    tiny: Path, tmp_path: Path, table: str, said: str
+) -> None:
+    path = config(tmp_path, "[[models]]\n" + table.replace("F", str(tiny)))
+    with pytest.raises(es.BadSetting, match=said) as caught:
+        es.load_settings({"config": path}, {})
+    assert "models" in str(caught.value)
+
+
+def test_what_a_table_leaves_out_is_as_it_is_for_all(
+    tiny: Path, tmp_path: Path
+) -> None:
+    text = (
+        'workers = 3\npack_tokens = 64\n[[models]]\npath = "F"\nname = "a"\n'
+        'share = 1\n[[models]]\npath = "F"\nname = "a"\nversion = 2\nworkers = 1\n'
+        'prompts = { query = "q: ", passage = "p: {text}." }\n'
+    ).replace("F", str(tiny))
+    path = config(tmp_path, text)
+    read = es.load_settings({"config": path, "pack_tokens": "128"}, {})
+    a1, a2 = read.models
+    assert (a1.workers, a1.pack_tokens, a1.model_share) == (3, 128, 1.0)
+    assert (a2.workers, a2.pack_tokens, a2.model_share) == (1, 128, 0.0)
+    assert (a1.prompt, a2.prompt) == ((), ("query=q: ", "passage=p: {text}."))
+    assert (a1.weights, a1.model_version, a2.model_version) == ("keep", 1, 2)
+    # What --print-config shows is the same configuration.
+    again = config(tmp_path, read.describe())
+    assert es.load_settings({"config": again}, {}).models == read.models
+
+
+def test_models_that_flags_or_variables_name_take_the_place_of_the_files_tables(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = config(tmp_path, f'[[models]]\npath = "{tiny}"\nname = "a"\n')
+    flag = es.load_settings({"config": path, "model_path": [f"b={tiny}"]}, {})
+    assert [one.model_name for one in flag.models] == ["b"]
+    named = {"EMBELLAMA_MODEL_PATH": str(tiny)}
+    variable = es.load_settings({"config": path}, named)
+    assert [es.name_of(one) for one in variable.models] == [tiny.stem]

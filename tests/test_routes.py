@@ -1,0 +1,823 @@
+"""Rooms ROUTES and DISPATCH: what holds on every route, in every dialect.
+
+Each claim is made of the rows of ``ROUTES``, so that a route that is added is claimed too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import hmac
+import json
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import embellama_server as es
+from tests import kit
+from tests.kit import RunningService
+
+FORMS = [route for route in es.ROUTES if route.form]
+READS = [route for route in es.ROUTES if route.method == "GET"]
+WORK = [route for route in FORMS if route.takes_work]
+CACHED = {"/v1/models", "/models", "/openapi.json", "/docs"}
+NEVER_KEPT = {"/health", "/ping", "/ready", "/metrics"}
+# Those whose answer does not come from the engine's contexts.
+COMPUTES_NOTHING = {"/tokenize", "/decode", "/api/show"}
+KEY = "key-of-somebody-0123456789"
+URL = "/v1/embeddings"
+
+
+def with_service(
+    check: Callable[[RunningService], Awaitable[None]],
+    engine: kit.FakeEngine | None = None,
+    *,
+    has_bug: bool = False,
+    **changes: Any,
+) -> None:
+    """Run ``check`` against a service where every route can answer 200."""
+
+    async def run() -> None:
+        every = kit.all_routes() | changes
+        async with kit.running_service(engine, **every) as running:
+            await check(running)
+        assert (" bug " in running.log.getvalue()) == has_bug
+
+    asyncio.run(run())
+
+
+def each(routes: Iterable[es.Route]) -> pytest.MarkDecorator:
+    """A parameter: these routes."""
+    return pytest.mark.parametrize(
+        "route", routes, ids=lambda route: f"{route.method} {route.path}"
+    )
+
+
+def key_file(folder: Path) -> str:
+    """A file with one key, an administrator's."""
+    path = folder / "keys"
+    path.write_text(f"somebody {KEY} admin\n", encoding="ascii")
+    path.chmod(0o600)
+    return str(path)
+
+
+def packed(body: object) -> bytes:
+    """JSON in gzip."""
+    return gzip.compress(json.dumps(body).encode())
+
+
+async def post(
+    running: RunningService, path: str, raw: bytes, coding: str = "gzip", **fields: str
+) -> kit.Reply:
+    """A body that says how it is packed."""
+    fields = {"content_type": "application/json", "content_encoding": coding} | fields
+    return await running.ask("POST", path, raw, **fields)
+
+
+def without_time(reply: kit.Reply) -> Any:
+    """The JSON of an answer less what is never the same twice."""
+    found = reply.json
+    if isinstance(found, dict):
+        for name in ("timings", "total_duration", "load_duration", "idle_s", "id"):
+            found.pop(name, None)
+    return found
+
+
+# --- packed requests ---
+
+
+@each(FORMS)
+def test_a_packed_body_is_answered_as_it_would_be_unpacked(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        plain = await running.ask_route(route)
+        assert plain.status == 200
+        for coding in ("gzip", "x-gzip", "GZIP", "identity, gzip"):
+            raw = packed(kit.body_of(route))
+            reply = await post(running, route.path, raw, coding)
+            assert reply.status == 200, reply.body
+            assert without_time(reply) == without_time(plain)
+
+    with_service(check)
+
+
+@each(FORMS)
+def test_a_body_packed_otherwise_is_415_and_says_what_is_known(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        for coding in ("br", "deflate", "compress", "gzip, gzip", "gzip;q=1", "*"):
+            raw = packed(kit.body_of(route))
+            reply = await post(running, route.path, raw, coding)
+            assert reply.status == 415, coding
+            assert "gzip" in reply.headers["accept-encoding"].split(", ")
+            assert coding.split(",")[0] in reply.error_in(route.dialect)
+
+    with_service(check)
+
+
+@each(FORMS)
+def test_a_body_that_is_not_packed_as_it_says_is_400(route: es.Route) -> None:
+    raw = packed(kit.body_of(route))
+    bad = {
+        "not at all": json.dumps(kit.body_of(route)).encode(),
+        "cut short": raw[:-1],
+        "with something behind": raw + b"{}",
+        "empty": b"",
+        "altered": raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:],
+        "not JSON": gzip.compress(b"{"),
+    }
+
+    async def check(running: RunningService) -> None:
+        for how, body in bad.items():
+            reply = await post(running, route.path, body)
+            assert reply.status == 400, how
+            assert reply.error_in(route.dialect)
+        assert (await running.ask_route(route)).status == 200
+
+    with_service(check)
+
+
+@each(FORMS)
+def test_a_bomb_is_413_and_harms_nobody(route: es.Route) -> None:
+    bomb = gzip.compress(b" " * (1 << 20))
+    assert len(bomb) < 2000
+
+    async def check(running: RunningService) -> None:
+        replies = await asyncio.gather(
+            *(post(running, route.path, bomb) for _ in range(5))
+        )
+        for reply in replies:
+            assert reply.status == 413
+            sentence = reply.error_in(route.dialect)
+            assert "4096 bytes" in sentence
+            assert "--max-body-bytes" in sentence
+        assert (await running.ask_route(route)).status == 200
+
+    with_service(check, max_body_bytes=4096)
+
+
+def test_the_limit_of_a_packed_body_is_exact() -> None:
+    async def check(running: RunningService) -> None:
+        for size, status in ((1024, 200), (1025, 413)):
+            body = b'{"input": "a"}'.ljust(size)
+            reply = await post(running, URL, gzip.compress(body))
+            assert reply.status == status
+
+    with_service(check, max_body_bytes=1024)
+
+
+def authorization(signed: bytes, path: str = URL) -> str:
+    """The signature of a POST whose body is ``signed``."""
+    stamp = f"{time.time():.6f}"
+    digest = hashlib.sha256(signed).hexdigest()
+    secret = hashlib.sha256(KEY.encode()).digest()
+    message = f"POST\n{path}\n{stamp}\n{digest}".encode()
+    mac = hmac.new(secret, message, hashlib.sha256).hexdigest()
+    return f"Signature somebody {stamp} {digest} {mac}"
+
+
+def test_a_signature_is_over_the_bytes_that_were_sent(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        body = json.dumps({"input": "a b"}).encode()
+        raw = gzip.compress(body)
+        for signed, status in ((raw, 200), (body, 401)):
+            reply = await post(running, URL, raw, authorization=authorization(signed))
+            assert reply.status == status
+        plain = await running.ask(
+            "POST",
+            URL,
+            body,
+            authorization=authorization(body),
+            content_type="application/json",
+        )
+        assert plain.status == 200
+        # Nothing is unpacked for who has not signed it.
+        bomb = gzip.compress(b" " * (64 << 20))
+        reply = await post(running, URL, bomb, authorization=authorization(body))
+        assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+
+    with_service(check, api_key_file=key_file(tmp_path), signed_requests="require")
+
+
+# --- what a client accepts, and what it has already ---
+
+
+@each(es.ROUTES)
+def test_an_accept_that_leaves_out_all_we_have_is_406(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        for accept in ("image/png", "*/*;q=0", f"{route.offers[0]};q=0, image/*"):
+            reply = await running.ask_route(route, accept=accept)
+            assert reply.status == 406
+            assert route.offers[0] in reply.error_in(route.dialect)
+
+    with_service(check)
+
+
+@each(es.ROUTES)
+def test_an_accept_that_takes_what_we_have_is_answered_with_it(route: es.Route) -> None:
+    family = route.offers[0].partition("/")[0]
+    browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+    async def check(running: RunningService) -> None:
+        usual = (await running.ask_route(route)).headers["content-type"]
+        assert usual.startswith(route.offers[0])
+        for accept in ("*/*", f"{family}/*", route.offers[0].upper(), browser, "?"):
+            reply = await running.ask_route(route, accept=accept)
+            assert reply.status == 200
+            assert reply.headers["content-type"] == usual
+
+    with_service(check)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ping"])
+def test_who_prefers_text_reads_text(path: str) -> None:
+    async def check(running: RunningService) -> None:
+        for accept in ("text/plain", "text/*", "application/json;q=0.5, text/plain"):
+            reply = await running.ask("GET", path, accept=accept)
+            assert (reply.status, reply.headers["vary"]) == (200, "accept")
+            assert reply.headers["content-type"] == "text/plain; charset=utf-8"
+            with pytest.raises(ValueError):
+                json.loads(reply.body)
+        for accept in ("application/json", "*/*", "text/html, */*"):
+            reply = await running.ask("GET", path, accept=accept)
+            assert reply.headers["content-type"] == "application/json"
+            assert reply.headers["vary"] == "accept"
+            assert reply.json
+
+    with_service(check)
+
+
+KINDS = {  # whether Ollama's routes take it: what curl -d and curl -H Content-Type: send
+    "text/plain": False,
+    "multipart/form-data": False,
+    "application/json; charset=latin1": False,
+    "json": False,
+    "application/x-www-form-urlencoded": True,
+    "": True,
+}
+
+
+@each(FORMS)
+def test_a_body_that_does_not_say_json_is_415_on_every_route(route: es.Route) -> None:
+    raw = json.dumps(kit.body_of(route)).encode()
+
+    async def check(running: RunningService) -> None:
+        for kind, is_for_ollama in KINDS.items():
+            reply = await running.ask("POST", route.path, raw, content_type=kind)
+            if is_for_ollama and route.dialect is es.OLLAMA:
+                assert reply.status == 200
+                continue
+            assert reply.status == 415
+            assert "application/json" in reply.error_in(route.dialect)
+
+    with_service(check)
+
+
+@each(FORMS)
+def test_no_page_of_another_site_can_send_a_body_anywhere(route: es.Route) -> None:
+    raw = json.dumps(kit.body_of(route)).encode()
+    sites = [{"origin": "https://evil.example"}, {"sec_fetch_site": "cross-site"}]
+    sites += [{"origin": "null"}, {"origin": "https://evil.example", "accept": "*/*"}]
+
+    async def check(running: RunningService) -> None:
+        for fields in sites:
+            for kind in (*KINDS, "application/json"):
+                sent = fields | {"content_type": kind}
+                reply = await running.ask("POST", route.path, raw, **sent)
+                assert reply.status == 403
+                assert "--cors-origin" in reply.error_in(route.dialect)
+        assert not running.engine.calls
+
+    with_service(check)
+
+
+def test_only_what_seldom_changes_is_kept_and_only_after_asking() -> None:
+    told = {route.path: route.caching for route in es.ROUTES if route.caching}
+    assert told == dict.fromkeys(CACHED, "no-cache") | dict.fromkeys(
+        NEVER_KEPT, "no-store"
+    )
+
+
+@each(READS)
+def test_what_a_client_has_already_is_not_sent_again(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        first = await running.ask_route(route)
+        assert first.headers.get("cache-control", "") == route.caching
+        if route.path not in CACHED:
+            assert "etag" not in first.headers
+            again = await running.ask_route(route, if_none_match="*")
+            assert again.status == 200
+            return
+        etag = first.headers["etag"]
+        for said in (etag, etag.removeprefix("W/"), f'"x", {etag}', "*"):
+            for method in ("GET", "HEAD"):
+                path = kit.path_of(route)
+                again = await running.ask(method, path, if_none_match=said)
+                assert (again.status, again.body) == (304, b"")
+                for name in ("etag", "cache-control"):
+                    assert again.headers[name] == first.headers[name]
+                assert not {"content-length", "content-type"} & set(again.headers)
+        for said in ('"x"', 'W/"x"', etag[:-2] + '"', ""):
+            again = await running.ask_route(route, if_none_match=said)
+            assert (again.status, again.body) == (200, first.body)
+
+    with_service(check)
+
+
+def test_a_304_does_not_end_the_connection_or_hold_up_the_next_answer() -> None:
+    async def check(running: RunningService) -> None:
+        etag = (await running.ask("GET", "/docs")).headers["etag"]
+        head = b"GET /docs HTTP/1.1\r\nhost: h\r\n"
+        first = head + b"if-none-match: " + etag.encode() + b"\r\n\r\n"
+        last = b"GET /health HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
+        raw = await running.exchange(first + first + last)
+        replies = kit.parse_replies(raw, ["GET"] * 3)
+        assert [reply.status for reply in replies] == [304, 304, 200]
+
+    with_service(check)
+
+
+def test_one_tag_is_for_a_page_packed_or_not() -> None:
+    async def check(running: RunningService) -> None:
+        plain = await running.ask("GET", "/openapi.json")
+        zipped = await running.ask("GET", "/openapi.json", accept_encoding="gzip")
+        assert zipped.headers["content-encoding"] == "gzip"
+        assert gzip.decompress(zipped.body) == plain.body
+        assert zipped.headers["etag"] == plain.headers["etag"]
+        assert plain.headers["etag"].startswith("W/")
+        asked = {"if_none_match": plain.headers["etag"], "accept_encoding": "gzip"}
+        assert (await running.ask("GET", "/openapi.json", **asked)).status == 304
+
+    with_service(check, gzip="all")
+
+
+def test_the_tag_of_the_models_is_another_once_one_is_unloaded() -> None:
+    async def check(running: RunningService) -> None:
+        before = (await running.ask("GET", "/v1/models")).headers["etag"]
+        gone = await running.ask("POST", "/admin/models/unload", {"model": kit.RANKER})
+        assert gone.json["state"] == "unloaded"
+        reply = await running.ask("GET", "/v1/models", if_none_match=before)
+        assert reply.status == 200
+        assert reply.headers["etag"] != before
+
+    with_service(check)
+
+
+# --- HEAD and OPTIONS ---
+
+
+@each(READS)
+def test_head_is_get_without_the_body(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        path = kit.path_of(route)
+        await running.ask("GET", path)
+        full = await running.ask("GET", path)
+        head = await running.ask("HEAD", path)
+        assert (head.status, head.body) == (200, b"")
+        changing = {"date", "x-request-id", "openai-processing-ms"}
+        if path in (
+            "/metrics",
+            "/admin/models",
+            "/api/ps",
+        ):  # they count, or tell a time
+            changing |= {"content-length"}
+        told = [
+            {
+                name: value
+                for name, value in reply.headers.items()
+                if name not in changing
+            }
+            for reply in (full, head)
+        ]
+        assert told[0] == told[1]
+        assert set(head.headers) == set(full.headers)
+
+    with_service(check)
+
+
+def test_head_is_405_where_there_is_no_get() -> None:
+    async def check(running: RunningService) -> None:
+        reads = {route.path for route in READS}
+        for path in {route.path for route in es.ROUTES} - reads:
+            reply = await running.ask("HEAD", path)
+            assert (reply.status, reply.body) == (405, b"")
+            assert "HEAD" not in reply.headers["allow"]
+
+    with_service(check)
+
+
+@each(es.ROUTES)
+def test_options_lists_just_the_methods_that_are_answered(route: es.Route) -> None:
+    methods = {r.method for r in es.ROUTES if r.path == route.path} | {"OPTIONS"}
+    methods |= {"HEAD"} if "GET" in methods else set()
+
+    async def check(running: RunningService) -> None:
+        path = kit.path_of(route)
+        reply = await running.ask("OPTIONS", path)
+        assert (reply.status, reply.body) == (204, b"")
+        assert set(reply.headers["allow"].split(", ")) == methods
+        for method in {"GET", "HEAD", "POST", "PUT", "DELETE"} - methods:
+            reply = await running.ask(method, path)
+            assert reply.status == 405
+            assert set(reply.headers["allow"].split(", ")) == methods
+            dialects = {r.dialect for r in es.ROUTES if r.path == route.path}
+            if method != "HEAD" and len(dialects) == 1:
+                assert reply.error_in(route.dialect)
+
+    with_service(check)
+
+
+# --- errors, each in the dialect of its route ---
+
+
+@each(FORMS)
+def test_what_is_wrong_with_a_body_is_said_in_the_route_s_dialect(
+    route: es.Route,
+) -> None:
+    invalid = route.dialect.status_of(es.InvalidValue)
+    body = kit.body_of(route)
+    assert body is not None
+    cases: list[tuple[bytes | dict[str, Any], int, str]] = [
+        (b"{", 400, "not JSON"),
+        (b"", 400, "not JSON"),
+        (b"[]", 400, "object"),
+        (b'"\xff"', 400, "UTF-8"),
+        ({}, invalid, "missing|give either"),
+        (body | {"model": 5}, invalid, "model must be a string"),
+        (body | {"model": "gpt-9"}, 404, "gpt-9"),
+    ]
+
+    async def check(running: RunningService) -> None:
+        for sent, status, part in cases:
+            reply = await running.ask("POST", route.path, sent)
+            assert reply.status == status, (sent, reply.body)
+            assert re.search(part, reply.error_in(route.dialect))
+        assert (await running.ask_route(route)).status == 200
+
+    with_service(check)
+
+
+@each(FORMS)
+def test_a_body_above_the_limit_is_413_in_the_route_s_dialect(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        path = kit.path_of(route)
+        kind = "application/json"
+        reply = await running.ask("POST", path, b" " * 1025, content_type=kind)
+        assert reply.status == 413
+        assert "1024" in reply.error_in(route.dialect)
+
+    with_service(check, max_body_bytes=1024)
+
+
+@each(FORMS)
+def test_a_body_that_grows_above_the_limit_is_413_in_that_dialect(
+    route: es.Route,
+) -> None:
+    async def check(running: RunningService) -> None:
+        lines = [f"POST {route.path} HTTP/1.1", "host: h"]
+        lines += ["content-type: application/json"]
+        lines += ["transfer-encoding: chunked", "", "401", " " * 1025, "0", "", ""]
+        reply = kit.parse_reply(await running.exchange("\r\n".join(lines).encode()))
+        assert reply.status == 413
+        assert "1024" in reply.error_in(route.dialect)
+
+    with_service(check, max_body_bytes=1024)
+
+
+def test_who_has_no_key_is_told_so_in_the_route_s_dialect(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        for route in es.ROUTES:
+            for fields in ({}, {"authorization": "Bearer wrong-key-0123456789"}):
+                reply = await running.ask_route(route, **fields)
+                assert reply.status == 401, route.path
+                assert "www-authenticate" in reply.headers
+                assert reply.error_in(route.dialect)
+            reply = await running.ask_route(route, authorization=f"Bearer {KEY}")
+            assert reply.status == 200, route.path
+
+    with_service(check, api_key_file=key_file(tmp_path), open_route=("none",))
+
+
+def test_who_asks_too_often_is_told_so_in_the_route_s_dialect() -> None:
+    async def check(running: RunningService) -> None:
+        await running.ask("GET", "/v1/models")
+        for route in es.ROUTES:
+            reply = await running.ask_route(route)
+            if route.access != "key":
+                assert reply.status == 200
+                continue
+            assert reply.status == 429, route.path
+            assert "retry-after" in reply.headers
+            assert reply.headers["x-should-retry"] == "true"
+            assert reply.error_in(route.dialect)
+
+    with_service(check, rate_limit=0.001, rate_burst=1)
+
+
+def test_while_the_model_loads_work_is_refused_in_the_route_s_dialect() -> None:
+    gate = threading.Event()
+
+    async def check(running: RunningService) -> None:
+        for route in es.ROUTES:
+            reply = await running.ask_route(route)
+            waits = route.takes_work or route.path in (
+                *("/v1/models", "/models", "/v1/models/{id}", "/info", "/ready"),
+                *("/api/tags", "/api/ps", "/admin/cache"),
+                *("/admin/models/load", "/admin/models/unload"),
+            )
+            if route.path == "/admin/reload":
+                assert reply.status == 409
+            else:
+                assert reply.status == (503 if waits else 200), route.path
+            if reply.status == 503:
+                assert reply.headers["retry-after"] == "1"
+                assert "loading" in reply.error_in(route.dialect)
+        gate.set()
+        await running.log.settled.wait()
+
+    with_service(check, before_load=lambda: kit.wait(gate), wait_ready=False)
+
+
+def test_a_full_queue_is_told_in_the_route_s_dialect() -> None:
+    engine, ranker = kit.FakeEngine(), kit.all_routes()["beside"][kit.RANKER]
+
+    async def filled(running: RunningService, path: str) -> asyncio.Task[kit.Reply]:
+        blocked = ranker if "rerank" in path else engine
+        blocked.block()
+        ask = running.ask("POST", path, kit.BODIES[path])
+        task = asyncio.create_task(ask)
+        await asyncio.to_thread(blocked.wait_until_computing)
+        return task
+
+    async def check(running: RunningService) -> None:
+        tasks = [await filled(running, URL)]
+        # One model is full, and so the body must come before it is known.
+        for route in WORK:
+            if "rerank" in route.path or route.path in COMPUTES_NOTHING:
+                continue
+            refused = await running.ask_route(route)
+            assert refused.status == route.dialect.status_of(es.Overloaded), route.path
+            assert refused.error_in(route.dialect)
+        assert (await running.ask("POST", "/tokenize", {"inputs": "a"})).status == 200
+        tasks.append(await filled(running, "/v1/rerank"))
+        # All are: the head says enough.
+        for route in WORK:
+            refused = await running.ask_route(route)
+            assert refused.status == route.dialect.status_of(es.Overloaded), route.path
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert refused.headers["x-should-retry"] == "true"
+            assert refused.error_in(route.dialect)
+        for one in (engine, ranker):
+            one.release()
+        assert [(await task).status for task in tasks] == [200, 200]
+
+    changes: dict[str, Any] = {"queue_size": 1, "cache_mb": 0}
+    with_service(check, engine, beside={kit.RANKER: ranker}, **changes)
+
+
+def test_the_statuses_of_a_full_queue_are_the_peers() -> None:
+    told = {d.name: d.status_of(es.Overloaded) for d in (r.dialect for r in es.ROUTES)}
+    assert told == {"OpenAI": 503, "TEI": 429, "Seed": 429, "Ollama": 503}
+
+
+@each(WORK)
+def test_a_bug_is_told_in_the_route_s_dialect(
+    route: es.Route, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("secret detail")
+
+    async def check(running: RunningService) -> None:
+        monkeypatch.setattr(es, "opened", broken)
+        monkeypatch.setattr(es, "done", broken)
+        reply = await running.ask_route(route)
+        assert reply.status == 500
+        assert "secret" not in reply.error_in(route.dialect)
+        assert "secret detail" in running.log.getvalue()
+
+    with_service(check, has_bug=True)
+
+
+FAILURES: dict[str, tuple[str, type[es.ApiError]]] = {
+    "nan": ("finite", es.NonFiniteVector),
+    "boom": ("could not be computed", es.EngineFailed),
+    " ".join(["word"] * 40): ("42", es.ContextLengthExceeded),
+}
+
+
+@pytest.mark.parametrize("text", FAILURES)
+@each([r for r in WORK if r.path not in COMPUTES_NOTHING and "rerank" not in r.path])
+def test_what_fails_in_the_engine_is_told_in_the_route_s_dialect(
+    route: es.Route, text: str
+) -> None:
+    part, error = FAILURES[text]
+    raw = json.dumps(kit.body_of(route)).replace("a b", text).encode()
+    kind = {"content_type": "application/json"}
+
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", route.path, raw, **kind)
+        if route.dialect is es.OLLAMA and error is es.ContextLengthExceeded:
+            assert reply.status == 200  # which cuts unless told not to
+            return
+        assert reply.status == route.dialect.status_of(error)
+        assert part in reply.error_in(route.dialect)
+
+    with_service(check)
+
+
+def test_a_model_of_the_other_kind_is_told_in_the_route_s_dialect() -> None:
+    async def check(running: RunningService) -> None:
+        for route in WORK:
+            if route.path in COMPUTES_NOTHING:
+                continue
+            other = "fake" if "rerank" in route.path else kit.RANKER
+            body = (kit.body_of(route) or {}) | {"model": other}
+            reply = await running.ask("POST", route.path, body)
+            assert reply.status == route.dialect.status_of(es.WrongKindOfModel)
+            assert other in reply.error_in(route.dialect)
+
+    with_service(check)
+
+
+def test_a_request_of_no_route_is_told_in_openai_s_dialect() -> None:
+    async def check(running: RunningService) -> None:
+        assert (await running.ask("GET", "/nope")).error["code"] == "unknown_url"
+        raw = await running.exchange(b"GET / HTTP/1.1\r\nhost h\r\n\r\n")
+        assert kit.parse_reply(raw).error["code"] == "malformed_request"
+
+    with_service(check)
+
+
+# --- what the tokeniser does between texts ---
+
+
+class Slow(kit.FakeEngine):
+    """Its tokeniser waits for ``may_go_on`` at the word "slow"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.may_go_on = threading.Event(), threading.Event()
+
+    def release(self) -> None:
+        super().release()
+        self.may_go_on.set()
+
+    def tokenise(self, text: str) -> list[int]:
+        if text == "slow":
+            self.began.set()
+            kit.wait(self.may_go_on)
+        return super().tokenise(text)
+
+
+def test_tokenize_waits_no_longer_than_a_client_does_and_is_not_done_then() -> None:
+    engine = Slow()
+
+    async def check(running: RunningService) -> None:
+        first = asyncio.create_task(
+            running.ask("POST", "/tokenize", {"inputs": "slow"})
+        )
+        await asyncio.to_thread(kit.wait, engine.began)
+        for path, body in (("/tokenize", {"inputs": "b"}), ("/decode", {"ids": [10]})):
+            late = await running.ask("POST", path, body, x_request_timeout="0.1")
+            assert late.status == 504
+            assert "0.1 s" in late.error_in(es.TEI)
+        engine.may_go_on.set()
+        assert (await first).status == 200
+        assert (await running.ask("POST", "/tokenize", {"inputs": "b"})).status == 200
+
+    with_service(check, engine)
+
+
+def test_tokenize_is_ended_by_the_end_of_the_drain() -> None:
+    engine = Slow()
+
+    async def check(running: RunningService) -> None:
+        asks = []
+        for text in ("slow", "b", "c"):
+            ask = running.ask("POST", "/tokenize", {"inputs": text})
+            asks.append(asyncio.create_task(ask))
+            await asyncio.to_thread(kit.wait, engine.began)
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while len(running.service.connections.open) < 3:
+                await asyncio.sleep(0.001)
+        running.service.stop()
+        for waiting in asks[1:]:
+            assert (await waiting).status == 503
+        engine.may_go_on.set()
+        await asyncio.wait(asks)
+
+    with_service(check, engine, drain_timeout_s=0.2)
+
+
+def test_what_a_client_that_has_left_asked_for_is_not_done() -> None:
+    engine = Slow()
+
+    async def check(running: RunningService) -> None:
+        first = asyncio.create_task(
+            running.ask("POST", "/tokenize", {"inputs": "slow"})
+        )
+        await asyncio.to_thread(kit.wait, engine.began)
+        engine.began.clear()
+        left = asyncio.create_task(running.ask("POST", "/tokenize", {"inputs": "slow"}))
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while len(running.service.connections.open) < 2:
+                await asyncio.sleep(0.001)
+            left.cancel()
+            while len(running.service.connections.open) > 1:
+                await asyncio.sleep(0.001)
+        engine.may_go_on.set()
+        assert (await first).status == 200
+        assert (await running.ask("POST", "/tokenize", {"inputs": "b"})).status == 200
+        assert not engine.began.is_set()
+
+    with_service(check, engine)
+
+
+# --- what every answer says of itself ---
+
+
+@each(es.ROUTES)
+def test_openai_s_fields_are_on_openai_s_routes_and_no_others(
+    route: es.Route, tmp_path: Path
+) -> None:
+    is_openai = route.path.removeprefix("/v1").startswith(("/embeddings", "/models"))
+    presented = {"authorization": f"Bearer {KEY}"}
+
+    async def check(running: RunningService) -> None:
+        replies = [await running.ask_route(route, **presented)]
+        replies.append(await running.ask_route(route, **presented, accept="image/png"))
+        replies.append(await running.ask_route(route))  # no key
+        if route.form:
+            for body in ({}, {"model": "gpt-9"}, b"{"):
+                reply = await running.ask("POST", route.path, body, **presented)
+                replies.append(reply)
+        elif "{id}" in route.path:
+            path = route.path.replace("{id}", "gpt-9")
+            replies.append(await running.ask("GET", path, **presented))
+        assert replies[0].status == 200
+        for reply in replies:
+            assert "x-request-id" in reply.headers
+            assert ("openai-version" in reply.headers) == is_openai
+            assert ("openai-processing-ms" in reply.headers) == is_openai
+            if is_openai:
+                assert reply.headers["openai-version"] == "2020-10-01"
+                assert 0 <= int(reply.headers["openai-processing-ms"]) < 60_000
+
+    with_service(check, api_key_file=key_file(tmp_path))
+
+
+def test_a_request_that_took_long_says_how_long() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+
+    async def check(running: RunningService) -> None:
+        begun = time.monotonic()
+        task = asyncio.create_task(running.ask("POST", URL, {"input": "a"}))
+        await asyncio.to_thread(engine.wait_until_computing)
+        await asyncio.sleep(0.1)
+        engine.release()
+        took_ms = int((await task).headers["openai-processing-ms"])
+        assert 100 <= took_ms <= (time.monotonic() - begun) * 1000 + 1
+
+    with_service(check, engine)
+
+
+@each([route for route in WORK if route.path not in COMPUTES_NOTHING])
+def test_an_answer_says_which_model_and_version_it_is_of(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        label = f"{kit.RANKER if 'rerank' in route.path else 'fake'}@1"
+        reply = await running.ask_route(route)
+        assert reply.headers["x-embellama-model"] == label
+        named = (kit.body_of(route) or {}) | {"model": label}
+        reply = await running.ask("POST", route.path, named)
+        assert reply.status == 200
+        assert reply.headers["x-embellama-model"] == label
+
+    with_service(check)
+
+
+@each(es.ROUTES)
+def test_no_answer_has_a_field_twice_but_vary(route: es.Route, tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        body = json.dumps(kit.body_of(route)).encode() if route.form else b""
+        for key in (KEY, ""):
+            lines = [f"{route.method} {kit.path_of(route)} HTTP/1.1", "host: h"]
+            lines += ["connection: close", f"content-length: {len(body)}"]
+            lines += ["content-type: application/json", "accept-encoding: gzip"]
+            lines += [f"authorization: Bearer {key}"] if key else []
+            sent = "\r\n".join([*lines, "", ""]).encode() + body
+            head = (await running.exchange(sent)).partition(b"\r\n\r\n")[0]
+            names = [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]]
+            once = [name for name in names if name != b"vary"]
+            assert len(once) == len(set(once))
+
+    changes: dict[str, Any] = {
+        "rate_limit": 1000,
+        "token_limit": 100_000,
+        "gzip": "all",
+    }
+    with_service(check, api_key_file=key_file(tmp_path), **changes)

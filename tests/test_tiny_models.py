@@ -1,0 +1,599 @@
+"""Rerankers and causal models, against llama.cpp asked directly.
+
+What is compared with is the reference below: a text's tokens as llama.cpp frames them,
+a pair's as llama-server does (format_prompt_rerank), one call of one sequence each. It
+shares no line with the server. The models are random and tiny.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+
+import embellama_server as es
+from tests import kit, models
+from tests.test_engine import loaded, run_python
+
+SCRIPT = str(kit.ROOT / "embellama_server.py")
+LAST, RANK = 3, 4  # LLAMA_POOLING_TYPE_*
+
+# --- the reference: llama.cpp, asked directly ---
+
+
+@functools.cache
+def llama() -> Any:
+    """Its functions, hushed until an engine takes the log over."""
+    from llama_cpp import llama_cpp
+
+    hushed = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(hushed, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    never_freed.append(hushed)
+    return llama_cpp
+
+
+never_freed: list[object] = []
+
+
+@functools.cache
+def opened(path: Path) -> Any:
+    """A model, kept until the end of the process."""
+    params = llama().llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = llama().llama_model_load_from_file(os.fsencode(path), params)
+    assert model, f"llama.cpp cannot load {path}"
+    return model
+
+
+def tokenised(path: Path, text: str, *, special: bool, parse: bool) -> list[int]:
+    """What llama_tokenize() gives."""
+    raw = text.encode()
+    room = len(raw) + 16
+    ids = (ctypes.c_int32 * room)()
+    vocab = llama().llama_model_get_vocab(opened(path))
+    found = llama().llama_tokenize(vocab, raw, len(raw), ids, room, special, parse)
+    assert found >= 0
+    return ids[:found]
+
+
+def computed(
+    path: Path, ids: Sequence[int], pooling: int, numbers: int, *, flash: bool
+) -> Any:
+    """What a context of its own gives for one sequence, that many numbers."""
+    params = llama().llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = len(ids)
+    params.n_threads = params.n_threads_batch = 1
+    params.embeddings = True
+    params.pooling_type = pooling
+    params.flash_attn_type = int(flash)
+    context = llama().llama_init_from_model(opened(path), params)
+    assert context
+    batch = llama().llama_batch_init(len(ids), 0, 1)
+    for place, token in enumerate(ids):
+        batch.token[place], batch.pos[place] = token, place
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        batch.logits[place] = 1
+    batch.n_tokens = len(ids)
+    # What has no memory is an encoder; on a decoder llama_encode() is a segmentation
+    # fault.
+    is_encoder = llama().llama_get_memory(context) is None
+    call = llama().llama_encode if is_encoder else llama().llama_decode
+    assert call(context, batch) == 0
+    found = llama().llama_get_embeddings_seq(context, 0)
+    values = np.ctypeslib.as_array(found, (numbers,)).copy()
+    llama().llama_batch_free(batch)
+    llama().llama_free(context)
+    return values
+
+
+def direct_tokens(path: Path, text: str) -> list[int]:
+    """A text's, the special ones included."""
+    return tokenised(path, text, special=True, parse=True)
+
+
+def direct_vector_of(path: Path, ids: Sequence[int]) -> Any:
+    """Of token ids; Euclidean length 1."""
+    width = llama().llama_model_n_embd(opened(path))
+    values = computed(path, ids, LAST, width, flash=True).astype(np.float64)
+    return (values / np.sqrt(values @ values)).astype(np.float32)
+
+
+def direct_vector(path: Path, text: str) -> Any:
+    """Of a text."""
+    return direct_vector_of(path, direct_tokens(path, text))
+
+
+def template_of(path: Path) -> str:
+    """How the model wants to be asked; empty if it does not say."""
+    found = llama().llama_model_chat_template(opened(path), b"rerank")
+    return (found or b"").decode()
+
+
+def pair_tokens(path: Path, query: str, document: str, most: int = 10**9) -> list[int]:
+    """A pair's; of more than ``most`` the document's last ones are left out."""
+    if template := template_of(path):
+        before, after = template.split("{document}")
+        whole = before.replace("{query}", query) + document + after
+        ids = tokenised(path, whole, special=False, parse=True)
+        end = tokenised(path, after, special=False, parse=True)
+        assert ids[-len(end) :] == end
+    else:
+        front, end = pair_frame(path, query)
+        ids = [*front, *tokenised(path, document, special=False, parse=False), *end]
+    if len(ids) <= most:
+        return ids
+    return [*ids[: most - len(end)], *end]
+
+
+def pair_frame(path: Path, query: str) -> tuple[list[int], list[int]]:
+    """What stands before a document and after it."""
+    vocab = llama().llama_model_get_vocab(opened(path))
+    none = llama().LLAMA_TOKEN_NULL
+    sep, eos = llama().llama_vocab_sep(vocab), llama().llama_vocab_eos(vocab)
+    begin = [llama().llama_vocab_bos(vocab)] * llama().llama_vocab_get_add_bos(vocab)
+    end = [sep if eos == none else eos] * llama().llama_vocab_get_add_eos(vocab)
+    middle = [*end, *[sep] * llama().llama_vocab_get_add_sep(vocab)]
+    return [*begin, *tokenised(path, query, special=False, parse=False), *middle], end
+
+
+def direct_score_of(path: Path, ids: Sequence[int], *, flash: bool = False) -> float:
+    """Of a pair's ids, as the model gives it: the first of its labels'."""
+    labels = llama().llama_model_n_cls_out(opened(path))
+    return float(computed(path, ids, RANK, labels, flash=flash)[0])
+
+
+def direct_score(
+    path: Path, query: str, document: str, *, flash: bool = False
+) -> float:
+    """Of a query and a document, as the model gives it."""
+    return direct_score_of(path, pair_tokens(path, query, document), flash=flash)
+
+
+# --- the models ---
+
+QUERY = "what the man said about his work"
+DOCUMENTS = (
+    "he said that it was not like any other work",
+    "one would go down to the state",
+    "no time",
+    "all of them have been there before with her and they know the way back",
+    "a new year",
+)
+
+CAUSAL: dict[str, Callable[[Path], Path]] = {
+    "end": models.tiny_causal,
+    "begin and end": functools.partial(models.tiny_causal, begin=True),
+    "begin": functools.partial(models.tiny_causal, begin=True, end=False),
+    "bare": functools.partial(models.tiny_causal, end=False),
+    "pieces, end": functools.partial(models.tiny_causal, byte_pairs=False),
+    "pieces, both": functools.partial(models.tiny_causal, byte_pairs=False, begin=True),
+}
+_CROSS = models.tiny_cross_encoder
+RANKERS: dict[str, Callable[[Path], Path]] = {
+    "two layers": _CROSS,
+    "one layer": functools.partial(_CROSS, head=("cls.output",)),
+    "older file": functools.partial(_CROSS, closing=False),
+    "three labels": functools.partial(_CROSS, labels=("a", "b", "c")),
+    "causal": models.tiny_causal_reranker,
+    "causal, no template": functools.partial(models.tiny_causal_reranker, template=""),
+}
+EMBEDDERS = {"end": CAUSAL["end"], "bert": models.tiny_bert}
+
+
+class Farm:
+    """Models, and a server for each that is asked for; see the fixture."""
+
+    def __init__(self, folder: Path, servers: contextlib.ExitStack) -> None:
+        self._folder = folder
+        self._servers = servers
+        self._paths: dict[str, Path] = {}
+        self._urls: dict[str, str] = {}
+
+    def path(self, name: str) -> Path:
+        """Where a model is."""
+        if name not in self._paths:
+            folder = self._folder / str(len(self._paths))
+            folder.mkdir()
+            self._paths[name] = (CAUSAL | RANKERS | EMBEDDERS)[name](folder)
+        return self._paths[name]
+
+    def ask(self, name: str, route: str, **body: object) -> tuple[int, Any]:
+        """The status and the JSON that a model's server answers."""
+        request = Request(
+            self._url(name) + route,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urlopen(request, timeout=kit.DEADLINE_S) as reply:
+                return reply.status, json.load(reply)
+        except HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    def results(self, name: str, **body: object) -> list[dict[str, Any]]:
+        """Of a reranking that succeeds."""
+        given: dict[str, object] = {"query": QUERY, "documents": DOCUMENTS}
+        status, reply = self.ask(name, "/v1/rerank", **(given | body))
+        assert status == 200, reply
+        found: list[dict[str, Any]] = reply["results"]
+        return found
+
+    def _url(self, name: str) -> str:
+        if name not in self._urls:
+            flags = ["--workers", "1", "--model-path", str(self.path(name))]
+            if name in CAUSAL:
+                flags.append("--auto-truncate")
+            running = kit.started(*flags, module=(SCRIPT,))
+            self._urls[name] = self._servers.enter_context(running).url
+        return self._urls[name]
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    with contextlib.ExitStack() as servers:
+        yield Farm(tmp_path_factory.mktemp("farm"), servers)
+
+
+# --- the models themselves ---
+
+ALONE = """
+from pathlib import Path
+from tests import test_tiny_models as tiny
+name, folder = sys.argv[1], Path(sys.argv[2])
+path = (tiny.CAUSAL | tiny.RANKERS)[name](folder)
+assert path.stat().st_size < 200_000
+first = path.read_bytes()
+assert (tiny.CAUSAL | tiny.RANKERS)[name](folder).read_bytes() == first
+if name in tiny.RANKERS:
+    scores = [tiny.direct_score(path, tiny.QUERY, text) for text in tiny.DOCUMENTS]
+    assert all(map(tiny.math.isfinite, scores))
+    apart = tiny.np.diff(sorted(scores)).min()
+    assert apart > 0.004, scores
+else:
+    vectors = tiny.np.array([tiny.direct_vector(path, text) for text in tiny.DOCUMENTS])
+    assert tiny.np.isfinite(vectors).all()
+    assert (vectors @ vectors.T - tiny.np.eye(len(vectors))).max() < 0.99
+"""
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *RANKERS])
+def test_a_random_model_loads_and_tells_texts_apart(tmp_path: Path, name: str) -> None:
+    run_python(ALONE, name, tmp_path)  # elsewhere: llama.cpp may end the process
+
+
+# --- the engine, with causal models ---
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_texts_tokens_are_framed_as_llama_cpp_frames_them(
+    farm: Farm, name: str
+) -> None:
+    path = farm.path(name)
+    with loaded(path) as engine:
+        for text in (*DOCUMENTS, "a", "Zyx, 42: \u00e9\u4e16!", " the  man "):
+            ids = es.framed(engine.tokenise(text), engine.card)
+            assert ids == direct_tokens(path, text)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_models_vectors_are_llama_cpps_own(farm: Farm, name: str) -> None:
+    path = farm.path(name)
+    expected = np.array([direct_vector(path, text) for text in DOCUMENTS])
+    inputs = [np.array(direct_tokens(path, text), np.int32) for text in DOCUMENTS]
+    with loaded(path) as engine:
+        assert (engine.card.architecture, engine.card.pooling) == ("qwen3", "last")
+        context = engine.new_context()
+        alone = np.concatenate([context.embed([ids]) for ids in inputs])
+        np.testing.assert_allclose(alone, expected, atol=1e-5)
+        packed = 0
+        for one, other in itertools.permutations(range(len(inputs)), 2):
+            pack = [inputs[one], inputs[other]]
+            if sum(map(len, pack)) < es.FLASH_TILE_TOKENS:
+                vectors = context.embed(pack)
+                np.testing.assert_allclose(vectors, expected[[one, other]], atol=1e-5)
+                packed += 1
+        assert packed > 5
+        # From 64 tokens on flash attention computes in another order.
+        together = context.embed(inputs)
+        assert np.einsum("ij,ij->i", together, expected).min() > 0.9999
+        context.close()
+
+
+@pytest.mark.parametrize("name", ["end", "begin and end", "pieces, both"])
+def test_a_text_that_is_cut_keeps_the_token_at_its_end(farm: Farm, name: str) -> None:
+    path = farm.path(name)
+    long = " ".join(DOCUMENTS * 9)
+    ids = direct_tokens(path, long)
+    most = llama().llama_model_n_ctx_train(opened(path))
+    assert len(ids) > most
+    cut = [*ids[: most - 1], ids[-1]]
+    status, reply = farm.ask(name, "/v1/embeddings", input=long)
+    assert status == 200, reply
+    assert reply["usage"]["prompt_tokens"] == most
+    vector = np.array(reply["data"][0]["embedding"], np.float32)
+    np.testing.assert_allclose(vector, direct_vector_of(path, cut), atol=1e-5)
+    # Without this, a model whose end makes no difference would do.
+    assert vector @ direct_vector_of(path, ids[:most]) < 0.999
+
+
+# --- scores ---
+
+# Many pairs share a call, and flash attention computes 64 tokens or more in another
+# order than fewer: that far apart are the scores of random weights then.
+SHARED = 4e-3
+
+
+def assert_direct(score: float, path: Path, ids: Sequence[int]) -> None:
+    """A pair alone in its call: llama.cpp's number, with flash attention or without."""
+    both = [direct_score_of(path, ids, flash=flash) for flash in (False, True)]
+    assert min(abs(score - direct) for direct in both) < 1e-4, (score, both)
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_a_raw_score_is_llama_cpps_own(farm: Farm, name: str) -> None:
+    path = farm.path(name)
+    for document in DOCUMENTS:
+        (found,) = farm.results(name, documents=[document], raw_scores=True)
+        ids = pair_tokens(path, QUERY, document)
+        assert_direct(found["relevance_score"], path, ids)
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_documents_come_in_the_order_of_their_scores(farm: Farm, name: str) -> None:
+    path = farm.path(name)
+    direct = [direct_score(path, QUERY, document) for document in DOCUMENTS]
+    found = farm.results(name, raw_scores=True)
+    scores = [result["relevance_score"] for result in found]
+    assert scores == sorted(scores, reverse=True)
+    order = [result["index"] for result in found]
+    assert sorted(order) == list(range(len(DOCUMENTS)))
+    assert np.abs(np.array(direct)[order] - scores).max() < SHARED
+    for result in found:
+        assert set(result) == {"index", "relevance_score"}
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_relevance_is_between_0_and_1(farm: Farm, name: str) -> None:
+    # What qwen3 gives is a probability already: llama.cpp puts a softmax on it.
+    is_probability = name.startswith("causal")
+    raw = {
+        r["index"]: r["relevance_score"] for r in farm.results(name, raw_scores=True)
+    }
+    for result in farm.results(name):
+        number = raw[result["index"]]
+        wanted = number if is_probability else 1 / (1 + math.exp(-number))
+        assert result["relevance_score"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_best_few_are_what_is_asked_for(farm: Farm) -> None:
+    every = farm.results("two layers")
+    for most in (1, 2, len(DOCUMENTS), 99):
+        assert farm.results("two layers", top_n=most) == every[:most]
+
+
+def test_a_document_is_returned_when_that_is_asked_for(farm: Farm) -> None:
+    given = [DOCUMENTS[0], {"text": DOCUMENTS[1]}, *DOCUMENTS[2:]]
+    found = farm.results("two layers", documents=given, return_documents=True)
+    for result in found:
+        assert result["document"] == {"text": DOCUMENTS[result["index"]]}
+    for result in found:
+        del result["document"]
+    assert found == farm.results("two layers")
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_tokens_of_all_pairs_are_counted(farm: Farm, name: str) -> None:
+    path = farm.path(name)
+    body = {"query": QUERY, "documents": DOCUMENTS}
+    _, reply = farm.ask(name, "/v1/rerank", **body)
+    counts = [len(pair_tokens(path, QUERY, document)) for document in DOCUMENTS]
+    usage = {"prompt_tokens": sum(counts), "total_tokens": sum(counts)}
+    assert reply["usage"] == usage
+    assert reply["meta"]["billed_units"] == {"search_units": 1}
+
+
+@pytest.mark.parametrize("route", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_reranking_is_the_same_wherever_it_is_asked_for(farm: Farm, route: str) -> None:
+    body = {"query": QUERY, "documents": DOCUMENTS}
+    status, reply = farm.ask("two layers", route, **body)
+    assert status == 200
+    assert reply["results"] == farm.results("two layers")
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_texts_are_answered_in_an_array(farm: Farm, raw: bool) -> None:
+    body = {"query": QUERY, "texts": DOCUMENTS, "raw_scores": raw}
+    status, reply = farm.ask("two layers", "/rerank", **body, return_text=True)
+    assert status == 200
+    wanted = [
+        {
+            "index": result["index"],
+            "text": DOCUMENTS[result["index"]],
+            "score": result["relevance_score"],
+        }
+        for result in farm.results("two layers", raw_scores=raw)
+    ]
+    assert reply == wanted
+    _, bare = farm.ask("two layers", "/rerank", **body)
+    assert bare == [{"index": w["index"], "score": w["score"]} for w in wanted]
+
+
+# --- how a pair is put ---
+
+
+def test_a_template_in_the_file_is_how_the_model_is_asked(farm: Farm) -> None:
+    path, other = farm.path("causal"), farm.path("causal, no template")
+    (found,) = farm.results("causal", documents=DOCUMENTS[:1], raw_scores=True)
+    with_template = direct_score(path, QUERY, DOCUMENTS[0], flash=True)
+    without = direct_score(other, QUERY, DOCUMENTS[0], flash=True)
+    assert found["relevance_score"] == pytest.approx(with_template, abs=1e-4)
+    assert abs(with_template - without) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("query", "document"),
+    [
+        ("the man", "a {query} of {document}"),
+        ("is {document} or {query}", "the man"),
+        ("{query}", "{document}"),
+    ],
+)
+def test_a_text_that_looks_like_the_template_is_only_a_text(
+    farm: Farm, query: str, document: str
+) -> None:
+    path = farm.path("causal")
+    found = farm.results("causal", query=query, documents=[document], raw_scores=True)
+    ids = pair_tokens(path, query, document)
+    assert_direct(found[0]["relevance_score"], path, ids)
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_a_document_that_is_cut_keeps_what_stands_after_it(
+    farm: Farm, name: str
+) -> None:
+    path = farm.path(name)
+    most = llama().llama_model_n_ctx_train(opened(path))
+    long = " ".join(DOCUMENTS * 9)
+    whole = pair_tokens(path, QUERY, long)
+    cut = pair_tokens(path, QUERY, long, most)
+    assert len(whole) > most == len(cut)
+    body = {"query": QUERY, "documents": [long], "raw_scores": True}
+    status, reply = farm.ask(name, "/v1/rerank", **body, truncate=True)
+    assert status == 200, reply
+    assert reply["usage"]["total_tokens"] == most
+    score = reply["results"][0]["relevance_score"]
+    assert_direct(score, path, cut)
+    if cut != whole[:most]:  # an older file's pairs end with the document
+        # Without this, a model whose end makes no difference would do.
+        assert abs(score - direct_score_of(path, whole[:most])) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["two layers", "causal"])
+def test_a_document_that_is_too_long_is_refused_unless_it_may_be_cut(
+    farm: Farm, name: str
+) -> None:
+    documents = [DOCUMENTS[0], " ".join(DOCUMENTS * 9)]
+    body = {"query": QUERY, "documents": documents}
+    status, reply = farm.ask(name, "/v1/rerank", **body, truncate=False)
+    assert status == 400
+    assert "documents[1]" in reply["error"]["message"]
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("name", ["two layers", "causal"])
+def test_a_query_that_leaves_no_room_for_a_document_is_refused(
+    farm: Farm, name: str, truncate: bool
+) -> None:
+    body = {"query": " ".join(DOCUMENTS * 9), "documents": DOCUMENTS}
+    status, reply = farm.ask(name, "/v1/rerank", **body, truncate=truncate)
+    assert status == 400
+    assert "query" in reply["error"]["message"]
+    assert farm.results(name), "and work goes on"
+
+
+# --- the wrong model ---
+
+
+@pytest.mark.parametrize("route", ["/rerank", "/v1/rerank", "/v2/rerank"])
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_an_embedding_model_that_is_to_rerank_says_what_kind_is_needed(
+    farm: Farm, name: str, route: str
+) -> None:
+    status, reply = farm.ask(name, route, query=QUERY, documents=DOCUMENTS)
+    assert status == 400
+    error = reply["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert "rerank" in error["message"]
+
+
+def test_an_embedding_model_that_is_to_rerank_texts_is_a_backends_error(
+    farm: Farm,
+) -> None:
+    status, reply = farm.ask("bert", "/rerank", query=QUERY, texts=DOCUMENTS)
+    assert (status, reply["error_type"]) == (424, "Backend")
+    assert "rerank" in reply["error"].replace("re-rank", "rerank")
+
+
+@pytest.mark.parametrize("name", ["two layers", "causal"])
+def test_a_reranker_that_is_to_embed_says_what_it_can_do(farm: Farm, name: str) -> None:
+    status, reply = farm.ask(name, "/v1/embeddings", input=QUERY)
+    assert status == 400
+    error = reply["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert "rerank" in error["message"]
+    assert farm.results(name), "and work goes on"
+
+
+# Each makes a file whose scores would mean nothing, or end the process.
+NO_HEADS: dict[str, Callable[[Path], Path]] = {
+    "none": functools.partial(_CROSS, head=()),
+    "only the first layer": functools.partial(_CROSS, head=("cls",)),
+    "none, and more labels than numbers": functools.partial(
+        _CROSS, head=(), labels=[str(n) for n in range(33)]
+    ),
+    "only the first layer, and more labels than numbers": functools.partial(
+        _CROSS, head=("cls",), labels=[str(n) for n in range(33)]
+    ),
+    # A softmax of one number is 1.
+    "a probability of one label": functools.partial(
+        models.tiny_causal_reranker, labels=("yes",)
+    ),
+    "a probability of no label": functools.partial(
+        models.tiny_causal_reranker, labels=()
+    ),
+}
+REFUSED = """
+import os
+os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort is to be quick
+from pathlib import Path
+from tests import test_tiny_models as tiny
+path = tiny.NO_HEADS[sys.argv[1]](Path(sys.argv[2]))
+try:
+    es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
+except es.StartupError as error:
+    assert str(path) in str(error)
+else:
+    sys.exit("loaded")
+"""
+
+
+@pytest.mark.parametrize("name", NO_HEADS)
+def test_a_file_that_ranks_without_a_head_is_refused(tmp_path: Path, name: str) -> None:
+    # llama.cpp gives some number of the first pair's first token then, or aborts.
+    run_python(REFUSED, name, tmp_path)
+
+
+FORCED = """
+import os
+os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort is to be quick
+from pathlib import Path
+from tests import models
+path = models.tiny_bert(Path(sys.argv[1]))
+options = es.EngineOptions(pooling="rank")
+try:
+    es.LlamaEngine(str(path), options, kit.quiet_log())
+except es.StartupError as error:
+    assert str(path) in str(error)
+else:
+    sys.exit("loaded")
+"""
+
+
+def test_no_setting_makes_a_reranker_of_an_embedding_model(tmp_path: Path) -> None:
+    run_python(FORCED, tmp_path)
