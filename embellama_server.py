@@ -398,8 +398,8 @@ def free_memory_bytes(root: Path = Path("/")) -> float:
     """What may still be allocated before somebody is killed; infinity if unknown.
 
     The kernel's own estimate, and what is left of the cgroup's limit and its parents'
-    (v2). Page cache counts as used in a cgroup although it can be dropped: too low an
-    answer refuses a rare long input, too high a one kills the server.
+    (v2), where page cache that was not used lately is free, as Kubernetes counts it.
+    Too low an answer refuses a model or a long input, too high a one kills the server.
     """
     left = [math.inf]
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -410,6 +410,10 @@ def free_memory_bytes(root: Path = Path("/")) -> float:
         with contextlib.suppress(OSError, ValueError):
             limit = (folder / "memory.max").read_text().strip()
             used = int((folder / "memory.current").read_text())
+            with contextlib.suppress(OSError, ValueError):
+                said = (folder / "memory.stat").read_text()
+                cache = re.search(r"(?m)^inactive_file ([0-9]{1,19})$", said)
+                used = max(0, used - int(cache[1]) if cache else used)
             left.append(math.inf if limit == "max" else int(limit) - used)
     return max(0.0, min(left))
 
@@ -12393,8 +12397,9 @@ class Service:
         for model, served in made:
             self.models.put(model, served)
         if self._phase is Phase.LOADING:
-            self._move(Event.LOADED)
+            # First: who dies after it said "ready" in the log must count as having been.
             self._notifier.tell(READY=1)
+            self._move(Event.LOADED)
 
     def _on_failed(self, error: BaseException) -> None:
         if self._phase is Phase.LOADING:

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import embellama_server as es
 from tests import kit
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("no clock", deadline=None)
+hypothesis.settings.load_profile("no clock")
 
 
 def fetched(tensor_type: str) -> Path:

@@ -78,6 +78,25 @@ def test_free_memory_is_the_least_of_the_box_and_its_groups(
     assert es.free_memory_bytes(tree(tmp_path, files)) == free
 
 
+@pytest.mark.parametrize(
+    ("said", "free"),
+    [
+        ("anon 700\ninactive_file 300\nactive_file 100\n", 500),
+        ("inactive_file 5000\n", 1000),  # more than is used: a moment later
+        ("inactive_filed 300\n", 200),
+        ("inactive_file many\n", 200),
+        ("\udcff", 200),
+    ],
+)
+def test_page_cache_that_was_not_used_lately_is_free(
+    tmp_path: Path, said: str, free: int
+) -> None:
+    # Reading a model's checksum fills it: that must not refuse the model.
+    files = limits(a=("1000", "800")) | {f"{GROUP}/a/memory.stat": said}
+    files |= {"proc/self/cgroup": "0::/a\n"}
+    assert es.free_memory_bytes(tree(tmp_path, files)) == free
+
+
 @pytest.mark.parametrize("meminfo", [None, "", "MemTotal: 1 kB\n", "\udcff\n"])
 def test_free_memory_without_an_estimate_is_the_groups_or_unlimited(
     tmp_path: Path, meminfo: str | None
