@@ -39,7 +39,12 @@ def main(arguments: list[str]) -> int:
     for check in CHECKS:
         if code := run(*check):
             return code
-    return run("pytest", "-m", "not clients", *arguments)
+    marks = "not clients"
+    if "-m" in arguments:  # pytest would take the last one only
+        at = arguments.index("-m")
+        marks = f"({arguments[at + 1]}) and {marks}"
+        arguments = arguments[:at] + arguments[at + 2 :]
+    return run("pytest", "-m", marks, *arguments)
 
 
 if __name__ == "__main__":
