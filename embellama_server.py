@@ -44,11 +44,13 @@ event loop    sockets, connections, requests, keys, models, metrics, phases; nev
 tokeniser-N   one thread, or as many as asked for: text -> ids; hands inputs to the queue
 worker-N      its own llama.cpp contexts; nobody else ever touches them, but to end a
               call; and, while it has its turn with it, the lane for long inputs
-loader        fetches, converts, re-encodes and loads the models, then ends
+loader        fetches, converts, re-encodes and loads the models, then ends; what is asked
+              for later is loaded by a thread of the event loop's pool, one at a time
 tracer        sends spans to a collector, if one is named
 Tokenisers, workers, queue and cache are each model's own. Queue and cache are guarded by
-the one lock (Queue._lock); the weights are read-only. All that is the child of a small parent process, which holds the
-listening sockets and starts it again if it dies (SUPERVISOR).
+the one lock (Queue._lock); the weights are read-only. All that is the child of a small
+parent process, which holds the listening sockets and starts it again if it dies
+(SUPERVISOR).
 
 The rooms
 ---------
