@@ -12,6 +12,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -341,7 +342,10 @@ def test_npm_s_openai_decodes_base64_and_raises_its_own_errors(
     installed = executable.npm(
         command, return_completed_process=True, timeout=INSTALL_S, capture_output=True
     )
-    assert installed.returncode == 0, installed.stderr
+    said = str(installed.stderr)
+    if re.search("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ETIMEDOUT", said):
+        pytest.skip("npm's index cannot be reached from here")
+    assert installed.returncode == 0, said
     node = str(Path(executable.ROOT_DIR, "bin", "node"))
     seen = printed(node, str(script), f"{url}/v1", MODEL, *TEXTS)
     assert same(seen["plain"], vectors)
