@@ -829,8 +829,8 @@ class Settings(ModelSettings):
         2048, "Inputs of one request.", at_least=1, at_most=1 << 20
     )
     max_request_tokens: int = option(
-        0,
-        "Tokens of one request; 0: any (OpenAI: 300000).",
+        300_000,
+        "Tokens of one request, as OpenAI has it; 0: any.",
         at_least=0,
         at_most=1 << 30,
     )
@@ -5295,13 +5295,13 @@ class Queue:
         with self._lock:
             if job.is_over:
                 return False
-            job.next_input += len(made)
-            job.untokenised_tokens -= bound
             job.tokens += sum(item.tokens for item in items)
             if job.tokens > job.most_tokens:
                 job.error = too_many_tokens(job)
                 self._end(job)
                 return True
+            job.next_input += len(made)
+            job.untokenised_tokens -= bound
             needed = [item for item in items if not self._is_known(job, item)]
             self._backlog.release(0, bound - sum(item.tokens for item in needed))
             for index, error in enumerate(made, first):
@@ -11606,7 +11606,7 @@ LIMITS: Final = (
     Limit("tokens waiting or running", "queue_tokens", "vLLM max_num_queued_tokens", Overloaded),
     Limit("either, of one client", f"{NEWCOMERS_PART - 1}/{NEWCOMERS_PART} of them", "Netflix keeps partitions for others", Overloaded),
     Limit("inputs of one request", "max_client_batch_size", "OpenAI 2048, TEI 32", InvalidValue),
-    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000; 0 is any", TooManyTokens),
+    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000", TooManyTokens),
     Limit("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", ContextLengthExceeded),
     Limit("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", RequestTimeout),
     Limit("a llama.cpp call, seconds", "stuck_after_s", "gunicorn kills a worker after 30 s", EngineFailed),

@@ -331,6 +331,29 @@ def test_auto_truncate_keeps_the_final_special_token() -> None:
     with_service(check, auto_truncate=True)
 
 
+def test_a_request_has_at_most_so_many_tokens_in_all_its_inputs() -> None:
+    # Slices of 32 inputs are tokenised at a time: the 100 are too many in the second.
+    few, many = ["one two"] * 25, [f"one {n}" for n in range(100)]
+
+    async def check(running: RunningService) -> None:
+        assert (await running.ask("POST", URL, {"input": few})).status == 200
+        reply = await running.ask("POST", URL, {"input": many})
+        error = reply.json["error"]
+        assert (reply.status, error["param"]) == (400, "input")
+        assert error["code"] == error["type"] == "max_tokens_per_request"
+        assert "100" in error["message"]
+        assert "--max-request-tokens" in error["message"]
+        partly = {"input": many, "allow_partial": True}
+        assert (await running.ask("POST", URL, partly)).status == 400
+        other = await running.ask("POST", "/embed", {"inputs": many})
+        assert (other.status, other.json["error_type"]) == (422, "Validation")
+        assert (await running.ask("POST", URL, {"input": few})).status == 200
+        assert running.backlog.inputs == running.backlog.tokens == 0
+
+    with_service(check, max_request_tokens=100)
+    assert es.Settings().max_request_tokens == 300_000, "OpenAI's"
+
+
 def test_accepted_token_ids_are_checked_against_the_vocabulary() -> None:
     async def check(running: RunningService) -> None:
         good = await running.ask("POST", URL, {"input": [[10, 11], [1, 12, 2]]})
