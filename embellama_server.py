@@ -130,7 +130,6 @@ import functools
 import hashlib
 import hmac
 import http
-import http.client
 import importlib
 import importlib.metadata
 import importlib.util
@@ -174,6 +173,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Final, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from http.client import HTTPConnection
+
     import numpy as np
     import numpy.typing as npt
 
@@ -863,7 +864,7 @@ class Settings(ModelSettings):
     # the network
     gzip: str = option(
         "remote",
-        "Whom to compress float vectors for, if they accept gzip: clients on other "
+        "Whom to compress replies for, if they accept gzip or zstd: clients on other "
         "machines, all, or none.",
         choices=("remote", "all", "off"),
     )
@@ -1097,8 +1098,8 @@ SETTING_ROWS: Final = tuple(
 MODEL_ROWS: Final = SETTING_ROWS[: len(dataclasses.fields(ModelSettings))]
 # What says which model it is: never as it is for all.
 _IDENTITY: Final = frozenset(
-    ("model_path", "model_name", "model_alias", "model_version", "model_sha256")
-) | {"model_share"}
+    row.name for row in MODEL_ROWS if row.name.startswith("model_")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1640,7 +1641,7 @@ class RateLimited(ApiError):
 
 
 class TokensLimited(RateLimited):
-    """Of tokens, which OpenAI's SDKs are told apart by the type."""
+    """More tokens than that: OpenAI says which of the two by the type."""
 
     type = "tokens"
 
@@ -2288,6 +2289,8 @@ class Tracer:
         # Status, Retry-After and body of the reply; 0 and why, if there is none. A new
         # connection each time: an idle one that the collector has closed would cost an
         # attempt, for which there may be no time at the end.
+        import http.client
+
         try:
             with contextlib.closing(self._connection) as connection:
                 connection.request("POST", self._target, body, self._headers)
@@ -2298,9 +2301,11 @@ class Tracer:
             return 0, "", f"{type(error).__name__}: {error}".encode()
 
 
-def _collector(url: str) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+def _collector(url: str) -> tuple[HTTPConnection, str, dict[str, str]]:
     # How to ask it, where, and with which headers; nobody is contacted yet. No message
     # has the URL, as there may be a password in it.
+    import http.client  # 8 ms, for those who have a collector
+
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -2786,8 +2791,9 @@ class _Reader:
 # What scores a pair, by architecture. Without it llama.cpp does not fail, it gives a
 # number of the first token's vector; or it aborts the process, with 33 labels.
 _HEADS: Final = {
-    **dict.fromkeys(("bert", "neo-bert", "modern-bert"), b"cls.output.weight"),
-    **dict.fromkeys(("qwen3", "qwen3vl"), b"cls.output.weight"),
+    **dict.fromkeys(
+        ("bert", "neo-bert", "modern-bert", "qwen3", "qwen3vl"), b"cls.output.weight"
+    ),
     "jina-bert-v2": b"cls.weight",
 }
 _RANK: Final = 4  # of LLAMA_POOLING_TYPE_*
@@ -5540,7 +5546,7 @@ def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
 
 
 class Pool:
-    """The queue, the tokeniser thread and the workers.
+    """The queue, the tokeniser threads and the workers.
 
     start() is for the loader's thread, the rest for the event loop's.
     """
@@ -9137,11 +9143,13 @@ DTYPES: Final[Mapping[str, Callable[[Any], Any]]] = {
 }
 
 
-def final(vector: Any, dimensions: int | None) -> Any:
-    """The vector as long as is wanted (Matryoshka), its length 1 again.
+def final(vector: Any, dimensions: int | None, *, normalize: bool = True) -> Any:
+    """The vector as long as is wanted (Matryoshka), its length 1 again if it was.
 
     Raises NonFiniteVector where only zeros are left.
     """
+    if not normalize:
+        return vector[:dimensions]
     if dimensions is None or dimensions >= len(vector):
         return vector
     cut = shortened(vector, dimensions)
@@ -9158,6 +9166,19 @@ def json_numbers(array: Any) -> bytes:
     if array.dtype == "float16":
         array = array.astype("float32")
     return json_codec().dumps(array if array.dtype == "float32" else array.tolist())
+
+
+async def vectors_body(
+    result: Done, dimensions: int | None, *, normalize: bool = True
+) -> bytes:
+    """All vectors as a JSON list of lists."""
+
+    def write() -> bytes:
+        vectors = result.job.vectors
+        rows = (final(v, dimensions, normalize=normalize) for v in vectors)
+        return b"[%b]" % b",".join(map(json_numbers, rows))
+
+    return await maybe_off_loop(write, is_large=is_large_reply(result))
 
 
 def is_large_reply(result: Done) -> bool:
@@ -9274,7 +9295,7 @@ def embeddings_body(form: EmbeddingsForm, result: Done) -> bytes:
             error = error_object(result.job.errors[index])
             items.append(dumps(failed | {"error": error}))
             continue
-        numbers = as_dtype(_final_of(form, vector))
+        numbers = as_dtype(final(vector, form.dimensions, normalize=form.normalize))
         if form.encoding_format == "base64":
             text = b'"' + base64.b64encode(numbers) + b'"'
         else:
@@ -9291,14 +9312,9 @@ def embeddings_body(form: EmbeddingsForm, result: Done) -> bytes:
 
 def embeddings_bytes(form: EmbeddingsForm, result: Done) -> bytes:
     """The numbers of all vectors, one after the other."""
-    as_dtype = DTYPES[form.output_dtype]
-    return b"".join(as_dtype(_final_of(form, v)).tobytes() for v in result.job.vectors)
-
-
-def _final_of(form: EmbeddingsForm, vector: Any) -> Any:
-    if form.normalize:
-        return final(vector, form.dimensions)
-    return vector[: form.dimensions]
+    as_dtype, how = DTYPES[form.output_dtype], form.normalize
+    rows = (final(v, form.dimensions, normalize=how) for v in result.job.vectors)
+    return b"".join(as_dtype(row).tobytes() for row in rows)
 
 
 def _bytes_fields(form: EmbeddingsForm, result: Done) -> tuple[tuple[str, str], ...]:
@@ -9584,7 +9600,7 @@ async def embed(exchange: Exchange, form: EmbedForm) -> Response:
     """Vectors, one for each text, as text-embeddings-inference gives them."""
     kind = Form.UNIT if form.normalize else Form.RAW
     result = await done(_wish(form, kind, form.dimensions), exchange)
-    body = await _vectors_body(result, form.dimensions, normalize=form.normalize)
+    body = await vectors_body(result, form.dimensions, normalize=form.normalize)
     return _with_times(body, result)
 
 
@@ -9668,8 +9684,8 @@ async def seed_embed(exchange: Exchange, form: EmbedForm) -> Response:
     def write() -> bytes:
         items = []
         for index, vector in enumerate(result.job.vectors):
-            text = json_numbers(_final_row(vector, form.dimensions, form.normalize))
-            items.append(b'{"embedding":%b,"index":%d}' % (text, index))
+            row = final(vector, form.dimensions, normalize=form.normalize)
+            items.append(b'{"embedding":%b,"index":%d}' % (json_numbers(row), index))
         timings = {
             "tokenization": duration_text(result.job.tokenise_s),
             "queue": duration_text(result.queue_s),
@@ -9705,20 +9721,6 @@ def _wish(form: EmbedAllForm, kind: Form, dimensions: int | None = None) -> Wish
         cuts_left=form.truncation_direction == "left",
         prompt_name=form.prompt_name,
     )
-
-
-def _final_row(vector: Any, dimensions: int | None, normalize: bool) -> Any:
-    return final(vector, dimensions) if normalize else vector[:dimensions]
-
-
-async def _vectors_body(
-    result: Done, dimensions: int | None, *, normalize: bool
-) -> bytes:
-    def write() -> bytes:
-        rows = (_final_row(v, dimensions, normalize) for v in result.job.vectors)
-        return b"[%b]" % b",".join(map(json_numbers, rows))
-
-    return await maybe_off_loop(write, is_large=is_large_reply(result))
 
 
 def _with_times(body: bytes, result: Done) -> Response:
@@ -9885,8 +9887,8 @@ def aligned(
 ) -> list[tuple[str, int | None, int | None]]:
     """For each piece the characters it stands for, and where they begin and end.
 
-    Tokenisers fold case, accents and spaces, so both sides are compared without; a piece
-    that is not found (an unknown word) has its own text and no place.
+    Tokenisers fold case, accents and spaces, so both sides are compared without. An
+    unknown word has its place too; what stands for no character has none.
     """
     # Of each folded character the one it comes from: pieces are looked for among them.
     folded: list[str] = []
@@ -9948,11 +9950,11 @@ async def info(exchange: Exchange) -> Response:
     first = house.models.find(None, exchange.caller.client, any_model=False)
     served = await house.models.loaded(first)
     card, settings = served.card, house.settings
-    kind = {"embedding": {"pooling": card.pooling}}
+    kind: dict[str, object] = {"embedding": {"pooling": card.pooling}}
     if card.is_ranker:
         labels = {str(n): f"LABEL_{n}" for n in range(card.n_scores)}
         ids = {label: int(n) for n, label in labels.items()}
-        kind = {"reranker": {"id2label": labels, "label2id": ids}}  # type: ignore[dict-item]
+        kind = {"reranker": {"id2label": labels, "label2id": ids}}
     shown = {
         "model_id": first.name,
         "model_sha": served.sha256,
@@ -10056,12 +10058,7 @@ async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
     loaded_at = begun
     if wish.inputs:
         result = await done(wish, exchange)
-
-        def write() -> bytes:
-            rows = (final(v, wish.dimensions) for v in result.job.vectors)
-            return b"[%b]" % b",".join(map(json_numbers, rows))
-
-        body = await maybe_off_loop(write, is_large=is_large_reply(result))
+        body = await vectors_body(result, wish.dimensions)
         tokens, fields = result.job.tokens, result.fields
         loaded_at = max(begun, int(result.job.arrived_at * 1e9))
     else:
@@ -11166,10 +11163,8 @@ class Dispatcher:
         if self._audit is None or ticket.route is None:
             return
         head, fields = exchange.request.head, exchange.log_fields
-        with_text = self._house.settings.audit_text and exchange.inputs
-        texts = [
-            dataclasses.asdict(i) if isinstance(i, Pair) else i for i in exchange.inputs
-        ]
+        texts = exchange.inputs if self._house.settings.audit_text else ()
+        said = [dataclasses.asdict(i) if isinstance(i, Pair) else i for i in texts]
         self._audit.write(
             id=request_id,
             key=ticket.caller.key_name or None,
@@ -11180,7 +11175,7 @@ class Dispatcher:
             model=fields.get("model"),
             inputs=fields.get("inputs"),
             tokens=fields.get("tokens"),
-            **({"text": texts} if with_text else {}),
+            **({"text": said} if said else {}),
         )
 
     async def _compressed(self, response: Response, head: Head, peer: str) -> Response:
