@@ -7922,7 +7922,12 @@ class Gate:
                 f"Host {host[:80]!r} is not this machine's; if it is, start the server "
                 "with --allowed-host, or with keys"
             )
-        is_foreign = head.get("sec-fetch-site") == "cross-site"
+        # Who follows a link sees the page; the site that has the link never does.
+        is_link = head.method in ("GET", "HEAD") and (
+            head.get("sec-fetch-mode") == "navigate"
+            and head.get("sec-fetch-dest") == "document"  # no frame
+        )
+        is_foreign = head.get("sec-fetch-site") == "cross-site" and not is_link
         if origin and origin.partition("://")[2] != head.host.lower():
             is_foreign = True
         if is_foreign and origin not in self._origins:

@@ -706,6 +706,31 @@ def test_without_keys_a_page_of_another_site_may_not_ask(
         gate(cors_origin=(EXAMPLE,)).admit(asked, peer, "key")
 
 
+LINK = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
+LINKS: list[tuple[str, dict[str, str], bool]] = [
+    ("GET", {"sec_fetch_dest": "document"}, True),
+    ("HEAD", {"sec_fetch_dest": "document"}, True),
+    ("POST", {"sec_fetch_dest": "document"}, False),  # a form
+    ("DELETE", {"sec_fetch_dest": "document"}, False),
+    ("GET", {"sec_fetch_dest": "iframe"}, False),
+    ("GET", {}, False),
+    ("GET", {"sec_fetch_dest": "image", "sec_fetch_mode": "no-cors"}, False),
+    ("GET", {"sec_fetch_dest": "document", "origin": "https://evil.example"}, False),
+]
+
+
+@pytest.mark.parametrize(("method", "fields", "may_ask"), LINKS, ids=str)
+def test_without_keys_a_link_of_another_site_may_be_followed(
+    method: str, fields: dict[str, str], *, may_ask: bool
+) -> None:
+    asked = head("/docs", method, host="localhost:8080", **(LINK | fields))
+    if may_ask:
+        assert gate().admit(asked, "127.0.0.1", "docs")
+        return
+    with pytest.raises(es.HostNotAllowed, match="may not ask"):
+        gate().admit(asked, "127.0.0.1", "docs")
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_host_is_checked_on_every_route_but_open_probes(route: es.Route) -> None:
     is_probe = route.access in ("health", "ready")
