@@ -122,6 +122,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import enum
 import errno
 import faulthandler
@@ -1009,6 +1010,14 @@ class Settings(ModelSettings):
         (),
         "Further Host name for requests from this machine while there are no keys; "
         "repeatable.",
+    )
+    root_path: str = option(
+        "",
+        "What a proxy in front puts before our paths, e.g. /embeddings/model-a. All that "
+        "is served answers with it and without.",
+        pattern=r"(/[0-9A-Za-z._~%-]+)*/?",
+        pattern_text="a path that begins with /",
+        also=("--api-prefix",),
     )
     cors_origin: tuple[str, ...] = option(
         (),
@@ -10407,8 +10416,8 @@ class Route:
         return self.form is not None and self.access == "key"
 
 
-def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
-    """The description of these routes."""
+def openapi_document(routes: Sequence[Route], server: str) -> dict[str, object]:
+    """The description of these routes; ``server`` is the URL that paths follow."""
     paths: dict[str, dict[str, object]] = {}
     forms: dict[str, Schema] = {}
     for route in routes:
@@ -10436,7 +10445,7 @@ def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
             "description": "Embeddings and reranking from GGUF models. Dialects: OpenAI, "
             "text-embeddings-inference, Cohere and Jina, Ollama.",
         },
-        "servers": [{"url": "/"}],
+        "servers": [{"url": server}],
         "paths": paths,
         "components": {
             "schemas": forms | errors,
@@ -10560,6 +10569,7 @@ const METHODS = ["get", "post", "put", "patch", "delete"];
 const BOUNDS = /^(min|max|exclusiveM|multipleOf|pattern)/; // the keywords that bound
 const [title, about, key, main] = ["title", "about", "key", "main"]
   .map((id) => document.getElementById(id));
+const here = location.origin + location.pathname.replace(/\/+$/, ""); // .../docs
 let spec = null;
 
 // All that is shown is made here: strings become text nodes, never markup.
@@ -10689,7 +10699,7 @@ function formOf(path, method, operation, item) {
     const filled = (where) => parameters.filter((one) => one.in === where && one.input.value);
     const place = filled("path").reduce((at, { name, input }) =>
       at.replace(`{${name}}`, () => encodeURIComponent(input.value)), path);
-    const url = new URL(`.${place}`, location.href);
+    const url = new URL(`.${place}`, here);
     for (const { name, input } of filled("query")) url.searchParams.append(name, input.value);
     const headers = media ? { "content-type": "application/json" } : {};
     if (key.value) headers.authorization = `Bearer ${key.value}`;
@@ -10762,7 +10772,7 @@ function render() {
 async function load() {
   try {
     const headers = key.value ? { authorization: `Bearer ${key.value}` } : {};
-    const response = await fetch("./openapi.json", { headers, credentials: "omit" });
+    const response = await fetch(new URL("./openapi.json", here), { headers, credentials: "omit" });
     if (!response.ok) throw new Error(`${response.status} ${await textOf(response)}`);
     spec = await response.json();
     render();
@@ -10834,7 +10844,8 @@ async def index(exchange: Exchange) -> Response:
 
 async def openapi(exchange: Exchange) -> Response:
     """This API as an OpenAPI 3.1 document."""
-    return Response(200, openapi_text(), is_compressible=True)
+    text = openapi_text(exchange.house.settings.root_path)
+    return Response(200, text, is_compressible=True)
 
 
 async def docs(exchange: Exchange) -> Response:
@@ -10891,16 +10902,18 @@ ROUTES: Final = (
 )
 # fmt: on
 
+_PATHS: Final = {route.path for route in ROUTES}
 _BY_PATH: Final = {
     path: [route for route in ROUTES if route.path == path]
-    for path in {route.path for route in ROUTES if "{" not in route.path}
+    for path in _PATHS
+    if "{" not in path
 }
 
 
 @functools.cache
-def openapi_text() -> bytes:
+def openapi_text(root_path: str = "") -> bytes:
     """The document as JSON, for /openapi.json and the openapi verb."""
-    return json_codec().dumps(openapi_document(ROUTES))
+    return json_codec().dumps(openapi_document(ROUTES, root_path.rstrip("/") or "/"))
 
 
 def routes_table() -> str:
@@ -10915,8 +10928,23 @@ def routes_table() -> str:
     return "\n".join(lines)
 
 
+def local_path(path: str, root_path: str) -> str:
+    """A path as the table has it: without the prefix, doubled slashes and last ones.
+
+    Clients put them there when they join a base URL and a path. Nothing else is changed:
+    what a proxy forbids by name must not have a second spelling in dots, % or capitals.
+    """
+    if path in _BY_PATH:
+        return path
+    path = re.sub("/+", "/", f"/{path}").rstrip("/") or "/"
+    prefix = root_path.rstrip("/")
+    if path in _BY_PATH or not f"{path}/".startswith(f"{prefix}/"):
+        return path
+    return path[len(prefix) :] or "/"
+
+
 def matching_routes(path: str) -> Iterator[tuple[Route, str]]:
-    """The routes of a path, each with what its {place} holds."""
+    """The routes of a local path, each with what its {place} holds."""
     if path in _BY_PATH:
         return ((route, "") for route in _BY_PATH[path])
     return _with_place(path)
@@ -10929,29 +10957,63 @@ def _with_place(path: str) -> Iterator[tuple[Route, str]]:
             yield route, urllib.parse.unquote(path[len(prefix) :])
 
 
-def find_route(head: Head) -> tuple[Route, str]:
-    """The route of a request. Raises UnknownPath, MethodNotAllowed."""
-    found = list(matching_routes(head.path))
+def find_route(path: str, method: str) -> tuple[Route, str]:
+    """The route of a local path. Raises UnknownPath, MethodNotAllowed."""
+    found = list(matching_routes(path))
     if not found:
-        raise UnknownPath(
-            f"there is no {head.path[:80]} here; GET / lists what there is"
-        )
-    wanted_method = "GET" if head.method == "HEAD" else head.method
+        raise UnknownPath(f"there is no {path[:80]} here; {_instead_of(path)}")
+    wanted_method = "GET" if method == "HEAD" else method
     for route, argument in found:
         if route.method == wanted_method:
             return route, argument
     allow = allowed_methods(route for route, _ in found)
     raise MethodNotAllowed(
-        f"{head.path[:80]} takes {allow} only",
+        f"{path[:80]} takes {allow} only",
         headers=(("allow", allow),),
     )
 
 
-def maybe_route(head: Head | None) -> Route | None:
-    """In whose dialect an error about this request is said, whatever it is."""
-    found = [route for route, _ in matching_routes(head.path)] if head else []
-    method = "GET" if head and head.method == "HEAD" else head and head.method
+_MOST_BEFORE: Final = 8  # segments; a path may have thousands
+_ALIKE: Final = 0.8  # difflib's ratio; at 0.7 /v1/completions is told of /v1/rerank
+
+
+def _instead_of(path: str) -> str:
+    """What whoever asked for an unknown path may have meant."""
+    asked = path.lower()
+    within = sorted(one for one in _PATHS if one.startswith(f"{asked}/"))
+    if within:
+        return f"it is the beginning of {', '.join(within)}"
+    segments = asked.split("/")
+    for n in range(1, min(len(segments), _MOST_BEFORE)):
+        before, meant = "/".join(segments[:n]), "/" + "/".join(segments[n:])
+        if not any(matching_routes(meant)):
+            continue
+        if not before:
+            return f"it is {meant}: capitals matter"
+        if meant.startswith(f"{before}/"):
+            return f"it is {meant}: the client's base URL has {before} twice"
+        return (
+            f"it is {meant}, without {before[:80]}; if a proxy adds that, start the "
+            "server with --root-path"
+        )
+    alike = difflib.get_close_matches(asked[:80], _PATHS, 1, _ALIKE)
+    return f"it may be {alike[0]}" if alike else "GET / lists what there is"
+
+
+def maybe_route(path: str, method: str) -> Route | None:
+    """The route whose dialect errors about a request are in, also if it is refused."""
+    found = [route for route, _ in matching_routes(path)]
+    method = "GET" if method == "HEAD" else method
     return next((r for r in found if r.method == method), found[0] if found else None)
+
+
+def dialect_at(path: str, route: Route | None) -> Dialect:
+    """That of errors at a local path; what is unknown under /api/ is asked for by
+    Ollama's clients, who can show nothing but their own shape.
+    """
+    if route is not None:
+        return route.dialect
+    return OLLAMA if f"{path}/".startswith("/api/") else OPENAI
 
 
 def allowed_methods(routes: Iterable[Route]) -> str:
@@ -11034,7 +11096,7 @@ class Dispatcher:
         if head.method == "OPTIONS":
             _refuse_body(head)
             return Ticket(None, "", Caller(network_of(peer)), peer)
-        route, argument = find_route(head)
+        route, argument = find_route(self._local_path(head), head.method)
         caller = self._house.gate.admit(head, peer, route.access)
         coding = ""
         if route.form is None:
@@ -11054,6 +11116,9 @@ class Dispatcher:
             self._house.models.refuse_if_full(caller.client)
         return Ticket(route, argument, caller, peer, media_type, coding)
 
+    def _local_path(self, head: Head) -> str:
+        return local_path(head.path, self._house.settings.root_path)
+
     async def respond(self, request: Request, ticket: Ticket) -> Response:
         """See App."""
         begun = time.monotonic()
@@ -11064,7 +11129,7 @@ class Dispatcher:
             ticket.caller,
             ticket.argument,
             ticket.media_type,
-            route.dialect if route else OPENAI,
+            dialect_at(self._local_path(head), route),
         )
         exchange.log_fields["key"] = ticket.caller.key_name or None
         try:
@@ -11094,8 +11159,9 @@ class Dispatcher:
     def refuse(self, error: ApiError, head: Head | None, peer: str) -> Response:
         """See App."""
         self._house.telemetry.count("embellama_errors_total", value=error.code)
-        route = maybe_route(head)
-        answer = error_response(error, route.dialect if route else OPENAI)
+        path = self._local_path(head) if head else ""
+        route = maybe_route(path, head.method) if head else None
+        answer = error_response(error, dialect_at(path, route))
         response, request_id = self._signed(answer, head, _openai_fields(route, 0))
         if isinstance(error, _REFUSALS):
             self._count_refusal(error, response.status, peer)
@@ -11107,10 +11173,11 @@ class Dispatcher:
     async def _handled(self, exchange: Exchange, ticket: Ticket) -> Response:
         head, route = exchange.request.head, ticket.route
         if route is None:
-            matching = [found for found, _ in matching_routes(head.path)]
+            path = self._local_path(head)
+            matching = [found for found, _ in matching_routes(path)]
             routes = ROUTES if head.path == "*" else matching
             if not routes:
-                find_route(head)
+                find_route(path, head.method)
             allow = allowed_methods(routes)
             preflight = self._house.gate.preflight_fields(head, allow)
             return Response(204, fields=(("allow", allow), *preflight))

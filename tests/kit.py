@@ -397,6 +397,14 @@ def body_of(route: es.Route) -> dict[str, Any] | None:
     return BODIES[route.path] if route.form else None
 
 
+def spellings(path: str, root_path: str = "") -> list[str]:
+    """The path with more slashes, and behind the prefix: each means the same."""
+    doubled = path.replace("/", "//")
+    found = [f"{path}/", f"/{path}", doubled, f"{doubled}//", f"///{path}///"]
+    prefixed = [root_path + one for one in (path, f"{path}/", doubled)]
+    return found + (prefixed if root_path else [])
+
+
 def all_routes() -> dict[str, Any]:
     """What running_service() needs for every route to answer 200."""
     return {"beside": {RANKER: FakeEngine(n_scores=1, between=(5,), after=(6,))}}

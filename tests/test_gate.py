@@ -175,13 +175,36 @@ def test_options_needs_no_key_and_lists_methods_only(
     with_service(check, api_key_file=key_file(tmp_path))
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings/", "/ADMIN/cache", "/admin%2Fcache"])
+@pytest.mark.parametrize(
+    "path", ["/ADMIN/cache", "/admin%2Fcache", "/x/../admin/cache", "/./admin/cache"]
+)
 def test_no_other_spelling_of_a_path_is_a_way_around(tmp_path: Path, path: str) -> None:
     async def check(running: RunningService) -> None:
         for method in ("GET", "POST", "DELETE"):
             assert (await running.ask(method, path)).status == 404
 
     with_service(check, api_key_file=key_file(tmp_path))
+
+
+ADMIN_ROUTES = [route for route in es.ROUTES if route.access == "admin"]
+
+
+def test_more_slashes_are_refused_just_as_none(tmp_path: Path) -> None:
+    async def check(running: RunningService) -> None:
+        app = running.service.connections.app
+        for route, key in itertools.product(ADMIN_ROUTES, ("", WRONG, PLAIN)):
+            asked = bearer(key) | {"x_request_id": "same"}
+            plain = await running.ask(route.method, route.path, **asked)
+            assert plain.status in (401, 403)
+            for spelled in kit.spellings(route.path, "/front"):
+                reply = await running.ask(route.method, spelled, **asked)
+                assert (reply.status, reply.body) == (plain.status, plain.body)
+                sent = head(spelled, route.method, host="localhost", **bearer(key))
+                for peer in ("127.0.0.1", "192.0.2.1", ""):
+                    with pytest.raises((es.Unauthorized, es.AdminOnly)):
+                        app.admit(sent, peer)
+
+    with_service(check, api_key_file=key_file(tmp_path), root_path="/front")
 
 
 def raw_post(length: int, *fields: str) -> bytes:

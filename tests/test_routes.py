@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import kit
@@ -365,6 +367,114 @@ def test_the_tag_of_the_models_is_another_once_one_is_unloaded() -> None:
         assert reply.headers["etag"] != before
 
     with_service(check)
+
+
+# --- paths as clients join them ---
+
+
+@each(es.ROUTES)
+def test_more_slashes_and_the_prefix_are_answered_as_none(route: es.Route) -> None:
+    async def check(running: RunningService) -> None:
+        path, body = kit.path_of(route), kit.body_of(route)
+        plain = await running.ask(route.method, path, body)
+        assert plain.status == 200
+        for spelled in kit.spellings(path, "/front/of/it"):
+            reply = await running.ask(route.method, spelled, body)
+            assert reply.status == 200, (spelled, reply.body)
+            if path not in COUNTING:
+                assert said_by(reply) == said_by(plain), spelled
+
+    with_service(check, root_path="/front/of/it/")
+
+
+COUNTING = {"/metrics", "/admin/models"}
+
+
+def said_by(reply: kit.Reply) -> Any:
+    """What is the same whenever it is asked for."""
+    is_json = reply.headers["content-type"] == "application/json"
+    return without_time(reply) if is_json else reply.body
+
+
+@given(
+    st.sampled_from(es.ROUTES),
+    st.lists(st.integers(1, 3), min_size=6, max_size=6),
+    st.sampled_from(["", "/v1", "/embed", "/a/b"]),
+)
+def test_any_slashes_lead_to_the_same_route(
+    route: es.Route, slashes: list[int], root_path: str
+) -> None:
+    plain = kit.path_of(route)
+    for path in {plain, root_path + plain}:
+        *begins, last = slashes
+        pairs = zip(begins, path.split("/")[1:], strict=False)
+        spelled = "".join("/" * n + one for n, one in pairs) + "/" * (last - 1)
+        found = [r for r, _ in es.matching_routes(es.local_path(spelled, root_path))]
+        whole = path.rstrip("/") or "/"
+        meant = whole if whole in PATHS else plain  # a route is before the prefix
+        assert {r.path for r in found} == {meant.replace("/fake", "/{id}")}
+
+
+PATHS = {route.path for route in es.ROUTES}
+
+
+def test_a_proxy_may_forbid_a_path_by_name_in_any_but_its_slashes() -> None:
+    for spelled in ("/ADMIN/models", "/admin%2Fmodels", "/v1/../admin/models", "/."):
+        with pytest.raises(es.UnknownPath):
+            es.find_route(es.local_path(spelled, ""), "GET")
+
+
+INSTEAD = {
+    "/v1": "it is the beginning of /v1/",
+    "/v1/": "/v1/embeddings, ",
+    "/api": "/api/embed, ",
+    "/admin": "/admin/models, ",
+    "/v1/v1/embeddings": "it is /v1/embeddings: the client's base URL has /v1 twice",
+    "/api/api/embed": "the client's base URL has /api twice",
+    "/v1/v1/models/org/name": "it is /v1/models/org/name: the client's base URL has",
+    "/api/v1/embeddings": "it is /v1/embeddings, without /api;",
+    "/openai/v1/models": "it is /v1/models, without /openai;",
+    "/x/y/embed": "it is /embed, without /x/y;",
+    "/v1/similarity": "it is /similarity, without /v1;",
+    "/V1/embeddings": "it is /v1/embeddings: capitals matter",
+    "/V1/V1/Embeddings": "it is /v1/embeddings: the client's base URL has /v1 twice",
+    "/v1/embedding": "it may be /v1/embeddings",
+    "/v1/chat/completions": "GET / lists what there is",
+    "/favicon.ico": "GET / lists what there is",
+    "/x" * 4000: "GET / lists what there is",
+}
+
+
+@pytest.mark.parametrize("path", INSTEAD, ids=lambda path: path[:24])
+def test_an_unknown_path_is_404_and_names_what_may_be_meant(path: str) -> None:
+    for method in ("GET", "POST", "OPTIONS"):
+        with pytest.raises(es.UnknownPath) as caught:
+            es.find_route(es.local_path(path, ""), method)
+        assert INSTEAD[path] in caught.value.message
+        assert len(caught.value.message) < 600
+
+
+def test_what_is_unknown_under_api_is_told_as_ollama_tells_it() -> None:
+    async def check(running: RunningService) -> None:
+        for path in ("/api", "/api/", "//api/chat", "/api/v1/embeddings"):
+            for method in ("GET", "POST", "OPTIONS"):
+                reply = await running.ask(method, path, {})
+                assert reply.status == 404
+                assert "there is no /api" in reply.error_in(es.OLLAMA)
+        reply = await running.ask("GET", "/apis")
+        assert (reply.status, reply.error["code"]) == (404, "unknown_url")
+
+    with_service(check)
+
+
+def test_the_description_says_where_the_paths_begin() -> None:
+    async def check(running: RunningService) -> None:
+        for path in ("/openapi.json", "/a/b/openapi.json"):
+            found = (await running.ask("GET", path)).json
+            assert found["servers"] == [{"url": "/a/b"}]
+
+    with_service(check, root_path="/a/b/")
+    assert json.loads(es.openapi_text())["servers"] == [{"url": "/"}]
 
 
 # --- HEAD and OPTIONS ---

@@ -102,6 +102,7 @@ MATCHING: dict[str, tuple[Any, Any]] = {
     "model_sha256": ("0123456789abcdefABCDEF" + "0" * 42, "f" * 64),
     "listen": (("[::1]:0", "localhost:65535"), ("192.0.2.1:80",)),
     "uds_mode": ("0600", "777"),
+    "root_path": ("/embeddings/model-a", "/a/"),
     "cors_origin": (("https://a.example", "http://[::1]:80"), ("http://b",)),
 }
 
