@@ -8478,6 +8478,11 @@ def _rows_of(form: Any) -> list[tuple[str, Wanted]]:
     return [(row.name, row.metadata["wanted"]) for row in dataclasses.fields(form)]
 
 
+def any_of(*schemas: Schema) -> dict[str, Any]:
+    """What fits one of these."""
+    return {"anyOf": [one for any in schemas for one in any.get("anyOf", (any,))]}
+
+
 def schema_of(form: type) -> Schema:
     """The form as JSON Schema."""
     properties, required = {}, []
@@ -8487,7 +8492,7 @@ def schema_of(form: type) -> Schema:
         if what.is_required:
             required.append(row.name)
         else:
-            shown = {"anyOf": [shown, {"type": "null"}]}
+            shown = any_of(shown, {"type": "null"})
             if row.default is not None:
                 shown["default"] = row.default
         shown["description"] = what.help
@@ -8519,21 +8524,35 @@ def form_table(form: type) -> str:
 
 
 # --- kinds ---
+# Numbers and truth values are taken as pydantic takes them, since most of our peers read
+# bodies with it and clients got used to that: "true", 1, "2", 2.0. Not so its words for
+# yes and no, which nobody sends, and true for 1, which is a mistake.
+
+_FLAGS: Final = {"true": True, "1": True, "false": False, "0": False}
+_WHOLE: Final = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0+)?\s*", re.ASCII)
+_MOST_DIGITS: Final = 64  # with blanks and zeros: reading digits takes quadratic time
 
 
-def _of_type(kind: type, said: str, **schema: object) -> Kind:
-    """Of the very type: true is no number."""
+def _read_string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidValue(f"{name} must be a string", param=name)
+    return value
 
-    def read(value: object, name: str) -> object:
-        if type(value) is not kind:
-            raise InvalidValue(f"{name} must be {said}", param=name)
+
+def _read_flag(value: object, name: str) -> bool:
+    if isinstance(value, bool):
         return value
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return value == 1
+    if isinstance(value, str) and value[:6].lower() in _FLAGS:
+        return _FLAGS[value[:6].lower()]
+    raise InvalidValue(f"{name} must be true or false", param=name)
 
-    return Kind(read, schema)
 
-
-TEXT: Final = _of_type(str, "a string", type="string")
-FLAG: Final = _of_type(bool, "true or false", type="boolean")
+TEXT: Final = Kind(_read_string, {"type": "string"})
+FLAG: Final = Kind(
+    _read_flag, {"anyOf": [{"type": "boolean"}, {"enum": [0, 1, *_FLAGS]}]}
+)
 
 
 def whole(at_least: int, at_most: int = 1 << 53) -> Kind:
@@ -8545,11 +8564,18 @@ def whole(at_least: int, at_most: int = 1 << 53) -> Kind:
     def read(value: object, name: str) -> int:
         if type(value) is float and value.is_integer():  # an integer to JSON Schema
             value = int(value)
+        elif isinstance(value, str) and len(value) <= _MOST_DIGITS:
+            digits = _WHOLE.fullmatch(value)
+            value = int(digits[1]) if digits else None
         if type(value) is not int or not at_least <= value <= at_most:
             raise InvalidValue(f"{name} must be {bound}", param=name)
         return value
 
-    return Kind(read, {"type": "integer", "minimum": at_least, "maximum": at_most})
+    # As a text it is described with fewer digits than the bound has.
+    digits = f"0{{0,8}}[1-9][0-9]{{0,{len(str(at_most)) - 2}}}"
+    pattern = f"^[+]?({digits}{'|0+' * (at_least <= 0)})([.]0{{1,8}})?$"
+    number = {"type": "integer", "minimum": at_least, "maximum": at_most}
+    return Kind(read, any_of(number, {"type": "string", "pattern": pattern}))
 
 
 def one_of(*words: str) -> Kind:
@@ -8593,7 +8619,7 @@ def either(first: Kind, second: Kind) -> Kind:
     def read(value: object, name: str) -> Any:
         return (second if isinstance(value, dict) else first).read(value, name)
 
-    return Kind(read, {"anyOf": [first.schema, second.schema]})
+    return Kind(read, any_of(first.schema, second.schema))
 
 
 def _read_text(value: object, name: str) -> str:

@@ -348,6 +348,8 @@ def fitting(schema: Any) -> st.SearchStrategy[Any]:
         low, high = schema.get("minimum", 0), schema.get("maximum", 2**64 - 1)
         some = st.sampled_from([n for n in NUMBERS if low <= n <= high])
         return st.one_of(some, st.integers(low, min(high, 2**40)))
+    if "pattern" in schema:
+        return st.from_regex(schema["pattern"])
     if kind == "string":
         return WORDS.filter(lambda text: len(text) >= schema.get("minLength", 0))
     if kind == "array":
@@ -361,6 +363,7 @@ def fitting(schema: Any) -> st.SearchStrategy[Any]:
 
 ODD_VALUES: list[Any] = [
     *(True, False, 0, 1, -1, 2**53 + 1, 2**63, 0.5, -0.0, 1e300, "", "x", "true"),
+    *("yes", "2", "-2", "2.5", 2),
     *([], [[]], [None], [True], [0.5], [""], ["x", 1], [["x"]], [[-1]], [{}]),
     *({}, {"a": 1}, {"text": 1}, {"text": ""}, {"source_sentence": "x"}),
     {"source_sentence": "x", "sentences": []},
