@@ -851,7 +851,7 @@ class Settings(ModelSettings):
     )
     request_timeout_s: float = option(
         600.0,
-        "Longest a request may wait and compute before it gets a 504.",
+        "Longest a request may take from its arrival to its reply before it gets a 504.",
         at_least=0.1,
         at_most=86400,
     )
@@ -8728,7 +8728,8 @@ USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 # Above this, reading JSON moves off the event loop; below, a thread's hand-over (some
 # 50 us) costs more than the work.
 _LARGE_BODY_BYTES: Final = 1 << 16
-# openai-python, openai-node, and what proxies and everybody else may send; in seconds.
+# The OpenAI SDKs', and what proxies and everybody else may send; in seconds. The first
+# bounds each silence, and a reply that comes in one piece is one silence.
 _PATIENCE_FIELDS: Final = (
     "x-stainless-read-timeout",
     "x-stainless-timeout",
@@ -8785,6 +8786,9 @@ class Exchange:
     parts: tuple[tuple[str, float, float], ...] = ()  # name, begin, end; monotonic
     inputs: Sequence[object] = ()  # for the audit log
     log_fields: dict[str, object] = field(default_factory=dict)
+    deadline_at: float = math.inf  # of its answer; monotonic
+    timer: asyncio.Timeout | None = None  # cancels the handler by then
+    stage: str = "it was being read"  # what a deadline interrupts, as a clause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8863,13 +8867,16 @@ def urgency_of(asked: str | None, name: str) -> int:
 def patience_s(head: Head, most_s: float) -> float:
     """How long the client will wait, at most ``most_s``; the OpenAI SDKs say it.
 
+    All but Python's cut it to whole seconds: 0 of openai-node may be 0.9.
+
     Raises InvalidValue for an X-Request-Timeout that is no number; what an SDK sends of
     its own accord ("None" of openai-python without a timeout) is no mistake of anybody's.
     """
     for name in _PATIENCE_FIELDS:
         value = head.get(name)
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
-            most_s = min(most_s, float(value))
+            may_be_cut = name != "x-request-timeout" and "." not in value
+            most_s = min(most_s, float(value) + may_be_cut)
         elif value and name == "x-request-timeout":
             raise InvalidValue(f"{name} must be a number of seconds", param=name)
     return most_s
@@ -8889,16 +8896,15 @@ async def opened(wish: Wish, exchange: Exchange) -> tuple[Model, Served]:
             "send several requests",
             param=wish.named,
         )
-    if model.served is not None:
-        return model, await house.models.loaded(model)
-    limit_s = patience_s(exchange.request.head, house.settings.request_timeout_s)
-    try:
-        async with asyncio.timeout(limit_s):
-            return model, await house.models.loaded(model)
-    except TimeoutError:
-        raise RequestTimeout(
-            f"model {model.label} was not loaded within {limit_s:g} s: try again"
-        ) from None
+    return model, await loaded(model, exchange)
+
+
+async def loaded(model: Model, exchange: Exchange) -> Served:
+    """A model in memory. Raises ModelUnavailable and such."""
+    exchange.stage = f"model {model.label} was being loaded"
+    served = await exchange.house.models.loaded(model)
+    exchange.stage = "its inputs were waiting or being computed"
+    return served
 
 
 async def done(wish: Wish, exchange: Exchange) -> Done:
@@ -8915,11 +8921,10 @@ async def done(wish: Wish, exchange: Exchange) -> Done:
     return result
 
 
-async def errand(exchange: Exchange, served: Served, work: Callable[[], T]) -> T:
+async def errand(served: Served, work: Callable[[], T]) -> T:
     """``work`` done by a model's tokeniser thread; not done if nobody waits any more."""
     found: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-    pool, most_s = served.pool, exchange.house.settings.request_timeout_s
-    limit_s = patience_s(exchange.request.head, most_s)
+    pool = served.pool
 
     def run() -> None:
         if found.done():
@@ -8934,10 +8939,7 @@ async def errand(exchange: Exchange, served: Served, work: Callable[[], T]) -> T
     served.users += 1
     try:
         pool.queue.send_errand(Errand(run, functools.partial(_fail, found)))
-        async with asyncio.timeout(limit_s):
-            return await found
-    except TimeoutError:
-        raise RequestTimeout(f"not finished within {limit_s:g} s") from None
+        return await found
     finally:
         served.users -= 1
 
@@ -8962,7 +8964,7 @@ def model_of(wish: Wish, exchange: Exchange) -> Model:
 async def _computed(
     wish: Wish, exchange: Exchange, model: Model, served: Served
 ) -> Job:
-    """The job when its vectors are there. Raises its error, or RequestTimeout."""
+    """The job when its vectors are there. Raises its error."""
     house, caller, queue = exchange.house, exchange.caller, served.pool.queue
     inputs = _checked_inputs(wish, model, served, house.settings)
     finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -8971,14 +8973,13 @@ async def _computed(
         if not finished.done():
             finished.set_result(None)
 
-    head, limit_s = exchange.request.head, house.settings.request_timeout_s
     is_default = wish.truncate is None
     job = Job(
         inputs,
         finish,
         client=caller.client,
-        urgency=max(_urgency(wish, head), caller.most_urgent),
-        timeout_s=patience_s(head, limit_s),
+        urgency=max(_urgency(wish, exchange.request.head), caller.most_urgent),
+        timeout_s=exchange.deadline_at - time.monotonic(),
         allows_partial=wish.allows_partial,
         form=wish.form,
         truncates=house.settings.auto_truncate if is_default else bool(wish.truncate),
@@ -8990,15 +8991,12 @@ async def _computed(
     house.gate.charge(caller, bound)
     try:
         queue.submit(job)
-        async with asyncio.timeout(job.timeout_s):
-            await finished
-    except TimeoutError:
-        late = RequestTimeout(
-            f"not finished within {job.timeout_s:g} s (--request-timeout-s is "
-            f"{limit_s:g}, the request may say less); send fewer inputs at a time"
-        )
-        if not wish.allows_partial or job.error is not None:
-            raise late from None
+        await finished
+    except asyncio.CancelledError:
+        is_late = exchange.timer is not None and exchange.timer.expired()
+        if not is_late or not wish.allows_partial or job.error is not None:
+            raise
+        late = too_late(exchange)
         for index in range(len(inputs)):
             if job.vectors[index] is None:
                 job.errors.setdefault(index, late)
@@ -9008,6 +9006,16 @@ async def _computed(
     if job.error is not None:
         raise job.error
     return job
+
+
+def too_late(exchange: Exchange) -> RequestTimeout:
+    """What is told to who waited until the deadline."""
+    most_s = exchange.house.settings.request_timeout_s
+    limit_s = patience_s(exchange.request.head, most_s)
+    return RequestTimeout(
+        f"not finished within {limit_s:g} s: {exchange.stage} (--request-timeout-s is "
+        f"{most_s:g}, the request may say less); send fewer inputs at a time, or try again"
+    )
 
 
 _TOKEN_NUMBER_BYTES: Final = 12  # of a reply, and of what makes it, on the average
@@ -9873,7 +9881,7 @@ async def tokenize(exchange: Exchange, form: TokenizeForm) -> Response:
     shown: list[bytes] = []
     for text in texts:  # one by one, so that others have their turn
         work = functools.partial(_tokens, engine, text, head, tail)
-        shown.append(await errand(exchange, served, work))
+        shown.append(await errand(served, work))
     return Response(200, b"[%b]" % b",".join(shown), is_compressible=True)
 
 
@@ -9914,7 +9922,7 @@ async def decode(exchange: Exchange, form: DecodeForm) -> Response:
         # Tokenisers put a space before the first word.
         return json_codec().dumps([text.removeprefix(" ") for text in texts])
 
-    body = await errand(exchange, served, work)
+    body = await errand(served, work)
     return Response(200, body, is_compressible=True)
 
 
@@ -9988,7 +9996,7 @@ async def info(exchange: Exchange) -> Response:
     house = exchange.house
     house.check_open()
     first = house.models.find(None, exchange.caller.client, any_model=False)
-    served = await house.models.loaded(first)
+    served = await loaded(first, exchange)
     card, settings = served.card, house.settings
     kind: dict[str, object] = {"embedding": {"pooling": card.pooling}}
     if card.is_ranker:
@@ -10324,6 +10332,7 @@ async def metrics(exchange: Exchange) -> Response:
 
 async def reload(exchange: Exchange) -> Response:
     """Read the configuration again, as SIGHUP does; what changed."""
+    exchange.stage = "the configuration was being read again, which goes on"
     return Response(200, json_codec().dumps(await exchange.house.reload()))
 
 
@@ -10355,8 +10364,9 @@ async def load_model(exchange: Exchange, form: LoadForm) -> Response:
         raise InvalidValue("give either model or path", param="model")
     if form.model is not None:
         model = _known(house, form.model)
-        await house.models.loaded(model)
+        await loaded(model, exchange)
     else:
+        exchange.stage = "the model was being loaded, which goes on"
         model = await house.models.add(house.as_model(given))
     return Response(200, json_codec().dumps(_model_state(model, house.models)))
 
@@ -11159,9 +11169,7 @@ class Dispatcher:
         )
         exchange.log_fields["key"] = ticket.caller.key_name or None
         try:
-            response = await self._handled(exchange, ticket)
-            response = _cached(response, ticket, head)
-            response = await self._compressed(response, head, ticket.peer)
+            response = await self._in_time(exchange, ticket)
         except ApiError as error:
             response = error_response(error, exchange.dialect)
             exchange.log_fields["code"] = error.code
@@ -11195,6 +11203,21 @@ class Dispatcher:
             fields: dict[str, object] = {"code": error.code, "address": peer}
             self._access(head, response.status, time.monotonic(), fields, request_id)
         return response
+
+    async def _in_time(self, exchange: Exchange, ticket: Ticket) -> Response:
+        """The response, if it is ready by the one deadline that a request has."""
+        head, most_s = exchange.request.head, self._house.settings.request_timeout_s
+        limit_s = patience_s(head, most_s)
+        exchange.deadline_at = time.monotonic() + limit_s
+        try:
+            async with asyncio.timeout(limit_s) as exchange.timer:
+                response = await self._handled(exchange, ticket)
+                response = _cached(response, ticket, head)
+                return await self._compressed(response, head, ticket.peer)
+        except TimeoutError:
+            if not exchange.timer or not exchange.timer.expired():
+                raise  # a bug: nothing else here lets one out
+            raise too_late(exchange) from None
 
     async def _handled(self, exchange: Exchange, ticket: Ticket) -> Response:
         head, route = exchange.request.head, ticket.route

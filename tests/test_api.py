@@ -607,13 +607,17 @@ PATIENCE = {  # what a head says: the seconds left of 600
     (("x-request-timeout", "0"),): 0,
     (("x-request-timeout", "601"),): 600,
     (("x-request-timeout", "999999999"),): 600,
-    (("x-stainless-read-timeout", "7"),): 7,
-    (("x-stainless-timeout", "8"),): 8,
+    (("x-stainless-read-timeout", "7.0"),): 7,
+    (("x-stainless-read-timeout", "7"),): 8,  # Java's, cut from up to 7.999
+    (("x-stainless-timeout", "8"),): 9,  # Node's and Go's likewise
+    (("x-stainless-timeout", "0"),): 1,
+    (("x-stainless-read-timeout", "0"),): 1,
+    (("x-stainless-timeout", "600"),): 600,
     (("x-stainless-timeout", "600.0"),): 600,
     (("x-stainless-read-timeout", "None"),): 600,
     (("x-stainless-timeout", "soon"),): 600,
     (("x-stainless-timeout", "-1"), ("x-request-timeout", "9")): 9,
-    (("x-stainless-read-timeout", "3"), ("x-request-timeout", "9")): 3,
+    (("x-stainless-read-timeout", "3"), ("x-request-timeout", "9")): 4,
     (("x-stainless-timeout", "9"), ("x-request-timeout", "3")): 3,
 }
 
@@ -663,6 +667,17 @@ def test_a_request_that_may_take_less_than_the_setting_is_504_by_then(
         assert (await running.ask("POST", URL, {"input": "c"})).status == 200
 
     with_service(check, engine)
+
+
+@pytest.mark.parametrize("name", ["x_stainless_timeout", "x_stainless_read_timeout"])
+def test_a_timeout_that_an_sdk_has_cut_to_0_seconds_leaves_time_for_work(
+    name: str,
+) -> None:
+    async def check(running: RunningService) -> None:
+        reply = await running.ask("POST", URL, {"input": "a"}, **{name: "0"})
+        assert reply.status == 200
+
+    with_service(check)
 
 
 def test_no_request_may_take_longer_than_the_setting() -> None:

@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -800,6 +800,87 @@ def test_tokenize_waits_no_longer_than_a_client_does_and_is_not_done_then() -> N
         assert (await running.ask("POST", "/tokenize", {"inputs": "b"})).status == 200
 
     with_service(check, engine)
+
+
+# --- one deadline, whatever takes the time ---
+
+LIMIT_S = 0.4
+SLACK_S = 2.0  # of a box where eight such tests run at once; added-up limits take more
+
+
+class SlowThroughout(Slow):
+    """Waits for ever in the stages that are named: tokenise, compute."""
+
+    def __init__(self, *stages: str) -> None:
+        super().__init__()
+        self._stages = stages
+        if "compute" in stages:
+            self.block()
+
+    def tokenise(self, text: str) -> list[int]:
+        if "tokenise" in self._stages:
+            kit.wait(self.may_go_on)
+        return super().tokenise(text)
+
+    def text(self, ids: Sequence[int], *, with_special: bool) -> str:
+        if "tokenise" in self._stages:
+            kit.wait(self.may_go_on)
+        return super().text(ids, with_special=with_special)
+
+
+STAGES = {  # and the routes that go through it
+    "tokenise": [r for r in WORK if r.path != "/api/show"],
+    "compute": [r for r in WORK if r.path not in COMPUTES_NOTHING],
+    "load": [r for r in es.ROUTES if r in WORK or r.path.endswith(("/info", "/load"))],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_route_answers_by_its_one_deadline_whatever_takes_long(
+    stage: str,
+) -> None:
+    engine, ranker = SlowThroughout(stage), SlowThroughout(stage)
+    ranker.card = kit.fake_card(n_scores=1, between=(5,), after=(6,))
+    may_load = threading.Event()
+
+    def before_load() -> None:
+        if stage == "load":
+            kit.wait(may_load)
+
+    async def check() -> None:
+        loop = asyncio.get_running_loop()
+        async with kit.running_service(
+            engine,
+            beside={kit.RANKER: ranker},
+            before_load=before_load,
+            preload=stage != "load",
+            request_timeout_s=LIMIT_S,
+        ) as running:
+            begun = loop.time()
+            replies = await asyncio.gather(*map(running.ask_route, STAGES[stage]))
+            took_s = loop.time() - begun
+            may_load.set()
+        for route, reply in zip(STAGES[stage], replies, strict=True):
+            assert reply.status == 504, route.path
+            assert f"{LIMIT_S} s" in reply.error_in(route.dialect)
+            if stage == "load":
+                assert "was being loaded" in reply.error_in(route.dialect)
+        assert LIMIT_S <= took_s + 0.01 and took_s < LIMIT_S + SLACK_S
+
+    asyncio.run(check())
+
+
+def test_tokenising_many_texts_has_one_deadline_not_one_for_each() -> None:
+    class TakesItsTime(kit.FakeEngine):
+        def tokenise(self, text: str) -> list[int]:
+            time.sleep(LIMIT_S * 0.7)
+            return super().tokenise(text)
+
+    async def check(running: RunningService) -> None:
+        late = await running.ask("POST", "/tokenize", {"inputs": ["a", "b"]})
+        assert late.status == 504
+
+    with_service(check, TakesItsTime(), request_timeout_s=LIMIT_S)
 
 
 def test_tokenize_is_ended_by_the_end_of_the_drain() -> None:
