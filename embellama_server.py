@@ -487,13 +487,15 @@ def raise_file_limit() -> float:
     return math.inf
 
 
-def file_stamp(path: str) -> tuple[int, ...]:
-    """Changes with the file at ``path``, its content or its mode; empty: none."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return ()
-    return found.st_dev, found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+def file_stamp(*paths: str) -> tuple[int, ...]:
+    """Changes with the files, their content or mode; nothing for one that is missing."""
+    stamp: tuple[int, ...] = ()
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            found = os.stat(path)
+            stamp += found.st_dev, found.st_ino, found.st_mode, found.st_size
+            stamp += (found.st_mtime_ns,)
+    return stamp
 
 
 def trim_memory() -> None:
@@ -725,8 +727,9 @@ class ModelSettings:
     )
     model_sha256: str = model_option(
         "",
-        "Refuse to load a file with another checksum. Without it a SHA256SUMS beside the "
-        "file counts, if it names the file.",
+        "Refuse to load a file with another checksum; of a split one: that of all parts, "
+        "one after the other. Without it a SHA256SUMS beside the file counts, if it names "
+        "the file, or a part of it.",
         pattern="([0-9a-fA-F]{64})?",
         pattern_text="64 hexadecimal digits",
     )
@@ -2541,13 +2544,16 @@ class ModelFetch:
         return found[0], found[1]
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file; empty if there is none."""
+def sha256_of(*paths: Path) -> str:
+    """Hex digest of a file, or of several one after the other; empty if one is missing."""
+    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        for path in paths:
+            with open(path, "rb") as file:
+                hashlib.file_digest(file, lambda: digest)
     except FileNotFoundError:
         return ""
+    return digest.hexdigest()
 
 
 def _pip_command() -> list[str]:
@@ -2726,6 +2732,8 @@ _MOST_NESTING: Final = 4  # arrays of arrays
 _ARRAY: Final = 9
 _TEXT: Final = 8
 _TOKENS: Final = "tokenizer.ggml.tokens"
+_SPLIT_NUMBER: Final = "split.no"
+_UINT16: Final = 2
 # Metadata types that are numbers, as struct names them (7 is a truth value).
 # fmt: off
 _NUMBERS: Final = {
@@ -2745,7 +2753,11 @@ _BLOCKS: Final = {
 # fmt: on
 _UNKNOWN_BLOCK: Final = (1, 0)  # newer: llama.cpp knows it, or says that it does not
 _NO_WEIGHTS: Final = (9, 15, 24, 25, 26, 27, 28)  # types of intermediate results
-_FLOAT32: Final = 0  # what biases, norms and BERT's token types must be
+_FLOAT32: Final = 0
+# What ggml adds, or multiplies number by number, must be f32, or it ends the process
+# (binary_op). Matrices may be of any type, also those of one row, which ggml writes back
+# without their second dimension: the head of one label stays f16 in a file made q8_0.
+_EXACT: Final = re.compile(rb"\.bias$|norm|^token_types\.|rope_f|sinks|scale")
 Values = dict[str, Any]  # of metadata: numbers and short texts; () for other things
 
 
@@ -2809,12 +2821,43 @@ _RANK: Final = 4  # of LLAMA_POOLING_TYPE_*
 HAS_HEAD: Final = "has a classification head"
 
 
-def check_gguf(path: str, file: BinaryIO) -> Values:
+def check_gguf(files: Mapping[str, BinaryIO]) -> Values:
     """Read the whole header; its short values by name, and HAS_HEAD. Raises StartupError.
 
-    ``file`` is open for reading in binary, ``path`` what to call it.
+    ``files`` are a model's parts in their order, open for reading in binary, by path.
     """
-    reader = _Reader(file, path)
+    path, *_ = files
+    reader = _Reader(files[path], path)
+    values, tensors, alignment = _checked_beginning(reader)
+    count, number = values.get("split.count"), values.get(_SPLIT_NUMBER, 0)
+    count = max(1, count) if type(count) is int else 1
+    if 0 < number < count:
+        first = re.sub(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", path)
+        raise StartupError(
+            f"{path} is part {number + 1} of {count} of a split model: name the first "
+            f"part, {first}"
+        )
+    if count != len(files):
+        raise StartupError(
+            f"{path} is one of {count} parts and {len(files)} are there: all must be in "
+            f"one folder, called NAME-00001-of-{count:05}.gguf and so on"
+        )
+    architecture = values.get("general.architecture")
+    if not architecture or not isinstance(architecture, str):
+        raise reader.bad("it names no general.architecture")
+    _check_shape_of_model(reader, architecture, values)
+    _check_tokeniser(reader, values)
+    names = _check_tensors(reader, tensors, alignment)
+    for number, (path, file) in enumerate(itertools.islice(files.items(), 1, None), 1):
+        names |= _names_in_part(_Reader(file, path), number)
+    values[HAS_HEAD] = _HEADS.get(architecture) in names
+    if values.get(f"{architecture}.pooling_type") == _RANK and not values[HAS_HEAD]:
+        raise reader.bad("it is to score texts (rank) and has no head that does")
+    return values
+
+
+def _checked_beginning(reader: _Reader) -> tuple[Values, int, int]:
+    """The metadata, how many tensors follow, and to how many bytes they are aligned."""
     if reader.take(4, "the magic") != GGUF_MAGIC:
         raise reader.bad("it does not begin with GGUF")
     version = reader.number("I", "the version")
@@ -2827,22 +2870,31 @@ def check_gguf(path: str, file: BinaryIO) -> Values:
     values = _metadata(reader, entries)
     alignment = values.get("general.alignment", 32)
     is_power = isinstance(alignment, int) and alignment & (alignment - 1) == 0
-    if not is_power or not 8 <= int(alignment) <= _MOST_ALIGNMENT:
+    if not is_power or not 8 <= alignment <= _MOST_ALIGNMENT:
         raise reader.bad(f"an alignment of {alignment!r}")
-    architecture = values.get("general.architecture")
-    if not architecture or not isinstance(architecture, str):
-        raise reader.bad("it names no general.architecture")
-    _check_shape_of_model(reader, architecture, values)
-    _check_tokeniser(reader, values)
-    names = _check_tensors(reader, tensors, int(alignment))
-    ranks = values.get(f"{architecture}.pooling_type") == _RANK
-    # Of a split file it may be in another part; then the file must say that it ranks.
-    may_follow = ranks and values.get("split.count", 0) not in (0, 1)
-    has_head = _HEADS.get(architecture) in names
-    values[HAS_HEAD] = has_head or (may_follow and architecture in _HEADS)
-    if ranks and not values[HAS_HEAD]:
-        raise reader.bad("it is to score texts (rank) and has no head that does")
-    return values
+    return values, tensors, alignment
+
+
+def _names_in_part(reader: _Reader, number: int) -> set[bytes]:
+    """The tensors of a split model's second part (1), third (2) and so on, checked."""
+    values, tensors, alignment = _checked_beginning(reader)
+    # llama.cpp asserts the type of this number and believes it.
+    if (found := values.get(_SPLIT_NUMBER)) != number:
+        raise reader.bad(f"{_SPLIT_NUMBER} is {found!r} where {number} belongs")
+    return _check_tensors(reader, tensors, alignment)
+
+
+def part_paths(path: str) -> list[str]:
+    """The files of a model: its own, or those of a split one whose first part it is.
+
+    As gguf-split names them; those that are there, and the first in any case.
+    """
+    found = re.fullmatch(r"(.*-)00001(-of-[0-9]{5}\.gguf)", path, re.DOTALL)
+    if not found:
+        return [path]
+    count = int(found[2][4:9])
+    others = (f"{found[1]}{number:05}{found[2]}" for number in range(2, count + 1))
+    return [path, *filter(os.path.exists, others)]
 
 
 def _metadata(reader: _Reader, entries: int) -> Values:
@@ -2856,6 +2908,8 @@ def _metadata(reader: _Reader, entries: int) -> Values:
             raise reader.bad(f"metadata entry {shown!r} is there twice, or unnamed")
         kind = reader.number("I", f"the type of {shown}")
         values[full] = ()
+        if full == _SPLIT_NUMBER and kind != _UINT16:
+            raise reader.bad(f"{full} is of the type {kind}")
         if full == _TOKENS:
             values[full], values[_HAS_BYTES] = _distinct_tokens(reader, kind)
         elif kind == _TEXT:
@@ -2971,7 +3025,9 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> set[bytes]:
             raise reader.bad(f"tensor {shown} has {dimensions} dimensions")
         shape = [reader.number("Q", shown) for _ in range(dimensions)]
         kind = reader.number("I", shown)
-        is_exact = dimensions == 1 or name == b"token_types.weight"
+        is_exact = _EXACT.search(name) or not (
+            dimensions > 1 or name.endswith(b".weight")
+        )
         if kind in _NO_WEIGHTS or (is_exact and kind != _FLOAT32):
             raise reader.bad(f"tensor {shown} is of the type {kind}")
         per_block, block_bytes = _BLOCKS.get(kind, _UNKNOWN_BLOCK)
@@ -2998,31 +3054,34 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> set[bytes]:
 
 
 @contextlib.contextmanager
-def checked_model(path: str, sha256: str) -> Iterator[tuple[str, Values]]:
-    """The path to load while the file is open, found sound, and the right one; its values.
+def checked_model(path: str, sha256: str) -> Iterator[tuple[list[str], Values]]:
+    """The paths to load while they are open, found sound, and the right ones; the values.
 
-    ``sha256`` is what it must have; empty: anything. What was checked is what is loaded:
-    the path is that of the open descriptor, so that nobody can put another file there in
-    between. Raises StartupError.
+    ``sha256`` is what all parts together must have; empty: anything. What was checked is
+    what is loaded: the paths are those of the open descriptors, so that nobody can put
+    another file there in between. Raises StartupError.
     """
-    try:
-        with open(path, "rb") as file:
-            values = check_gguf(path, file)
+    with contextlib.ExitStack() as opened:
+        files: dict[str, BinaryIO] = {}
+        try:
+            for part in part_paths(path):
+                files[part] = opened.enter_context(open(part, "rb"))
+            values = check_gguf(files)
+            usable = [f"/proc/self/fd/{file.fileno()}" for file in files.values()]
+            if not os.path.exists(usable[0]):
+                usable = list(files)
             if sha256:
-                file.seek(0)
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-                check_sha256(path, found, sha256)
-            descriptor = f"/proc/self/fd/{file.fileno()}"
-            # llama.cpp finds the other parts of a split model by the name of the first.
-            is_split = values.get("split.count", 0) not in (0, 1)
-            is_usable = os.path.exists(descriptor) and not is_split
-            yield descriptor if is_usable else path, values
-    except OSError as error:
-        raise StartupError(f"{path} cannot be read: {error.strerror}") from None
+                check_sha256(path, sha256_of(*map(Path, usable)), sha256)
+        except OSError as error:
+            where = error.filename or path
+            raise StartupError(f"{where} cannot be read: {error.strerror}") from None
+        yield usable, values
 
 
 def check_sha256(path: str, found: str, wanted: str) -> None:
     """Raise StartupError unless they are the same."""
+    if not found:
+        raise StartupError(f"{path} cannot be read: it is not there")
     if found != wanted.lower():
         raise StartupError(
             f"{path} has the sha256 {found} and must have {wanted.lower()}: it is "
@@ -3924,9 +3983,9 @@ class LlamaEngine:
             )
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
-        with checked_model(path, options.sha256) as (checked, self._values):
-            raw = os.fsencode(checked)
-            self._model = llama_cpp.llama_model_load_from_file(raw, params)
+        with checked_model(path, options.sha256) as (paths, self._values):
+            raw = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
+            self._model = llama_cpp.llama_model_load_from_splits(raw, len(raw), params)
         if not self._model:
             raise StartupError(
                 f"{path}: llama.cpp cannot load it: {self._last_errors()}"
@@ -8387,7 +8446,7 @@ def _can_stay(before: Model | None, settings: Settings) -> bool:
     """Whether what is in memory is what these settings would bring there."""
     if before is None or before.served is None:
         return False
-    is_same_file = file_stamp(settings.model_path) == before.served.stamp
+    is_same_file = file_stamp(*part_paths(settings.model_path)) == before.served.stamp
     return is_same_file and _is_same_memory(before.served.settings, settings)
 
 
@@ -11435,11 +11494,15 @@ def model_file(settings: Settings, fetch: ModelFetch) -> ModelFile:
     if not settings.model_path:
         path, verified = fetch.path(), DEFAULT_MODEL.gguf_sha256["f16"]
         return ModelFile(str(path), verified, "")
-    file = Path(settings.model_path)
-    wanted, found = settings.model_sha256 or listed_sha256(file), sha256_of(file)
-    if wanted and not found:
-        raise StartupError(f"{settings.model_path} cannot be read: it is not there")
-    if wanted:
+    parts = [Path(part) for part in part_paths(settings.model_path)]
+    wanted, found = settings.model_sha256, sha256_of(*parts)
+    if not wanted:
+        for part in parts:
+            if listed := listed_sha256(part):
+                own = found if len(parts) == 1 else sha256_of(part)
+                check_sha256(str(part), own, listed)
+                wanted = found
+    else:
         check_sha256(settings.model_path, found, wanted)
     return ModelFile(settings.model_path, found, wanted)
 
@@ -11531,9 +11594,8 @@ def needed_bytes(settings: Settings, path: str) -> int:
     A decoder's context has room for the logits of every token of a call (see CONTEXTS).
     Raises StartupError for a file that is no use.
     """
-    with open(path, "rb") as file:
-        values = check_gguf(path, file)
-        size = os.fstat(file.fileno()).st_size
+    with checked_model(path, "") as (parts, values):
+        size = sum(os.stat(part).st_size for part in parts)
     architecture = str(values["general.architecture"])
 
     def number(name: str) -> int:
@@ -11556,11 +11618,7 @@ def needed_bytes(settings: Settings, path: str) -> int:
 
 def check_memory(settings: Settings, path: str) -> None:
     """Raise StartupError if loading a model might end with the kernel killing us."""
-    try:
-        needed = needed_bytes(settings, path) >> 20
-    except OSError as error:
-        raise StartupError(f"{path} cannot be read: {error.strerror}") from None
-    free = free_memory_bytes()
+    needed, free = needed_bytes(settings, path) >> 20, free_memory_bytes()
     if needed > free / (1 << 20):
         raise StartupError(
             f"it may take {needed} MiB of memory and {int(free) >> 20} MiB are free: "
@@ -11629,7 +11687,7 @@ class Loader:
 
     def load(self, settings: Settings) -> Served:
         """With all threads running. Raises StartupError, and leaves nothing behind."""
-        begun, stamp = time.monotonic(), file_stamp(settings.model_path)
+        begun, stamp = time.monotonic(), file_stamp(*part_paths(settings.model_path))
         file = model_file(settings, self._fetch)
         # The first one is what the box is for; mapped weights need not all be resident.
         if self._has_loaded or settings.max_memory_mb:

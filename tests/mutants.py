@@ -506,7 +506,7 @@ def _work(*, unchecked: bool) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     if unchecked:
-        es.check_gguf = lambda path, file: {es.HAS_HEAD: True}
+        es.check_gguf = lambda files: {es.HAS_HEAD: True}
     for line in sys.stdin:
         try:
             ended = _serve_one(line.strip())

@@ -7,8 +7,10 @@ never costs memory, whatever a few bytes claim to hold.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
 import struct
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +68,7 @@ def checked(raw: bytes) -> es.Values:
     with tempfile.TemporaryFile() as file:
         file.write(raw)
         file.flush()
-        return es.check_gguf("m.gguf", file)
+        return es.check_gguf({"m.gguf": file})
 
 
 def refusal(raw: bytes) -> str:
@@ -98,8 +101,8 @@ def block_of(kind: int) -> tuple[int, int]:
 
 def agrees_with_the_gguf_package(path: Path) -> es.Values:
     """Check a file; every value must be what gguf's own reader says."""
-    with path.open("rb") as file:
-        values = es.check_gguf(str(path), file)
+    with es.checked_model(str(path), "") as (_, values):
+        pass
     reader = gguf.GGUFReader(path)
     own = {name for name in reader.fields if not name.startswith("GGUF.")}
     if (listed := reader.fields.get("tokenizer.ggml.tokens")) is not None:
@@ -173,13 +176,50 @@ def test_the_models_of_the_tests_are_sound(
     assert values["general.architecture"] in ("bert", "nomic-bert", "qwen3")
 
 
-@pytest.mark.parametrize("weights", ["f32", "f16", "bf16", "q8_0"])
-def test_what_llama_cpp_writes_is_sound(tmp_path: Path, weights: str) -> None:
-    path, target = models.tiny_bert(tmp_path), tmp_path / "reencoded.gguf"
+# Every kind of file that the tests can make: what each is for stands in tests/models.py.
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "bert": models.tiny_bert,
+    "long context": models.long_context_bert,
+    "two layers": models.tiny_cross_encoder,
+    "one layer": functools.partial(models.tiny_cross_encoder, head=("cls.output",)),
+    "three labels": functools.partial(
+        models.tiny_cross_encoder, labels=("a", "b", "c")
+    ),
+    "byte pairs": models.tiny_causal,
+    "pieces": functools.partial(models.tiny_causal, byte_pairs=False),
+    "causal reranker": models.tiny_causal_reranker,
+}
+TEXTS = ("no time", "a new year", "the man")
+
+
+def numbers_of(path: Path) -> Any:
+    """What the engine makes of some texts: vectors, or raw scores."""
+    engine = es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
+    context = engine.new_context()
+    card, rows = engine.card, []
+    for line in TEXTS:
+        own = engine.tokenise(line)
+        ids = es.framed_pair(own, own, card) if card.is_ranker else es.framed(own, card)
+        rows.append(context.embed([np.array(ids, np.int32)], raw=card.is_ranker)[0])
+    context.close()
+    engine.close()
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("weights", es.WEIGHT_TYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_llama_cpp_writes_is_sound_and_means_the_same(
+    tmp_path: Path, kind: str, weights: str
+) -> None:
+    path, target = KINDS[kind](tmp_path), tmp_path / "reencoded.gguf"
+    before = numbers_of(path)
     engine = es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
     engine.reencode(str(target), weights)
     engine.close()
-    assert agrees_with_the_gguf_package(target)["general.architecture"] == "bert"
+    assert agrees_with_the_gguf_package(target)["general.architecture"]
+    after = numbers_of(target)
+    apart = np.abs(after - before).max()
+    assert apart < (0.01 if weights in ("f32", "f16") else 0.1)
 
 
 @pytest.mark.model
@@ -213,15 +253,26 @@ def test_every_type_has_the_size_it_has_in_llama_cpp(
         assert f"tensor t has the shape [{per_block // 2}, 6]" in said
 
 
-@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
-def test_a_bias_is_of_f32(kind: gguf.GGMLQuantizationType) -> None:
+ADDED = ("blk.0.attn_q.bias", "output_norm.weight", "token_types.weight", "blk.0.ssm_a")
+MULTIPLIED = ("cls.output.weight", "token_embd.weight", "blk.0.ffn_up.weight")
+
+
+@each_type
+@pytest.mark.parametrize("rows", [1, 2])
+def test_only_what_is_multiplied_may_be_of_any_type_whatever_its_shape(
+    kind: gguf.GGMLQuantizationType, rows: int
+) -> None:
+    # ggml drops a last dimension of 1 when it writes: a head of one label has one left.
     per_block, size = block_of(kind.value)
-    tensor = Tensor(b"bias", (per_block * 2,), kind.value)
-    made = replace(SOUND, tensors=(tensor,), data=bytes(size * 2)).pack()
-    if kind.name == "F32":
-        assert checked(made).items() >= VALUES.items()
-    else:
-        assert f"tensor bias is of the type {kind.value} " in refusal(made)
+    shape = (per_block * 2, 2)[:rows]
+    for name in (*ADDED, *MULTIPLIED):
+        tensor = Tensor(name.encode(), shape, kind.value)
+        made = replace(SOUND, tensors=(tensor,), data=bytes(size * 4)).pack()
+        is_free = name in MULTIPLIED or (name.endswith("ssm_a") and rows > 1)
+        if kind.name == "F32" or (is_free and kind.name not in NO_WEIGHTS):
+            assert checked(made).items() >= VALUES.items()
+        else:
+            assert f"tensor {name} is of the type {kind.value} " in refusal(made)
 
 
 @pytest.mark.parametrize("alignment", [8, 64, 4096])
@@ -660,7 +711,7 @@ def test_the_right_checksum_is_accepted(
     digest = write_sound(path)
     found = found_for(path, model_sha256=change(digest))
     assert (found.sha256, found.must_have.lower()) == (digest, digest)
-    with es.checked_model(str(path), found.must_have) as (usable, _):
+    with es.checked_model(str(path), found.must_have) as ((usable,), _):
         assert Path(usable).read_bytes() == SOUND.pack()
 
 
@@ -741,7 +792,7 @@ def test_a_file_put_there_after_the_check_is_not_the_one_loaded(tmp_path: Path) 
     path, other = tmp_path / "m.gguf", tmp_path / "other"
     digest = write_sound(path)
     other.write_bytes(b"other")
-    with es.checked_model(str(path), digest) as (usable, values):
+    with es.checked_model(str(path), digest) as ((usable,), values):
         assert values.items() >= VALUES.items()
         os.replace(other, path)
         assert path.read_bytes() == b"other"
@@ -759,44 +810,124 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
             pytest.fail("usable")
 
 
-def split_in_two(
-    folder: Path, form: str, make: Callable[[Path], Path] = models.tiny_bert
-) -> Path:
-    """The tiny model as two files, as llama.cpp's gguf-split names them; the first."""
+def split(
+    folder: Path, make: Callable[[Path], Path] = models.tiny_bert, count: int = 2
+) -> list[Path]:
+    """A tiny model as several files, as llama.cpp's gguf-split names them."""
     sound = mutants.parts_of(make(folder).read_bytes())
-    cut = len(sound.tensors) // 2
-    border = sound.tensors[cut].offset
-    moved = [replace(t, offset=t.offset - border) for t in sound.tensors[cut:]]
-    halves = (
-        (sound.entries, sound.tensors[:cut], sound.data[:border]),
-        ((ARCHITECTURE,), tuple(moved), sound.data[border:]),
-    )
-    for n, (entries, tensors, data) in enumerate(halves):
-        told = (
-            number(b"split.no", n, form),
-            number(b"split.count", 2, form),
-            number(b"split.tensors.count", len(sound.tensors), "i"),
+    paths, every = [], sound.tensors
+    borders = [len(every) * n // count for n in range(count + 1)]
+    for n, (begin, end) in enumerate(itertools.pairwise(borders)):
+        first = every[begin].offset
+        last = every[end].offset if end < len(every) else len(sound.data)
+        moved = [replace(t, offset=t.offset - first) for t in every[begin:end]]
+        entries = (
+            *(sound.entries if n == 0 else (ARCHITECTURE,)),
+            number(b"split.no", n, "H"),
+            number(b"split.count", count, "H"),
+            number(b"split.tensors.count", len(every), "i"),
         )
-        path = folder / f"m-{n + 1:05}-of-00002.gguf"
-        path.write_bytes(Gguf((*entries, *told), tensors, data).pack())
-    return folder / "m-00001-of-00002.gguf"
+        path = folder / f"m-{n + 1:05}-of-{count:05}.gguf"
+        path.write_bytes(Gguf(entries, tuple(moved), sound.data[first:last]).pack())
+        paths.append(path)
+    return paths
 
 
-def test_a_split_model_keeps_its_path_and_loads(tmp_path: Path) -> None:
-    path = split_in_two(tmp_path, "H")  # what gguf-split and the gguf package write
-    assert agrees_with_the_gguf_package(path)["split.count"] == 2
-    with es.checked_model(str(path), "") as (usable, _):
-        assert usable == str(path)
-    es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log()).close()
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_split_model_is_the_whole_one(tmp_path: Path, count: int) -> None:
+    paths = split(tmp_path, count=count)
+    assert agrees_with_the_gguf_package(paths[0])["split.count"] == count
+    with es.checked_model(str(paths[0]), "") as (usable, _):
+        assert [Path(u).read_bytes() for u in usable] == [p.read_bytes() for p in paths]
+    whole = numbers_of(models.tiny_bert(tmp_path))
+    np.testing.assert_array_equal(numbers_of(paths[0]), whole)
 
 
 def test_a_split_reranker_may_have_its_head_in_another_part(tmp_path: Path) -> None:
-    path = split_in_two(tmp_path, "H", models.tiny_cross_encoder)
+    path = split(tmp_path, models.tiny_cross_encoder)[0]
     names = [tensor.name for tensor in gguf.GGUFReader(path).tensors]
     assert "cls.output.weight" not in names, "the claim would say nothing"
     engine = es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
     assert engine.card.n_scores == 1
     engine.close()
+
+
+def test_a_split_model_is_named_by_its_first_part(tmp_path: Path) -> None:
+    first, second, third = split(tmp_path, count=3)
+    for path, said in ((second, "part 2 of 3"), (third, "part 3 of 3")):
+        says = f"^{path} is {said} of a split model: name the first part, {first}$"
+        with (
+            pytest.raises(es.StartupError, match=says),
+            es.checked_model(str(path), ""),
+        ):
+            pytest.fail("usable")
+
+
+def test_a_part_that_is_missing_is_a_sentence(tmp_path: Path) -> None:
+    first, second, _ = split(tmp_path, count=3)
+    second.unlink()
+    says = f"^{first} is one of 3 parts and 2 are there: all must be in one folder"
+    with pytest.raises(es.StartupError, match=says), es.checked_model(str(first), ""):
+        pytest.fail("usable")
+
+
+def test_every_part_is_checked_before_llama_cpp_sees_it(tmp_path: Path) -> None:
+    first, second = split(tmp_path)
+    whole = second.read_bytes()
+    sound = mutants.parts_of(whole)
+    no, count, tensors = sound.entries[1:]
+    damaged = {
+        "does not begin with GGUF": b"GGML" + whole[4:],
+        "ends beyond the end of the file": whole[:-1],
+        "split.no is None where 1 belongs": replace(
+            sound, entries=(ARCHITECTURE, count, tensors)
+        ).pack(),
+        "split.no is of the type 4": replace(
+            sound, entries=(ARCHITECTURE, replace(no, kind=4, value=bytes(4)))
+        ).pack(),
+        "split.no is 0 where 1 belongs": first.read_bytes(),
+        "has the shape": replace(
+            sound, tensors=(replace(sound.tensors[0], shape=(0,)),)
+        ).pack(),
+    }
+    for says, raw in damaged.items():
+        second.write_bytes(raw)
+        with pytest.raises(
+            es.StartupError, match=f"^{second} is not a sound"
+        ) as caught:
+            es.LlamaEngine(str(first), es.EngineOptions(), kit.quiet_log())
+        assert says in str(caught.value)
+
+
+def test_the_checksum_of_a_split_model_is_that_of_all_parts_in_a_row(
+    tmp_path: Path,
+) -> None:
+    first, second = split(tmp_path)
+    digest = hashlib.sha256(first.read_bytes() + second.read_bytes()).hexdigest()
+    found = found_for(first, model_sha256=digest)
+    assert (found.sha256, found.must_have) == (digest, digest)
+    options = es.EngineOptions(sha256=digest)
+    es.LlamaEngine(str(first), options, kit.quiet_log()).close()
+    raw = bytearray(second.read_bytes())
+    raw[-1] ^= 1  # of the weights
+    second.write_bytes(raw)
+    with pytest.raises(es.StartupError, match=f"^{first} has the sha256 .* must have"):
+        found_for(first, model_sha256=digest)
+    with pytest.raises(es.StartupError, match=f"^{first} has the sha256 .* must have"):
+        es.LlamaEngine(str(first), options, kit.quiet_log())
+
+
+def test_sha256sums_counts_for_each_part_that_it_names(tmp_path: Path) -> None:
+    first, second = split(tmp_path)
+    sums = (
+        f"{es.sha256_of(first)}  {first.name}\n{es.sha256_of(second)}  {second.name}\n"
+    )
+    (tmp_path / "SHA256SUMS").write_text(sums)
+    whole = es.sha256_of(first, second)
+    assert found_for(first).must_have == whole, "what was seen is what is loaded"
+    second.write_bytes(second.read_bytes() + b"more")
+    with pytest.raises(es.StartupError, match=f"^{second} has the sha256 "):
+        found_for(first)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 100])
@@ -806,8 +937,13 @@ def test_a_split_count_of_any_type_is_one(
 ) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(with_entry(number(b"split.count", count, form)).pack())
-    with es.checked_model(str(path), "") as (usable, _):
-        assert (usable == str(path)) == (count > 1)
+    if count > 1:
+        says = f"^{path} is one of {count} parts and 1 are there: all must be in one folder"
+        with pytest.raises(es.StartupError, match=says):
+            es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
+    else:
+        with es.checked_model(str(path), "") as (usable, _):
+            assert [Path(each).read_bytes() for each in usable] == [path.read_bytes()]
 
 
 def test_a_split_count_that_is_no_number_is_a_sentence(tmp_path: Path) -> None:
@@ -877,3 +1013,18 @@ def test_a_damaged_model_is_refused_or_served(
     assert counts["served"]
     for ending in found:
         assert ending.how in mutants.SOUND_ENDINGS, ending
+
+
+@pytest.mark.slow
+def test_a_damaged_second_part_is_refused_or_served(tmp_path: Path) -> None:
+    first, second = split(tmp_path)
+    sound = mutants.parts_of(second.read_bytes())
+    child = mutants.Child(unchecked=False)
+    try:
+        for seed in range(SEEDS):
+            raw, what = mutants.mutant(sound, seed)
+            second.write_bytes(raw)
+            how, says = child.load(first)
+            assert how in mutants.SOUND_ENDINGS, (seed, what, says)
+    finally:
+        child.end()

@@ -1360,7 +1360,7 @@ def test_what_a_model_may_take_grows_with_its_workers_and_its_cache(
 def test_a_decoder_may_take_room_for_the_logits_of_a_call(tmp_path: Path) -> None:
     path = str(models.tiny_causal(tmp_path))
     with open(path, "rb") as file:
-        tokens = es.check_gguf(path, file)["tokenizer.ggml.tokens"]
+        tokens = es.check_gguf({path: file})["tokenizer.ggml.tokens"]
     wide, narrow = (
         es.needed_bytes(kit.settings(common_tokens=16, pack_tokens=n), path)
         for n in (1024, 512)
