@@ -330,7 +330,7 @@ def _refuse_constant(name: str) -> None:
 def _finite_float(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{text} is too large a number")
+        raise ValueError(f"{text[:40]} is too large a number")
     return number
 
 
@@ -8608,7 +8608,20 @@ def _read_flag(value: object, name: str) -> bool:
     raise InvalidValue(f"{name} must be true or false", param=name)
 
 
+def short_text(max_chars: int) -> Kind:
+    """A string that goes into replies, log lines or errors: so not a long one."""
+
+    def read(value: object, name: str) -> str:
+        if not isinstance(value, str) or len(value) > max_chars:
+            said = f"{name} must be a string of at most {max_chars} characters"
+            raise InvalidValue(said, param=name)
+        return value
+
+    return Kind(read, {"type": "string", "maxLength": max_chars})
+
+
 TEXT: Final = Kind(_read_string, {"type": "string"})
+NAME: Final = short_text(512)  # the longest on Hugging Face have 96, less their owner's
 FLAG: Final = Kind(
     _read_flag, {"anyOf": [{"type": "boolean"}, {"enum": [0, 1, *_FLAGS]}]}
 )
@@ -9307,7 +9320,7 @@ class EmbeddingsForm:
     input: list[str | list[int]] = needed(
         INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
     )
-    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
     encoding_format: str = wanted(
         one_of("float", "base64", "bytes"),
         "Numbers; little endian bytes in base64; or these bytes alone, one vector after "
@@ -9316,11 +9329,11 @@ class EmbeddingsForm:
     )
     output_dtype: str = wanted(one_of(*DTYPES), "Type of the numbers.", "float32")
     dimensions: int | None = wanted(whole(1), "Keep so many, and scale to length 1.")
-    user: str | None = wanted(TEXT, "Who keeps a version, where shares decide.")
+    user: str | None = wanted(NAME, "Who keeps a version, where shares decide.")
     truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of a 400.")
     truncation_direction: str = wanted(DIRECTION, "Where to cut.", "right")
     normalize: bool = wanted(FLAG, "Scale vectors to length 1.", True)
-    prompt_name: str | None = wanted(TEXT, "Put this prompt before each input.")
+    prompt_name: str | None = wanted(NAME, "Put this prompt before each input.")
     input_type: str | None = wanted(
         one_of(*INPUT_TYPES), "The prompt query or document, if the model has one."
     )
@@ -9513,12 +9526,12 @@ class RerankForm:
         "Strings, or objects with a text.",
         example=["The cat sleeps.", "Stocks fell."],
     )
-    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
     top_n: int | None = wanted(whole(0), "Only so many, the best ones; 0: all.")
     return_documents: bool = wanted(FLAG, "Give the texts back.", False)
     raw_scores: bool = wanted(FLAG, "As the model gives them, no sigmoid.", False)
     truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of a 400.")
-    user: str | None = wanted(TEXT, "Who keeps a version, where shares decide.")
+    user: str | None = wanted(NAME, "Who keeps a version, where shares decide.")
     priority: str | None = wanted(
         _PRIORITY, "Who goes first; none: normal. A number changes nothing."
     )
@@ -9615,7 +9628,7 @@ class _Reading:
 
     truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of an error.")
     truncation_direction: str = wanted(DIRECTION, "Where to cut.", "right")
-    prompt_name: str | None = wanted(TEXT, "Put this prompt before each text.")
+    prompt_name: str | None = wanted(NAME, "Put this prompt before each text.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9625,7 +9638,7 @@ class EmbedAllForm(_Reading):
     inputs: list[str | list[int]] = needed(
         INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
     )
-    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9654,7 +9667,7 @@ class SimilarityForm:
         example={"source_sentence": "A cat.", "sentences": ["A kitten.", "A bank."]},
     )
     parameters: _Reading | None = wanted(part(_Reading), "As in /embed.")
-    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9869,8 +9882,8 @@ class TokenizeForm:
         example="The cat sleeps.",
     )
     add_special_tokens: bool = wanted(FLAG, "With those around the text.", True)
-    prompt_name: str | None = wanted(TEXT, "Put this prompt before each text.")
-    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    prompt_name: str | None = wanted(NAME, "Put this prompt before each text.")
+    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9881,7 +9894,7 @@ class DecodeForm:
         ID_LISTS, "Token ids, or lists of them.", example=[101, 7592, 102]
     )
     skip_special_tokens: bool = wanted(FLAG, "Leave out special tokens.", True)
-    model: str | None = wanted(TEXT, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
 
 
 # A token is some 70 bytes of the reply, and "!" is one: 262,144 of them are 18 MB.
@@ -10107,7 +10120,7 @@ class OllamaEmbedForm:
     """The body of POST /api/embed."""
 
     model: str = needed(
-        TEXT, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+        NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
     )
     input: list[Any] | None = wanted(
         _MAYBE_INPUTS,
@@ -10123,7 +10136,7 @@ class OllamaEmbeddingsForm:
     """The body of POST /api/embeddings, which /api/embed supersedes."""
 
     model: str = needed(
-        TEXT, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+        NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
     )
     prompt: str | None = wanted(TEXT, "The text; none: only load the model.")
 
@@ -10132,8 +10145,8 @@ class OllamaEmbeddingsForm:
 class OllamaShowForm:
     """The body of POST /api/show."""
 
-    model: str | None = wanted(TEXT, "Name, alias or name@version.")
-    name: str | None = wanted(TEXT, "The same, as older clients call it.")
+    model: str | None = wanted(NAME, "Name, alias or name@version.")
+    name: str | None = wanted(NAME, "The same, as older clients call it.")
 
 
 OLLAMA_EMBED_REPLY: Final = an_object(
@@ -10297,7 +10310,7 @@ PLAIN_TEXT: Final = "text/plain; charset=utf-8"
 class ModelForm:
     """The body of POST /admin/models/default."""
 
-    model: str = needed(TEXT, "Name, alias or name@version.", example="m@2")
+    model: str = needed(NAME, "Name, alias or name@version.", example="m@2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10311,11 +10324,13 @@ class UnloadForm(ModelForm):
 class LoadForm:
     """The body of POST /admin/models/load."""
 
-    model: str | None = wanted(TEXT, "One that is known: name, alias or name@version.")
-    path: str | None = wanted(TEXT, "Or a GGUF file on this machine, to be served too;")
-    name: str | None = wanted(TEXT, "under this name,")
+    model: str | None = wanted(NAME, "One that is known: name, alias or name@version.")
+    path: str | None = wanted(
+        short_text(4096), "Or a GGUF file on this machine, to be served too;"
+    )
+    name: str | None = wanted(NAME, "under this name,")
     version: int | None = wanted(whole(1, 10**9), "as this version,")
-    sha256: str | None = wanted(TEXT, "if it has this checksum.")
+    sha256: str | None = wanted(NAME, "if it has this checksum.")
     workers: int | None = wanted(whole(1, 1024), "With so many workers.")
     pooling: str | None = wanted(one_of("auto", *POOLINGS), "With this pooling.")
 

@@ -762,6 +762,34 @@ def test_a_request_of_no_route_is_told_in_openai_s_dialect() -> None:
     with_service(check)
 
 
+# --- what is said back is short ---
+
+# Fields that hold texts: they are given back only where a request says so.
+TEXTS = {"input", "inputs", "ids", "texts", "documents", "query", "prompt"}
+LONG = "x" * 50_000
+
+
+@each(FORMS)
+def test_no_name_is_so_long_that_a_reply_an_error_or_a_log_line_is(
+    route: es.Route,
+) -> None:
+    assert route.form is not None
+    properties = es.schema_of(route.form)["properties"]
+    plain = kit.body_of(route)
+
+    async def check(running: RunningService) -> None:
+        for field in properties.keys() - TEXTS:
+            for long in (LONG, "\U0001f600" * 512, "9" * 50_000):
+                reply = await running.ask("POST", route.path, plain | {field: long})
+                assert len(reply.body) < 10_000, field
+                assert sum(map(len, reply.headers.values())) < 10_000, field
+                if "maxLength" in str(properties[field]) and len(long) > 4096:
+                    assert field in reply.error_in(route.dialect)
+        assert max(map(len, running.log.getvalue().splitlines())) < 10_000
+
+    with_service(check, any_model=True)
+
+
 # --- what the tokeniser does between texts ---
 
 
