@@ -117,6 +117,7 @@ import argparse
 import asyncio
 import base64
 import bisect
+import codecs
 import collections
 import contextlib
 import ctypes
@@ -297,6 +298,39 @@ class JsonCodec:
     dumps: Callable[[object], bytes]
 
 
+# The escape of half a character, or (2) of a whole one; an even number of backslashes
+# before it (1) are escapes of their own.
+_HALF: Final = re.compile(
+    rb"(?<!\\)((?:\\\\)*)(?:(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
+
+
+def _forgiving(loads: Callable[[bytes], object]) -> Callable[[bytes], object]:
+    """``loads``, to which half a character is U+FFFD, and a byte order mark nothing.
+
+    Whoever cuts texts into chunks in JavaScript or Java sends halves of emoji. Those who
+    do not pay nothing for it.
+    """
+
+    def read(raw: bytes) -> object:
+        try:
+            return loads(raw)
+        except ValueError:
+            whole = raw.removeprefix(codecs.BOM_UTF8)
+            if b"\\u" in whole:
+                whole = _HALF.sub(_repaired, whole)
+            if whole == raw:
+                raise
+        return loads(whole)
+
+    return read
+
+
+def _repaired(found: re.Match[bytes]) -> bytes:
+    return found[0] if found[2] else found[1] + b"\\ufffd"
+
+
 @functools.cache
 def json_codec() -> JsonCodec:
     """orjson when it is safe, else the standard library behaving the same way."""
@@ -305,9 +339,10 @@ def json_codec() -> JsonCodec:
     import orjson
 
     dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
-    return JsonCodec("orjson", orjson.loads, dumps)
+    return JsonCodec("orjson", _forgiving(orjson.loads), dumps)
 
 
+@_forgiving
 def _stdlib_loads(raw: bytes) -> object:
     # json alone would take UTF-16, NaN, lone surrogates and raise RecursionError.
     try:

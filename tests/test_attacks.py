@@ -245,7 +245,7 @@ def test_nesting_is_as_deep_as_it_likes(
 
 @pytest.mark.parametrize("path", PATHS)
 def test_what_is_not_unicode_is_refused(client: both.Client, path: str) -> None:
-    for bad in (b'"\\ud800"', b'"\\udc00\\ud800"', b'"\xed\xa0\x80"', b'"\xff"'):
+    for bad in (b'"\xed\xa0\x80"', b'"\xff"'):
         for name in ("model", "inputs", "input", "documents", "unknown"):
             sent = json.dumps(body(path, "a") | {name: "HERE"}).encode()
             reply = client.post(path, sent.replace(b'"HERE"', bad))
@@ -398,7 +398,7 @@ def test_without_orjson_the_answers_are_the_same() -> None:
     odd = [
         *(b"[" * 100_000, b'{"a":' * 100_000, b'{"inputs":NaN}', b'{"inputs":1e999}'),
         b'{"inputs":"a","dimensions":' + b"9" * 5000 + b"}",
-        *(b'{"inputs":"\\ud800"}', b'{"inputs":"a","model":"\\udc00"}', b"\xff", b""),
+        *(b'{"inputs":"a","model":"\\udc00"}', b"\xff", b""),
         b'{"inputs":"a","x":' + b"[" * 2000 + b"]" * 2000 + b"}",
         b'{"inputs":["a",' + b"9" * 30 + b"]}",
         b'{"inputs":[' + b"9" * 30 + b"]}",
