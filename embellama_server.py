@@ -983,7 +983,7 @@ class Settings(ModelSettings):
         at_most=1 << 30,
     )
     keep_alive_s: float = option(
-        75.0,
+        95.0,
         "How long an idle connection is kept; more than a proxy's own idle time.",
         at_least=0,
         at_most=86400,
@@ -1936,7 +1936,7 @@ METRICS: Final = (
     Metric("embellama_build_info", "gauge", "Always 1; the version is the label.", "version", (__version__,)),
     Metric("embellama_phase", "gauge", "1 for the phase the server is in.", "phase", ("loading", "ready", "leaving", "draining", "stopped")),
     Metric("embellama_http_requests_total", "counter", "Requests ended, by class of status; a client that left counts as 4xx.", "status", STATUS_CLASSES),
-    Metric("embellama_http_request_seconds", "histogram", "Whole request, head to response.", buckets=_SECONDS),
+    Metric("embellama_http_request_seconds", "histogram", "Whole request, head to response; probes: health, readiness, metrics.", "kind", ("request", "probe"), _SECONDS),
     Metric("embellama_http_connections", "gauge", "Open connections."),
     Metric("embellama_http_buffered_bytes", "gauge", "Requests and replies held for clients."),
     Metric("embellama_errors_total", "counter", "Errors answered, by code.", "code", tuple(row.code for row in API_ERRORS)),
@@ -1980,7 +1980,10 @@ class Telemetry:
         self._values = {(row.name, v): 0.0 for row in METRICS for v in row.values}
         # One more than the bounds: what is above them all.
         self._hits = {
-            row.name: [0] * (len(row.buckets) + 1) for row in METRICS if row.buckets
+            (row.name, value): [0] * (len(row.buckets) + 1)
+            for row in METRICS
+            if row.buckets
+            for value in row.values
         }
         self.set("embellama_build_info", 1, __version__)
         self.set("process_start_time_seconds", time.time())
@@ -2003,11 +2006,11 @@ class Telemetry:
             raise KeyError(name, value)
         self._values[name, value] = float(to)
 
-    def observe(self, name: str, amount: float) -> None:
-        """Add one observation to a histogram."""
+    def observe(self, name: str, amount: float, value: str = "") -> None:
+        """Add one observation to a histogram; ``value`` is its label's value."""
         index = bisect.bisect_left(self._rows[name].buckets, amount)
-        self._hits[name][index] += 1
-        self._values[name, ""] += amount
+        self._hits[name, value][index] += 1
+        self._values[name, value] += amount
 
     def value(self, name: str, value: str = "") -> float:
         """The present value of one series."""
@@ -2020,7 +2023,8 @@ class Telemetry:
         for row in METRICS:
             lines += (f"# HELP {row.name} {row.help}", f"# TYPE {row.name} {row.kind}")
             if row.buckets:
-                lines += self._histogram(row)
+                for value in row.values:
+                    lines += self._histogram(row, value)
                 continue
             for value in row.values or self._models:
                 shown = value.replace("\\", r"\\").replace('"', r"\"")
@@ -2030,14 +2034,16 @@ class Telemetry:
                 lines.append(f"{row.name}{label} {_number(number)}")
         return "\n".join(lines) + "\n"
 
-    def _histogram(self, row: Metric) -> Iterator[str]:
+    def _histogram(self, row: Metric, value: str) -> Iterator[str]:
         running = 0
+        own = f'{row.label}="{value}"' if row.label else ""
+        first, alone = (f"{own},", f"{{{own}}}") if own else ("", "")
         bounds = (*(f"{bound:g}" for bound in row.buckets), "+Inf")
-        for bound, hits in zip(bounds, self._hits[row.name], strict=True):
+        for bound, hits in zip(bounds, self._hits[row.name, value], strict=True):
             running += hits
-            yield f'{row.name}_bucket{{le="{bound}"}} {running}'
-        yield f"{row.name}_sum {_number(self._values[row.name, ''])}"
-        yield f"{row.name}_count {running}"
+            yield f'{row.name}_bucket{{{first}le="{bound}"}} {running}'
+        yield f"{row.name}_sum{alone} {_number(self._values[row.name, value])}"
+        yield f"{row.name}_count{alone} {running}"
 
     def _read_process(self) -> None:
         times = os.times()
@@ -2094,7 +2100,8 @@ class LineFile:
     """JSON lines appended to a file, from any thread: one write per line.
 
     With ``max_bytes`` it is not let grow beyond. What cannot be written (full disk) is
-    lost and counted: it must not fail a request.
+    lost and counted: it must not fail a request. What was written of it in part (full
+    disk, power cut) is ended before the next one, which would be lost with it.
     """
 
     def __init__(self, path: str, log: Log, max_bytes: float = math.inf) -> None:
@@ -2103,6 +2110,8 @@ class LineFile:
         self._path = path
         self._log = log
         self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._is_cut = False  # its last line has no end
         try:
             self._file = self._opened()
         except OSError as error:
@@ -2111,19 +2120,24 @@ class LineFile:
     def write(self, **fields: object) -> None:
         """Append one line; ``time`` is added."""
         line = self._line(fields)
-        try:
-            # Unbuffered: a line is there, or it is not.
-            if os.fstat(self._file).st_size + len(line) > self._max_bytes:
-                raise OSError(None, f"it has reached {self._max_bytes} bytes")
-            if (written := os.write(self._file, line)) < len(line):
-                raise OSError(None, f"only {written} bytes of a line were written")
-        except OSError as error:
-            self.lost += 1
-            if self.lost.bit_count() == 1:  # 1, 2, 4, 8, ...: said, but not each time
-                why = error.strerror
-                self._log(
-                    "error", "lines lost", path=self._path, lost=self.lost, why=why
-                )
+        with self._lock:
+            try:
+                self._append(b"\n" + line if self._is_cut else line)
+            except OSError as error:
+                self.lost += 1
+                if self.lost.bit_count() > 1:
+                    return  # 1, 2, 4, 8, ...: said, but not each time
+                why, lost = error.strerror, self.lost
+                self._log("error", "lines lost", path=self._path, lost=lost, why=why)
+
+    def _append(self, line: bytes) -> None:
+        # Unbuffered: a line is there, or it is not.
+        if os.fstat(self._file).st_size + len(line) > self._max_bytes:
+            raise OSError(None, f"it has reached {self._max_bytes} bytes")
+        written = os.write(self._file, line)
+        self._is_cut = line[written - 1 : written] != b"\n"
+        if written < len(line):
+            raise OSError(None, f"only {written} bytes of a line were written")
 
     def reopen(self) -> None:
         """Go on in a new file if the old one was moved away (log rotation)."""
@@ -2132,12 +2146,18 @@ class LineFile:
         except OSError as error:
             self._log("error", "not reopened", path=self._path, why=error.strerror)
             return
-        os.dup2(new, self._file)
+        os.dup2(new, self._file, inheritable=False)
         os.close(new)
 
     def _opened(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        return os.open(self._path, flags, 0o600)
+        made = os.open(self._path, flags, 0o600)
+        self._is_cut = False
+        # A pipe or a terminal has no last byte, and we may be let write but not read.
+        with contextlib.suppress(OSError), open(self._path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            self._is_cut = file.read(1) != b"\n"
+        return made
 
     @staticmethod
     def _line(fields: Mapping[str, object]) -> bytes:
@@ -6573,10 +6593,11 @@ _WITHOUT_BODY: Final = (204, NOT_MODIFIED)  # so without its length: RFC 9110, 8
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def render_head(response: Response, *, close: bool, date: str) -> bytes:
+def render_head(response: Response, *, kept_s: int | None, date: str) -> bytes:
     """The status line and fields of a response, with the empty line.
 
-    ``date`` is an HTTP date. Raises ValueError if a field could split the response.
+    ``kept_s``: how long the connection stays open for another request; None: it does
+    not. ``date`` is an HTTP date. Raises ValueError if a field could split the response.
     """
     lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Unknown')}"]
     fields = [("date", date), *response.fields]
@@ -6584,8 +6605,10 @@ def render_head(response: Response, *, close: bool, date: str) -> bytes:
         fields.append(("content-length", str(len(response.body))))
     if response.body:
         fields.append(("content-type", response.content_type))
-    if close:
+    if kept_s is None:
         fields.append(("connection", "close"))
+    else:  # or a client finds out by losing a request
+        fields.append(("keep-alive", f"timeout={kept_s}"))
     lines += [f"{name}: {value}" for name, value in fields]
     head = "\r\n".join(lines).encode("latin-1")
     if head.count(b"\n") != len(fields) or head.count(b"\r") != len(fields):
@@ -7551,7 +7574,8 @@ class Connection(asyncio.Protocol):
     # --- writing and closing ---
 
     def _write(self, response: Response, method: str, *, close: bool) -> None:
-        head_bytes = render_head(response, close=close, date=self._shared.date())
+        kept_s = None if close else int(self._shared.limits.keep_alive_s)
+        head_bytes = render_head(response, kept_s=kept_s, date=self._shared.date())
         body = b"" if method == "HEAD" else response.body
         if len(body) < READ_AHEAD_BYTES:
             self._transport.write(head_bytes + body)
@@ -10556,6 +10580,11 @@ class Route:
     group: str = "OpenAI"
 
     @property
+    def is_probe(self) -> bool:
+        """Whether machines ask it all the time, and nobody wants to read of it."""
+        return self.access in ("health", "ready", "metrics")
+
+    @property
     def takes_work(self) -> bool:
         """Whether it is refused while nothing is taken on, or nothing more fits."""
         return self.form is not None and self.access == "key"
@@ -11180,6 +11209,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 _OFF_LOOP_BYTES: Final = 1 << 16  # 0.5 ms
 _LEAST_PACKED_BYTES: Final = 1400  # less fits into one packet anyway
 _IDLE_BODY_BYTES: Final = 1 << 12  # curl -d '' and the like
+_METHOD_LENGTH, _PATH_LENGTH = 32, 256  # characters of them in a line of log or audit
 _REQUEST_ID: Final = re.compile(r"[0-9A-Za-z._-]{1,64}")
 _OPENAI_VERSION: Final = "2020-10-01"  # what theirs says, and its SDKs may look at
 
@@ -11277,6 +11307,7 @@ class Dispatcher:
             dialect_at(self._local_path(head), route),
         )
         exchange.log_fields["key"] = ticket.caller.key_name or None
+        request_id = _request_id(head)
         try:
             response = await self._in_time(exchange, ticket)
         except ApiError as error:
@@ -11284,19 +11315,20 @@ class Dispatcher:
             exchange.log_fields["code"] = error.code
             self._house.telemetry.count("embellama_errors_total", value=error.code)
         except asyncio.CancelledError:
-            self._access(head, 499, begun, exchange.log_fields, "")
-            self._write_audit(exchange, ticket, 499, "")
+            self._access(head, route, 499, begun, exchange.log_fields, request_id)
+            self._write_audit(exchange, ticket, 499, request_id)
             raise
         except Exception as error:
-            response = self._bug(error, head, exchange.dialect)
+            response = self._bug(error, head, exchange.dialect, request_id)
         fields = [*_openai_fields(route, time.monotonic() - begun)]
         if exchange.log_fields.get("code") != RateLimited.code:
             fields += self._house.gate.limit_fields(ticket.caller)
-        response, request_id = self._signed(response, head, fields)
-        self._access(head, response.status, begun, exchange.log_fields, request_id)
-        self._write_audit(exchange, ticket, response.status, request_id)
-        if self._tracer is not None:
-            self._tracer.record(self._span(exchange, ticket, begun, response.status))
+        response = self._signed(response, head, request_id, fields)
+        status, log_fields = response.status, exchange.log_fields
+        self._access(head, route, status, begun, log_fields, request_id)
+        self._write_audit(exchange, ticket, status, request_id)
+        if self._tracer is not None and not (route and route.is_probe):
+            self._tracer.record(self._span(exchange, ticket, begun, status))
         return response
 
     def refuse(self, error: ApiError, head: Head | None, peer: str) -> Response:
@@ -11305,13 +11337,15 @@ class Dispatcher:
         path = self._local_path(head) if head else ""
         route = maybe_route(path, head.method) if head else None
         answer = error_response(error, dialect_at(path, route))
-        response, request_id = self._signed(answer, head, _openai_fields(route, 0))
+        request_id = _request_id(head)
+        fields: dict[str, object] = {"code": error.code, "address": peer}
         if isinstance(error, _REFUSALS):
-            self._count_refusal(error, response.status, peer)
+            self._count_refusal(error, answer.status, peer)
         else:
-            fields: dict[str, object] = {"code": error.code, "address": peer}
-            self._access(head, response.status, time.monotonic(), fields, request_id)
-        return response
+            begun = time.monotonic()
+            self._access(head, route, answer.status, begun, fields, request_id)
+        self._write_line(head, peer, answer.status, request_id, fields)
+        return self._signed(answer, head, request_id, _openai_fields(route, 0))
 
     async def _in_time(self, exchange: Exchange, ticket: Ticket) -> Response:
         """The response, if it is ready by the one deadline that a request has."""
@@ -11395,17 +11429,32 @@ class Dispatcher:
         head, fields = exchange.request.head, exchange.log_fields
         texts = exchange.inputs if self._house.settings.audit_text else ()
         said = [dataclasses.asdict(i) if isinstance(i, Pair) else i for i in texts]
+        self._write_line(head, ticket.peer, status, request_id, fields, said)
+
+    def _write_line(
+        self,
+        head: Head | None,
+        peer: str,
+        status: int,
+        request_id: str,
+        fields: Mapping[str, object],
+        texts: Sequence[object] = (),
+    ) -> None:
+        if self._audit is None:
+            return
+        code = fields.get("code")
         self._audit.write(
             id=request_id,
-            key=ticket.caller.key_name or None,
-            address=ticket.peer,
-            method=head.method,
-            path=head.path[:256],
+            key=fields.get("key"),
+            address=peer,
+            method=head.method[:_METHOD_LENGTH] if head else None,
+            path=head.path[:_PATH_LENGTH] if head else None,
             status=status,
             model=fields.get("model"),
             inputs=fields.get("inputs"),
             tokens=fields.get("tokens"),
-            **({"text": said} if said else {}),
+            **({"code": code} if code else {}),
+            **({"text": texts} if texts else {}),
         )
 
     async def _compressed(self, response: Response, head: Head, peer: str) -> Response:
@@ -11425,9 +11474,11 @@ class Dispatcher:
         fields = (*fields, ("content-encoding", coding))
         return dataclasses.replace(response, body=body, fields=fields)
 
-    def _bug(self, error: Exception, head: Head, dialect: Dialect) -> Response:
+    def _bug(
+        self, error: Exception, head: Head, dialect: Dialect, request_id: str
+    ) -> Response:
         trace = "".join(traceback.format_exception(error))
-        self._log("error", "bug", path=head.path[:80], trace=trace)
+        self._log("error", "bug", id=request_id, path=head.path[:80], trace=trace)
         self._house.telemetry.count("embellama_errors_total", value=InternalError.code)
         said = InternalError("a bug in this server; its log has the details")
         return error_response(said, dialect)
@@ -11436,24 +11487,19 @@ class Dispatcher:
         self,
         response: Response,
         head: Head | None,
-        more: Sequence[tuple[str, str]] = (),
-    ) -> tuple[Response, str]:
+        request_id: str,
+        more: Sequence[tuple[str, str]],
+    ) -> Response:
         """With the request id, and what other origins' pages need."""
-        asked = head.get("x-request-id") if head else ""
-        request_id = (
-            # uuid4() takes ten times as long, and nobody's safety hangs on it.
-            asked
-            if _REQUEST_ID.fullmatch(asked)
-            else f"req_{random.getrandbits(128):032x}"
-        )
         cors = self._house.gate.cors_fields(head) if head else ()
         fields = (*response.fields, *more, ("x-request-id", request_id), *cors)
         kind = response.content_type
-        return Response(response.status, response.body, kind, fields), request_id
+        return Response(response.status, response.body, kind, fields)
 
     def _access(
         self,
         head: Head | None,
+        route: Route | None,
         status: int,
         begun: float,
         log_fields: Mapping[str, object],
@@ -11461,18 +11507,29 @@ class Dispatcher:
     ) -> None:
         seconds = time.monotonic() - begun
         telemetry = self._house.telemetry
+        is_probe = route is not None and route.is_probe
+        kind = "probe" if is_probe else "request"
         telemetry.count("embellama_http_requests_total", value=f"{status // 100}xx")
-        telemetry.observe("embellama_http_request_seconds", seconds)
+        telemetry.observe("embellama_http_request_seconds", seconds, kind)
         self._log(
-            "info",
+            "debug" if is_probe and status // 100 == 2 else "info",
             "request",
-            id=request_id or None,
-            method=head.method if head else None,
-            path=head.path[:256] if head else None,
+            id=request_id,
+            method=head.method[:_METHOD_LENGTH] if head else None,
+            path=head.path[:_PATH_LENGTH] if head else None,
             status=status,
             **log_fields,
             total_ms=seconds * 1000,
         )
+
+
+def _request_id(head: Head | None) -> str:
+    """The client's own, if it may stand in a log; else a new one."""
+    asked = head.get("x-request-id") if head else ""
+    if _REQUEST_ID.fullmatch(asked):
+        return asked
+    # uuid4() takes ten times as long, and nobody's safety hangs on it.
+    return f"req_{random.getrandbits(128):032x}"
 
 
 def _openai_fields(route: Route | None, took_s: float) -> tuple[tuple[str, str], ...]:
@@ -11824,7 +11881,7 @@ LIMITS: Final = (
     Limit("a body, seconds", "body_timeout_s", "nginx 60 s between two reads", ReceiveTimeout),
     Limit("a body, least bytes per second", "min_rate_bytes_s", "Kestrel 240 after 5 s", ReceiveTimeout),
     Limit("a reply, seconds in which some must be read", "write_timeout_s", "nginx send_timeout 60 s", "the connection is dropped"),
-    Limit("an idle connection, seconds", "keep_alive_s", "nginx 75 s", "it is closed"),
+    Limit("an idle connection, seconds", "keep_alive_s", "nginx 75 s; Traefik's and Go's clients 90 s", "it is closed"),
     Limit("a TLS handshake, seconds", f"{HANDSHAKE_S:g}", "nginx 60 s", "the connection is dropped"),
     Limit("inputs waiting or running", "queue_size", "TEI 512, infinity 32,000", Overloaded),
     Limit("tokens waiting or running", "queue_tokens", "vLLM max_num_queued_tokens", Overloaded),
@@ -11976,9 +12033,9 @@ class Parent:
                 self._read_channel()
                 self._channel.close()
                 return status
+            self._check_time()
             self._sleep(1.0, self._channel.fileno())
             self._read_channel()
-            self._check_time()
 
     def _sleep(self, most_s: float, *files: int) -> None:
         """Until something happens; signals are passed on."""
@@ -12046,7 +12103,7 @@ class Parent:
         if now >= self._kill_at:
             self._say("error", "it did not end: killed", pid=self._pid)
             self._signal_child(signal.SIGKILL)
-            self._kill_at = float("inf")
+            self._kill_at = self._beat_at = float("inf")  # nothing more can be done
         elif silent_s > self._watchdog_s and self._kill_at == float("inf"):
             silent = f"{silent_s:.0f} s"
             self._say(

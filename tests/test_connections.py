@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import inspect
 import socket
 import struct
@@ -752,6 +753,25 @@ async def test_nothing_is_held_for_who_is_quiet(
 
 
 # --- time ---
+
+
+@pytest.mark.parametrize("seconds", [0.5, 7.9, 300.0])
+@served()
+async def test_a_reply_says_how_long_the_connection_is_kept(
+    room: Room, seconds: float
+) -> None:
+    # Clients that know stop using it in time, and lose no request to the race.
+    connections = room.service.connections
+    connections.limits = dataclasses.replace(connections.limits, keep_alive_s=seconds)
+    client = await room.client(HEALTH, b"GET /nope HTTP/1.1\r\nHost: h\r\n\r\n", BYE)
+    replies = await client.replies(*["GET"] * 3)
+    told = [reply.headers.get("keep-alive") for reply in replies]
+    assert told == [f"timeout={int(seconds)}"] * 2 + [None]
+
+
+def test_an_idle_connection_outlives_what_keeps_it_for_90_s() -> None:
+    # Traefik, and everybody's Go: idle connections are theirs to close.
+    assert kit.settings().keep_alive_s > 90
 
 
 @served(keep_alive_s=0.2)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import os
 import time
+import types
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -921,21 +924,112 @@ def test_the_texts_are_audited_only_if_asked_for(tmp_path: Path) -> None:
     with_service(check, audit_log=str(audit), audit_text=True, accept_token_ids=True)
 
 
-def test_what_its_head_condemns_is_logged_and_not_audited(tmp_path: Path) -> None:
+IMAGE = {"content_type": "image/png"}
+REFUSED: list[tuple[int, str, str, str, dict[str, str]]] = [
+    (401, "invalid_api_key", "POST", URL, bearer(WRONG)),
+    (401, "invalid_api_key", "DELETE", "/admin/cache", {}),
+    (403, "admin_only", "DELETE", "/admin/cache", bearer(PLAIN)),
+    (404, "unknown_url", "GET", "/" + "n" * 999, {}),
+    (405, "method_not_allowed", "B" * 999, "/health", {}),
+    (413, "body_too_large", "POST", URL, bearer(PLAIN) | {"content_length": "9" * 9}),
+    (413, "body_too_large", "OPTIONS", URL, {"content_length": "9" * 9}),
+    (415, "unsupported_media_type", "POST", URL, IMAGE | bearer(PLAIN)),
+    (417, "expectation_failed", "GET", "/health", {"expect": "tea"}),
+    (431, "header_too_large", "GET", "/health", {"x": "y" * 20_000}),
+]
+
+
+def test_what_its_head_condemns_is_audited_each_time_with_its_id(
+    tmp_path: Path,
+) -> None:
     audit = tmp_path / "audit"
 
     async def check(running: RunningService) -> None:
-        for key, status in ((WRONG, 401), ("", 401), (PLAIN, 403)):
-            asked = running.ask("DELETE", "/admin/cache", **bearer(key))
-            assert (await asked).status == status
+        for status, code, method, path, fields in REFUSED:
+            for number in range(3):
+                named = {"x_request_id": f"id-{number}"} | fields
+                reply = await running.ask(method, path, **named)
+                assert (reply.status, reply.error["code"]) == (status, code)
+                line = lines_of(audit)[-1]
+                assert line.pop("time") > 0
+                assert line == {
+                    "id": f"id-{number}",
+                    "key": None,
+                    "address": "127.0.0.1",
+                    "method": method[:32],
+                    "path": path[:256],
+                    "status": status,
+                    "model": None,
+                    "inputs": None,
+                    "tokens": None,
+                    "code": code,
+                }
+        assert len(lines_of(audit)) == 3 * len(REFUSED)
         assert (await running.ask("OPTIONS", URL)).status == 204
-        assert (await running.ask("GET", "/nothing")).status == 404
-        assert lines_of(audit) == []
+        garbage = kit.parse_reply(await running.exchange(b"x\r\n\r\n"))
+        assert garbage.status == 400
+        line = lines_of(audit)[3 * len(REFUSED)]
+        assert line["id"] == garbage.headers["x-request-id"]
+        assert (line["method"], line["status"]) == (None, 400)
         running.service._tick()
-        for code in ("invalid_api_key", "admin_only", "unknown_url"):
+        for _, code, *_ in REFUSED:
             assert code in running.log.getvalue()
 
     with_service(check, api_key_file=key_file(tmp_path), audit_log=str(audit))
+
+
+def test_what_is_refused_for_its_rate_or_for_want_of_room_is_audited(
+    tmp_path: Path,
+) -> None:
+    audit, engine = tmp_path / "audit", kit.FakeEngine()
+
+    async def check(running: RunningService) -> None:
+        for number in range(2):
+            await running.ask("POST", URL, ASK, x_request_id=f"id-{number}")
+        first, second = lines_of(audit)
+        assert (first["status"], second["status"]) == (200, 429)
+        assert (second["id"], second["code"]) == ("id-1", "rate_limit_exceeded")
+        limits = running.service.connections.limits
+        running.service.connections.limits = dataclasses.replace(limits, connections=0)
+        reply = kit.parse_reply(await running.exchange(b""))
+        line = lines_of(audit)[-1]
+        assert (line["status"], line["code"]) == (503, "too_many_connections")
+        assert line["id"] == reply.headers["x-request-id"]
+
+    with_service(check, engine, rate_limit=0.001, rate_burst=1, audit_log=str(audit))
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/ready", "/metrics"])
+def test_a_probe_is_counted_apart_has_no_span_and_no_line_while_all_is_well(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "embellama_http_request_seconds_count"
+    spans: list[es.RequestSpan] = []
+    tracer = types.SimpleNamespace(record=spans.append)
+
+    async def check(running: RunningService) -> None:
+        monkeypatch.setattr(running.service.connections.app, "_tracer", tracer)
+
+        def counts() -> tuple[str, ...]:
+            page = running.service.telemetry.exposition()
+            return tuple(line.split()[1] for line in page.split("\n") if name in line)
+
+        running.service.log.set_level("info")
+        running.log.truncate(0)
+        for method in ("GET", "HEAD"):
+            assert (await running.ask(method, path)).status == 200
+        assert counts() == ("0", "2")
+        assert "path=" not in running.log.getvalue()
+        assert (await running.ask("POST", path)).status == 405  # somebody's mistake
+        assert f"path={path} status=405" in running.log.getvalue()
+        assert (await running.ask("GET", "/")).status == 200
+        assert "path=/ status=200" in running.log.getvalue()
+        assert [span.path for span in spans] == ["/"]
+        running.service.log.set_level("debug")
+        assert (await running.ask("GET", path)).status == 200
+        assert f"path={path} status=200" in running.log.getvalue()
+
+    with_service(check)
 
 
 def test_what_its_body_condemns_is_audited(tmp_path: Path) -> None:
@@ -956,7 +1050,7 @@ def test_a_client_that_leaves_is_audited_with_499(tmp_path: Path) -> None:
 
     async def check(running: RunningService) -> None:
         body = json.dumps(ASK).encode()
-        presented = f"authorization: Bearer {PLAIN}"
+        presented = f"authorization: Bearer {PLAIN}\r\nx-request-id: mine"
         _, writer = await asyncio.open_connection(running.host, running.port)
         writer.write(raw_post(len(body), presented) + body)
         await asyncio.to_thread(engine.wait_until_computing)
@@ -968,7 +1062,10 @@ def test_a_client_that_leaves_is_audited_with_499(tmp_path: Path) -> None:
         assert (await embed(running, PLAIN)).status == 200
         found = [(line["key"], line["status"]) for line in lines_of(audit)]
         assert found == [("search", 499), ("search", 200)]
-        assert "status=499" in running.log.getvalue()
+        assert lines_of(audit)[0]["id"] == "mine"
+        lines = running.log.getvalue().splitlines()
+        left = next(line for line in lines if "status=499" in line)
+        assert " id=mine " in left
 
     path = key_file(tmp_path)
     with_service(check, engine, api_key_file=path, audit_log=str(audit))
@@ -1019,6 +1116,42 @@ def test_what_else_is_refused_has_a_line_with_its_address() -> None:
         assert "address=127.0.0.1" in found
 
     with_service(check)
+
+
+@pytest.mark.parametrize("how", ["disk", "death"])
+def test_a_line_that_was_cut_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path, write, room = tmp_path / "audit", os.write, 60
+
+    def short(file: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(file, data[:room])
+        room -= written
+        return written
+
+    file = es.LineFile(str(path), kit.quiet_log())
+    monkeypatch.setattr(os, "write", short)
+    for number in range(5):  # of each line some 40 bytes
+        file.write(id=number, text="a" * 10)
+    assert file.lost == 4
+    room = 1 << 20
+    if how == "death":
+        file = es.LineFile(str(path), kit.quiet_log())
+    file.write(id=5)
+    file.write(id=6)
+    first, cut, *others = path.read_bytes().splitlines()
+    assert json.loads(first)["id"] == 0
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(cut)
+    assert [json.loads(line)["id"] for line in others] == [5, 6]
+    before = file.lost
+    file.reopen()
+    file.write(id=7)
+    assert (len(path.read_bytes().splitlines()), file.lost) == (5, before)
+    assert not os.get_inheritable(file._file)
 
 
 def test_an_audit_that_cannot_be_written_is_told_at_the_start(tmp_path: Path) -> None:

@@ -534,7 +534,7 @@ DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 
 
 def rendered(response: es.Response, *, close: bool = False) -> bytes:
-    return es.render_head(response, close=close, date=DATE)
+    return es.render_head(response, kept_s=None if close else 95, date=DATE)
 
 
 def h11_replies(raw: bytes, methods: Sequence[str]) -> list[kit.Reply]:
@@ -583,7 +583,7 @@ def test_two_parsers_read_the_response_we_meant(
     # RFC 9110, 8.6: a 204 MUST NOT have a length, and a 304 none but what a 200 would
     # have; the answer to HEAD has that of GET.
     wanted |= {"content-length": "4", "content-type": "a/b"} if body else {}
-    wanted |= {"connection": "close"} if close else {}
+    wanted |= {"connection": "close"} if close else {"keep-alive": "timeout=95"}
     sent = b"" if method == "HEAD" else body
     times = 1 if close else 2  # the second is read only if the first ends where we mean
 
@@ -596,7 +596,8 @@ def test_two_parsers_read_the_response_we_meant(
 
 def test_a_response_without_a_body_says_so() -> None:
     reply = kit.parse_reply(rendered(es.Response(200)))
-    assert reply.headers == {"date": DATE, "content-length": "0"}
+    kept = {"keep-alive": "timeout=95"}
+    assert reply.headers == {"date": DATE, "content-length": "0"} | kept
 
 
 @pytest.mark.parametrize("bad", ["a\rb", "a\nb", "a\r\nset-cookie: b", "\n", "\u2028"])

@@ -355,6 +355,7 @@ def test_a_silent_child_is_replaced_soon(how: str) -> None:
         assert time.monotonic() - begun < watchdog_s + 3
         server.wait_for_log("no heartbeat")
         ready_again(server)
+        assert sum("no heartbeat" in line for line in server.log) == 1
         assert Client(server.url).ask("a").outcome == "right"
         if how == "gil":
             asks.join(kit.DEADLINE_S)

@@ -70,8 +70,20 @@ def parse(text: str) -> dict[str, Family]:
         families[name].samples.append((match[1], labels, number))
     for title, family in families.items():
         if family.kind == "histogram":
-            check_histogram(title, family)
+            for alone in one_by_one(family):
+                check_histogram(title, alone)
     return families
+
+
+def one_by_one(family: Family) -> list[Family]:
+    """A histogram's, one for each value of its label, which is left out."""
+    found: dict[str, Family] = {}
+    for name, labels, number in family.samples:
+        others = {key: text for key, text in labels.items() if key != "le"}
+        made = found.setdefault(str(others), Family(family.help, family.kind))
+        rest = {key: text for key, text in labels.items() if key == "le"}
+        made.samples.append((name, rest, number))
+    return list(found.values())
 
 
 def check_histogram(name: str, family: Family) -> None:
@@ -132,8 +144,11 @@ def test_every_series_is_there_from_the_start_and_zero() -> None:
         elif row.label != "model":  # whose values come with the models
             assert set(numbers) == {0}, row.name
         if row.kind == "histogram":
-            bounds = tuple(float(labels["le"]) for _, labels, _ in family.samples[:-2])
-            assert bounds == (*row.buckets, math.inf)
+            each = one_by_one(family)
+            assert len(each) == len(row.values)
+            for alone in each:
+                bounds = [float(labels["le"]) for _, labels, _ in alone.samples[:-2]]
+                assert bounds == [*row.buckets, math.inf]
         elif row.label:
             labels = [labels for _, labels, _ in family.samples]
             assert labels == [{row.label: value} for value in row.values]
@@ -199,7 +214,6 @@ def test_rows_follow_prometheus_s_naming() -> None:
         assert row.name.startswith(("embellama_", "process_"))
         assert row.name.endswith("_total") == (row.kind == "counter"), row.name
         assert bool(row.buckets) == (row.kind == "histogram")
-        assert not (row.buckets and row.label), "histograms here have no label"
         assert row.help.endswith(".")
 
 
@@ -249,6 +263,17 @@ def test_an_observation_is_in_every_bucket_at_or_above_it(amounts: list[float]) 
         assert number == sum(amount <= bound for amount in amounts)
     assert total[2] == pytest.approx(sum(amounts))
     assert count[2] == len(amounts)
+
+
+def test_values_of_a_histogram_s_label_do_not_mix() -> None:
+    telemetry = es.Telemetry()
+    telemetry.observe("embellama_http_request_seconds", 0.5, "probe")
+    telemetry.observe("embellama_http_request_seconds", 0.25, "request")
+    page = telemetry.exposition()
+    assert 'embellama_http_request_seconds_sum{kind="request"} 0.25\n' in page
+    assert 'embellama_http_request_seconds_sum{kind="probe"} 0.5\n' in page
+    bucket = 'embellama_http_request_seconds_bucket{kind="probe",le="0.2"} 0\n'
+    assert bucket in page
 
 
 def test_a_name_or_label_that_is_no_row_is_a_key_error() -> None:
