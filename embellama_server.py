@@ -21,7 +21,7 @@ The life of one request
 -----------------------
  1. CONNECTIONS  the event loop reads bytes from a socket and feeds them to the parser
  2. REQUESTS     the parser checks them against RFC 9112 and yields the head
- 3. DISPATCH     the head alone decides 404, 405, 406, 413, 415, and whether there is room
+ 3. DISPATCH     the head alone decides 404, 405, 413, 415, and whether there is room
     GATE         who is asking (401, 403) and how much that one may (429)
  4. REQUESTS     the body completes: one Request; CODINGS unpacks it
  5. FORMS        JSON becomes a form: every field typed, or a 400 that names it
@@ -1629,12 +1629,6 @@ class MethodNotAllowed(ApiError):
     """A route, asked with a method it does not have."""
 
     status, code = 405, "method_not_allowed"
-
-
-class NotAcceptable(ApiError):
-    """An Accept that leaves out every type the route has."""
-
-    status, code = 406, "not_acceptable"
 
 
 class ReceiveTimeout(ApiError):
@@ -6571,7 +6565,6 @@ _REASONS: Final = {
     403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
-    406: "Not Acceptable",
     408: "Request Timeout",
     409: "Conflict",
     413: "Content Too Large",
@@ -6696,8 +6689,8 @@ def accepted_coding(head: Head) -> str:
 def chosen_type(head: Head, offered: Sequence[str]) -> str:
     """Of the types on offer, in lower case, the one to answer with (12.5.1).
 
-    The first of those the client likes best; empty if it wants none. The closest range
-    decides on a type: text/plain before text/*, and that before */*.
+    The first of those the client likes best; of none, the first: no client can use a
+    406. The closest range decides on a type: text/plain before text/*, that before */*.
     """
     accept = head.get("accept")
     if not accept or accept == "*/*":
@@ -6707,7 +6700,7 @@ def chosen_type(head: Head, offered: Sequence[str]) -> str:
     weights = _weights(accept, _MEDIA_RANGE)
     if not weights:
         return offered[0]
-    best, best_weight = "", 0.0
+    best, best_weight = offered[0], 0.0
     for kind in offered:
         bare = kind.partition(";")[0]
         ranges = (bare, f"{bare.partition('/')[0]}/*", "*/*")
@@ -11153,7 +11146,7 @@ _ALIKE: Final = 0.8  # difflib's ratio; at 0.7 /v1/completions is told of /v1/re
 
 def _instead_of(path: str) -> str:
     """What whoever asked for an unknown path may have meant."""
-    asked = path.lower()
+    asked = path[:256].lower()
     within = sorted(one for one in _PATHS if one.startswith(f"{asked}/"))
     if within:
         return f"it is the beginning of {', '.join(within)}"
@@ -11220,17 +11213,30 @@ def _refuse_body(head: Head) -> None:
         raise BodyTooLarge(f"{head.path[:80]} takes no body")
 
 
-def check_media_type(head: Head, dialect: Dialect = OPENAI) -> None:
-    """Raise UnsupportedMediaType unless the body says that it is JSON in UTF-8.
+# What clients say whose users said nothing: curl -d, fetch, and those without a default.
+_UNSAID: Final = (
+    "",
+    "*/*",
+    "text/plain",
+    "application/octet-stream",
+    "application/x-www-form-urlencoded",
+)
 
-    Strict because browsers post forms and plain text across sites unasked; but Ollama's
-    own examples are curl lines without the field, and the gate looks at the Origin.
+
+def check_media_type(head: Head) -> None:
+    """Raise UnsupportedMediaType unless the body is JSON in UTF-8, as far as it says.
+
+    Browsers must say it: they post forms and plain text across sites unasked, but JSON
+    only after a preflight. (Node's fetch has sec-fetch-mode, and is none.)
     """
     kind, _, parameters = head.get("content-type").lower().partition(";")
+    kind = kind.strip(" \t")
     charset = parameters.partition("charset=")[2].partition(";")[0].strip(' "')
-    if dialect is OLLAMA and kind in ("", "application/x-www-form-urlencoded"):
-        return
-    if kind.strip() != "application/json" or charset not in ("", "utf-8", "utf8"):
+    is_browser = head.get("origin") or head.get("sec-fetch-site")
+    is_json = kind.endswith(("/json", "+json"))
+    if not (is_json or (kind in _UNSAID and not is_browser)) or (
+        charset not in ("", "utf-8", "utf8", "us-ascii")
+    ):
         raise UnsupportedMediaType(
             "send the header Content-Type: application/json (curl: -H "
             "'Content-Type: application/json')"
@@ -11279,14 +11285,9 @@ class Dispatcher:
         else:
             if route.takes_work:
                 self._house.check_open()
-            check_media_type(head, route.dialect)
+            check_media_type(head)
             coding = check_coding(head)
         media_type = chosen_type(head, route.offers)
-        if not media_type:
-            raise NotAcceptable(
-                f"{head.path[:80]} answers with {' or '.join(route.offers)}, and the "
-                "Accept header takes none of it"
-            )
         if route.takes_work:
             self._house.models.refuse_if_full(caller.client)
         return Ticket(route, argument, caller, peer, media_type, coding)

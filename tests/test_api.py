@@ -375,26 +375,6 @@ def test_accepted_token_ids_are_checked_against_the_vocabulary() -> None:
     with_service(check, accept_token_ids=True)
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    [
-        "text/plain",
-        "application/x-www-form-urlencoded",
-        "application/json;charset=latin1",
-        "",
-    ],
-)
-def test_a_body_that_does_not_say_json_is_415(content_type: str) -> None:
-    async def check(running: RunningService) -> None:
-        reply = await running.ask(
-            "POST", URL, b'{"input":"a"}', content_type=content_type
-        )
-        assert reply.status == 415
-        assert "Content-Type: application/json" in reply.error["message"]
-
-    with_service(check)
-
-
 def test_json_may_say_its_charset() -> None:
     async def check(running: RunningService) -> None:
         kind = "Application/JSON; charset=UTF-8"

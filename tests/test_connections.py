@@ -318,7 +318,7 @@ REFUSED_EARLY = {
     404: post("/nope", length=9),
     405: post("/health", length=9),
     413: post("/v1/embeddings", length=10**9),
-    415: post("/v1/embeddings", length=9, kind="text/plain"),
+    415: post("/v1/embeddings", length=9, kind="text/csv"),
     431: post("/v1/embeddings", "X: " + "x" * 20000, length=9),
 }
 
@@ -394,7 +394,7 @@ async def test_who_sends_all_first_still_reads_the_refusal(
     address = (room.running.host, room.running.port)
     body = bytes(megabytes * 1_000_000)
     for path, status in (("/nope", 404), ("/v1/embeddings", 415)):
-        head = post(path, length=len(body), kind="text/plain")
+        head = post(path, length=len(body), kind="text/csv")
         raw = await asyncio.to_thread(all_sent_then_read, address, head, body)
         wanted = 413 if megabytes > 33 else status
         assert kit.parse_reply(raw, "POST").status == wanted
@@ -469,7 +469,7 @@ PIPELINE = [  # method, status, bytes
         post("/v1/embeddings", length=9).replace(b"POST", b"HEAD") + b"x" * 9,
     ),
     ("POST", 200, embed("a")),
-    ("POST", 415, post("/v1/embeddings", length=1, kind="text/plain") + b"x"),
+    ("POST", 415, post("/v1/embeddings", length=1, kind="text/csv") + b"x"),
     ("GET", 404, NOPE),
     ("GET", 404, NOPE),
     ("GET", 200, BYE),

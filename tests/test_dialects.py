@@ -1214,7 +1214,7 @@ def failing(client: both.Client, path: str, why: str) -> kit.Reply:
         "too large": model | {"input": "w" * 5000, "inputs": "w"},
     }
     if why == "not said to be json":
-        return client.post(path, b"{}", content_type="text/plain")
+        return client.post(path, b"{}", content_type="text/csv")
     reply = client.post(path, said[why])
     assert asked(client, path, "fine").status == 200, "the engine is well"
     return reply

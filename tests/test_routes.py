@@ -209,12 +209,15 @@ def test_a_signature_is_over_the_bytes_that_were_sent(tmp_path: Path) -> None:
 
 
 @each(es.ROUTES)
-def test_an_accept_that_leaves_out_all_we_have_is_406(route: es.Route) -> None:
+def test_an_accept_that_leaves_out_all_we_have_is_answered_all_the_same(
+    route: es.Route,
+) -> None:
     async def check(running: RunningService) -> None:
-        for accept in ("image/png", "*/*;q=0", f"{route.offers[0]};q=0, image/*"):
+        usual = (await running.ask_route(route)).headers["content-type"]
+        none = f"{route.offers[0]};q=0, image/*"
+        for accept in ("image/png", "text/event-stream", "*/*;q=0", none):
             reply = await running.ask_route(route, accept=accept)
-            assert reply.status == 406
-            assert route.offers[0] in reply.error_in(route.dialect)
+            assert (reply.status, reply.headers["content-type"]) == (200, usual)
 
     with_service(check)
 
@@ -253,30 +256,51 @@ def test_who_prefers_text_reads_text(path: str) -> None:
     with_service(check)
 
 
-KINDS = {  # whether Ollama's routes take it: what curl -d and curl -H Content-Type: send
-    "text/plain": False,
-    "multipart/form-data": False,
-    "application/json; charset=latin1": False,
-    "json": False,
-    "application/x-www-form-urlencoded": True,
-    "": True,
+KINDS = {  # whether browsers' word is taken, and that of others
+    "application/json": (True, True),
+    "Application/JSON; charset=UTF-8": (True, True),
+    "application/json, application/json": (True, True),
+    "application/vnd.api+json": (True, True),  # after a preflight, as all that are none
+    "": (False, True),  # of the three that need none
+    "text/plain": (False, True),
+    "text/plain;charset=UTF-8": (False, True),
+    "application/x-www-form-urlencoded": (False, True),
+    "application/octet-stream": (False, True),
+    "*/*": (False, True),
+    "text/plain; charset=iso-8859-1": (False, False),
+    "application/json; charset=latin1": (False, False),
+    "multipart/form-data; boundary=x": (False, False),
+    "application/xml": (False, False),
+    "json": (False, False),
+}
+ASKING = {  # who asks, and whether that may be a browser
+    "curl": ({}, False),
+    "Node's fetch": ({"sec_fetch_mode": "cors"}, False),
+    "a page": ({"origin": "http://localhost:3000"}, True),
+    "our own page": ({"sec_fetch_site": "same-origin"}, True),
 }
 
 
 @each(FORMS)
-def test_a_body_that_does_not_say_json_is_415_on_every_route(route: es.Route) -> None:
+def test_who_is_no_browser_need_not_say_that_a_body_is_json(route: es.Route) -> None:
     raw = json.dumps(kit.body_of(route)).encode()
 
     async def check(running: RunningService) -> None:
-        for kind, is_for_ollama in KINDS.items():
-            reply = await running.ask("POST", route.path, raw, content_type=kind)
-            if is_for_ollama and route.dialect is es.OLLAMA:
-                assert reply.status == 200
-                continue
-            assert reply.status == 415
-            assert "application/json" in reply.error_in(route.dialect)
+        for fields, is_browser in ASKING.values():
+            for kind, is_taken in KINDS.items():
+                sent = fields | {"content_type": kind}
+                reply = await running.ask("POST", route.path, raw, **sent)
+                wanted = 200 if is_taken[0 if is_browser else 1] else 415
+                assert reply.status == wanted, (sent, reply.body)
+                if wanted == 415:
+                    sentence = reply.error_in(route.dialect)
+                    assert "Content-Type: application/json" in sentence
+        bare = f"POST {route.path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n"
+        bare += f"content-length: {len(raw)}\r\n\r\n"
+        reply = kit.parse_reply(await running.exchange(bare.encode() + raw))
+        assert reply.status == 200
 
-    with_service(check)
+    with_service(check, cors_origin=("http://localhost:3000",))
 
 
 @each(FORMS)
