@@ -1608,7 +1608,7 @@ class HostNotAllowed(ApiError):
 
 
 class AdminOnly(ApiError):
-    """A route for administrators, asked with another key or from another machine."""
+    """A route for administrators, asked without an administrator's key."""
 
     status, code = 403, "admin_only"
 
@@ -6112,16 +6112,19 @@ class Response:
     is_compressible: bool = False  # whether compressing it may pay
 
 
+UNIX_PEER: Final = "unix"  # who came over a unix socket: all are one client
+
+
 def is_this_machine(peer: str) -> bool:
-    """Whether an address is of the loopback; a unix socket's is empty."""
-    return peer in ("", "::1") or peer.startswith(("127.", "::ffff:127."))
+    """Whether somebody came over the loopback or a unix socket.
+
+    Says nothing about who asks: behind a proxy everybody comes over the loopback.
+    """
+    return peer in (UNIX_PEER, "::1") or peer.startswith(("127.", "::ffff:127."))
 
 
 def network_of(peer: str) -> str:
-    """What counts as one client: an IPv4 address, or an IPv6 /64, which one host has.
-
-    Empty for a unix socket.
-    """
+    """What counts as one client: an IPv4 address, or an IPv6 /64, which one host has."""
     if ":" not in peer:
         return peer
     address = ipaddress.IPv6Address(peer.partition("%")[0])
@@ -7026,6 +7029,26 @@ def keys_from(
     return KeyRing(keys, window_s=window_s, since=since)
 
 
+ADMIN_KEY_NAME: Final = "admin-key-file"
+
+
+def new_admin_key(path: Path) -> Key:
+    """An administrator's key nobody has had before, kept in ``path``. Raises OSError.
+
+    The file is this user's alone from its first moment, and never half written.
+    """
+    text = os.urandom(32).hex()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with open(os.open(unfinished, flags, 0o600), "w", encoding="ascii") as file:
+        file.write(f"{text}\n")
+    os.replace(unfinished, path)
+    digest = hashlib.sha256(text.encode("ascii")).digest()
+    return Key(ADMIN_KEY_NAME, digest, is_admin=True)
+
+
 def _key_lines(path: str) -> list[str]:
     try:
         mode = os.stat(path).st_mode
@@ -7259,7 +7282,7 @@ class App(Protocol):
     def admit(self, head: Head, peer: str) -> object:
         """What ``respond`` is given back, or an ApiError: refused before its body.
 
-        ``peer`` is an IP address, empty on a unix socket.
+        ``peer`` is an IP address or UNIX_PEER.
         """
         ...
 
@@ -7274,7 +7297,7 @@ class App(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Connections:
-    """Every open connection, and what they share. Call it to make one for a socket."""
+    """Every open connection, and what they share."""
 
     app: App
     http: HttpLimits  # this and the next may be replaced while it runs
@@ -7287,9 +7310,6 @@ class Connections:
     is_closing: bool = False  # answers carry Connection: close
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
     _date: tuple[int, str] = (0, "")
-
-    def __call__(self) -> Connection:
-        return Connection(self)
 
     def date(self) -> str:
         """The Date field's value, made once a second."""
@@ -7337,7 +7357,9 @@ class Connections:
         limits = self.limits
         if self.served >= limits.connections:
             which, most = "--max-connections", limits.connections
-        elif address and self.per_address[address] >= limits.connections_per_address:
+        elif address != UNIX_PEER and (
+            self.per_address[address] >= limits.connections_per_address
+        ):
             which, most = (
                 "--max-connections-per-address",
                 limits.connections_per_address,
@@ -7353,9 +7375,10 @@ class Connections:
 class Connection(asyncio.Protocol):
     """See the head of this room."""
 
-    def __init__(self, shared: Connections) -> None:
+    def __init__(self, shared: Connections, *, is_unix: bool) -> None:
         # fixed at birth
         self._shared = shared
+        self._is_unix = is_unix
         self._parser = RequestParser(shared.http)
         # for the life of the connection
         self.held = 0  # bytes counted in shared.held_bytes
@@ -7403,7 +7426,14 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         shared = self._shared
         self._transport = typing.cast(asyncio.Transport, transport)
-        self._peer = str((transport.get_extra_info("peername") or ("",))[0])
+        name = UNIX_PEER if self._is_unix else transport.get_extra_info("peername")
+        if not name:
+            # uvloop asks the kernel late, and who resets at once has no name any more.
+            # Whoever it was must not be taken for this machine.
+            self._is_refused = True
+            self._transport.abort()
+            return
+        self._peer = name if self._is_unix else str(name[0])
         self._address = network_of(self._peer)
         self._is_tls = transport.get_extra_info("ssl_object") is not None
         shared.open.add(self)
@@ -7687,13 +7717,15 @@ _NO_TRANSPORT: Final = asyncio.Transport()  # until connection_made()
 HANDSHAKE_S: Final = 10.0  # TLS
 LISTEN_BACKLOG: Final = 4096  # the kernel's own limit (net.core.somaxconn) since 5.4
 _FIRST_INHERITED: Final = 3  # SD_LISTEN_FDS_START
+_TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 PARENT_SOCKETS: Final = ("parent", "parent-again")  # names of what is no listener
 
 
 def inherited_sockets(environment: Mapping[str, str]) -> dict[str, list[socket.socket]]:
     """What a parent or systemd handed over, by the names it gave; empty if nothing.
 
-    Raises StartupError for what is no socket.
+    Raises StartupError for what is no socket of TCP or a unix socket: of no other kind
+    is it known who comes over it.
     """
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return {}
@@ -7706,6 +7738,9 @@ def inherited_sockets(environment: Mapping[str, str]) -> dict[str, list[socket.s
             os.set_inheritable(descriptor, False)
             name = names[index] if index < len(names) else ""
             made = socket.socket(fileno=descriptor)
+            is_stream = made.type == socket.SOCK_STREAM
+            if not is_stream or made.family not in (*_TCP_FAMILIES, socket.AF_UNIX):
+                raise ValueError(f"socket {index} is neither TCP nor a unix socket")
             is_listener = name not in PARENT_SOCKETS
             found.setdefault("" if is_listener else name, []).append(made)
     except (OSError, ValueError) as error:
@@ -7801,7 +7836,7 @@ def _remove_dead_socket(path: str) -> None:
 
 def is_tcp(listener: socket.socket) -> bool:
     """Whether clients come over a network."""
-    return listener.family in (socket.AF_INET, socket.AF_INET6)
+    return listener.family in _TCP_FAMILIES
 
 
 def url_of(listener: socket.socket, *, is_tls: bool) -> str:
@@ -7878,12 +7913,14 @@ async def serve_on(
     loop = asyncio.get_running_loop()
     # Also for a socket that listens already: without it the loop lowers it to 100.
     how: dict[str, Any] = {"sock": listener, "backlog": LISTEN_BACKLOG}
-    if not is_tcp(listener):
-        return await loop.create_unix_server(connections, **how)
+    is_unix = not is_tcp(listener)
+    made = functools.partial(Connection, connections, is_unix=is_unix)
+    if is_unix:
+        return await loop.create_unix_server(made, **how)
     if tls is not None:
         how |= {"ssl": tls.context, "ssl_handshake_timeout": HANDSHAKE_S}
         how |= {"ssl_shutdown_timeout": HANDSHAKE_S}
-    return await loop.create_server(connections, **how)
+    return await loop.create_server(made, **how)
 
 
 # ==============================================================================
@@ -7893,6 +7930,7 @@ async def serve_on(
 # Decided from a request's head, before its body is read. With keys: who brings one, or
 # signs. Without: everybody who can reach us, but for browsers that another site sent here:
 # a name of its own that resolves to this machine (DNS rebinding, CVE-2024-28224) or a form.
+# Administration is never for everybody: without keys it takes one that we wrote ourselves.
 
 
 @dataclass(frozen=True, slots=True)
@@ -7909,12 +7947,39 @@ class Caller:
 class Gate:
     """Keys, rates, hosts and origins. Event-loop thread only."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log: Log) -> None:
         """Raises StartupError for keys that cannot be used."""
         self.rates = Rates()
+        self._log = log
         self._settings = settings
         self._keys = KeyRing((), window_s=math.inf, since=time.time())
+        self._admin_keys = KeyRing(())  # of a server without keys, and where it stands
+        self._admin_key_path: Path | None = None
         self.renew(settings)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether somebody who asks must bring one."""
+        return bool(self._keys)
+
+    def offer_admin_key(self, path: Path | None) -> None:
+        """Without keys: let who can read ``path`` administer. A key is written once."""
+        if self._keys or self._admin_key_path or path is None:
+            return
+        try:
+            self._admin_keys = KeyRing((new_admin_key(path),))
+        except OSError as error:
+            reason = f"{error.strerror}: /admin answers on --uds or with --api-key only"
+            self._log("warning", "no admin key written", path=path, reason=reason)
+        else:
+            self._admin_key_path = path
+            self._log("info", "admin key written", path=path)
+
+    def remove_admin_key(self) -> None:
+        """The server ends."""
+        if self._admin_key_path is not None:
+            with contextlib.suppress(OSError):
+                self._admin_key_path.unlink()
 
     def renew(self, settings: Settings) -> None:
         """Read the keys, with these settings. Raises StartupError; then nothing changes."""
@@ -7984,13 +8049,8 @@ class Gate:
         settings, now = self._settings, time.time()
         signed = None
         if not self._keys:
-            # What a proxy passes on comes from elsewhere, whatever the peer's address.
-            is_passed_on = head.get("forwarded") or head.get("x-forwarded-for")
-            if access == "admin" and (is_passed_on or not is_this_machine(peer)):
-                raise AdminOnly(
-                    "without keys only this machine may administer it: set --api-key"
-                )
-            caller = Caller(network_of(peer), allowed=self._allowance(None))
+            name = self._check_keyless_admin(head, peer) if access == "admin" else ""
+            caller = Caller(network_of(peer), name, self._allowance(None))
         else:
             is_signed = head.get("authorization").lower().startswith("signature ")
             if is_signed and settings.signed_requests != "off":
@@ -8011,6 +8071,25 @@ class Gate:
         if signed:
             self._keys.use_once(signed, now)
         return caller
+
+    def _check_keyless_admin(self, head: Head, peer: str) -> str:
+        """The name of the key that let somebody in; empty: none was needed.
+
+        An address never suffices: whatever a proxy passes on comes from its own, and a
+        page in a browser of this machine comes over the loopback. Raises AdminOnly.
+        """
+        names = (name for name, _ in head.fields)
+        is_passed_on = any(name.startswith(_PROXY_FIELDS) for name in names)
+        if peer == UNIX_PEER and not is_passed_on:
+            return ""
+        with contextlib.suppress(Unauthorized):
+            return self._admin_keys.holder(head, time.time()).name
+        also = ": set --api-key"
+        if path := self._admin_key_path:
+            also = f", or to the key in {path} (Authorization: Bearer KEY)"
+        raise AdminOnly(
+            f"without --api-key, /admin answers only on the unix socket (--uds){also}"
+        )
 
     def _caller(self, key: Key, body_sha256: str) -> Caller:
         return Caller(
@@ -8037,7 +8116,7 @@ class Gate:
         host, origin = _bare_host(head.host), head.get("origin").lower()
         is_local = host in ("", "localhost") or host.endswith(".localhost")
         is_ours = is_local or host in self._hosts or _is_loopback(host)
-        if not is_ours and peer and is_this_machine(peer):
+        if not is_ours and peer != UNIX_PEER and is_this_machine(peer):
             raise HostNotAllowed(
                 f"Host {host[:80]!r} is not this machine's; if it is, start the server "
                 "with --allowed-host, or with keys"
@@ -8055,6 +8134,9 @@ class Gate:
                 f"a page of {origin[:80] or 'another site'} may not ask; --cors-origin "
                 "allows it"
             )
+
+
+_PROXY_FIELDS: Final = ("forwarded", "via", "x-forwarded-", "x-real-ip")  # begin so
 
 
 def _bare_host(host: str) -> str:
@@ -11419,7 +11501,7 @@ class Dispatcher:
             "embellama_http_requests_total", value=f"{status // 100}xx"
         )
         self._refused[error.code] += 1
-        self._last_refusal = {"last": error.message, "address": peer or None}
+        self._last_refusal = {"last": error.message, "address": peer}
 
     def _write_audit(
         self, exchange: Exchange, ticket: Ticket, status: int, request_id: str
@@ -11662,6 +11744,35 @@ def listen_addresses(settings: Settings) -> list[tuple[str, int]]:
     """Host and port of every TCP listener."""
     first = [(settings.host, settings.port)] if settings.host != "none" else []
     return [*first, *map(host_and_port, settings.listen)]
+
+
+def count_pack(telemetry: Telemetry, report: PackReport) -> None:
+    """What a worker measured, as metrics."""
+    count = telemetry.count
+    count("embellama_packs_total")
+    count("embellama_packs_stretched_total", report.is_stretched)
+    count("embellama_packs_aborted_total", report.is_aborted)
+    count("embellama_inputs_total", report.inputs)
+    count("embellama_tokens_total", report.tokens)
+    count("embellama_inputs_retried_total", report.recovered, "recovered")
+    count("embellama_inputs_retried_total", report.refused, "refused")
+    telemetry.observe("embellama_pack_tokens", report.tokens)
+    telemetry.observe("embellama_pack_seconds", report.seconds)
+
+
+def admin_key_path(
+    settings: Settings, listeners: Iterable[socket.socket]
+) -> Path | None:
+    """Where a server without keys keeps its administrator's; None: over TCP nobody comes.
+
+    With the host's name, as containers may share the folder and have the same port.
+    """
+    addresses = [each.getsockname() for each in listeners if is_tcp(each)]
+    if not addresses:
+        return None
+    host, port = addresses[0][:2]
+    name = f"admin-{socket.gethostname()}-{host}-{port}.key".replace("/", "_")
+    return Path(settings.cache_dir).absolute() / name
 
 
 def pool_options(settings: Settings) -> PoolOptions:
@@ -12324,7 +12435,7 @@ class Service:
         self.settings = settings
         self.telemetry = Telemetry()
         self.log = log
-        self.gate = Gate(settings)
+        self.gate = Gate(settings, log)
         self._listeners = listeners
         self._notifier = notifier
         self._read_settings = read_settings
@@ -12348,7 +12459,7 @@ class Service:
             log,
             engine_factory,
             deliver=self._to_loop,
-            on_pack=self._on_pack,
+            on_pack=functools.partial(count_pack, self.telemetry),
             dead_letters=self._dead_letters,
         )
         self.models = Models(
@@ -12424,6 +12535,7 @@ class Service:
             self._loading.start()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wait_for_move(), _WAIT_IN_BACKLOG_S)
+        self.gate.offer_admin_key(admin_key_path(self.settings, self._listeners))
         servers: list[asyncio.Server] = []
         if self._phase is not Phase.STOPPED:
             for listener in self._listeners:
@@ -12530,6 +12642,7 @@ class Service:
         """Contexts end with their threads, then the model, then the process."""
         self._loader.cancel()
         self.connections.close()
+        self.gate.remove_admin_key()
         await self._loop.run_in_executor(None, self._loading.join, _LEAVE_S)
         await self.models.all_freed()
         is_loading = self._loading.is_alive() or self.models.is_loading
@@ -12629,7 +12742,7 @@ class Service:
         ]
         if fixed := [row.name for row in changed if row.option.reload == "never"]:
             raise StartupError(f"a change of {', '.join(fixed)} takes a restart")
-        Gate(new)  # would it do?
+        Gate(new, self.log)  # would it do?
         if files := tls_files(new):
             tls_context(files)
         loaded = await self.models.replace(read.models)
@@ -12646,6 +12759,7 @@ class Service:
         self.settings = settings
         self._stamps = self._file_stamps()
         self._renew_files()
+        self.gate.offer_admin_key(admin_key_path(settings, self._listeners))
         self.connections.http = http_limits(settings)
         self.connections.limits = connection_limits(settings, self._files)
         self.log.set_level(settings.log_level)
@@ -12703,18 +12817,6 @@ class Service:
             self._loop.remove_reader(channel)
             self.log("error", "the parent is gone: stopping")
             self.stop()
-
-    def _on_pack(self, report: PackReport) -> None:
-        count = self.telemetry.count
-        count("embellama_packs_total")
-        count("embellama_packs_stretched_total", report.is_stretched)
-        count("embellama_packs_aborted_total", report.is_aborted)
-        count("embellama_inputs_total", report.inputs)
-        count("embellama_tokens_total", report.tokens)
-        count("embellama_inputs_retried_total", report.recovered, "recovered")
-        count("embellama_inputs_retried_total", report.refused, "refused")
-        self.telemetry.observe("embellama_pack_tokens", report.tokens)
-        self.telemetry.observe("embellama_pack_seconds", report.seconds)
 
 
 def _free(served: Served) -> bool:

@@ -77,7 +77,9 @@ def sound_gguf() -> bytes:
 class Client:
     """Requests to a running server, on a connection that is kept."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, admin_fields: Mapping[str, str] | None = None) -> None:
+        """``admin_fields`` are sent to the administrator's routes."""
+        self._admin_fields = dict(admin_fields or {})
         self.host, _, port = url.removeprefix("http://").rpartition(":")
         self.port = int(port)
         self._connection = http.client.HTTPConnection(
@@ -93,7 +95,8 @@ class Client:
     ) -> kit.Reply:
         """One request; bytes go as they are, anything else but None as JSON."""
         raw = body if isinstance(body, bytes) else es.json_codec().dumps(body)
-        fields = dict(headers or {})
+        fields = self._admin_fields if path.startswith("/admin/") else {}
+        fields = fields | dict(headers or {})
         if body is not None:
             fields = {"content-type": "application/json"} | fields
         try:
@@ -148,7 +151,7 @@ def asking(
         models += ["--model-path", f"{name}={folder / name}.gguf"]
     said = {"EMBELLAMA_API_KEY": environment_key} if environment_key else None
     with kit.started(*models, *flags, module=module, environment=said) as server:
-        client = Client(server.url)
+        client = Client(server.url, {} if environment_key else server.admin_fields())
         try:
             yield client
         finally:

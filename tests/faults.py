@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -84,6 +84,7 @@ class Client:
         self._address = (parts.hostname or "", parts.port)
         self._is_kept = is_kept
         self._made: http.client.HTTPConnection | None = None
+        self._fields: dict[str, str] = {}
 
     def get(self, path: str) -> Answer:
         """A GET whose answer is not looked at."""
@@ -92,6 +93,10 @@ class Client:
     def post(self, path: str) -> Answer:
         """A POST without a body."""
         return self._asked("POST", path, "", lambda _: True)
+
+    def show(self, fields: Mapping[str, str]) -> None:
+        """Send these fields with every request from now on."""
+        self._fields = dict(fields)
 
     def ask(self, text: str, is_right: Callable[[Any], bool] | None = None) -> Answer:
         """Ask for a text's vector. ``is_right`` judges it; else the fake engine's."""
@@ -110,7 +115,7 @@ class Client:
         address, timeout = self._address, kit.DEADLINE_S
         self._made = self._made or http.client.HTTPConnection(*address, timeout=timeout)
         try:
-            fields = JSON if body else {}
+            fields = self._fields | (JSON if body else {})
             if not self._is_kept:
                 fields = {**fields, "Connection": "close"}
             self._made.request(method, path, body, fields)

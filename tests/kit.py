@@ -437,19 +437,35 @@ class RunningService:
     async def ask(
         self, method: str, path: str, body: Any = None, **fields: str
     ) -> Reply:
-        """One request on a connection of its own. A dict or list is sent as JSON."""
+        """One request on a connection of its own. A dict or list is sent as JSON.
+
+        With the administrator's key on its routes, unless fields bring one.
+        """
+        has_keys = self.service.gate.has_keys or "authorization" in fields
+        if path.startswith("/admin/") and not has_keys:
+            fields |= self.admin_fields()
         raw = body if isinstance(body, bytes) else es.json_codec().dumps(body)
         if body is None:
             raw = b""
         elif "content_type" not in fields:
             fields["content_type"] = "application/json"
-        names = {k.replace("_", "-"): v for k, v in fields.items()}
-        lines = [f"{method} {path} HTTP/1.1", "host: localhost", "connection: close"]
+        names = {"host": "localhost"}
+        names |= {k.replace("_", "-"): v for k, v in fields.items()}
+        lines = [f"{method} {path} HTTP/1.1", "connection: close"]
         lines += [f"{k}: {v}" for k, v in names.items()]
         if body is not None:
             lines.append(f"content-length: {len(raw)}")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
         return parse_reply(await self.exchange(head + raw), method)
+
+    def admin_fields(self) -> dict[str, str]:
+        """What shows the key that the server has written."""
+        (path,) = Path(self.service.settings.cache_dir).glob("admin-*.key")
+        return {"authorization": f"Bearer {path.read_text().strip()}"}
+
+    def admin_lines(self) -> str:
+        """The same as the lines of a head."""
+        return "".join(f"{k}: {v}\r\n" for k, v in self.admin_fields().items())
 
     async def ask_route(self, route: es.Route, **fields: str) -> Reply:
         """A request that the route answers with 200, given all_routes()."""
@@ -478,10 +494,9 @@ async def running_service(
     ``beside``: the engines of other models, by name. ``changes``: of the settings, and
     what _running() takes.
     """
-    with (
-        tempfile.TemporaryDirectory() if beside else contextlib.nullcontext() as folder
-    ):
-        async with _running(engine, beside or {}, folder or "", **changes) as running:
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"cache_dir": f"{folder}/cache"} | changes
+        async with _running(engine, beside or {}, folder, **changes) as running:
             yield running
 
 
@@ -514,7 +529,7 @@ async def _running(
     log = es.Log("debug", "text", stream)
     chosen = settings(**changes)
     names = ("fake", *others)
-    paths = [str(fake_gguf(Path(folder), name)) for name in names] if folder else []
+    paths = [str(fake_gguf(Path(folder), name)) for name in names] if others else []
     models = [dataclasses.replace(chosen, model_path=path) for path in paths]
     listeners = bound(chosen)
     config = Configuration(chosen, models)
@@ -533,6 +548,7 @@ async def _running(
         host, port = listeners[0].getsockname()[:2]
     announced: list[str] = []
     task = asyncio.create_task(service.run(announced.append))
+    await asyncio.sleep(0)  # the administrator's key is written
     if wait_ready:
         async with asyncio.timeout(DEADLINE_S):
             settled = asyncio.create_task(stream.settled.wait())
@@ -652,6 +668,11 @@ class Server:
         found = lines()
         assert len(found) >= times, f"no {text!r} in the log:\n" + "".join(self.log)
         return found[times - 1]
+
+    def admin_fields(self) -> dict[str, str]:
+        """What shows the key that the server has written."""
+        path = self.wait_for_log("admin key written").rpartition("path=")[2].strip()
+        return {"authorization": f"Bearer {Path(path).read_text().strip()}"}
 
     @property
     def child(self) -> int:

@@ -1215,3 +1215,43 @@ async def test_a_drain_lasts_until_answers_have_left(room: Room, begun: bytes) -
     replies = await client.replies(*["POST"] * asked)
     assert {reply.status for reply in replies} == {200}
     assert await room.running.task == 0
+
+
+# --- who has no name ---
+
+
+class Nameless(asyncio.Transport):
+    """Of a client that has reset its connection before anybody asked who it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_aborted = False
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+    def is_closing(self) -> bool:
+        return self.is_aborted
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+def test_a_connection_of_nobody_knows_whom_is_dropped_and_nothing_of_it_is_read() -> (
+    None
+):
+    async def check() -> None:
+        async with kit.running_service(cache_mb=1) as running:
+            connections = running.service.connections
+            before = (connections.served, len(connections.open))
+            transport = Nameless()
+            made = es.Connection(connections, is_unix=False)
+            made.connection_made(transport)
+            assert transport.is_aborted
+            made.data_received(HEALTH)  # what the kernel had already
+            made.eof_received()
+            made.connection_lost(None)
+            assert (connections.served, len(connections.open)) == before
+            assert running.log.getvalue().count("path=/health") == 0
+
+    asyncio.run(check())

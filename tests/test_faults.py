@@ -471,9 +471,12 @@ def test_a_stop_of_the_program_does_not_wait_for_a_load(tmp_path: Path) -> None:
         config.write_text(f'model_path = "{tmp_path}/deaf.gguf"\n')
         server.process.send_signal(signal.SIGHUP)
         answers: list[str] = []
+        shown = server.admin_fields()
 
         def reload() -> None:
-            answers.append(Client(server.url).post("/admin/reload").outcome)
+            client = Client(server.url)
+            client.show(shown)
+            answers.append(client.post("/admin/reload").outcome)
 
         threads = [threading.Thread(target=reload) for _ in range(2)]
         for thread in threads:  # one of these may be what is under way

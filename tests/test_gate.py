@@ -10,6 +10,9 @@ import hashlib
 import itertools
 import json
 import os
+import socket
+import stat
+import struct
 import time
 import types
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,6 +21,7 @@ from typing import Any
 
 import openai
 import pytest
+import uvloop
 
 import embellama_server as es
 from tests import kit
@@ -91,34 +95,154 @@ def head(path: str = "/", method: str = "GET", **fields: str) -> es.Head:
 
 def gate(**changes: Any) -> es.Gate:
     """A gate without a service."""
-    return es.Gate(kit.settings(**changes))
+    return es.Gate(kit.settings(**changes), kit.quiet_log())
 
 
 # --- every route, with and without keys ---
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_without_keys_this_machine_may_do_everything(route: es.Route) -> None:
+def test_without_keys_everybody_may_ask_and_who_reads_the_file_administers(
+    route: es.Route,
+) -> None:
     async def check(running: RunningService) -> None:
         assert (await running.ask_route(route)).status == 200
         # Whoever brings a key anyway, as the openai client must, is not refused for it.
-        assert (await running.ask_route(route, **bearer(WRONG))).status == 200
+        wanted = 403 if route.access == "admin" else 200
+        assert (await running.ask_route(route, **bearer(WRONG))).status == wanted
 
     with_service(check)
 
 
-@pytest.mark.parametrize("peer", ["192.0.2.1", "2001:db8::1", "128.0.0.1"])
+PEERS = ("192.0.2.1", "2001:db8::1", "127.0.0.1", "::1", "::ffff:127.0.0.1", "")
+
+
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_without_keys_another_machine_may_not_administer(
+def test_without_keys_no_address_is_an_administrators(
     route: es.Route, peer: str
 ) -> None:
-    asked = head(kit.path_of(route), route.method, host="box.example:8080")
+    asked = head(kit.path_of(route), route.method, host="localhost:8080")
     if route.access != "admin":
         assert gate().admit(asked, peer, route.access).key_name == ""
         return
     with pytest.raises(es.AdminOnly) as caught:
         gate().admit(asked, peer, route.access)
     assert (caught.value.status, caught.value.code) == (403, "admin_only")
+
+
+# What proxies add, and what somebody may write who wants to be taken for another.
+FORGED: tuple[dict[str, str], ...] = (
+    *({}, {"host": "127.0.0.1"}, {"host": "[::1]:8080"}, {"host": "a.localhost"}),
+    *({"forwarded": "for=127.0.0.1;host=localhost"}, {"via": "1.1 proxy"}),
+    *({"x_forwarded_for": "127.0.0.1"}, {"x_forwarded_host": "localhost"}),
+    *({"x_forwarded_proto": "https"}, {"x_real_ip": "127.0.0.1"}),
+    *({"x_forwarded_prefix": "/"}, bearer(WRONG), bearer("admin-key-file")),
+)
+ADMIN_ROUTES = [route for route in es.ROUTES if route.access == "admin"]
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_nobody_administers_a_server_without_keys_by_what_they_write(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """Nor by leaving at once: who resets a connection has no address for uvloop."""
+
+    async def check() -> None:
+        async with kit.running_service(**kit.all_routes()) as running:
+            before = [(m.label, m.state) for m in running.service.models.rows]
+            for route, fields in itertools.product(ADMIN_ROUTES, FORGED):
+                fields = {"authorization": ""} | fields
+                asked = (route.method, kit.path_of(route), kit.body_of(route))
+                reply = await running.ask(*asked, **fields)
+                assert (reply.status, reply.error["code"]) == (403, "admin_only")
+                assert running.service.settings.cache_dir in reply.error["message"]
+                reset_after(running, *asked, fields)
+            # One that comes later is answered: those before it have been looked at.
+            assert (await embed(running)).status == 200
+            after = [(m.label, m.state) for m in running.service.models.rows]
+            assert after == before
+            for word in ("unloaded", "default version", "reloaded", "cleared"):
+                assert f" {word} " not in running.log.getvalue()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(check())
+
+
+def reset_after(
+    running: RunningService, method: str, path: str, body: Any, fields: dict[str, str]
+) -> None:
+    """Send a request and reset the connection."""
+    raw = es.json_codec().dumps(body) if body else b""
+    names = {"host": "localhost", "content-type": "application/json"}
+    names |= {k.replace("_", "-"): v for k, v in fields.items()}
+    lines = [f"{method} {path} HTTP/1.1", f"content-length: {len(raw)}"]
+    lines += [f"{name}: {value}" for name, value in names.items()]
+    with socket.create_connection((running.host, running.port)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.sendall("\r\n".join([*lines, "", ""]).encode() + raw)
+
+
+def test_over_the_unix_socket_no_key_is_needed_but_where_a_proxy_passes_on() -> None:
+    for route in ADMIN_ROUTES:
+        asked = head(kit.path_of(route), route.method)
+        assert gate().admit(asked, es.UNIX_PEER, "admin").key_name == ""
+        for fields in FORGED[4:11]:
+            asked = head(kit.path_of(route), route.method, **fields)
+            with pytest.raises(es.AdminOnly):
+                gate().admit(asked, es.UNIX_PEER, "admin")
+
+
+def test_the_servers_own_key_is_this_users_alone_new_each_time_and_goes_with_it(
+    tmp_path: Path,
+) -> None:
+    async def run() -> str:
+        async with kit.running_service(cache_dir=str(tmp_path / "a" / "b")) as running:
+            (path,) = (tmp_path / "a" / "b").iterdir()
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+            assert f"admin key written path={path}" in running.log.getvalue()
+            key = path.read_text().strip()
+            assert key not in running.log.getvalue()
+            asked = ("DELETE", "/admin/cache")
+            assert (await running.ask(*asked, x_api_key=key)).status == 200
+            wrong = {**bearer(key[:-1] + "x"), "x_api_key": key}
+            assert (await running.ask(*asked, **wrong)).status == 403
+        assert not list(path.parent.iterdir())
+        return key
+
+    assert asyncio.run(run()) != asyncio.run(run())
+
+
+def test_where_no_key_can_be_written_admin_routes_say_what_is_left(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    async def run() -> None:
+        async with kit.running_service(cache_dir=str(tmp_path / "file")) as running:
+            assert "warning no admin key written" in running.log.getvalue()
+            reply = await running.ask("GET", "/admin/models", authorization="")
+            assert reply.status == 403 and "--api-key" in reply.error["message"]
+
+    asyncio.run(run())
+
+
+def test_keys_that_come_or_go_with_a_reload_change_who_administers() -> None:
+    async def check(running: RunningService) -> None:
+        own = running.admin_fields()
+        for key in (ADMIN, ""):
+            running.configuration.now = dataclasses.replace(
+                running.service.settings, api_key=key
+            )
+            fields = own if key else bearer(ADMIN)
+            assert (await running.ask("POST", "/admin/reload", **fields)).status == 200
+            fields = bearer(key) if key else own
+            assert (await running.ask("GET", "/admin/models", **fields)).status == 200
+            refused = await running.ask("GET", "/admin/models", **bearer(WRONG))
+            assert refused.status == (401 if key else 403)
+
+    with_service(check)
 
 
 def expected_status(route: es.Route, opened: tuple[str, ...], key: str) -> int:
@@ -314,12 +438,12 @@ def test_the_limit_holds_where_work_is_asked_for_and_nowhere_else(
         asked = head(
             kit.path_of(route), route.method, host="localhost", **bearer(ADMIN)
         )
-        caller = gatekeeper.admit(asked, "127.0.0.1", "key")
+        caller = gatekeeper.admit(asked, es.UNIX_PEER, "key")
         gatekeeper.charge(caller, 100)  # much more than there is
         passes = contextlib.nullcontext()
         is_limited = route.access == "key"
         with pytest.raises(es.RateLimited) if is_limited else passes:
-            gatekeeper.admit(asked, "127.0.0.1", route.access)
+            gatekeeper.admit(asked, es.UNIX_PEER, route.access)
 
 
 def test_a_probe_is_told_nothing_of_limits() -> None:
@@ -664,16 +788,18 @@ HOSTS = [
 
 @pytest.mark.parametrize(("host", "is_ours"), HOSTS)
 def test_without_keys_a_request_from_this_machine_names_this_machine(
-    host: str, *, is_ours: bool
+    tmp_path: Path, host: str, *, is_ours: bool
 ) -> None:
     gatekeeper = gate(allowed_host=("box.example",))
+    gatekeeper.offer_admin_key(tmp_path / "key")
+    fields = bearer((tmp_path / "key").read_text().strip())
     accesses = ("key", "admin", "metrics")
     for peer, access in itertools.product(("127.0.0.1", "::1"), accesses):
         if is_ours:
-            assert gatekeeper.admit(head(host=host), peer, access)
+            assert gatekeeper.admit(head(host=host, **fields), peer, access)
             continue
         with pytest.raises(es.HostNotAllowed) as caught:
-            gatekeeper.admit(head(host=host), peer, access)
+            gatekeeper.admit(head(host=host, **fields), peer, access)
         assert (caught.value.status, caught.value.code) == (403, "host_not_allowed")
 
 
@@ -682,7 +808,7 @@ def test_the_option_s_capitals_do_not_matter() -> None:
     assert gate(allowed_host=("Box.Example",)).admit(asked, "127.0.0.1", "key")
 
 
-@pytest.mark.parametrize("peer", ["", "192.0.2.1"], ids=["unix socket", "network"])
+@pytest.mark.parametrize("peer", [es.UNIX_PEER, "192.0.2.1"])
 def test_on_other_ways_in_any_host_will_do(peer: str) -> None:
     assert gate().admit(head(host="evil.example"), peer, "key")
 
@@ -720,7 +846,7 @@ PAGES: list[tuple[dict[str, str], bool]] = [
 
 
 @pytest.mark.parametrize(("fields", "may_ask"), PAGES, ids=str)
-@pytest.mark.parametrize("peer", ["127.0.0.1", "192.0.2.1", ""])
+@pytest.mark.parametrize("peer", ["127.0.0.1", "192.0.2.1", es.UNIX_PEER])
 def test_without_keys_a_page_of_another_site_may_not_ask(
     fields: dict[str, str], peer: str, *, may_ask: bool
 ) -> None:
@@ -797,20 +923,6 @@ def test_none_closes_what_other_words_open(tmp_path: Path) -> None:
         assert gatekeeper.admit(head(**bearer(PLAIN)), "", access).key_name == "search"
 
 
-@pytest.mark.parametrize("field", ["forwarded", "x_forwarded_for"])
-def test_without_keys_what_a_proxy_passes_on_may_not_administer(
-    tmp_path: Path, field: str
-) -> None:
-    asked = head(host="localhost", **{field: "for=192.0.2.1"})
-    for peer in ("127.0.0.1", "::1", ""):
-        assert gate().admit(asked, peer, "key")
-        with pytest.raises(es.AdminOnly):
-            gate().admit(asked, peer, "admin")
-    keyed, presented = gate(api_key_file=key_file(tmp_path)), bearer(ADMIN)
-    asked = head(**presented, **{field: "for=192.0.2.1"})
-    assert keyed.admit(asked, "127.0.0.1", "admin").key_name == "operator"
-
-
 # --- bodies that are of no use ---
 
 IDLE = [route for route in es.ROUTES if route.form is None]
@@ -823,6 +935,7 @@ def test_a_route_that_takes_no_json_holds_no_body(route: es.Route) -> None:
             small = await running.ask(method, kit.path_of(route), b" " * 4096)
             assert small.status == (204 if method == "OPTIONS" else 200)
             start = f"{method} {kit.path_of(route)} HTTP/1.1\r\nhost: h\r\n"
+            start += running.admin_lines()
             for field in ("content-length: 4097", "transfer-encoding: chunked"):
                 sent = f"{start}connection: close\r\n{field}\r\n\r\n".encode()
                 sent += b"0\r\n\r\n" if "chunked" in field else b" " * 4097

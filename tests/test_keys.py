@@ -712,7 +712,7 @@ def signing_gate(folder: Path, *options: str, **changes: Any) -> es.Gate:
     """A gate where Alice may sign; with these options on her line."""
     path = key_file(folder, " ".join(("alice", KEY, *options)))
     changes = {"api_key_file": path, "signed_requests": "accept"} | changes
-    return es.Gate(kit.settings(**changes))
+    return es.Gate(kit.settings(**changes), kit.quiet_log())
 
 
 def test_a_request_that_came_too_early_may_be_sent_again_as_it_was_signed(
@@ -773,4 +773,4 @@ def test_a_signature_is_not_good_again_after_a_time_without_keys(
 
 def test_signatures_cannot_be_required_without_keys() -> None:
     with pytest.raises(es.StartupError, match="needs --api-key-file"):
-        es.Gate(kit.settings(signed_requests="require"))
+        es.Gate(kit.settings(signed_requests="require"), kit.quiet_log())

@@ -413,6 +413,29 @@ def test_a_pid_without_a_count_is_no_sockets() -> None:
     assert es.inherited_sockets({"LISTEN_PID": str(os.getpid())}) == {}
 
 
+def test_a_socket_over_which_nobody_knows_who_comes_is_a_sentence() -> None:
+    said = (
+        "import os, embellama_server as es\n"
+        "es.inherited_sockets({**os.environ, 'LISTEN_PID': str(os.getpid())})\n"
+    )
+    code = f"import os\nos.dup2(int(os.environ['MADE']), 3)\n{said}"
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET, socket.SOCK_STREAM):
+        with socket.socket(socket.AF_UNIX, kind) as made:
+            environment = os.environ | {"LISTEN_FDS": "1", "MADE": str(made.fileno())}
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                env=environment,
+                pass_fds=(made.fileno(),),
+                cwd=kit.ROOT,
+                capture_output=True,
+                text=True,
+                timeout=kit.DEADLINE_S,
+                check=False,
+            )
+        is_refused = "neither TCP nor a unix socket" in done.stderr
+        assert is_refused is (kind != socket.SOCK_STREAM), done.stderr
+
+
 def test_a_count_that_is_no_number_is_a_sentence() -> None:
     mine = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "two"}
     with pytest.raises(es.StartupError, match="LISTEN_FDS=two cannot be used: "):

@@ -265,7 +265,7 @@ async def cut_off(running: Several, path: str, body: Any) -> Callable[[], None]:
     raw = es.json_codec().dumps(body)
     head = (
         f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(raw)}\r\n\r\n"
+        f"content-length: {len(raw)}\r\n{running.admin_lines()}\r\n"
     )
     client = socket.create_connection((running.host, running.port))
     client.sendall(head.encode() + raw)
@@ -1982,7 +1982,8 @@ def test_an_administrator_who_leaves_in_the_middle_of_a_reload_leaves_nothing_be
             running.engines.hold("b")
             running.written.rows = (row(files("a")), row(files("b")))
             client = socket.create_connection((running.host, running.port))
-            client.sendall(b"POST /admin/reload HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            head = "POST /admin/reload HTTP/1.1\r\nhost: localhost\r\n"
+            client.sendall(f"{head}{running.admin_lines()}\r\n".encode())
             await running.engines.loading()
             client.close()
             await until(lambda: not running.service.connections.open, "left")
@@ -2211,6 +2212,8 @@ def ask(server: kit.Server, path: str, body: Any = None) -> tuple[int, Any, Any]
     """Status, header fields and JSON of one request."""
     data = None if body is None else json.dumps(body).encode()
     kind = {"content-type": "application/json"}
+    if path.startswith("/admin/"):
+        kind |= server.admin_fields()
     request = urllib.request.Request(server.url + path, data, kind)
     try:
         with urllib.request.urlopen(request, timeout=kit.DEADLINE_S) as reply:

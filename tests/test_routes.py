@@ -614,6 +614,7 @@ def test_a_body_that_grows_above_the_limit_is_413_in_that_dialect(
     async def check(running: RunningService) -> None:
         lines = [f"POST {route.path} HTTP/1.1", "host: h"]
         lines += ["content-type: application/json"]
+        lines += running.admin_lines().splitlines()
         lines += ["transfer-encoding: chunked", "", "401", " " * 1025, "0", "", ""]
         reply = kit.parse_reply(await running.exchange("\r\n".join(lines).encode()))
         assert reply.status == 413

@@ -630,6 +630,7 @@ def opened(
         kit.started(*flags, module=scenarios.PROGRAM) as server,
         client(server.url) as asker,
     ):
+        asker.headers.update(server.admin_fields())
 
         def reread(other: str, said: str = RELOADED) -> None:
             config.write_text(other)
