@@ -296,7 +296,7 @@ def test_who_is_no_browser_need_not_say_that_a_body_is_json(route: es.Route) -> 
                     sentence = reply.error_in(route.dialect)
                     assert "Content-Type: application/json" in sentence
         bare = f"POST {route.path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n"
-        bare += f"content-length: {len(raw)}\r\n\r\n"
+        bare += f"{running.admin_lines()}content-length: {len(raw)}\r\n\r\n"
         reply = kit.parse_reply(await running.exchange(bare.encode() + raw))
         assert reply.status == 200
 
@@ -800,7 +800,7 @@ def test_no_name_is_so_long_that_a_reply_an_error_or_a_log_line_is(
 ) -> None:
     assert route.form is not None
     properties = es.schema_of(route.form)["properties"]
-    plain = kit.body_of(route)
+    plain = kit.body_of(route) or {}
 
     async def check(running: RunningService) -> None:
         for field in properties.keys() - TEXTS:
