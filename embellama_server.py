@@ -236,20 +236,31 @@ LIBRARIES: Final = (
 
 
 def installed_version(package: str) -> tuple[int, ...] | None:
-    """The release numbers of an installed package, or None if it is not there."""
+    """The release numbers of an installed package, or None if it is not there.
+
+    Raises whatever loading it does, where only its module says its version: it was copied
+    here (vendored), or its metadata was cut short by an interrupted pip.
+    """
     try:
         text = importlib.metadata.version(package)
     except (importlib.metadata.PackageNotFoundError, KeyError):
-        return None
-    if not text:  # metadata cut short: what an interrupted pip leaves
-        return None
+        text = ""
+    if not text:
+        modules = {row.package: row.module for row in LIBRARIES}
+        module = modules.get(package, package.replace("-", "_"))
+        if importlib.util.find_spec(module) is None:
+            return None
+        text = str(getattr(importlib.import_module(module), "__version__", ""))
     release = re.match(r"[0-9]+(\.[0-9]+)*", text)
     return tuple(map(int, release[0].split("."))) if release else (0,)
 
 
 def why_unusable(library: Library) -> str:
     """Why ``library`` must not be used here, as a clause; empty if it may."""
-    version = installed_version(library.package)
+    try:
+        version = installed_version(library.package)
+    except Exception as error:
+        return f"{library.package} does not load ({error})"
     if version is None or importlib.util.find_spec(library.module) is None:
         return f"{library.package} is not installed"
     wanted = tuple(map(int, library.at_least.split(".")))
@@ -433,11 +444,19 @@ def _cgroup_folders(root: Path, controller: str, mount: str) -> Iterator[Path]:
                 yield root / "sys/fs/cgroup" / mount / folder
 
 
+# Of version 2 and of version 1: where it is mounted, then the names of files and of a count.
+_CGROUP_MEMORY: Final = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_NO_LIMIT_BYTES: Final = 1 << 62  # version 1 says 2^63 less a page
+
+
 def free_memory_bytes(root: Path = Path("/")) -> float:
     """What may still be allocated before somebody is killed; infinity if unknown.
 
     The kernel's own estimate, and what is left of the cgroup's limit and its parents'
-    (v2), where page cache that was not used lately is free, as Kubernetes counts it.
+    (v2 and v1), where page cache that was not used lately is free, as Kubernetes counts.
     Too low an answer refuses a model or a long input, too high a one kills the server.
     """
     left = [math.inf]
@@ -445,15 +464,17 @@ def free_memory_bytes(root: Path = Path("/")) -> float:
         meminfo = (root / "proc/meminfo").read_text()
         found = re.search(r"MemAvailable:\s+([0-9]+) kB", meminfo)
         left.append(int(found[1]) * 1024 if found else math.inf)
-    for folder in _cgroup_folders(root, "memory", ""):
-        with contextlib.suppress(OSError, ValueError):
-            limit = (folder / "memory.max").read_text().strip()
-            used = int((folder / "memory.current").read_text())
+    for mount, limit_name, used_name, cache_name in _CGROUP_MEMORY:
+        for folder in _cgroup_folders(root, "memory", mount):
             with contextlib.suppress(OSError, ValueError):
-                said = (folder / "memory.stat").read_text()
-                cache = re.search(r"(?m)^inactive_file ([0-9]{1,19})$", said)
-                used = max(0, used - int(cache[1]) if cache else used)
-            left.append(math.inf if limit == "max" else int(limit) - used)
+                limit = (folder / limit_name).read_text().strip()
+                used = int((folder / used_name).read_text())
+                with contextlib.suppress(OSError, ValueError):
+                    said = (folder / "memory.stat").read_text()
+                    cache = re.search(rf"(?m)^{cache_name} ([0-9]{{1,19}})$", said)
+                    used = max(0, used - int(cache[1]) if cache else used)
+                if limit != "max" and int(limit) < _NO_LIMIT_BYTES:
+                    left.append(int(limit) - used)
     return max(0.0, min(left))
 
 
@@ -533,6 +554,24 @@ def file_stamp(*paths: str) -> tuple[int, ...]:
     return stamp
 
 
+def open_plain(path: str | Path) -> io.BufferedReader:
+    """A file of any setting, for reading. Raises OSError, also for what is no plain file.
+
+    Opening a FIFO waits until somebody writes to it, and a device may have no end.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # if it becomes a FIFO in between
+
+    mode = os.stat(path).st_mode  # before it is opened: that alone may rewind a tape
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # which open() refuses by its name
+        file = open(path, "rb", opener=opener)  # noqa: SIM115  the caller's to close
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
 def trim_memory() -> None:
     """Let glibc return what it keeps of freed memory: 8 MB after loading MiniLM."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -601,6 +640,7 @@ class Option:
     reload: str = "at once"  # when SIGHUP makes a change count: one of RELOADS
     also: tuple[str, ...] = ()  # further flags: what other servers call it
     in_table: str = ""  # its key in a [[models]] table, if not the name's end
+    separator: str = ""  # of a list in a variable, where a comma may be text: a pattern
 
     @property
     def bound(self) -> str:
@@ -725,9 +765,12 @@ class ModelSettings:
         (),
         "NAME=TEXT, put before an input whose request says prompt_name NAME, or around it "
         "where TEXT has {text}; repeatable. Those in the file, and in a "
-        "config_sentence_transformers.json beside it, are known without.",
+        "config_sentence_transformers.json beside it, are known without. In the variable "
+        "the next NAME= begins a line, or follows a comma; else commas are text.",
         pattern=r"(?s)[0-9A-Za-z_.-]{1,64}=.*",
         pattern_text="NAME=TEXT",
+        # The name follows at once: ", retrieve passages" and ", where x = 1" are text.
+        separator=r"(?:,?\n+|,)(?=[0-9A-Za-z_.-]{1,64}=)",
         in_table="prompts",
     )
     default_prompt_name: str = option("", "The prompt of requests that name none.")
@@ -870,7 +913,7 @@ class Settings(ModelSettings):
     )
     max_request_tokens: int = option(
         300_000,
-        "Tokens of one request, as OpenAI has it; 0: any.",
+        "Most tokens in one request (OpenAI: 300,000); 0: no limit.",
         at_least=0,
         at_most=1 << 30,
     )
@@ -972,7 +1015,7 @@ class Settings(ModelSettings):
     )
     write_timeout_s: float = option(
         30.0,
-        "How often a client must have taken some of a reply that waits for it.",
+        "Close a connection whose client has read nothing of a reply for this long.",
         at_least=0.1,
         at_most=3600,
     )
@@ -1212,11 +1255,14 @@ class Given:
     key: str = ""  # what it is called there, if not as the row is
 
 
-# What Kubernetes puts into every pod beside a service that is called "embellama".
+# What Kubernetes puts into every pod for each Service of its namespace (enableServiceLinks),
+# of those that are called "embellama" or "embellama-ANYTHING": no setting of ours.
 _FROM_KUBERNETES: Final = re.compile(
-    r"EMBELLAMA_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
-    r"|EMBELLAMA_PORT=(tcp|udp|sctp)://.*",
-    re.ASCII | re.DOTALL,
+    r"EMBELLAMA_(\w+_)?("
+    r"SERVICE_HOST=[0-9a-fA-F.:]+|SERVICE_PORT(_\w+)?=\d+"
+    r"|PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://.*"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO=\w+|PORT=\d+|ADDR=[0-9a-fA-F.:]+))",
+    re.ASCII,
 )
 
 
@@ -1237,8 +1283,8 @@ def load_settings(
             source = f"flag {row.flag}"
             tables = [_named_path(Given(source, one, one)) for one in flag]
             continue
-        read = _read if isinstance(flag, str) else _typed
-        given[name] = Given(f"flag {row.flag}", flag, read(row.kind, flag))
+        value = _read(row, flag) if isinstance(flag, str) else _typed(row.kind, flag)
+        given[name] = Given(f"flag {row.flag}", flag, value)
     if len(tables) == 1:  # the only one: what is said for all is said of it
         _name(given, tables.pop())
     elif tables:
@@ -1277,11 +1323,19 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Giv
             continue
         if variable in by_variable:
             row = by_variable[variable]
-            given = Given(f"environment {variable}", raw, _read(row.kind, raw))
-            yield row.name, given
+            yield row.name, Given(f"environment {variable}", raw, _read(row, raw))
         elif variable.startswith("EMBELLAMA_"):
+            name = variable.removeprefix("EMBELLAMA_")
+            bound = no_such(name, {row.name: row.variable for row in SETTING_ROWS})
             # Not its value: it may be a key meant for a name mistyped.
-            raise BadSetting("environment", variable, "...", "no such setting")
+            raise BadSetting("environment", variable, "...", bound)
+
+
+def no_such(name: str, known: Mapping[str, str]) -> str:
+    """That there is no such setting, and which may be meant; ``known``: how each is said."""
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=2)
+    meant = " or ".join(known[each] for each in near)
+    return "no such setting" + f"; did you mean {meant}?" * bool(near)
 
 
 def _models(
@@ -1363,7 +1417,8 @@ def _model_table(source: str, table: Mapping[str, object]) -> dict[str, Given]:
     said: dict[str, Given] = {}
     for key, raw in table.items():
         if key not in rows:
-            raise BadSetting(source, repr(key)[1:-1], "...", "no such setting")
+            bound = no_such(key, {key: key for key in rows})
+            raise BadSetting(source, repr(key)[1:-1], "...", bound)
         value = _typed(rows[key].kind, raw)
         if key == "prompts" and isinstance(raw, dict):  # { query = "..." }
             pairs = [f"{name}={text}" for name, text in raw.items()]
@@ -1383,7 +1438,7 @@ def name_of(model: Settings) -> str:
 
 def _read_file(source: str, path: str) -> dict[str, object]:
     try:
-        with open(os.path.expanduser(path), "rb") as file:
+        with open_plain(os.path.expanduser(path)) as file:
             table = tomllib.load(file)
     except OSError as error:
         reason = error.strerror or "unreadable"
@@ -1394,7 +1449,8 @@ def _read_file(source: str, path: str) -> dict[str, object]:
     for name in table:
         if name not in known:
             shown = repr(name)[1:-1]  # without control characters
-            raise BadSetting(f"file {path}", shown, "...", "no such setting")
+            bound = no_such(name, {key: key for key in known})
+            raise BadSetting(f"file {path}", shown, "...", bound)
     return table
 
 
@@ -1428,8 +1484,11 @@ def _checked(row: Row, given: Given) -> Any:
         is_choice = not limits.choices or each in limits.choices
         if not is_choice or (limits.pattern and not re.fullmatch(limits.pattern, each)):
             raise refuse(f"must be {limits.bound}")
-    if value == "" and row.default:
-        raise refuse("must not be empty")
+    # An empty variable is one that was not set where it comes from (compose, CI): without
+    # a key, say, or with another model than was meant, nobody should be served.
+    is_unset = given.source.startswith(("flag", "environment"))
+    if value == "" and (row.default or is_unset):
+        raise refuse("must not be empty; leave it out for the default")
     too_low = limits.at_least is not None and value < limits.at_least
     if too_low or (limits.at_most is not None and value > limits.at_most):
         raise refuse(f"must be {limits.bound}")
@@ -1439,7 +1498,7 @@ def _checked(row: Row, given: Given) -> Any:
         value = os.path.expanduser(value)
     if limits.magic and value:
         try:
-            with open(value, "rb") as file:
+            with open_plain(value) as file:
                 found = file.read(len(limits.magic))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
@@ -1449,10 +1508,11 @@ def _checked(row: Row, given: Given) -> Any:
     return value
 
 
-def _read(kind: type, text: Any) -> Any:
-    """The text of a flag or variable as ``kind``, or None."""
+def _read(row: Row, text: Any) -> Any:
+    """The text of a flag or variable as the row's kind, or None."""
+    kind = row.kind
     if kind is tuple:
-        return _typed(tuple, text.split(","))
+        return _typed(tuple, _items(text, row.option.separator))
     if kind is bool:
         return _WORDS.get(text.lower())
     if kind is int:
@@ -1461,6 +1521,16 @@ def _read(kind: type, text: Any) -> Any:
         is_number = re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?", text, re.ASCII)
         return float(text) if is_number else None
     return _typed(str, text)
+
+
+def _items(text: str, separator: str) -> list[object]:
+    """A list in a variable: a JSON array, else with commas, or what the row says."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json_codec().loads(text.encode()), list):
+            return found
+    if separator:
+        return [*re.split(separator, text.strip("\n"))]
+    return [item.strip() for item in text.split(",")]
 
 
 def _typed(kind: type, value: Any) -> Any:
@@ -2145,10 +2215,11 @@ class LineFile:
 
     def _opened(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        flags |= os.O_NONBLOCK  # a FIFO that nobody reads is refused, not waited for
         made = os.open(self._path, flags, 0o600)
         self._is_cut = False
         # A pipe or a terminal has no last byte, and we may be let write but not read.
-        with contextlib.suppress(OSError), open(self._path, "rb") as file:
+        with contextlib.suppress(OSError), open_plain(self._path) as file:
             file.seek(-1, os.SEEK_END)
             self._is_cut = file.read(1) != b"\n"
         return made
@@ -2598,7 +2669,7 @@ def sha256_of(*paths: Path) -> str:
     digest = hashlib.sha256()
     try:
         for path in paths:
-            with open(path, "rb") as file:
+            with open_plain(path) as file:
                 hashlib.file_digest(file, lambda: digest)
     except FileNotFoundError:
         return ""
@@ -3114,7 +3185,7 @@ def checked_model(path: str, sha256: str) -> Iterator[tuple[list[str], Values]]:
         files: dict[str, BinaryIO] = {}
         try:
             for part in part_paths(path):
-                files[part] = opened.enter_context(open(part, "rb"))
+                files[part] = opened.enter_context(open_plain(part))
             values = check_gguf(files)
             usable = [f"/proc/self/fd/{file.fileno()}" for file in files.values()]
             if not os.path.exists(usable[0]):
@@ -3145,7 +3216,8 @@ def listed_sha256(path: Path) -> str:
     """
     sums = path.parent / "SHA256SUMS"
     try:
-        text = sums.read_text("utf-8", "replace")
+        with open_plain(sums) as file:
+            text = file.read().decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -7051,16 +7123,19 @@ def new_admin_key(path: Path) -> Key:
 
 def _key_lines(path: str) -> list[str]:
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadKeys(f"{path} is no plain file")
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open_plain(path) as file:
             mode = os.fstat(file.fileno()).st_mode
-            lines = file.read().split("\n")
+            is_fixed = os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY
+            lines = file.read().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise BadKeys(f"{path} cannot be read: {reason}") from None
-    if mode & 0o027:
+    # Who can change it can let himself in. Who can only read it is warned of (SERVICE):
+    # secrets of containers are like that, and on a mount that can only be read, where the
+    # mode may be 0777 for whatever comes from outside, nobody can change anything.
+    if mode & 0o022 and not is_fixed:
         raise BadKeys(
             f"{path} is open to others (mode {mode & 0o777:04o}): chmod 600 it, or 640"
         )
@@ -7864,6 +7939,8 @@ def tls_context(files: TlsFiles) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     try:
+        for name in filter(None, dataclasses.astuple(files)):
+            open_plain(name).close()
         context.load_cert_chain(files.cert, files.key or None, password="")
         if files.client_ca:
             context.load_verify_locations(files.client_ca)
@@ -11740,6 +11817,23 @@ def tls_files(settings: Settings) -> TlsFiles | None:
     return TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
 
+def watched_files(settings: Settings) -> list[str]:
+    """Those that are read again as soon as they change."""
+    tls = (settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return [path for path in (settings.api_key_file, *tls) if path]
+
+
+def secrets_of_others(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Path and mode of each file of keys that others may read.
+
+    It is no more than a warning: secrets of Docker are 0444, of Kubernetes 0644.
+    """
+    for path in (settings.api_key_file, settings.tls_key or settings.tls_cert):
+        with contextlib.suppress(OSError):
+            if path and (mode := os.stat(path).st_mode & 0o777) & 0o006:
+                yield path, f"{mode:04o}"
+
+
 def listen_addresses(settings: Settings) -> list[tuple[str, int]]:
     """Host and port of every TCP listener."""
     first = [(settings.host, settings.port)] if settings.host != "none" else []
@@ -11855,10 +11949,11 @@ def prompts_beside(path: str, log: Log) -> dict[str, str]:
     """The prompts that sentence-transformers keeps beside a model, by name."""
     place = Path(path).with_name("config_sentence_transformers.json")
     try:
-        found = json_codec().loads(place.read_bytes())
-    except OSError:
+        with open_plain(place) as file:
+            found = json_codec().loads(file.read())
+    except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         log("warning", "prompts not read", path=place, reason=error)
         return {}
     prompts = found.get("prompts") if isinstance(found, dict) else None
@@ -12473,7 +12568,8 @@ class Service:
         self._loading = threading.Thread(target=self._load, name="loader", daemon=True)
         files = tls_files(settings)
         self._tls = Tls(files) if files else None
-        self._stamps = self._file_stamps()
+        self._stamps = file_stamp(*watched_files(self.settings))
+        self._warn_of_open_keys()
         self._files = raise_file_limit()
         self._tracer = None
         if settings.otlp_endpoint:
@@ -12664,7 +12760,7 @@ class Service:
             if served.pool.watch() or served.pool.has_lost_a_thread:
                 self._replace()
         self.models.sweep(self.settings.idle_unload_s)
-        stamps = self._file_stamps()
+        stamps = file_stamp(*watched_files(self.settings))
         if stamps != self._stamps:
             self._stamps = stamps
             self._renew_files()
@@ -12678,11 +12774,6 @@ class Service:
         if self._phase is Phase.READY:
             self.stop()
 
-    def _file_stamps(self) -> list[tuple[int, ...]]:
-        chosen = self.settings
-        names = (chosen.api_key_file, chosen.tls_cert, chosen.tls_key)
-        return [file_stamp(name) for name in (*names, chosen.tls_client_ca) if name]
-
     def _renew_files(self) -> None:
         """Keys and certificates that were replaced; those that are no use, are not."""
         try:
@@ -12693,6 +12784,13 @@ class Service:
             self.log("error", "changed file not used", reason=error)
         else:
             self.log("info", "keys and certificates read again")
+            self._warn_of_open_keys()
+
+    def _warn_of_open_keys(self) -> None:
+        for path, mode in secrets_of_others(self.settings):
+            self.log(
+                "warning", "others may read this file of keys", path=path, mode=mode
+            )
 
     # --- reload ---
 
@@ -12757,7 +12855,7 @@ class Service:
     def _apply(self, settings: Settings) -> None:
         """All that counts at once."""
         self.settings = settings
-        self._stamps = self._file_stamps()
+        self._stamps = file_stamp(*watched_files(self.settings))
         self._renew_files()
         self.gate.offer_admin_key(admin_key_path(settings, self._listeners))
         self.connections.http = http_limits(settings)
@@ -13023,6 +13121,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but an unknown flag is one line, not a page of usage."""
 
     def error(self, message: str) -> typing.NoReturn:
+        if found := re.fullmatch(r"unrecognized arguments: --([\w-]+)\b.*", message):
+            message += f": {no_such(found[1], {r.name: r.flag for r in SETTING_ROWS})}"
         self.exit(2, f"embellama_server: {message}; --help lists the flags\n")
 
 
@@ -13183,10 +13283,12 @@ def _check_profile(profile: Path) -> None:
     """Raise StartupError if it could not be written in the end."""
     if not profile.parent.is_dir():
         raise StartupError(f"there is no folder {profile.parent} for --output")
-    if profile.exists() and not profile.read_bytes().startswith(TUNE_MARK.encode()):
-        raise StartupError(
-            f"{profile} exists and was not written by tune: name another --output"
-        )
+    mark = TUNE_MARK.encode()
+    with contextlib.suppress(FileNotFoundError), open_plain(profile) as file:
+        if file.read(len(mark)) != mark:
+            raise StartupError(
+                f"{profile} exists and was not written by tune: name another --output"
+            )
 
 
 def _show_progress(done: int, of: int, what: str) -> None:

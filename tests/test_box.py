@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -95,6 +96,76 @@ def test_page_cache_that_was_not_used_lately_is_free(
     files = limits(a=("1000", "800")) | {f"{GROUP}/a/memory.stat": said}
     files |= {"proc/self/cgroup": "0::/a\n"}
     assert es.free_memory_bytes(tree(tmp_path, files)) == free
+
+
+def limits_v1(**groups: tuple[int, int, int]) -> dict[str, str]:
+    """As limits(), of version 1: the limit, what is used, and what of that is cache."""
+    files: dict[str, str] = {}
+    for name, (most, used, cache) in groups.items():
+        folder = f"{GROUP}/memory/{name.replace('__', '/')}".rstrip("/")
+        stat = f"cache 5\ninactive_file 7\ntotal_inactive_file {cache}\n"
+        files |= {
+            f"{folder}/memory.limit_in_bytes": f"{most}\n",
+            f"{folder}/memory.usage_in_bytes": f"{used}\n",
+            f"{folder}/memory.stat": stat,
+        }
+    return files
+
+
+V1 = "5:cpu,cpuacct:/else\n4:memory:/a/b\n0::/system\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "free"),
+    [
+        (V1, limits_v1(a__b=(1000, 900, 300)), 400),
+        (V1, limits_v1(a=(1000, 900, 0), a__b=(1 << 40, 10, 0)), 100),  # nested
+        (V1, limits_v1(a__b=(0x7FFFFFFFFFFFF000, 10, 0)), math.inf),  # unlimited
+        (V1, limits_v1(a__b=(100, 900, 0)), 0),
+        # In a container the group's own folder is what is mounted.
+        ("4:memory:/docker/0123\n", limits_v1(**{"": (500, 100, 0)}), 400),
+        ("4:cpu:/a/b\n", limits_v1(a__b=(1000, 900, 0)), math.inf),
+        # Both at once (systemd's hybrid): the lesser counts.
+        (V1, limits_v1(a__b=(1000, 900, 0)) | limits(system=("90", "60")), 30),
+    ],
+)
+def test_limits_of_cgroups_version_1_are_seen(
+    tmp_path: Path, group: str, files: dict[str, str], free: float
+) -> None:
+    tree(tmp_path, files | {"proc/self/cgroup": group})
+    assert es.free_memory_bytes(tmp_path) == free
+
+
+# --- files ---
+
+
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    for name in ("fifo", "link", "socket", "/dev/zero"):
+        with pytest.raises(OSError, match="not a plain file"):
+            es.open_plain(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        es.open_plain(tmp_path)
+    (tmp_path / "plain").write_bytes(b"it")
+    with es.open_plain(tmp_path / "plain") as file:
+        assert file.read() == b"it"
+
+
+def test_a_file_that_becomes_a_fifo_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "plain").write_bytes(b"")
+    before = os.stat(tmp_path / "plain")
+    monkeypatch.setattr(os, "stat", lambda *_, **__: before)
+    with pytest.raises(OSError, match="not a plain file"):
+        es.open_plain(tmp_path / "fifo")
+
+
+# --- memory of a box without groups ---
 
 
 @pytest.mark.parametrize("meminfo", [None, "", "MemTotal: 1 kB\n", "\udcff\n"])

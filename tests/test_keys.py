@@ -227,10 +227,8 @@ def test_a_file_without_a_key_does_not_open_the_door(
         ring(tmp_path, *lines)
 
 
-@pytest.mark.parametrize("mode", [0o604, 0o644, 0o602, 0o601, 0o620, 0o660, 0o777])
-def test_a_file_that_others_can_read_or_change_is_refused(
-    tmp_path: Path, mode: int
-) -> None:
+@pytest.mark.parametrize("mode", [0o602, 0o606, 0o620, 0o660, 0o664, 0o777])
+def test_a_file_that_others_can_change_is_refused(tmp_path: Path, mode: int) -> None:
     path = key_file(tmp_path, f"alice {KEY}", mode=mode)
     with pytest.raises(es.BadKeys) as caught:
         es.keys_from("", path)
@@ -239,11 +237,23 @@ def test_a_file_that_others_can_read_or_change_is_refused(
     )
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440])
-def test_a_file_for_its_owner_and_readers_of_its_group_is_used(
+# 0444 is a secret of Docker, 0644 one of Kubernetes.
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440, 0o444, 0o644, 0o604])
+def test_a_file_that_only_its_owner_can_change_is_used(
     tmp_path: Path, mode: int
 ) -> None:
     assert len(es.keys_from("", key_file(tmp_path, f"alice {KEY}", mode=mode))) == 1
+
+
+def test_on_a_mount_that_can_only_be_read_no_mode_lets_anybody_change_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = key_file(tmp_path, f"alice {KEY}", mode=0o777)
+    found = os.statvfs(path)
+    flags = found.f_flag | os.ST_RDONLY
+    read_only = os.statvfs_result((*found[:8], flags, *found[9:]))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: read_only)
+    assert len(es.keys_from("", path)) == 1
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path: Path) -> None:

@@ -116,6 +116,18 @@ def test_a_dist_info_without_its_module_is_not_installed(site: Path) -> None:
     assert es.why_unusable(library()) == "some-lib is not installed"
 
 
+def test_a_module_that_was_copied_here_says_its_version_itself(site: Path) -> None:
+    (site / "some_lib.py").write_text("__version__ = '1.2.4'\n")
+    assert es.installed_version("some-lib") == (1, 2, 4)
+    assert es.why_unusable(library()) == ""
+    assert "older than 9" in es.why_unusable(library("9"))
+
+
+def test_a_copied_module_that_does_not_load_is_one_clause(site: Path) -> None:
+    (site / "some_lib.py").write_text("raise OSError('wrong ELF class')\n")
+    assert es.why_unusable(library()) == "some-lib does not load (wrong ELF class)"
+
+
 # --- sentences ---
 
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -520,3 +521,29 @@ def test_pinned_workers_lend_no_threads(affinity: str, elastic: bool) -> None:
     run(check())
     may_stretch = affinity == "off" and elastic
     assert set(engine.threads) == ({1, 2} if may_stretch else {1})
+
+
+# --- files that others may read ---
+
+
+def test_keys_that_others_may_read_are_warned_of_at_each_start_and_change(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("alice key-of-alice-0123456789\n")
+
+    def said(running: kit.RunningService) -> list[str]:
+        lines = running.log.getvalue().splitlines()
+        return [line for line in lines if "others may read" in line]
+
+    async def check() -> None:
+        path.chmod(0o644)
+        async with kit.running_service(api_key_file=str(path)) as running:
+            assert len(said(running)) == 1
+            assert " warning " in said(running)[0]
+            assert f"path={path} mode=0644" in said(running)[0]
+            path.chmod(0o640)
+            running.service._renew_files()
+            assert len(said(running)) == 1
+
+    run(check())

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import kit
@@ -39,7 +42,8 @@ class Saying:
         if source == "file":  # what json writes of these values is TOML
             self.table.append(f"{name} = {json.dumps(value)}\n")
         elif source == "environment":
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            between = "\n" if row.option.separator else ","
+            text = between.join(value) if isinstance(value, tuple) else str(value)
             self.environment[row.variable] = text
         elif isinstance(value, bool):
             self.flags.append(row.flag if value else f"--no-{row.flag[2:]}")
@@ -213,14 +217,167 @@ def test_weights_are_only_changed_unasked_where_the_file_is_ours(
             *("keep", "default"),
         )
         for wanted in ROWS["weights"].option.choices:
-            for name, value in (("model_path", model), ("model_path", "")):
+            for own_file in ({}, {"model_path": model}):
                 said = Saying(saying.folder)
-                said.say("flag", name, value)
+                for name, value in own_file.items():
+                    said.say("flag", name, value)
                 said.say(source, "weights", wanted)
                 assert said.load().settings.weights == wanted
 
 
+# --- lists in a variable ---
+
+INSTRUCT = "query=Instruct: Given a query, where x = 1, retrieve passages\nQuery: "
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("prompt", INSTRUCT, (INSTRUCT,)),
+        ("prompt", f"{INSTRUCT}\npassage=a, b\n", (INSTRUCT, "passage=a, b")),
+        (
+            "prompt",
+            "query=query: ,passage=passage: ",
+            ("query=query: ", "passage=passage: "),
+        ),
+        ("prompt", "a=x,\nb=y\n\nc=", ("a=x", "b=y", "c=")),
+        ("prompt", json.dumps(["a=,b=1\n", INSTRUCT]), ("a=,b=1\n", INSTRUCT)),
+        ("model_alias", "a b, c", ("a b", "c")),
+        ("model_alias", '["a,b", "c"]', ("a,b", "c")),
+        ("open_route", "health, ready", ("health", "ready")),
+        ("listen", "[::1]:80,[::2]:90", ("[::1]:80", "[::2]:90")),
+    ],
+)
+def test_a_list_in_a_variable_is_read_as_it_is_meant(
+    saying: Saying, name: str, text: str, found: tuple[str, ...]
+) -> None:
+    saying.environment[ROWS[name].variable] = text
+    assert getattr(saying.load().settings, name) == found
+
+
+@pytest.mark.parametrize(
+    "name", [row.name for row in es.SETTING_ROWS if row.kind is tuple]
+)
+@pytest.mark.parametrize(
+    "text", ["", ",", "a=b,,", '["a=b", ""]', '["a=b", 1]', "[" * 10**4]
+)
+def test_a_list_with_an_empty_item_or_of_no_strings_is_refused(
+    saying: Saying, name: str, text: str
+) -> None:
+    saying.environment[ROWS[name].variable] = text
+    is_text = name == "prompt" and text == "a=b,,"
+    is_name = ROWS[name].option.pattern == es.NO_VERSION or name == "allowed_host"
+    if is_text or (is_name and text.startswith("[[")):
+        saying.load()
+        return
+    with pytest.raises(es.BadSetting):
+        saying.load()
+
+
 # --- what is refused, and how ---
+
+
+@pytest.mark.parametrize("source", ["flag", "environment"])
+@pytest.mark.parametrize(
+    "name", [row.name for row in es.SETTING_ROWS if row.kind is str]
+)
+def test_an_empty_text_is_a_variable_that_was_not_set_and_refused(
+    saying: Saying, refused: Refused, source: str, name: str
+) -> None:
+    saying.say(source, name, "")
+    said = refused(saying)
+    assert source in said
+    assert "must " in said  # be one of ..., or not be empty
+
+
+def test_a_model_with_a_name_and_without_a_file_is_refused(
+    saying: Saying, refused: Refused
+) -> None:
+    saying.environment = {"EMBELLAMA_MODEL_PATH": "mini="}
+    assert "must not be empty" in refused(saying)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+@pytest.mark.parametrize("name", ["model_path", "config"])
+def test_what_is_no_plain_file_is_refused_at_once(
+    saying: Saying, refused: Refused, name: str, kind: str
+) -> None:
+    path = "/dev/zero" if kind == "device" else str(saying.folder / kind)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path)
+    saying.say("environment", name, path)
+    assert "not a plain file" in refused(saying)
+
+
+# --- what Kubernetes adds ---
+
+LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
+
+
+def links(
+    service: str, ports: dict[str, int], protocol: str, ip: str
+) -> dict[str, str]:
+    """The variables of a Service, as kubelet writes them (pkg/kubelet/envvars)."""
+    name = service.upper().replace("-", "_")
+    first = next(iter(ports.values()))
+    host = f"[{ip}]" if ":" in ip else ip
+    made = {f"{name}_SERVICE_HOST": ip, f"{name}_SERVICE_PORT": str(first)}
+    made[f"{name}_PORT"] = f"{protocol}://{host}:{first}"
+    for label, port in ports.items():
+        made[f"{name}_SERVICE_PORT_{label.upper().replace('-', '_')}"] = str(port)
+        start = f"{name}_PORT_{port}_{protocol.upper()}"
+        made |= {start: f"{protocol}://{host}:{port}", f"{start}_ADDR": ip}
+        made |= {f"{start}_PROTO": protocol, f"{start}_PORT": str(port)}
+    return made
+
+
+@given(
+    st.just("") | LABEL.map("-{}".format),
+    st.dictionaries(LABEL, st.integers(1, 65535), min_size=1, max_size=3),
+    st.sampled_from(["tcp", "udp", "sctp"]),
+    st.sampled_from(["10.96.0.1", "fd00::1"]),
+)
+@example("-port", {"http": 80}, "tcp", "10.0.0.1")
+@example("-api-key", {"port-1-tcp": 80}, "tcp", "10.0.0.1")
+def test_no_service_keeps_the_server_from_starting(
+    end: str, ports: dict[str, int], protocol: str, ip: str
+) -> None:
+    environment = links(f"embellama{end}", ports, protocol, ip)
+    loaded = es.load_settings({}, environment)
+    assert set(loaded.sources.values()) == {"default"}
+
+
+def test_no_setting_is_taken_for_a_service_s() -> None:
+    for row in es.SETTING_ROWS:
+        for text in ("8080", "10.0.0.1", "text"):
+            assert not es._FROM_KUBERNETES.fullmatch(f"{row.variable}={text}")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("EMBELLAMA_PROT", "EMBELLAMA_PORT"),
+        ("EMBELLAMA_HTTP_PORT", "EMBELLAMA_PORT"),
+        ("EMBELLAMA_APIKEY", "EMBELLAMA_API_KEY"),
+        ("EMBELLAMA_MODEL_PATHS", "EMBELLAMA_MODEL_PATH"),
+    ],
+)
+def test_a_mistyped_variable_is_refused_with_the_one_that_is_meant(
+    saying: Saying, refused: Refused, wrong: str, meant: str
+) -> None:
+    saying.environment = {wrong: "8081"}
+    said = refused(saying)
+    assert f"environment: {wrong}" in said
+    assert re.search(rf"did you mean .*{meant}\b", said)
+
+
+def test_a_name_like_no_other_has_no_hint(saying: Saying, refused: Refused) -> None:
+    saying.environment = {"EMBELLAMA_XYZZY": "1"}
+    assert "did you mean" not in refused(saying)
+
 
 BEYOND = [
     (row.name, row.kind(bound + step * (1 if row.kind is int else 0.001)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -477,3 +478,24 @@ def test_the_server_runs_without_a_standard_stream(descriptor: int) -> None:
         with urllib.request.urlopen(f"{server.url}/health") as answer:
             assert json.load(answer) == {"status": "ok"}
         assert server.stop() == 0
+
+
+# --- files of lines ---
+
+
+def test_a_file_of_lines_that_is_opened_again_is_still_closed_for_others(
+    tmp_path: Path,
+) -> None:
+    # What a reload gives away, pip inherits (it fetches the default model).
+    lines = es.LineFile(str(tmp_path / "audit"), kit.quiet_log())
+    (tmp_path / "audit").rename(tmp_path / "old")
+    lines.reopen()
+    lines.write(a=1)
+    assert json.loads((tmp_path / "audit").read_bytes())["a"] == 1
+    assert not os.get_inheritable(lines._file)
+
+
+def test_a_fifo_that_nobody_reads_is_refused_for_lines_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(es.StartupError, match="fifo cannot be written"):
+        es.LineFile(str(tmp_path / "fifo"), kit.quiet_log())
