@@ -9076,7 +9076,10 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What is wanted of some inputs. None: as the server or model has it."""
+    """What is wanted of some inputs. None: as the server or model has it.
+
+    What a form may say is called here as it is there.
+    """
 
     inputs: Sequence[Input]
     named: str = "input"  # what the request calls them
@@ -9085,11 +9088,25 @@ class Wish:
     form: Form = Form.UNIT
     dimensions: int | None = None
     truncate: bool | None = None
-    cuts_left: bool = False
+    truncation_direction: str = "right"
     prompt_name: str | None = None
     input_type: str | None = None  # a key of INPUT_TYPES
     priority: str | None = None
-    allows_partial: bool = False
+    allow_partial: bool = False
+
+
+def wish_of(
+    form: Any, inputs: Sequence[Input], named: str = "input", /, **more: Any
+) -> Wish:
+    """What a form says of ``inputs``, which it calls ``named``; and more of a Wish."""
+    said = {name: getattr(form, name) for name in _said_by(form.__class__)}
+    return Wish(inputs=inputs, named=named, **(said | more))
+
+
+@functools.cache
+def _said_by(form: Any) -> list[str]:
+    known = {row.name for row in dataclasses.fields(Wish)} - {"inputs"}
+    return [row.name for row in dataclasses.fields(form) if row.name in known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -9263,10 +9280,10 @@ async def _computed(
         client=caller.client,
         urgency=max(_urgency(wish, exchange.request.head), caller.most_urgent),
         timeout_s=exchange.deadline_at - time.monotonic(),
-        allows_partial=wish.allows_partial,
+        allows_partial=wish.allow_partial,
         form=wish.form,
         truncates=house.settings.auto_truncate if is_default else bool(wish.truncate),
-        cuts_left=wish.cuts_left,
+        cuts_left=wish.truncation_direction == "left",
         named=wish.named,
         most_tokens=_most_tokens(wish, served.card, house.settings),
     )
@@ -9277,7 +9294,7 @@ async def _computed(
         await finished
     except asyncio.CancelledError:
         is_late = exchange.timer is not None and exchange.timer.expired()
-        if not is_late or not wish.allows_partial or job.error is not None:
+        if not is_late or not wish.allow_partial or job.error is not None:
             raise
         late = too_late(exchange)
         for index in range(len(inputs)):
@@ -9586,25 +9603,13 @@ async def embeddings(exchange: Exchange, form: EmbeddingsForm) -> Response:
             "normalize, or ask for float32 or float16",
             param="output_dtype",
         )
-    wish = Wish(
-        inputs=form.input,
-        model=form.model,
-        user=form.user,
-        form=Form.UNIT if form.normalize else Form.RAW,
-        dimensions=form.dimensions,
-        truncate=form.truncate,
-        cuts_left=form.truncation_direction == "left",
-        prompt_name=form.prompt_name,
-        input_type=form.input_type,
-        priority=form.priority,
-        allows_partial=form.allow_partial,
-    )
     if form.encoding_format == "bytes" and form.allow_partial:
         raise InvalidValue(
             "bytes have no place for errors: leave out allow_partial",
             param="allow_partial",
         )
-    result = await done(wish, exchange)
+    wanted_form = Form.UNIT if form.normalize else Form.RAW
+    result = await done(wish_of(form, form.input, form=wanted_form), exchange)
     as_bytes = form.encoding_format == "bytes"
     write = embeddings_bytes if as_bytes else embeddings_body
     encode = functools.partial(write, form, result)
@@ -9799,15 +9804,7 @@ def pairs(query: str, texts: Iterable[str]) -> list[Pair]:
 async def rerank(exchange: Exchange, form: RerankForm) -> Response:
     """Texts by how well each answers a query; the model must be a reranker."""
     texts = texts_of(form.documents)
-    wish = Wish(
-        inputs=pairs(form.query, texts),
-        named="documents",
-        model=form.model,
-        user=form.user,
-        form=Form.RAW,
-        truncate=form.truncate,
-        priority=form.priority,
-    )
+    wish = wish_of(form, pairs(form.query, texts), "documents", form=Form.RAW)
     found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
     results: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
@@ -9930,14 +9927,15 @@ SEED_REPLY: Final = an_object(
 async def embed(exchange: Exchange, form: EmbedForm) -> Response:
     """Vectors, one for each text, as text-embeddings-inference gives them."""
     kind = Form.UNIT if form.normalize else Form.RAW
-    result = await done(_wish(form, kind, form.dimensions), exchange)
+    result = await done(wish_of(form, form.inputs, "inputs", form=kind), exchange)
     body = await vectors_body(result, form.dimensions, normalize=form.normalize)
     return _with_times(body, result)
 
 
 async def embed_all(exchange: Exchange, form: EmbedAllForm) -> Response:
     """The vector of every token of each text, not scaled."""
-    result = await done(_wish(form, Form.TOKENS), exchange)
+    wish = wish_of(form, form.inputs, "inputs", form=Form.TOKENS)
+    result = await done(wish, exchange)
 
     def write() -> bytes:
         dumps = json_codec().dumps
@@ -9950,14 +9948,8 @@ async def embed_all(exchange: Exchange, form: EmbedAllForm) -> Response:
 async def similarity(exchange: Exchange, form: SimilarityForm) -> Response:
     """The cosine of each sentence's vector with the source sentence's."""
     how = form.parameters or _Reading()
-    wish = Wish(
-        inputs=[form.inputs.source_sentence, *form.inputs.sentences],
-        named="inputs",
-        model=form.model,
-        truncate=how.truncate,
-        cuts_left=how.truncation_direction == "left",
-        prompt_name=how.prompt_name,
-    )
+    texts = [form.inputs.source_sentence, *form.inputs.sentences]
+    wish = wish_of(how, texts, "inputs", model=form.model)
     result = await done(wish, exchange)
     source, *others = result.job.vectors
     cosines = [float(source @ other) for other in others]
@@ -9972,15 +9964,7 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
     if form.texts is None:
         raise InvalidValue("texts (or documents) is missing", param="texts")
     texts = texts_of(form.texts)
-    wish = Wish(
-        inputs=pairs(form.query, texts),
-        named="texts",
-        model=form.model,
-        form=Form.RAW,
-        truncate=form.truncate,
-        cuts_left=form.truncation_direction == "left",
-        priority=form.priority,
-    )
+    wish = wish_of(form, pairs(form.query, texts), "texts", form=Form.RAW)
     found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
     shown: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
@@ -10010,7 +9994,7 @@ def _narrowed(form: type[T], given: Mapping[str, Any]) -> T:
 async def seed_embed(exchange: Exchange, form: EmbedForm) -> Response:
     """Vectors, usage and timings, as the AI Embedding Inference Server gives them."""
     kind = Form.UNIT if form.normalize else Form.RAW
-    result = await done(_wish(form, kind, form.dimensions), exchange)
+    result = await done(wish_of(form, form.inputs, "inputs", form=kind), exchange)
 
     def write() -> bytes:
         items = []
@@ -10039,19 +10023,6 @@ def duration_text(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.4g}{unit}"
     return f"{seconds * 1e6:.4g}µs"
-
-
-def _wish(form: EmbedAllForm, kind: Form, dimensions: int | None = None) -> Wish:
-    return Wish(
-        inputs=form.inputs,
-        named="inputs",
-        model=form.model,
-        form=kind,
-        dimensions=dimensions,
-        truncate=form.truncate,
-        cuts_left=form.truncation_direction == "left",
-        prompt_name=form.prompt_name,
-    )
 
 
 def _with_times(body: bytes, result: Done) -> Response:
@@ -10140,12 +10111,7 @@ INFO_REPLY: Final = an_object(
 
 async def tokenize(exchange: Exchange, form: TokenizeForm) -> Response:
     """The tokens of each text, and where in it they stand."""
-    wish = Wish(
-        inputs=form.inputs,
-        named="inputs",
-        model=form.model,
-        prompt_name=form.prompt_name,
-    )
+    wish = wish_of(form, form.inputs, "inputs")
     model, served = await opened(wish, exchange)
     engine, card = served.pool.engine, served.card
     texts = [str(text) for text in prompted(wish, model, served)]
@@ -10189,7 +10155,7 @@ def _tokens(
 
 async def decode(exchange: Exchange, form: DecodeForm) -> Response:
     """The text that token ids stand for."""
-    wish = Wish(inputs=["?" for _ in form.ids], named="ids", model=form.model)
+    wish = wish_of(form, ["?" for _ in form.ids], "ids")
     _, served = await opened(wish, exchange)
     engine, card = served.pool.engine, served.card
     exchange.inputs = form.ids
@@ -10378,12 +10344,7 @@ OLLAMA_VERSION_REPLY: Final = an_object(version=STRING)
 async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
     """Vectors, one for each text, as Ollama gives them."""
     begun = time.monotonic_ns()
-    wish = Wish(
-        inputs=form.input or (),
-        model=form.model,
-        dimensions=form.dimensions or None,
-        truncate=form.truncate,
-    )
+    wish = wish_of(form, form.input or (), dimensions=form.dimensions or None)
     body, tokens = b"[]", 0
     fields: tuple[tuple[str, str], ...] = ()
     loaded_at = begun
@@ -10411,12 +10372,8 @@ async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
 
 async def ollama_embeddings(exchange: Exchange, form: OllamaEmbeddingsForm) -> Response:
     """One text's vector, as Ollama gave it before /api/embed."""
-    wish = Wish(
-        inputs=[form.prompt] if form.prompt else (),
-        named="prompt",
-        model=form.model,
-        truncate=True,
-    )
+    inputs = [form.prompt] if form.prompt else ()
+    wish = wish_of(form, inputs, "prompt", truncate=True)
     if not wish.inputs:
         await opened(wish, exchange)
         return Response(200, b'{"embedding":[]}')
