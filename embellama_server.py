@@ -222,7 +222,7 @@ LIBRARIES: Final = (
         "orjson",
         "orjson",
         "3.11.6",
-        "CVE-2025-67221 and CVE-2024-27454: deep nesting kills the process",
+        "CVE-2025-67221 and CVE-2024-27454: some JSON kills the process",
         instead="json",
     ),
     Library(
@@ -2836,17 +2836,17 @@ def _gguf_field(key: str, value: str | bool | float | list[str] | list[int]) -> 
 # ==============================================================================
 # 10. GGUF - a model file checked before it is mapped
 # ==============================================================================
-# llama.cpp maps a file and believes much of what it says: sizes that wrap, strings that
-# end beyond the file, and some 2,000 assertions, each of which ends the process
-# (CVE-2024-21802, CVE-2025-53630, CVE-2026-27940, CVE-2026-33298). So all numbers of the
-# header are looked at first, here, where a wrong one is a sentence; among them those that
-# ended llama.cpp in tests/mutants.py: 775 of 20,000 damaged files before, none since.
+# llama.cpp maps a file, believes much of what it says, and has some 2,000 assertions, each
+# of which ends the process (CVE-2024-21802, CVE-2025-53630, CVE-2026-27940,
+# CVE-2026-33298). So all numbers of the header are looked at first, here, where a wrong
+# one is a sentence. Of 20,000 damaged files 775 ended llama.cpp before, none since.
 # Format: ggml's docs/gguf.md. Limits: ggml's own, or far above what any model needs.
 
 _GGUF_VERSIONS: Final = (2, 3)
 MOST_GGUF_ENTRIES: Final = 1 << 16  # tensors, and again metadata keys
 _MOST_TEXT_BYTES: Final = 64 << 20
 _MOST_DIMENSIONS: Final = 4
+_MOST_VALUES: Final = 1 << 62  # of a tensor
 _MOST_ALIGNMENT: Final = 4096
 _MOST_NESTING: Final = 4  # arrays of arrays
 _ARRAY: Final = 9
@@ -2930,7 +2930,7 @@ class _Reader:
 
 
 # What scores a pair, by architecture. Without it llama.cpp does not fail, it gives a
-# number of the first token's vector; or it aborts the process, with 33 labels.
+# number of the first token's vector.
 _HEADS: Final = {
     **dict.fromkeys(
         ("bert", "neo-bert", "modern-bert", "qwen3", "qwen3vl"), b"cls.output.weight"
@@ -3152,7 +3152,7 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> set[bytes]:
             raise reader.bad(f"tensor {shown} is of the type {kind}")
         per_block, block_bytes = _BLOCKS.get(kind, _UNKNOWN_BLOCK)
         values = math.prod(shape)
-        if not 0 < values < 1 << 62 or shape[0] % per_block:
+        if not 0 < values < _MOST_VALUES or shape[0] % per_block:
             raise reader.bad(f"tensor {shown} has the shape {shape}")
         offset = reader.number("Q", shown)
         if offset % alignment:
@@ -3304,8 +3304,8 @@ class CodePoints(dict[int, str | None]):
         self._strip_accents = strip_accents
 
     def __missing__(self, code: int) -> str | None:
-        # Decomposed one by one: normalising a whole text sorts its accents, in
-        # quadratic time (a megabyte of them: hours), and they are dropped anyway.
+        # Decomposed one by one: normalising a whole text sorts its accents as well, in
+        # more than linear time, and they are dropped anyway.
         parts = (
             unicodedata.normalize("NFD", chr(code))
             if self._strip_accents
@@ -3421,8 +3421,8 @@ class WordPiece:
 # A context is what one call computes with: buffers, pooling, a graph. Each belongs to one
 # thread. We use the low level API: Llama.embed() truncates silently, drops the final
 # token, loops over tokens in Python and zeroes the whole KV buffer before every call.
-# n_batch = n_ubatch >= the longest input, or llama.cpp aborts the process on a long one
-# (GGML_ASSERT in llama_context::encode; llama.cpp#12836).
+# n_batch = n_ubatch >= the longest input: llama.cpp takes an encoder's input whole or not
+# at all (llama.cpp#12836).
 
 
 @dataclass(frozen=True, slots=True)
@@ -3815,9 +3815,9 @@ class LlamaContext:
 # ==============================================================================
 # 13. VOCABULARY - texts to a model's own tokens, and back
 # ==============================================================================
-# What a GGUF says of its tokeniser. BERT's WordPiece is ours, all others llama.cpp's, whose
-# std::regex recurses per character, some 230 bytes each (llama.cpp#27783). So much stack
-# for whoever calls it, and no text longer than half of what fits:
+# What a GGUF says of its tokeniser. BERT's WordPiece is ours, all others llama.cpp's, which
+# can need 230 bytes of stack a character (llama.cpp#27783). So much stack for whoever
+# calls it, and no text longer than half of what fits:
 TOKENISER_STACK_BYTES: Final = 256 << 20
 MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
 _LONGEST_PIECE_BYTES: Final = 1024
@@ -4150,7 +4150,7 @@ class LlamaEngine:
         self, tokens: int, inputs: int, *, flash: bool = True, per_token: bool = False
     ) -> LlamaContext:
         llama, options = self._llama, self._options
-        # llama.cpp aborts the process if one is no multiple of the other.
+        # llama.cpp wants the one to be a multiple of the other.
         tokens = -(-tokens // inputs) * inputs
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = tokens
@@ -6213,8 +6213,8 @@ def network_of(peer: str) -> str:
 # smuggled. Refused: bare CR or LF, folded headers (section 5.2), space before a colon,
 # Content-Length with Transfer-Encoding (6.1), repeated or signed Content-Length,
 # codings other than chunked, no Host or two (3.2), versions other than 1.0 and 1.1.
-# Numbers are matched by regular expressions on bytes before int() sees them: int()
-# takes "+1", "1_0" and " 1 " (waitress CVE-2022-24761, aiohttp CVE-2025-69224).
+# Numbers are matched by regular expressions on bytes before int() sees them, which takes
+# more than HTTP's digits.
 # The verdict is the same however the bytes are split: lines are judged when complete,
 # or when they are longer than their limit, whichever comes first.
 
@@ -6573,8 +6573,8 @@ class RequestParser:
     def _count_overhead(self, line_bytes: int, size: int, extension_bytes: int) -> None:
         """Refuse bodies that are hardly anything but chunk lines.
 
-        Each costs time while the limit on the body never comes (Go's CVE-2023-39326, and
-        its way of counting: a line may have 16 bytes and twice its chunk's size).
+        Each costs time while the limit on the body never comes. Counted as Go does: a
+        line may have 16 bytes and twice its chunk's size.
         """
         limits = self._limits
         if extension_bytes > limits.chunk_extension_bytes:
@@ -6611,9 +6611,7 @@ class RequestParser:
         if line is None:
             return None
         if line:
-            self._read_field(
-                line
-            )  # judged, then dropped: never merged (CVE-2025-53643)
+            self._read_field(line)  # judged, then dropped: never merged into the head
             return _MOVED
         return self._complete(bytes(self._body))
 
@@ -12034,7 +12032,7 @@ LIMITS: Final = (
     Limit("header lines, bytes in all", "head_bytes", "node.js 16 KiB, nginx 32 KiB", HeaderTooLarge),
     Limit("header lines", "fields", "Apache and gunicorn 100", HeaderTooLarge),
     Limit("chunk line, bytes", "chunk_line_bytes", "hyper, h11: a few KiB", MalformedRequest),
-    Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones (CVE-2023-39326)", MalformedRequest),
+    Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones", MalformedRequest),
     Limit("chunk lines beyond 16 bytes and twice the data", "chunk_overhead_bytes", "Go 16 KiB", MalformedRequest),
     Limit("body, bytes", "max_body_bytes", "TEI 2 MB, nginx 1 MB; 2048 texts need more", BodyTooLarge),
     Limit("pipelined requests, bytes read ahead", str(READ_AHEAD_BYTES), "uvicorn 64 KiB", "reading stops until the answer is out"),
@@ -13183,7 +13181,7 @@ def _seconds(text: str) -> float:
 def _open_standard_streams() -> None:
     """Give descriptors 0 to 2 something to be, if we were started without them.
 
-    Else the next socket becomes descriptor 0, and libuv aborts when it is closed.
+    Else the next socket becomes descriptor 0, which libuv does not close as a socket.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -1,8 +1,8 @@
 """Room ENGINE: llama.cpp, asked with models small enough to be made here.
 
 The models have random weights and a few kilobytes: a BERT, which is an encoder, and a
-llama, which decodes and keeps a memory between calls. What llama.cpp would answer with
-an abort must be an exception here, so some of these are run in a process of their own.
+llama, which decodes and keeps a memory between calls. What llama.cpp has
+no answer to must be an exception here, so some are run in a process of their own.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def add_bpe(writer: gguf.GGUFWriter) -> int:
     """A token is a byte, but for "xx"; the end is marked, the beginning is not."""
     tokens = [*byte_chars(), "xx", "<end>"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-4o")  # one of those that go through std::regex
+    writer.add_tokenizer_pre("gpt-4o")  # split by llama.cpp's general way
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 257 + [3])
     writer.add_token_merges(["x x"])
@@ -297,7 +297,7 @@ def test_calls_leave_nothing_behind_that_changes_the_next(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_llama_cpp_would_abort_on_is_an_engine_error_and_work_goes_on(
+def test_what_no_context_can_take_is_an_engine_error_and_work_goes_on(
     models: Models, name: str
 ) -> None:
     with opened(getattr(models, name)) as (card, embed):
@@ -452,8 +452,8 @@ assert context.embed([long])[0] @ one >= 0.9999
 def test_an_input_may_fill_a_whole_call_of_any_size(
     tmp_path: Path, make: Callable[..., Path], common: int, is_lane: int
 ) -> None:
-    # More than llama.cpp's own n_ubatch (512), above which an encoder aborts the
-    # process, and than a decoder's share of memory were it split among 256 inputs.
+    # More than llama.cpp's own n_ubatch (512), and than a decoder's share of memory were
+    # it split among 256 inputs.
     path = make(tmp_path / "long.gguf", trained=1024)
     run_python(LONG_INPUTS, path, common, is_lane)
 
@@ -494,8 +494,7 @@ for _ in range(30):
 def test_sizes_need_be_multiples_of_nothing(
     tmp_path: Path, make: Callable[..., Path]
 ) -> None:
-    # llama.cpp aborts the process when the tokens of a context are no multiple of its
-    # sequences.
+    # llama.cpp wants the tokens of a context to be a multiple of its sequences.
     run_python(ODD_SIZES, make(tmp_path / "odd.gguf", trained=511))
 
 
@@ -640,24 +639,33 @@ def test_a_sound_file_that_llama_cpp_refuses_is_refused_with_its_reason(
 # --- what could end the process ---
 
 
-LONG_TEXTS = """
+SMALL_STACK = """
 engine = es.LlamaEngine(sys.argv[1], es.EngineOptions(), kit.quiet_log())
+size = 2_000
 counts = []
 def tokenise():
-    for size in (40_000, es.MAX_TOKENISER_CHARS):
-        for piece in ("x", "X", " ", "1", "\\n", "'", "\\u4e2d", "x1", " \\n"):
-            counts.append(len(engine.tokenise((piece * size)[:size])))
-threading.stack_size(es.TOKENISER_STACK_BYTES)
+    for piece in ("x", "X", " ", "1", "\\n", "'", "\\u4e2d", "x1", " \\n"):
+        counts.append(len(engine.tokenise((piece * size)[:size])))
+share = es.TOKENISER_STACK_BYTES // es.MAX_TOKENISER_CHARS
+threading.stack_size(size * share // 4096 * 4096)
 thread = threading.Thread(target=tokenise)
 thread.start()
 thread.join()
-assert len(counts) == 18 and all(counts)
+assert len(counts) == 9 and all(counts)
 """
 
 
-def test_the_longest_text_fits_into_the_tokenisers_stack(models: Models) -> None:
-    # std::regex recurses for each character: 40,000 "x" overflow a stack of 8 MiB.
-    run_python(LONG_TEXTS, models.bpe)
+def test_a_tokeniser_has_stack_enough_for_each_character(models: Models) -> None:
+    # Texts that any stack has room for, on one as small as our limit makes their share.
+    run_python(SMALL_STACK, models.bpe)
+
+
+def test_only_our_own_tokeniser_reads_texts_of_any_length(
+    engines: dict[str, es.LlamaEngine],
+) -> None:
+    most = {name: engine.card.max_chars for name, engine in engines.items()}
+    limit = es.MAX_TOKENISER_CHARS
+    assert most == {"bert": sys.maxsize, "bpe": limit, "spm": limit}
 
 
 AFTER_A_FAILED_LOAD = """

@@ -177,7 +177,7 @@ CASES = (
     Case("hexadecimal in both cases", chunked(b"a\r\n0123456789\r\nB\r\n0123456789a\r\n0\r\n\r\n"), meant(b"01234567890123456789a")),
     Case("chunk extensions", chunked(b'1;a;b=c\r\nx\r\n1;d="\xff"\r\ny\r\n0;e\r\n\r\n'), meant(b"xy")),
     Case("space before an extension (RFC 9112, 7.1.1)", chunked(b"1 \t; a\r\nx\r\n0\r\n\r\n"), meant(b"x")),
-    # Merging trailers lets them overwrite checked fields: CVE-2025-53643 and others.
+    # Merged, they would overwrite fields that were judged.
     Case("trailers are dropped", chunked(b"1\r\nx\r\n0\r\nHost: evil\r\nContent-Length: 9\r\n\r\n"), meant(b"x")),
     Case("upper-case CHUNKED", post(b"TRANSFER-ENCODING: CHUNKED", body=b"1\r\nx\r\n0\r\n\r\n"),
          es.Request(es.Head("POST", "/", "", 1, with_fields(("transfer-encoding", "CHUNKED")), None), b"x")),
@@ -419,7 +419,7 @@ TARGET = (
     "RFC 9112, 3.2: the forms of a target; with white space it must not be repaired"
 )
 HOSTS = "RFC 9112, 3.2: 400 to no Host, to two, and to what is no host and port"
-ONE_ENDING = "RFC 9112, 7.1: chunk data ends with CRLF: h11 CVE-2025-43859"
+ONE_ENDING = "RFC 9112, 7.1: chunk data ends with CRLF"
 LIMITED = "a stranger must not choose how much we keep"
 
 # fmt: off
@@ -490,7 +490,7 @@ REFUSALS = (
     Refusal("one field too many", get(*FIVE, b"G: v"), LARGE, LIMITED),
     Refusal("one trailer too many", chunked(b"0\r\n" + b"a: b\r\n" * 5 + b"\r\n"), LARGE, LIMITED),
     Refusal("trailers too large", chunked(b"0\r\nA: %b\r\n\r\n" % (b"b" * 130)), LARGE, LIMITED),
-    Refusal("chunk line one too long", chunked(b"1;" + b"e" * 19 + b"\r\nx\r\n0\r\n\r\n"), BAD, "Go CVE-2023-39326: extensions nobody reads"),
+    Refusal("chunk line one too long", chunked(b"1;" + b"e" * 19 + b"\r\nx\r\n0\r\n\r\n"), BAD, "RFC 9112, 7.1.1: extensions nobody reads"),
     Refusal("chunk line without an end", chunked(b"1;" + b"e" * 99), BAD, LIMITED),
     Refusal("length one too much", sized(b"41"), TOO_MUCH, LIMITED),
     Refusal("length of 18 nines", sized(b"9" * 18), TOO_MUCH, LIMITED),

@@ -1,7 +1,7 @@
 r"""The corpus: odd and hostile requests in files, each with its verdict and the reason.
 
-The tables of test_http.py walk along the grammar, under tiny limits. Here is what others
-were attacked with or stumbled over, under the limits we ship. Each file in cases/http is
+The tables of test_http.py walk along the grammar, under tiny limits. Here is what real
+clients send and what the RFCs forbid, under the limits we ship. Each file in cases/http is
 a topic, and its cases look like this, with an empty line between two:
 
     == a body that is not whole
@@ -13,8 +13,7 @@ a topic, and its cases look like this, with an empty line between two:
     | hell
     -> more
 
-First its name, then one sentence that says why, with the section of the RFC, the CVE or
-the issue it is about. Then the bytes, after "| " and all in sight: a line of the file
+First its name, then one sentence that says why, with the section of the RFC. Then the bytes, after "| " and all in sight: a line of the file
 ends nothing, what is sent is written \r \n \t \xHH \\, and {a*60} is sixty times "a"
 (the text may hold other such braces). Last the verdict, which is in order
 
@@ -152,8 +151,7 @@ def test_every_case_has_a_name_of_its_own_and_bytes_of_its_own() -> None:
 def test_every_case_has_one_sentence_that_names_its_source(case: Written) -> None:
     assert case.why.endswith(".")
     assert ". " not in case.why, "more than one sentence"
-    source = r"RFC \d{4}, \d|CVE-\d{4}-\d{4}|GHSA(-\w{4}){3}|\w#\d"
-    assert re.search(source, case.why)
+    assert re.search(r"RFC \d{4}, \d", case.why)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.http")), ids=lambda p: p.stem)
