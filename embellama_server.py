@@ -3977,13 +3977,10 @@ class Vocabulary:
 DEFAULT_CONTEXT_LIMIT: Final = 8192  # a 32k context costs gigabytes; ask for it by name
 OPENMP_SPINS: Final = "1000"
 
-# llama.cpp calls its log sink for the rest of the process: callbacks are never freed.
-_LOG_SINKS: Final[list[object]] = []
 # What it says, in four lines, of a call that was ended: GGML_STATUS_ABORTED.
 _SAYS_ABORTED: Final = re.compile(
     r"graph_compute.* error 1$|status: 1$|encode.* 2$|decode.* 2$"
 )
-_HUSHED: Final[set[int]] = set()  # threads whose llama.cpp fails on purpose
 # There is no name of such a key that all agree on.
 _PROMPT_KEY: Final = re.compile(
     r"(?:general|sentence_transformers)\.prompts?\.([0-9A-Za-z_.-]{1,64})"
@@ -4063,13 +4060,68 @@ def _llama_cpp() -> Any:
         del sys.modules[name]  # for whoever wants the whole
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    _HUSHED.add(threading.get_ident())
-    try:
-        yield
-    finally:
-        _HUSHED.discard(threading.get_ident())
+class _Heard(threading.local):
+    """What llama.cpp says on this thread, of whichever model is in its hands."""
+
+    def __init__(self) -> None:
+        self.errors: collections.deque[str] = collections.deque(maxlen=3)
+        self.is_hushed = False  # llama.cpp fails on purpose
+
+
+class _Sink:
+    """llama.cpp has one log sink, and calls it for the rest of the process.
+
+    So it belongs to no engine, which it would keep alive. A file descriptor trick
+    (llama-cpp-python's verbose=False) would swallow the lines of other threads
+    (llama-cpp-python#1874).
+    """
+
+    def __init__(self) -> None:
+        self._callback: object = None
+        self._log: Log | None = None
+        self._heard = _Heard()
+
+    def install(self, llama: Any, log: Log) -> None:
+        """From now on ``log`` gets what is said."""
+        self._log = log
+        if self._callback is None:
+            self._callback = llama.llama_log_callback(self._on_log)
+        llama.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns; afterwards reasons() says why it failed, if it did."""
+        self._heard.errors.clear()
+        return function(*arguments)
+
+    def reasons(self) -> str:
+        """What the last call() on this thread said of its failure."""
+        return "; ".join(self._heard.errors) or "it gave no reason"
+
+    @contextlib.contextmanager
+    def hushed(self) -> Iterator[None]:
+        """Around a call that fails on purpose, on this thread."""
+        self._heard.is_hushed = True
+        try:
+            yield
+        finally:
+            self._heard.is_hushed = False
+
+    def _on_log(self, level: int, text: bytes | None, _: object) -> None:
+        if self._heard.is_hushed or self._log is None:
+            return
+        # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 continuation.
+        line = (text or b"").decode("utf-8", "replace").strip()
+        if _SAYS_ABORTED.search(line):
+            level = 1
+        if level == 4:
+            self._heard.errors.append(line)
+        if line and level != 5:
+            # Its informational lines are a hundred per load: ours only for debugging.
+            named = {3: "warning", 4: "error"}.get(level, "debug")
+            self._log(named, "llama.cpp", says=line)
+
+
+_SINK: Final = _Sink()
 
 
 class LlamaEngine:
@@ -4087,14 +4139,8 @@ class LlamaEngine:
         self._llama = llama_cpp
         self._path = path
         self._options = options
-        self._log = log
-        self._errors: collections.deque[str] = collections.deque(maxlen=3)
         self._making = threading.Lock()  # one context: each needs much for a moment
-        # A file descriptor trick (llama-cpp-python's verbose=False) would swallow the
-        # lines of other threads (llama-cpp-python#1874).
-        sink = llama_cpp.llama_log_callback(self._on_log)
-        _LOG_SINKS.append(sink)
-        llama_cpp.llama_log_set(sink, ctypes.c_void_p(0))
+        _SINK.install(llama_cpp, log)
         llama_cpp.llama_backend_init()
         if options.gpu_layers and not llama_cpp.llama_supports_gpu_offload():
             raise StartupError(
@@ -4106,18 +4152,20 @@ class LlamaEngine:
         params.n_gpu_layers = options.gpu_layers
         with checked_model(path, options.sha256) as (paths, self._values):
             raw = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
-            self._model = llama_cpp.llama_model_load_from_splits(raw, len(raw), params)
+            load = llama_cpp.llama_model_load_from_splits
+            self._model = _SINK.call(load, raw, len(raw), params)
         if not self._model:
-            raise StartupError(
-                f"{path}: llama.cpp cannot load it: {self._last_errors()}"
-            )
-        self._vocabulary = Vocabulary(llama_cpp, self._model)
-        self.tokenise = self._vocabulary.tokenise
-        self.pieces = self._vocabulary.pieces
-        self.text = self._vocabulary.text
-        head, tail = self._vocabulary.frame()
-        self.card = self._read_card(path, head, tail)
-        self._warm_up(path)
+            raise StartupError(f"{path}: llama.cpp cannot load it: {_SINK.reasons()}")
+        with contextlib.ExitStack() as made:
+            made.callback(self.close)
+            self._vocabulary = Vocabulary(llama_cpp, self._model)
+            self.tokenise = self._vocabulary.tokenise
+            self.pieces = self._vocabulary.pieces
+            self.text = self._vocabulary.text
+            head, tail = self._vocabulary.frame()
+            self.card = self._read_card(path, head, tail)
+            self._warm_up(path)
+            made.pop_all()  # kept
 
     def new_context(self, *, is_lane: bool = False, per_token: bool = False) -> Context:
         """See Engine. Raises StartupError when there is no room for it."""
@@ -4164,21 +4212,23 @@ class LlamaEngine:
         pooling = "none" if per_token else options.pooling
         if pooling != "auto":
             params.pooling_type = self._pooling_types()[pooling]
-        made = llama.llama_init_from_model(self._model, params)
-        if not made:
-            raise StartupError(
-                f"llama.cpp cannot make a context: {self._last_errors()}"
+        context = _SINK.call(llama.llama_init_from_model, self._model, params)
+        if not context:
+            raise StartupError(f"llama.cpp cannot make a context: {_SINK.reasons()}")
+        with contextlib.ExitStack() as made:
+            made.callback(llama.llama_free, context)
+            kept = LlamaContext(
+                llama,
+                context,
+                self.card,
+                tokens=tokens,
+                inputs=inputs,
+                on_gpu=options.gpu_layers != 0,
+                quietly=_SINK.hushed,
+                per_token=per_token,
             )
-        return LlamaContext(
-            llama,
-            made,
-            self.card,
-            tokens=tokens,
-            inputs=inputs,
-            on_gpu=options.gpu_layers != 0,
-            quietly=_quietly,
-            per_token=per_token,
-        )
+            made.pop_all()
+            return kept
 
     def reencode(self, target: str, weights: str) -> None:
         """See Engine."""
@@ -4188,32 +4238,18 @@ class LlamaEngine:
         params.ftype = getattr(llama, f"LLAMA_FTYPE_{kind}_{weights.upper()}")
         params.nthread = usable_cores()
         params.allow_requantize = True  # from q8_0 to bf16: asked for by name only
-        code = llama.llama_model_quantize(
-            os.fsencode(self._path), os.fsencode(target), ctypes.byref(params)
+        code = _SINK.call(
+            llama.llama_model_quantize,
+            os.fsencode(self._path),
+            os.fsencode(target),
+            ctypes.byref(params),
         )
         if code != 0:
-            raise EngineError(f"llama_model_quantize: {self._last_errors()}")
+            raise EngineError(f"llama_model_quantize: {_SINK.reasons()}")
 
     def close(self) -> None:
         """See Engine."""
         self._llama.llama_model_free(self._model)
-
-    def _on_log(self, level: int, text: bytes | None, _: object) -> None:
-        if threading.get_ident() in _HUSHED:
-            return
-        # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 continuation.
-        line = (text or b"").decode("utf-8", "replace").strip()
-        if _SAYS_ABORTED.search(line):
-            level = 1
-        if level == 4:
-            self._errors.append(line)
-        if line and level != 5:
-            # Its informational lines are a hundred per load: ours only for debugging.
-            named = {3: "warning", 4: "error"}.get(level, "debug")
-            self._log(named, "llama.cpp", says=line)
-
-    def _last_errors(self) -> str:
-        return "; ".join(self._errors) or "it gave no reason"
 
     def _pooling_types(self) -> dict[str, int]:
         names = ("none", "mean", "cls", "last", "rank")
@@ -4404,9 +4440,12 @@ def compare(own: Engine, other: Engine) -> Finding:
     The fastest call of each counts: what else runs here only ever makes one slower.
     """
     inputs = probe_inputs(own)
-    contexts = (own.new_context(), other.new_context())
-    try:
-        cosine = least_cosine(*contexts, inputs)
+    with contextlib.ExitStack() as made:
+        contexts: list[Context] = []
+        for engine in (own, other):
+            contexts.append(engine.new_context())
+            made.callback(contexts[-1].close)
+        cosine = least_cosine(contexts[0], contexts[1], inputs)
         if cosine < LEAST_COSINE:
             return Finding(0.0, cosine)  # however fast
         best = [math.inf, math.inf]
@@ -4419,9 +4458,6 @@ def compare(own: Engine, other: Engine) -> Finding:
                 best[which] = min(best[which], time.perf_counter() - begun)
             if time.monotonic() > end:
                 return Finding(best[0] / best[1], cosine)
-    finally:
-        for context in contexts:
-            context.close()
 
 
 class WeightsCache:

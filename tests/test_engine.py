@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -688,3 +689,114 @@ def test_a_load_that_failed_does_not_take_the_log_sink_with_it(
     garbage = tmp_path / "garbage.gguf"
     garbage.write_bytes(es.GGUF_MAGIC + bytes(100))
     run_python(AFTER_A_FAILED_LOAD, models.bert, garbage)
+
+
+# --- what is let go of ---
+
+MAPPINGS = """
+def mappings(path):
+    with open("/proc/self/maps") as maps:
+        return sum(line.rstrip().endswith(str(path)) for line in maps)
+"""
+LET_GO = (
+    MAPPINGS
+    + """
+import gc, weakref
+from pathlib import Path
+from tests import models
+
+path = models.tiny_bert(Path(sys.argv[1]))
+loaded = weakref.WeakSet()
+real = es.LlamaEngine.__init__
+def noted(self, *arguments):
+    loaded.add(self)
+    real(self, *arguments)
+es.LlamaEngine.__init__ = noted
+
+def refused(**options):
+    try:
+        es.LlamaEngine(str(path), es.EngineOptions(**options), kit.quiet_log())
+    except es.StartupError as error:
+        return str(error)
+    sys.exit("loaded")
+
+def failing(name):
+    whole = getattr(es.LlamaContext, name)
+    def fails(*_, **__):
+        raise es.EngineError("no room")
+    setattr(es.LlamaContext, name, fails)
+    return lambda: setattr(es.LlamaContext, name, whole)
+
+for _ in range(3):
+    engine = es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
+    engine.new_context().close()
+    assert mappings(path)
+    for name in ("make_room", "_give_back_logits", "_new_batch"):
+        undo = failing(name)
+        try:
+            engine.new_context()
+        except (es.StartupError, es.EngineError):
+            pass
+        else:
+            sys.exit("made")
+        undo()
+    engine.close()
+    assert "no classification head" in refused(pooling="rank")
+    assert "was trained for" in refused(context_size=4096)
+    undo = failing("embed")
+    assert "cannot compute" in refused()
+    undo()
+    del engine
+    gc.collect()
+    assert not list(loaded), "an engine that is closed, or never was one, lives on"
+    assert mappings(path) == 0, "the file is still mapped"
+"""
+)
+
+
+def test_an_engine_that_is_closed_or_refused_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    run_python(LET_GO, tmp_path)
+
+
+def test_what_llama_cpp_says_is_told_of_the_call_that_failed(
+    models: Models, tmp_path: Path
+) -> None:
+    def unknown(name: str) -> str:
+        path = tmp_path / f"{name}.gguf"
+        architecture = es._gguf_field("general.architecture", name)
+        head = struct.pack("<4sIQQ", es.GGUF_MAGIC, 3, 0, 1)
+        path.write_bytes(head + architecture)
+        return refusal(path)
+
+    with loaded(models.bert) as one, loaded(models.bpe), ThreadPoolExecutor() as thread:
+        assert "'first'" in unknown("first")
+        elsewhere = thread.submit(unknown, "second").result()
+        assert ("'first'" in elsewhere, "'second'" in elsewhere) == (False, True)
+        with pytest.raises(es.EngineError) as caught:
+            one.reencode("/nowhere/at/all.gguf", "bf16")
+        assert "failed to quantize" in str(caught.value)
+        assert "unknown model architecture" not in str(caught.value)
+
+
+def test_a_comparison_without_room_for_both_contexts_keeps_neither(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[es.Context] = []
+    whole = es.BriefOrFull.close
+
+    def noted(context: es.BriefOrFull) -> None:
+        closed.append(context)
+        whole(context)
+
+    monkeypatch.setattr(es.BriefOrFull, "close", noted)
+    with loaded(models.bert) as own, loaded(models.bert) as other:
+
+        def fails() -> es.Context:
+            raise es.StartupError("no room for another context")
+
+        monkeypatch.setattr(other, "new_context", fails)
+        with pytest.raises(es.StartupError, match="no room"):
+            es.compare(own, other)
+        assert len(closed) == 1
