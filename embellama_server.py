@@ -610,6 +610,9 @@ WEIGHT_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
 # What makes one row of a text: a vector, or (rank) the score of a query and a text.
 POOLINGS: Final = ("mean", "cls", "last", "rank")
 NO_VERSION: Final = r"(?s)(?!.*@[0-9]+$).*"
+# As browsers say it: extensions and desktop apps have schemes of their own, and some
+# pages (sandboxed, of a file) only null. A * stands for anything in one place.
+ORIGIN: Final = r"(?i)\*|null|[a-z][a-z0-9+.-]*://[^/?#\s,]*"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 RELOADS: Final = ("at once", "with the model", "never")  # never: it takes a restart
 
@@ -1102,9 +1105,11 @@ class Settings(ModelSettings):
     )
     cors_origin: tuple[str, ...] = option(
         (),
-        "Origin whose pages may ask, e.g. https://app.example; repeatable.",
-        pattern=r"https?://[^/*?#\s]+",
-        pattern_text="scheme://host[:port]",
+        "Origin whose pages may ask, beside those of this machine (http://localhost and "
+        "such), e.g. https://app.example, app://obsidian.md, chrome-extension://*, *; "
+        "repeatable. null: every sandboxed frame and file.",
+        pattern=ORIGIN,
+        pattern_text="scheme://host[:port], with * for any part, null or *",
     )
     unready_when_full: bool = option(
         False, "Let /ready say 503 while the queue is full."
@@ -8043,6 +8048,17 @@ async def serve_on(
 # a name of its own that resolves to this machine (DNS rebinding, CVE-2024-28224) or a form.
 # Administration is never for everybody: without keys it takes one that we wrote ourselves.
 
+# Hosts that no stranger can have: addresses (which cannot be rebound; browsers take all
+# that ends in digits for one), single labels, and what no registry sells: RFC 6761, 6762
+# with its appendix G, 8375, ICANN on home and corp (2018) and internal (2024). Not what
+# routers have made up besides: fritz.box was bought by somebody.
+_PRIVATE_HOST: Final = re.compile(
+    r"[^.]*|.*\.([0-9]+|localhost|local|internal|home\.arpa|home|lan|corp|test)"
+)
+_LOCAL_ORIGIN: Final = (
+    r"https?://(([a-z0-9.-]+\.)?localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -8108,9 +8124,11 @@ class Gate:
             raise StartupError("signed_requests = require needs --api-key-file")
         keys.take_over(self._keys)
         self._settings, self._keys = settings, keys
-        self._hosts = {_bare_host(host) for host in settings.allowed_host}
-        self._hosts.add(_bare_host(settings.host))
-        self._origins = {origin.lower() for origin in settings.cors_origin}
+        hosts = (*settings.allowed_host, settings.host, socket.gethostname())
+        self._hosts = set(map(_bare_host, hosts))
+        self._has_origins = bool(settings.cors_origin)
+        origins = [_origin_pattern(one) for one in settings.cors_origin]
+        self._origins = re.compile("|".join([*origins, _LOCAL_ORIGIN]), re.IGNORECASE)
 
     def admit(self, head: Head, peer: str, access: str) -> Caller:
         """Who is asking for a route of this ``access``, or an ApiError."""
@@ -8134,9 +8152,9 @@ class Gate:
     def cors_fields(self, head: Head) -> tuple[tuple[str, str], ...]:
         """What a page of an allowed origin needs to read the answer."""
         origin = head.get("origin")
-        if not self._origins:
+        if not origin and not self._has_origins:
             return ()
-        if origin.lower() not in self._origins:
+        if not self._origins.fullmatch(origin):
             return (("vary", "origin"),)
         exposed = "*, x-request-id, retry-after, retry-after-ms, x-should-retry"
         return (
@@ -8147,7 +8165,7 @@ class Gate:
 
     def preflight_fields(self, head: Head, methods: str) -> tuple[tuple[str, str], ...]:
         """The answer to the question a browser asks first (Fetch standard, 3.2.2)."""
-        if head.get("origin").lower() not in self._origins:
+        if not self._origins.fullmatch(head.get("origin")):
             return ()
         wanted = head.get("access-control-request-headers")
         return (
@@ -8224,13 +8242,12 @@ class Gate:
 
     def _check_browser(self, head: Head, peer: str) -> None:
         """Refuse what only a browser under another site's control would send."""
-        host, origin = _bare_host(head.host), head.get("origin").lower()
-        is_local = host in ("", "localhost") or host.endswith(".localhost")
-        is_ours = is_local or host in self._hosts or _is_loopback(host)
+        host, origin = _bare_host(head.host), head.get("origin")
+        is_ours = host in self._hosts or _PRIVATE_HOST.fullmatch(host)
         if not is_ours and peer != UNIX_PEER and is_this_machine(peer):
             raise HostNotAllowed(
-                f"Host {host[:80]!r} is not this machine's; if it is, start the server "
-                "with --allowed-host, or with keys"
+                f"Host {host[:255]} may be a stranger's name for this machine; if it is "
+                f"yours, start the server with --allowed-host {host[:255]}, or with keys"
             )
         # Who follows a link sees the page; the site that has the link never does.
         is_link = head.method in ("GET", "HEAD") and (
@@ -8238,31 +8255,42 @@ class Gate:
             and head.get("sec-fetch-dest") == "document"  # no frame
         )
         is_foreign = head.get("sec-fetch-site") == "cross-site" and not is_link
-        if origin and origin.partition("://")[2] != head.host.lower():
+        if origin and origin.partition("://")[2].lower() != head.host.lower():
             is_foreign = True
-        if is_foreign and origin not in self._origins:
-            raise HostNotAllowed(
-                f"a page of {origin[:80] or 'another site'} may not ask; --cors-origin "
-                "allows it"
-            )
+        if is_foreign and not self._origins.fullmatch(origin):
+            raise HostNotAllowed(_why_refused(origin))
+
+
+def _origin_pattern(said: str) -> str:
+    """What matches the origins that a --cors-origin means."""
+    return ".+" if said == "*" else re.escape(said).replace(r"\*", "[^/]*")
+
+
+def _why_refused(origin: str) -> str:
+    """Why a page may not ask, with a remedy that helps."""
+    if not origin:
+        return (
+            "another site's page may not ask without an Origin: let it use fetch(), and "
+            "start the server with --cors-origin and its origin"
+        )
+    if not re.fullmatch(ORIGIN, origin) or "*" in origin or len(origin) > 255:
+        return f"{origin[:80]!r} is no origin that a --cors-origin could allow"
+    whose = " (any site can have such pages)" if origin.lower() == "null" else ""
+    return (
+        f"requests from pages of {origin} are refused{whose}; --cors-origin {origin} "
+        "allows them"
+    )
 
 
 _PROXY_FIELDS: Final = ("forwarded", "via", "x-forwarded-", "x-real-ip")  # begin so
 
 
 def _bare_host(host: str) -> str:
-    """Without its port, and an IPv6 address without brackets."""
+    """Without its port, an IPv6 address without brackets, no dot at the end."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower() if host.count(":") == 1 else host.lower()
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether a host is an address of this machine, not a name that looks like one."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    bare = host.partition(":")[0] if host.count(":") == 1 else host
+    return bare.lower().removesuffix(".")
 
 
 # ==============================================================================
@@ -11255,7 +11283,7 @@ def local_path(path: str, root_path: str) -> str:
         return path
     path = re.sub("/+", "/", f"/{path}").rstrip("/") or "/"
     prefix = root_path.rstrip("/")
-    if path in _BY_PATH or not f"{path}/".startswith(f"{prefix}/"):
+    if any(matching_routes(path)) or not f"{path}/".startswith(f"{prefix}/"):
         return path
     return path[len(prefix) :] or "/"
 
@@ -11406,7 +11434,13 @@ class Ticket:
 
 
 # What comes in floods.
-_REFUSALS: Final = (Overloaded, RateLimited, TooManyConnections, Unauthorized)
+_REFUSALS: Final = (
+    HostNotAllowed,
+    Overloaded,
+    RateLimited,
+    TooManyConnections,
+    Unauthorized,
+)
 
 
 class Dispatcher:

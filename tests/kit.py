@@ -442,7 +442,7 @@ class RunningService:
         With the administrator's key on its routes, unless fields bring one.
         """
         has_keys = self.service.gate.has_keys or "authorization" in fields
-        if path.startswith("/admin/") and not has_keys:
+        if "/admin/" in path.replace("//", "/") and not has_keys:
             fields |= self.admin_fields()
         raw = body if isinstance(body, bytes) else es.json_codec().dumps(body)
         if body is None:

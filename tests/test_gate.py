@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import socket
 import stat
 import struct
@@ -22,6 +23,8 @@ from typing import Any
 import openai
 import pytest
 import uvloop
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import kit
@@ -673,12 +676,11 @@ CORS = "access-control-"
 
 
 @pytest.mark.parametrize("fields", [{}, {"sec_fetch_site": "same-origin"}], ids=str)
-def test_without_the_option_nothing_is_said_to_browsers(fields: dict[str, str]) -> None:
+def test_without_an_origin_nothing_is_said_to_browsers(fields: dict[str, str]) -> None:
     async def check(running: RunningService) -> None:
-        own = {"host": "localhost:1", "origin": "http://localhost:1"} | fields
-        assert gate().cors_fields(head(**own)) == ()
+        assert gate().cors_fields(head(host="localhost:1", **fields)) == ()
         for method in ("GET", "OPTIONS"):
-            reply = await running.ask(method, "/v1/models", origin="http://localhost")
+            reply = await running.ask(method, "/v1/models", **fields)
             assert reply.status in (200, 204)
             assert "vary" not in reply.headers
             assert not any(name.startswith(CORS) for name in reply.headers)
@@ -712,6 +714,9 @@ def test_a_listed_origin_s_pages_may_read_every_answer(
 
 
 OTHER_ORIGINS = [
+    "https://app.example/",
+    "https://app.example:443",
+    "app://app.example",
     "http://app.example",
     "https://app.example:444",
     "https://app.example.evil",
@@ -764,6 +769,8 @@ def test_a_preflight_needs_no_key_and_says_what_may_be_sent(tmp_path: Path) -> N
 HOSTS = [
     ("localhost", True),
     ("LOCALHOST:8080", True),
+    ("localhost.", True),
+    ("localhost.:8080", True),
     ("127.0.0.1:8080", True),
     ("127.8.8.8", True),
     ("[::1]:8080", True),
@@ -771,18 +778,47 @@ HOSTS = [
     ("app.localhost", True),
     ("app.localhost:80", True),
     ("box.example:8080", True),  # --allowed-host
+    ("box.example.", True),
     ("", True),  # HTTP/1.0
+    # Addresses: nobody can have one of ours resolve to something else.
+    ("0.0.0.0:8080", True),
+    ("192.168.1.20", True),
+    ("10.0.0.5:80", True),
+    ("127.1", True),
+    ("[fd00::1]:8080", True),
+    ("[2001:db8::1]", True),
+    ("[::ffff:127.0.0.1]", True),
+    # No public name is one label alone (ICANN, SAC053).
+    ("embeddings:8080", True),
+    ("gpu-box", True),
+    ("gpu_box", True),
+    # What registries do not sell.
+    ("host.docker.internal:8080", True),
+    ("kubernetes.docker.internal", True),
+    ("host.containers.internal", True),
+    ("gpu-box.local", True),
+    ("embeddings.default.svc.cluster.local", True),
+    ("gpu.lan", True),
+    ("gpu.home.arpa", True),
+    ("gpu.test.", True),
+    (socket.gethostname(), True),
     ("evil.example", False),
     ("evil.example:8080", False),
+    ("evil.example.", False),
+    ("embed.example.com", False),
     ("localhost.evil.example", False),
-    ("evillocalhost", False),
+    ("evil-localhost.com", False),
     ("box.example.evil", False),
-    ("192.168.1.2", False),
-    ("[2001:db8::1]", False),
     ("127.0.0.1.evil.example", False),
+    ("127.0.0.1.nip.io", False),
+    ("localtest.me", False),
+    ("fritz.box", False),
+    ("evil.arpa", False),
+    ("internal.example.com", False),
+    ("docker.internal.evil.com", False),
     ("127.evil.example:8080", False),
-    ("::1.evil.example", False),
     ("sub.box.example", False),
+    ("evil.example.1a", False),
 ]
 
 
@@ -801,6 +837,28 @@ def test_without_keys_a_request_from_this_machine_names_this_machine(
         with pytest.raises(es.HostNotAllowed) as caught:
             gatekeeper.admit(head(host=host, **fields), peer, access)
         assert (caught.value.status, caught.value.code) == (403, "host_not_allowed")
+        advised = re.findall(r"--allowed-host (\S+),", caught.value.message)
+        assert gate(allowed_host=advised).admit(head(host=host), peer, "key")
+
+
+def test_a_name_of_its_own_is_this_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "GPU.example.com")
+    assert gate().admit(head(host="gpu.example.com:80"), "127.0.0.1", "key")
+
+
+def test_a_stranger_s_host_is_a_warning_a_second_with_the_remedy() -> None:
+    async def check(running: RunningService) -> None:
+        sent = b"GET / HTTP/1.1\r\nhost: embed.example.com\r\nconnection: close\r\n\r\n"
+        for _ in range(3):
+            assert b" 403 " in (await running.exchange(sent))[:20]
+        running.service._tick()
+        (line,) = refused_lines(running)
+        assert " warning " in line
+        assert "host_not_allowed=3" in line
+        assert "--allowed-host embed.example.com" in line
+        assert "code=host_not_allowed" not in running.log.getvalue()
+
+    with_service(check)
 
 
 def test_the_option_s_capitals_do_not_matter() -> None:
@@ -828,9 +886,19 @@ def test_with_keys_no_host_or_origin_is_refused(tmp_path: Path) -> None:
 PAGES: list[tuple[dict[str, str], bool]] = [
     ({"origin": "http://localhost:8080"}, True),
     ({"origin": "HTTP://LOCALHOST:8080"}, True),
-    ({"origin": "http://localhost:3000"}, False),  # this machine's other pages
-    ({"origin": "http://127.0.0.1:8080"}, False),
-    ({"origin": "http://localhost"}, False),
+    ({"origin": "http://localhost:3000"}, True),  # this machine's other pages
+    ({"origin": "http://127.0.0.1:8080", "sec_fetch_site": "cross-site"}, True),
+    ({"origin": "http://localhost", "sec_fetch_site": "cross-site"}, True),
+    ({"origin": "https://[::1]:5173"}, True),
+    ({"origin": "http://tauri.localhost"}, True),
+    ({"origin": "tauri://localhost"}, False),
+    ({"origin": "http://192.168.1.20"}, False),  # another machine's
+    ({"origin": "http://gpu-box.local"}, False),
+    ({"origin": "http://127.0.0.1.evil.example"}, False),
+    ({"origin": "http://localhost:3000.evil.example"}, False),
+    ({"origin": "http://localhost@evil.example"}, False),
+    ({"origin": "http://evillocalhost"}, False),
+    ({"origin": "http://localhost, http://localhost"}, False),
     ({"origin": "localhost:8080"}, False),
     ({"sec_fetch_site": "same-origin"}, True),
     ({"sec_fetch_site": "none"}, True),  # typed into the address bar
@@ -841,7 +909,6 @@ PAGES: list[tuple[dict[str, str], bool]] = [
     ({"origin": "null"}, False),
     ({"origin": "file://"}, False),
     ({"sec_fetch_site": "cross-site"}, False),
-    ({"origin": "http://localhost", "sec_fetch_site": "cross-site"}, False),
 ]
 
 
@@ -856,6 +923,80 @@ def test_without_keys_a_page_of_another_site_may_not_ask(
         return
     with pytest.raises(es.HostNotAllowed, match="--cors-origin"):
         gate(cors_origin=(EXAMPLE,)).admit(asked, peer, "key")
+
+
+ORIGINS: list[tuple[str, list[str], list[str]]] = [  # the option, who may, who may not
+    ("app://obsidian.md", ["app://obsidian.md"], ["app://other", "http://obsidian.md"]),
+    (
+        "chrome-extension://*",
+        ["chrome-extension://abc", "CHROME-extension://x"],
+        ["moz-extension://abc", "https://abc", "chrome-extension://a/b", "null"],
+    ),
+    (
+        "http://localhost:*",
+        ["http://localhost:3000"],
+        ["http://localhost.evil.example:80", "http://evil.example:80"],
+    ),
+    (
+        "https://*.example.com",
+        ["https://a.example.com", "https://a.b.example.com"],
+        ["https://example.com", "http://a.example.com", "https://a.example.com.evil"],
+    ),
+    ("tauri://localhost", ["tauri://localhost"], ["tauri://other", "app://localhost"]),
+    ("file://", ["file://"], ["file://x", "null"]),
+    ("null", ["null", "NULL"], ["file://", "nulls", EXAMPLE]),
+    ("vscode-webview://*", ["vscode-webview://1x2"], ["vscode-file://vscode-app"]),
+    ("*", [EXAMPLE, "null", "file://", "app://x", "http://evil.example"], []),
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "may", "may_not"), ORIGINS, ids=lambda x: str(x)[:30]
+)
+def test_extensions_and_desktop_apps_may_ask_if_that_is_said(
+    option: str, may: list[str], may_not: list[str]
+) -> None:
+    assert re.fullmatch(es.ORIGIN, option)
+    gatekeeper = gate(cors_origin=(option,))
+    for origin in (*may, *may_not):
+        asked = head(host="localhost", origin=origin, sec_fetch_site="cross-site")
+        fields = dict(gatekeeper.cors_fields(asked))
+        is_told = fields.get("access-control-allow-origin") == origin
+        assert (
+            is_told
+            == (origin in may)
+            == bool(gatekeeper.preflight_fields(asked, "GET"))
+        )
+        with contextlib.nullcontext() if is_told else pytest.raises(es.HostNotAllowed):
+            gatekeeper.admit(asked, "127.0.0.1", "key")
+    if option == "*":  # who does not say an origin cannot be told that it may
+        assert gatekeeper.cors_fields(head()) == (("vary", "origin"),)
+
+
+@given(
+    st.from_regex(es.ORIGIN, fullmatch=True)
+    | st.text(st.characters(min_codepoint=32, max_codepoint=255), min_size=1)
+)
+@example("null")
+@example("file://")
+@example("http://*")
+@example("app://" + "x" * 300)
+def test_what_a_refusal_advises_is_accepted(origin: str) -> None:
+    asked = head(host="h", origin=origin, sec_fetch_site="cross-site")
+    try:
+        gate().admit(asked, "127.0.0.1", "key")
+    except es.HostNotAllowed as error:
+        advised = re.findall(r"--cors-origin (\S+) allows", error.message)
+        for option in advised:
+            assert re.fullmatch(es.ORIGIN, option)
+            assert gate(cors_origin=(option,)).admit(asked, "127.0.0.1", "key")
+            for other in ("http://evil.example", "app://evil", "null"):  # nobody else
+                if other.lower() != origin.lower():
+                    with pytest.raises(es.HostNotAllowed):
+                        sent = head(host="h", origin=other)
+                        gate(cors_origin=(option,)).admit(sent, "127.0.0.1", "key")
+        is_origin = re.fullmatch(es.ORIGIN, origin) and "*" not in origin
+        assert len(advised) == bool(is_origin and len(origin) < 256)
 
 
 LINK = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
@@ -879,7 +1020,7 @@ def test_without_keys_a_link_of_another_site_may_be_followed(
     if may_ask:
         assert gate().admit(asked, "127.0.0.1", "docs")
         return
-    with pytest.raises(es.HostNotAllowed, match="may not ask"):
+    with pytest.raises(es.HostNotAllowed, match="Origin|refused"):
         gate().admit(asked, "127.0.0.1", "docs")
 
 
@@ -898,7 +1039,9 @@ def test_the_host_is_checked_on_every_route_but_open_probes(route: es.Route) -> 
             reply = kit.parse_reply(await running.exchange(sent), route.method)
             assert reply.status == (200 if is_probe else 403)
             if not is_probe:
-                part = "--allowed-host" if b"evil.example" in fields[:20] else "page of"
+                part = (
+                    "--allowed-host" if b"evil.example" in fields[:20] else "pages of"
+                )
                 assert part in reply.error_in(route.dialect)
 
     with_service(check)
