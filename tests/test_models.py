@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -220,8 +221,16 @@ async def serving(
     **changes: Any,
 ) -> AsyncIterator[Several]:
     """A service of these models, stopped at the end unless it already is."""
-    engines = engines or Engines()
-    common = kit.settings(**{"model_path": ""} | changes)
+    with tempfile.TemporaryDirectory() as folder:
+        common = kit.settings(**{"model_path": "", "cache_dir": folder} | changes)
+        async with _serving(common, rows, engines or Engines(), wait_ready) as running:
+            yield running
+
+
+@contextlib.asynccontextmanager
+async def _serving(
+    common: es.Settings, rows: Sequence[es.Settings], engines: Engines, wait_ready: bool
+) -> AsyncIterator[Several]:
     stream = kit.WatchedLog()
     listeners = kit.bound(common)
     written = Written(common, rows)
