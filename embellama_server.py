@@ -26,7 +26,8 @@ The life of one request
  4. REQUESTS     the body completes: one Request; CODINGS unpacks it
  5. FORMS        JSON becomes a form: every field typed, or a 400 that names it
  6. OPENAI, TEI, RERANK, OLLAMA   whatever the dialect, the form becomes a Wish
- 7. MODELS       which model and version that is; loaded now if it is not in memory
+ 7. NAMES        which model and version that is
+    MODELS       loaded now if it is not in memory
  8. QUEUE        submit(): room is reserved at once, or 503 at once
  9. WORKERS      the tokeniser thread turns texts into token ids, a slice at a time;
                  what is in the CACHE, or under way for another, is not computed
@@ -89,26 +90,27 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 28. LISTENERS - where connections come from
 --- hall ---
 29. GATE - who is let in
-30. MODELS - which are served, and when each is in memory
-31. FORMS - what is asked and answered, declared once
-32. WORK - from what is wanted of some texts to their vectors
-33. VECTORS - numbers of a reply, in the types that clients ask for
-34. OPENAI - its shapes
-35. RERANK - Cohere's and Jina's shape
-36. TEI - the shapes of text-embeddings-inference
-37. TOKENS - what texts are made of, and what a model can take
-38. OLLAMA - its shapes
-39. ADMIN - health, readiness, metrics, models
-40. DESCRIPTION - the routes as an OpenAPI document
-41. PAGES - the API's own documentation
-42. ROUTES - the table, and everything derived from it
-43. DISPATCH - from a request to its response
-44. WIRING - what the settings mean to each part
-45. SUPERVISOR - a small parent that outlives the server
-46. PHASES - the life of the server
-47. SERVICE - builds every object; loading, ready, draining, stopped
-48. TUNING - the settings that are fastest on this box
-49. COMMAND LINE - flags in, exit code out
+30. NAMES - which model a request means
+31. MODELS - when each is in memory
+32. FORMS - what is asked and answered, declared once
+33. WORK - from what is wanted of some texts to their vectors
+34. VECTORS - numbers of a reply, in the types that clients ask for
+35. OPENAI - its shapes
+36. RERANK - Cohere's and Jina's shape
+37. TEI - the shapes of text-embeddings-inference
+38. TOKENS - what texts are made of, and what a model can take
+39. OLLAMA - its shapes
+40. ADMIN - health, readiness, metrics, models
+41. DESCRIPTION - the routes as an OpenAPI document
+42. PAGES - the API's own documentation
+43. ROUTES - the table, and everything derived from it
+44. DISPATCH - from a request to its response
+45. WIRING - what the settings mean to each part
+46. SUPERVISOR - a small parent that outlives the server
+47. PHASES - the life of the server
+48. SERVICE - builds every object; loading, ready, draining, stopped
+49. TUNING - the settings that are fastest on this box
+50. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -8294,11 +8296,10 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 30. MODELS - which are served, and when each is in memory
+# 30. NAMES - which model a request means
 # ==============================================================================
-# Event-loop thread only; loading itself happens in a thread. A name has one or more
-# versions; who names none gets the default one, or the one that its share says. One load
-# however many requests wait for it, and one at a time: each needs much for a moment.
+# A name has one or more versions; who names none gets the default one, or the one that
+# its share says.
 
 
 @dataclass(slots=True, eq=False)
@@ -8359,53 +8360,28 @@ class Model:
         return "loaded" if self.served else "unloaded"
 
 
-class Models:
-    """All models, the first of which answers who names none."""
+class Names:
+    """Every model and what it is called; the first answers who names none."""
 
     def __init__(
         self,
         wanted: Iterable[Settings],
         *,
         default_name: str,
-        load: Callable[[Settings], Served],
-        free: Callable[[Served], bool],
         telemetry: Telemetry,
         log: Log,
     ) -> None:
-        """``default_name``: of the model without a file. ``load`` and ``free`` run in
-        a thread; ``free`` says whether all of it had ended. Raises StartupError.
-        """
-        self.retiring: list[Served] = []  # not served any more, and not done yet
-        self.is_clean = True  # whether all that was freed had ended
+        """``default_name``: of the model without a file. Raises StartupError."""
         self._default_name = default_name
-        self._load = load
-        self._free = free
         self._telemetry = telemetry
         self._log = log
-        self._one_load = asyncio.Lock()
-        self._freeing: set[asyncio.Task[None]] = set()
-        self._adding: set[str] = set()  # labels of models on their way
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._chosen: dict[str, int] = {}  # default versions, where somebody said
-        self._past = CacheCounts()  # of models that are gone: counters never fall
         self._set_rows([Model(one, default_name) for one in wanted])
-
-    # --- what there is ---
 
     @property
     def rows(self) -> Sequence[Model]:
         """Every model."""
         return self._rows
-
-    @property
-    def is_loading(self) -> bool:
-        """Whether a thread of ours brings a model into memory."""
-        return self._one_load.locked()
-
-    @property
-    def in_memory(self) -> list[Served]:
-        """Whatever is loaded and served."""
-        return [model.served for model in self._rows if model.served]
 
     def find(self, asked: str | None, client: str, *, any_model: bool) -> Model:
         """The model for a request: by name, alias or name@version.
@@ -8442,16 +8418,6 @@ class Models:
         self._chosen[model.name] = model.version
         self._log("info", "default version", model=model.label)
 
-    def refuse_if_full(self, client: str) -> None:
-        """Raise Overloaded if no model would take anything. Not exact: no lock."""
-        for model in self._rows:
-            if model.served is None:
-                return
-            queue = model.served.pool.queue
-            if not queue.is_full_for(client):
-                return
-        raise queue.overloaded()
-
     def _version(self, name: str, client: str) -> Model:
         group = self._versions[name]
         if len(group) == 1:
@@ -8473,7 +8439,7 @@ class Models:
         ``renewed``: what those of the same label take their settings from.
         """
         by_label = {model.label: model for model in renewed}
-        _check_names(by_label.get(row.label, row) for row in rows)
+        check_names(by_label.get(row.label, row) for row in rows)
         for row in rows:
             if row.label in by_label:
                 row.renew(by_label[row.label].settings)
@@ -8486,6 +8452,77 @@ class Models:
         self._rows, self._versions, self._by_name = rows, versions, by_name
         for model in rows:
             self._telemetry.add_model(model.label)
+
+
+def check_names(models: Iterable[Model]) -> None:
+    """Raise StartupError if a name means two of them."""
+    found = list(models)
+    labels = {model.label for model in found}
+    if len(labels) < len(found):
+        raise StartupError("two models have the same name and version")
+    meanings: dict[str, str] = {}
+    for model in found:
+        for name in model.names:
+            is_other = meanings.setdefault(name, model.name) != model.name
+            if is_other or name in labels:  # a file may be called a@2.gguf
+                raise StartupError(f"{name} would be the name of two models")
+
+
+# ==============================================================================
+# 31. MODELS - when each is in memory
+# ==============================================================================
+# Event-loop thread only; loading itself happens in a thread. One load however many
+# requests wait for it, and one at a time: each needs much for a moment.
+
+
+class Models(Names):
+    """All models, in memory and out of it."""
+
+    def __init__(
+        self,
+        wanted: Iterable[Settings],
+        *,
+        default_name: str,
+        load: Callable[[Settings], Served],
+        free: Callable[[Served], bool],
+        telemetry: Telemetry,
+        log: Log,
+    ) -> None:
+        """``default_name``: of the model without a file. ``load`` and ``free`` run in
+        a thread; ``free`` says whether all of it had ended. Raises StartupError.
+        """
+        super().__init__(
+            wanted, default_name=default_name, telemetry=telemetry, log=log
+        )
+        self.retiring: list[Served] = []  # not served any more, and not done yet
+        self.is_clean = True  # whether all that was freed had ended
+        self._load = load
+        self._free = free
+        self._one_load = asyncio.Lock()
+        self._freeing: set[asyncio.Task[None]] = set()
+        self._adding: set[str] = set()  # labels of models on their way
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._past = CacheCounts()  # of models that are gone: counters never fall
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread of ours brings a model into memory."""
+        return self._one_load.locked()
+
+    @property
+    def in_memory(self) -> list[Served]:
+        """Whatever is loaded and served."""
+        return [model.served for model in self._rows if model.served]
+
+    def refuse_if_full(self, client: str) -> None:
+        """Raise Overloaded if no model would take anything. Not exact: no lock."""
+        for model in self._rows:
+            if model.served is None:
+                return
+            queue = model.served.pool.queue
+            if not queue.is_full_for(client):
+                return
+        raise queue.overloaded()
 
     # --- in and out of memory ---
 
@@ -8621,7 +8658,7 @@ class Models:
         try:
             if model.label in labels:
                 raise StartupError(f"{model.label} is served already")
-            _check_names([*self._rows, model])
+            check_names([*self._rows, model])
         except StartupError as error:
             raise ModelConflict(str(error), param="name") from None
         self._adding.add(model.label)
@@ -8689,20 +8726,6 @@ def _look_at(task: asyncio.Task[Served]) -> None:
         task.exception()
 
 
-def _check_names(models: Iterable[Model]) -> None:
-    """Raise StartupError if a name means two of them."""
-    found = list(models)
-    labels = {model.label for model in found}
-    if len(labels) < len(found):
-        raise StartupError("two models have the same name and version")
-    meanings: dict[str, str] = {}
-    for model in found:
-        for name in model.names:
-            is_other = meanings.setdefault(name, model.name) != model.name
-            if is_other or name in labels:  # a file may be called a@2.gguf
-                raise StartupError(f"{name} would be the name of two models")
-
-
 def _let_go(served: Served) -> None:
     served.users -= 1
 
@@ -8732,7 +8755,7 @@ def _is_same_memory(one: Settings, other: Settings) -> bool:
 
 
 # ==============================================================================
-# 31. FORMS - what is asked and answered, declared once
+# 32. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the reader, which turns JSON into the dataclass or into a sentence that names the field,
@@ -9065,7 +9088,7 @@ USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 
 
 # ==============================================================================
-# 32. WORK - from what is wanted of some texts to their vectors
+# 33. WORK - from what is wanted of some texts to their vectors
 # ==============================================================================
 # Whatever the dialect a request was said in, it becomes a Wish here, and what a model
 # made of it comes back as Done. What a model can do is asked only here.
@@ -9509,7 +9532,7 @@ def _record(result: Done, exchange: Exchange) -> None:
 
 
 # ==============================================================================
-# 33. VECTORS - numbers of a reply, in the types that clients ask for
+# 34. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # Each number of a vector of length 1 is between -1 and 1: that is what the scaling of
 # the small types relies on. int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded.
@@ -9597,7 +9620,7 @@ def is_large_reply(result: Done) -> bool:
 
 
 # ==============================================================================
-# 34. OPENAI - its shapes
+# 35. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -9773,7 +9796,7 @@ def _model_object(name: str, one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 35. RERANK - Cohere's and Jina's shape
+# 36. RERANK - Cohere's and Jina's shape
 # ==============================================================================
 # Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
 # theirs do, unless the model gives probabilities already or raw_scores is asked for.
@@ -9886,7 +9909,7 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
 
 
 # ==============================================================================
-# 36. TEI - the shapes of text-embeddings-inference
+# 37. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed is a child of it.
@@ -10110,7 +10133,7 @@ def _with_times(body: bytes, result: Done) -> Response:
 
 
 # ==============================================================================
-# 37. TOKENS - what texts are made of, and what a model can take
+# 38. TOKENS - what texts are made of, and what a model can take
 # ==============================================================================
 # text-embeddings-inference's /tokenize, /decode and /info. Nothing is computed; the work
 # is the tokeniser thread's, whose stack is made for the deepest text.
@@ -10339,7 +10362,7 @@ async def info(exchange: Exchange) -> Response:
 
 
 # ==============================================================================
-# 38. OLLAMA - its shapes
+# 39. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -10526,7 +10549,7 @@ def _details(one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 39. ADMIN - health, readiness, metrics, models
+# 40. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -10728,7 +10751,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 40. DESCRIPTION - the routes as an OpenAPI document
+# 41. DESCRIPTION - the routes as an OpenAPI document
 # ==============================================================================
 # Made of the rows that requests are routed and read by: what is described is what is
 # done. Reference: OpenAPI 3.1.
@@ -10863,7 +10886,7 @@ NEVER_CACHED: Final = "no-store"
 
 
 # ==============================================================================
-# 41. PAGES - the API's own documentation
+# 42. PAGES - the API's own documentation
 # ==============================================================================
 # One page without outside parts, for boxes that reach no network. It asks for
 # openapi.json and shows what that says. Names in there may be anybody's: they reach the
@@ -11165,7 +11188,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 42. ROUTES - the table, and everything derived from it
+# 43. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. From it come 404, 405 with Allow, HEAD, OPTIONS, what is
 # refused before a body is read, the OpenAPI document, and README's table.
@@ -11370,7 +11393,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 43. DISPATCH - from a request to its response
+# 44. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where bodies are unpacked and packed, and
 # where every answer gets its request id, its log line and its audit line.
@@ -11750,7 +11773,7 @@ def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
 
 
 # ==============================================================================
-# 44. WIRING - what the settings mean to each part
+# 45. WIRING - what the settings mean to each part
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
@@ -12144,7 +12167,7 @@ def limits_table() -> str:
 
 
 # ==============================================================================
-# 45. SUPERVISOR - a small parent that outlives the server
+# 46. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -12465,7 +12488,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 46. PHASES - the life of the server
+# 47. PHASES - the life of the server
 # ==============================================================================
 # Pure. What is no transition cannot happen: a KeyError, and a bug.
 
@@ -12511,7 +12534,7 @@ NOT_READY: Final = {
 
 
 # ==============================================================================
-# 47. SERVICE - builds every object; loading, ready, draining, stopped
+# 48. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -12952,7 +12975,7 @@ def _free(served: Served) -> bool:
 
 
 # ==============================================================================
-# 48. TUNING - the settings that are fastest on this box
+# 49. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -13137,7 +13160,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 49. COMMAND LINE - flags in, exit code out
+# 50. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

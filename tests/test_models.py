@@ -1,4 +1,4 @@
-"""Rooms MODELS and CONFIGURATION: several models, in memory or not, and their versions.
+"""Rooms NAMES, MODELS and CONFIGURATION: several models and versions, in memory or not.
 
 Engines are fakes, one for each load, known by the stem of the file; the files are real
 GGUFs, of a model with random weights, because they are looked at before they are loaded.
