@@ -1480,7 +1480,7 @@ def test_a_key_file_that_is_opened_to_others_is_noticed(tmp_path: Path) -> None:
     path = Path(key_file(tmp_path))
 
     async def check(running: RunningService) -> None:
-        path.chmod(0o644)
+        path.chmod(0o666)
         running.service._tick()
         assert "changed file not used" in running.log.getvalue()
 
