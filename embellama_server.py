@@ -8946,15 +8946,16 @@ def whole(at_least: int, at_most: int = 1 << 53) -> Kind:
     return Kind(read, any_of(number, {"type": "string", "pattern": pattern}))
 
 
-def one_of(*words: str) -> Kind:
-    """One of these words, in any case."""
+def one_of(*words: str, **same: str) -> Kind:
+    """One of these words, in any case; ``same``: what others call them."""
+    known = {word: word for word in words} | same
 
     def read(value: object, name: str) -> str:
-        if not isinstance(value, str) or value.lower() not in words:
+        if not isinstance(value, str) or value.lower() not in known:
             raise InvalidValue(f"{name} must be one of {', '.join(words)}", param=name)
-        return value.lower()
+        return known[value.lower()]
 
-    return Kind(read, {"type": "string", "enum": [*words]})
+    return Kind(read, {"type": "string", "enum": [*known]})
 
 
 def listed(kind: Kind) -> Kind:
@@ -8999,6 +9000,8 @@ def _read_text(value: object, name: str) -> str:
 
 
 def _read_input(value: object, name: str) -> str | list[int]:
+    if isinstance(value, dict):  # Jina's
+        value, name = value.get("text"), f"{name}.text"
     if not isinstance(value, list):
         return _read_text(value, name)
     if not value:
@@ -9044,6 +9047,13 @@ _IDS: Final = {
     "items": {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1},
     "minItems": 1,
 }
+_AN_INPUT: Final = {
+    "anyOf": [
+        _A_TEXT,
+        _IDS,
+        {"type": "object", "properties": {"text": _A_TEXT}, "required": ["text"]},
+    ]
+}
 SOME_TEXT: Final = Kind(_read_text, _A_TEXT)
 TEXTS: Final = Kind(
     lambda value, name: [_read_text(item, name) for item in _read_inputs(value, name)],
@@ -9057,7 +9067,7 @@ INPUTS: Final = Kind(
     {
         "anyOf": [
             _A_TEXT,
-            {"type": "array", "items": {"anyOf": [_A_TEXT, _IDS]}, "minItems": 1},
+            {"type": "array", "items": _AN_INPUT, "minItems": 1},
             _IDS,
         ]
     },
@@ -9103,16 +9113,42 @@ _PATIENCE_FIELDS: Final = (
     "x-stainless-timeout",
     "x-request-timeout",
 )
-# What clients call the two kinds of input that models tell apart: Cohere, Voyage, NVIDIA.
+# What clients, and the models' prompts, call the two kinds of input that most models tell
+# apart: Cohere, Voyage, NVIDIA, Jina, Google. Any other type is a prompt of that name.
 INPUT_TYPES: Final = {
     "query": "query",
     "search_query": "query",
+    "retrieval.query": "query",
+    "retrieval_query": "query",
     "document": "document",
     "search_document": "document",
     "passage": "document",
+    "retrieval.passage": "document",
+    "retrieval_document": "document",
 }
 PRIORITY: Final = one_of(*URGENCIES)
 DIRECTION: Final = one_of("right", "left")
+# NVIDIA's and Cohere's words.
+_CUTS: Final[Mapping[str, bool | str]] = {
+    "none": False,
+    "start": "left",
+    "end": "right",
+}
+
+
+def _read_truncate(value: object, name: str) -> bool | str:
+    if isinstance(value, str) and value[:6].lower() in _CUTS:
+        return _CUTS[value[:6].lower()]
+    try:
+        return bool(FLAG.read(value, name))
+    except InvalidValue:
+        allowed = "true, false, NONE, START or END"
+        raise InvalidValue(f"{name} must be {allowed}", param=name) from None
+
+
+TRUNCATE: Final = Kind(
+    _read_truncate, any_of(FLAG.schema, {"enum": [word.upper() for word in _CUTS]})
+)
 
 
 class House(Protocol):
@@ -9172,10 +9208,10 @@ class Wish:
     user: str | None = None  # who keeps a version of the model, if not the caller
     form: Form = Form.UNIT
     dimensions: int | None = None
-    truncate: bool | None = None
+    truncate: bool | str | None = None  # a str: yes, and where
     truncation_direction: str = "right"
     prompt_name: str | None = None
-    input_type: str | None = None  # a key of INPUT_TYPES
+    input_type: str | None = None  # a key of INPUT_TYPES, or a prompt's name
     priority: str | None = None
     allow_partial: bool = False
 
@@ -9368,7 +9404,7 @@ async def _computed(
         allows_partial=wish.allow_partial,
         form=wish.form,
         truncates=house.settings.auto_truncate if is_default else bool(wish.truncate),
-        cuts_left=wish.truncation_direction == "left",
+        cuts_left=_cuts_left(wish),
         named=wish.named,
         most_tokens=_most_tokens(wish, served.card, house.settings),
     )
@@ -9413,6 +9449,11 @@ def _most_tokens(wish: Wish, card: ModelCard, settings: Settings) -> int:
         room = settings.max_buffered_mb << 20
         most = min(most, room // (_TOKEN_NUMBER_BYTES * card.n_embd))
     return most
+
+
+def _cuts_left(wish: Wish) -> bool:
+    is_said = isinstance(wish.truncate, str)
+    return (wish.truncate if is_said else wish.truncation_direction) == "left"
 
 
 def _urgency(wish: Wish, head: Head) -> int:
@@ -9484,8 +9525,10 @@ def _prompt(wish: Wish, model: Model, served: Served) -> str:
         )
     if name is None and wish.input_type is not None:
         # A model without prompts makes no difference between queries and documents.
-        name = INPUT_TYPES[wish.input_type]
-        return known.get(name, "")
+        said = wish.input_type.lower()
+        kind = INPUT_TYPES.get(said, said)
+        names = (said, *(n for n, same in INPUT_TYPES.items() if same == kind))
+        return next((known[name] for name in names if name in known), "")
     return known.get(name or model.settings.default_prompt_name, "")
 
 
@@ -9640,15 +9683,21 @@ class EmbeddingsForm:
         "the other, as application/octet-stream.",
         "float",
     )
-    output_dtype: str = wanted(one_of(*DTYPES), "Type of the numbers.", "float32")
+    output_dtype: str = wanted(
+        one_of(*DTYPES, float="float32"), "Type of the numbers.", "float32"
+    )
     dimensions: int | None = wanted(whole(1), "Keep so many, and scale to length 1.")
     user: str | None = wanted(NAME, "Who keeps a version, where shares decide.")
-    truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of a 400.")
+    truncate: bool | str | None = wanted(
+        TRUNCATE, "Cut what is too long, instead of a 400."
+    )
     truncation_direction: str = wanted(DIRECTION, "Where to cut.", "right")
     normalize: bool = wanted(FLAG, "Scale vectors to length 1.", True)
     prompt_name: str | None = wanted(NAME, "Put this prompt before each input.")
     input_type: str | None = wanted(
-        one_of(*INPUT_TYPES), "The prompt query or document, if the model has one."
+        NAME,
+        "The prompt of this name, if the model has one; search_query and such mean "
+        "query, passage and such document.",
     )
     priority: str | None = wanted(PRIORITY, "Who goes first; none: normal.")
     allow_partial: bool = wanted(
@@ -9812,18 +9861,27 @@ _PRIORITY: Final = Kind(_read_priority, {"anyOf": [PRIORITY.schema, INTEGER]})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A document that is an object."""
+    """A text that is an object."""
 
-    text: str = needed(SOME_TEXT, "The text to score.")
+    text: str = needed(SOME_TEXT, "The text.")
+
+
+def _read_document(value: object, name: str) -> str:
+    if isinstance(value, dict):
+        return filled(Document, value, f"{name}.").text
+    return str(SOME_TEXT.read(value, name))
+
+
+DOCUMENT: Final = Kind(_read_document, any_of(SOME_TEXT.schema, schema_of(Document)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankForm:
     """The body of POST /v1/rerank."""
 
-    query: str = needed(SOME_TEXT, "What is looked for.", example="cats")
-    documents: list[str | Document] = needed(
-        listed(either(SOME_TEXT, part(Document))),
+    query: str = needed(DOCUMENT, "What is looked for.", example="cats")
+    documents: list[str] = needed(
+        listed(DOCUMENT),
         "Strings, or objects with a text.",
         example=["The cat sleeps.", "Stocks fell."],
     )
@@ -9831,7 +9889,9 @@ class RerankForm:
     top_n: int | None = wanted(whole(0), "Only so many, the best ones; 0: all.")
     return_documents: bool = wanted(FLAG, "Give the texts back.", False)
     raw_scores: bool = wanted(FLAG, "As the model gives them, no sigmoid.", False)
-    truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of a 400.")
+    truncate: bool | str | None = wanted(
+        TRUNCATE, "Cut what is too long, instead of a 400."
+    )
     user: str | None = wanted(NAME, "Who keeps a version, where shares decide.")
     priority: str | None = wanted(
         _PRIORITY, "Who goes first; none: normal. A number changes nothing."
@@ -9876,11 +9936,6 @@ def sigmoid(score: float) -> float:
     return grown / (1 + grown)
 
 
-def texts_of(documents: Iterable[str | Document]) -> list[str]:
-    """The text of each."""
-    return [one if isinstance(one, str) else one.text for one in documents]
-
-
 def pairs(query: str, texts: Iterable[str]) -> list[Pair]:
     """The query with each text."""
     return [Pair(query, text) for text in texts]
@@ -9888,7 +9943,7 @@ def pairs(query: str, texts: Iterable[str]) -> list[Pair]:
 
 async def rerank(exchange: Exchange, form: RerankForm) -> Response:
     """Texts by how well each answers a query; the model must be a reranker."""
-    texts = texts_of(form.documents)
+    texts = form.documents
     wish = wish_of(form, pairs(form.query, texts), "documents", form=Form.RAW)
     found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
     results: list[dict[str, object]] = []
@@ -9902,7 +9957,11 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
         "model": result.name,
         "results": results,
         "usage": result.usage,
-        "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+        "meta": {
+            "api_version": {"version": "2"},
+            "billed_units": {"search_units": 1},
+            "tokens": {"input_tokens": result.job.tokens, "output_tokens": 0},
+        },
     }
     body = json_codec().dumps(shown)
     return Response(200, body, fields=result.fields, is_compressible=True)
@@ -9919,7 +9978,9 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
 class _Reading:
     """How texts are read."""
 
-    truncate: bool | None = wanted(FLAG, "Cut what is too long, instead of an error.")
+    truncate: bool | str | None = wanted(
+        TRUNCATE, "Cut what is too long, instead of an error."
+    )
     truncation_direction: str = wanted(DIRECTION, "Where to cut.", "right")
     prompt_name: str | None = wanted(NAME, "Put this prompt before each text.")
 
@@ -9968,10 +10029,10 @@ class AnyRerankForm(RerankForm):
     """The body of POST /rerank: ``texts`` as here, or ``documents`` as in /v1/rerank."""
 
     documents: list[Any] | None = wanted(  # type: ignore[assignment]
-        listed(either(SOME_TEXT, part(Document))), "Answered as /v1/rerank does."
+        listed(DOCUMENT), "Answered as /v1/rerank does."
     )
-    texts: list[str | Document] | None = wanted(
-        listed(either(SOME_TEXT, part(Document))),
+    texts: list[str] | None = wanted(
+        listed(DOCUMENT),
         "Strings to score, or objects with a text (LiteLLM sends them).",
         example=["The cat sleeps.", "Stocks fell."],
     )
@@ -9989,10 +10050,8 @@ class TaskForm(EmbedForm):
         example="The cat sleeps.",
     )
     parameters: _Reading | None = wanted(part(_Reading), "As in /similarity.")
-    query: str | None = wanted(SOME_TEXT, "As in /rerank.")
-    texts: list[Any] | None = wanted(
-        listed(either(SOME_TEXT, part(Document))), "As in /rerank."
-    )
+    query: str | None = wanted(DOCUMENT, "As in /rerank.")
+    texts: list[Any] | None = wanted(listed(DOCUMENT), "As in /rerank.")
     raw_scores: bool = wanted(FLAG, "As in /rerank.", False)
     return_text: bool = wanted(FLAG, "As in /rerank.", False)
 
@@ -10048,7 +10107,7 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
         return await rerank(exchange, form)
     if form.texts is None:
         raise InvalidValue("texts (or documents) is missing", param="texts")
-    texts = texts_of(form.texts)
+    texts = form.texts
     wish = wish_of(form, pairs(form.query, texts), "texts", form=Form.RAW)
     found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
     shown: list[dict[str, object]] = []
@@ -10389,7 +10448,9 @@ class OllamaEmbedForm:
         "A string or a list of strings; none: only load the model.",
         example=["The cat sleeps.", "Hello"],
     )
-    truncate: bool = wanted(FLAG, "Cut what is too long, instead of a 400.", True)
+    truncate: bool | str = wanted(
+        TRUNCATE, "Cut what is too long, instead of a 400.", True
+    )
     dimensions: int | None = wanted(whole(0), "Keep so many, scaled; 0: all.")
 
 

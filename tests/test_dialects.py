@@ -210,6 +210,25 @@ def test_what_is_too_long_is_cut_only_if_that_is_asked_for(
 
 
 @pytest.mark.parametrize("path", EMBEDDING)
+def test_truncate_may_say_where_as_nvidia_s_and_cohere_s_does(
+    client: both.Client, path: str
+) -> None:
+    words = [f"w{n}" for n in range(MOST_WORDS + 5)]
+    text = " ".join(words)
+    right, left = vector(" ".join(words[:MOST_WORDS])), vector(" ".join(words[5:]))
+    for said in ("END", "end", "true", 1):
+        assert close(vectors(client, path, text, truncate=said), [right])
+    for said in ("START", "Start"):
+        assert close(vectors(client, path, text, truncate=said), [left])
+    for said in ("NONE", "false", 0):
+        assert asked(client, path, text, truncate=said).status in (400, 422)
+        assert close(vectors(client, path, "a b", truncate=said), [vector("a b")])
+    if path != "/api/embed":
+        cut = vectors(client, path, text, truncate="END", truncation_direction="left")
+        assert close(cut, [right]), "the more exact one"
+
+
+@pytest.mark.parametrize("path", EMBEDDING)
 def test_the_longest_text_that_fits_is_not_cut(client: both.Client, path: str) -> None:
     text = " ".join(f"w{n}" for n in range(MOST_WORDS))
     assert close(vectors(client, path, text, truncate=False), [vector(text)])
@@ -284,7 +303,7 @@ WRONG_FIELDS = {
     "encoding_format": ("hex", "", 1, True),
     "output_dtype": ("float64", "", 1, []),
     "user": (1, [], {}),
-    "input_type": ("classification", 1, ""),
+    "input_type": (True, 1, []),
     "priority": ("urgent", [], {}),
     "allow_partial": ("yes", 2.5),
 }
@@ -430,6 +449,13 @@ def test_words_are_taken_in_any_case(client: both.Client, word: str) -> None:
     assert client.post("/v1/embeddings", body).status == 200
 
 
+def test_float_is_what_voyage_calls_float32(client: both.Client) -> None:
+    body = {"input": "a", "encoding_format": "bytes", "output_dtype": "float"}
+    reply = client.post("/v1/embeddings", body)
+    assert reply.headers["x-embedding-dtype"] == "float32"
+    assert close(np.frombuffer(reply.body, "<f4"), vector("a"))
+
+
 UNIT_FLOATS = some.arrays(
     np.float32, st.integers(1, 70), elements=st.floats(-1, 1, width=32)
 )
@@ -494,6 +520,42 @@ def test_an_input_type_is_a_prompt_if_the_model_has_it(
         client, "/v1/embeddings", "a b", input_type=kind, prompt_name="mine"
     )
     assert close(both_said, [vector("[a b]")]), "the name is more exact"
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [
+        *(("retrieval.query", "ask, a b"), ("RETRIEVAL_QUERY", "ask, a b")),
+        *(("quoted", 'say "a b" now'), ("mine", "[a b]")),  # prompts of the model
+        *((kind, "a b") for kind in ("classification", "clustering", "image", "", "x")),
+    ],
+)
+def test_any_other_type_is_a_prompt_if_there_is_one_and_no_mistake(
+    client: both.Client, kind: str, whole: str
+) -> None:
+    found = vectors(client, "/v1/embeddings", "a b", input_type=kind)
+    assert close(found, [vector(whole)])
+
+
+def test_an_input_type_finds_the_prompt_whatever_the_model_calls_it(
+    tmp_path: Path,
+) -> None:
+    prompts = {"passage": "p: ", "search_query": "q: ", "classification": "c: "}
+    with both.asking(tmp_path, config={"prompts": prompts}) as asked_of:
+        for kind in es.INPUT_TYPES:
+            found = vectors(asked_of, "/v1/embeddings", "a", input_type=kind)
+            assert close(found, [vector("q: a" if "query" in kind else "p: a")]), kind
+        found = vectors(asked_of, "/v1/embeddings", "a", input_type="Classification")
+        assert close(found, [vector("c: a")])
+
+
+def test_texts_in_objects_are_texts(client: both.Client) -> None:
+    """As Jina has them."""
+    found = vectors(client, "/v1/embeddings", [{"text": "a b"}, "c", {"text": "d"}])
+    assert close(found, [vector(text) for text in ("a b", "c", "d")])
+    for bad in ({}, {"text": ""}, {"text": 1}, {"image": "x"}, {"text": ["a"]}):
+        reply = client.post("/v1/embeddings", {"input": ["a", bad]})
+        assert reply.error["param"] in ("input[1].text", "input[1]"), bad
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
@@ -591,6 +653,7 @@ def test_documents_come_back_best_first(ranker: both.Client, path: str) -> None:
     assert reply.json["meta"] == {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": 1},
+        "tokens": {"input_tokens": tokens, "output_tokens": 0},
     }
     assert reply.json["model"] == "ranker"
     assert reply.headers["x-embellama-model"] == "ranker@1"
@@ -614,6 +677,11 @@ def test_documents_may_be_objects_and_come_back_if_asked_for(
     body = {"query": "q", "documents": mixed, "return_documents": True}
     for row in ranker.post(path, body).json["results"]:
         assert row["document"] == {"text": ["b", "c d", "e"][row["index"]]}
+    as_text = body | {"query": {"text": "q"}, "return_documents": "true", "top_n": "3"}
+    assert (
+        ranker.post(path, as_text | {"return_len": "true"}).json["results"]
+        == (ranker.post(path, body).json["results"])
+    )
 
 
 @pytest.mark.parametrize("path", RERANKING)
