@@ -25,7 +25,7 @@ The life of one request
     GATE         who is asking (401, 403) and how much that one may (429)
  4. REQUESTS     the body completes: one Request; CODINGS unpacks it
  5. FORMS        JSON becomes a form: every field typed, or a 400 that names it
- 6. OPENAI, TEI, RERANK, OLLAMA   whatever the dialect, the form becomes a Wish
+ 6. OPENAI, TEI, RERANK, OLLAMA   whatever the dialect, the form becomes a Wish (INPUTS)
  7. NAMES        which model and version that is
     MODELS       loaded now if it is not in memory
  8. QUEUE        submit(): room is reserved at once, or 503 at once
@@ -93,24 +93,25 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 30. NAMES - which model a request means
 31. MODELS - when each is in memory
 32. FORMS - what is asked and answered, declared once
-33. WORK - from what is wanted of some texts to their vectors
-34. VECTORS - numbers of a reply, in the types that clients ask for
-35. OPENAI - its shapes
-36. RERANK - Cohere's and Jina's shape
-37. TEI - the shapes of text-embeddings-inference
-38. TOKENS - what texts are made of, and what a model can take
-39. OLLAMA - its shapes
-40. ADMIN - health, readiness, metrics, models
-41. DESCRIPTION - the routes as an OpenAPI document
-42. PAGES - the API's own documentation
-43. ROUTES - the table, and everything derived from it
-44. DISPATCH - from a request to its response
-45. WIRING - what the settings mean to each part
-46. SUPERVISOR - a small parent that outlives the server
-47. PHASES - the life of the server
-48. SERVICE - builds every object; loading, ready, draining, stopped
-49. TUNING - the settings that are fastest on this box
-50. COMMAND LINE - flags in, exit code out
+33. INPUTS - what is wanted of some texts, and whether a model can do it
+34. WORK - from what is wanted of some texts to their vectors
+35. VECTORS - numbers of a reply, in the types that clients ask for
+36. OPENAI - its shapes
+37. RERANK - Cohere's and Jina's shape
+38. TEI - the shapes of text-embeddings-inference
+39. TOKENS - what texts are made of, and what a model can take
+40. OLLAMA - its shapes
+41. ADMIN - health, readiness, metrics, models
+42. DESCRIPTION - the routes as an OpenAPI document
+43. PAGES - the API's own documentation
+44. ROUTES - the table, and everything derived from it
+45. DISPATCH - from a request to its response
+46. WIRING - what the settings mean to each part
+47. SUPERVISOR - a small parent that outlives the server
+48. PHASES - the life of the server
+49. SERVICE - builds every object; loading, ready, draining, stopped
+50. TUNING - the settings that are fastest on this box
+51. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -9098,21 +9099,11 @@ USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 
 
 # ==============================================================================
-# 33. WORK - from what is wanted of some texts to their vectors
+# 33. INPUTS - what is wanted of some texts, and whether a model can do it
 # ==============================================================================
-# Whatever the dialect a request was said in, it becomes a Wish here, and what a model
-# made of it comes back as Done. What a model can do is asked only here.
+# Whatever the dialect a request was said in, it becomes a Wish here. What a model can do
+# is asked only here.
 
-# Above this, reading JSON moves off the event loop; below, a thread's hand-over (some
-# 50 us) costs more than the work.
-_LARGE_BODY_BYTES: Final = 1 << 16
-# The OpenAI SDKs', and what proxies and everybody else may send; in seconds. The first
-# bounds each silence, and a reply that comes in one piece is one silence.
-_PATIENCE_FIELDS: Final = (
-    "x-stainless-read-timeout",
-    "x-stainless-timeout",
-    "x-request-timeout",
-)
 # What clients, and the models' prompts, call the two kinds of input that most models tell
 # apart: Cohere, Voyage, NVIDIA, Jina, Google. Any other type is a prompt of that name.
 INPUT_TYPES: Final = {
@@ -9148,6 +9139,151 @@ def _read_truncate(value: object, name: str) -> bool | str:
 
 TRUNCATE: Final = Kind(
     _read_truncate, any_of(FLAG.schema, {"enum": [word.upper() for word in _CUTS]})
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is wanted of some inputs. None: as the server or model has it.
+
+    What a form may say is called here as it is there.
+    """
+
+    inputs: Sequence[Input]
+    named: str = "input"  # what the request calls them
+    model: str | None = None
+    user: str | None = None  # who keeps a version of the model, if not the caller
+    form: Form = Form.UNIT
+    dimensions: int | None = None
+    truncate: bool | str | None = None  # a str: yes, and where
+    truncation_direction: str = "right"
+    prompt_name: str | None = None
+    input_type: str | None = None  # a key of INPUT_TYPES, or a prompt's name
+    priority: str | None = None
+    allow_partial: bool = False
+
+    @property
+    def cuts_left(self) -> bool:
+        """Where to cut what is too long."""
+        is_said = isinstance(self.truncate, str)
+        return (self.truncate if is_said else self.truncation_direction) == "left"
+
+
+def wish_of(
+    form: Any, inputs: Sequence[Input], named: str = "input", /, **more: Any
+) -> Wish:
+    """What a form says of ``inputs``, which it calls ``named``; and more of a Wish."""
+    said = {name: getattr(form, name) for name in _said_by(form.__class__)}
+    return Wish(inputs=inputs, named=named, **(said | more))
+
+
+@functools.cache
+def _said_by(form: Any) -> list[str]:
+    known = {row.name for row in dataclasses.fields(Wish)} - {"inputs"}
+    return [row.name for row in dataclasses.fields(form) if row.name in known]
+
+
+def checked_inputs(
+    wish: Wish, model: Model, served: Served, settings: Settings
+) -> Sequence[Input]:
+    """The inputs, with their prompt, if this model can do with them what is wanted."""
+    card = served.card
+    is_pair = any(isinstance(item, Pair) for item in wish.inputs)
+    if is_pair != card.is_ranker:
+        kinds = _KINDS_OF_MODEL if card.is_ranker else reversed(_KINDS_OF_MODEL)
+        have, need = kinds
+        raise WrongKindOfModel(
+            f"model {model.name} is {have[0]}, and this takes {need[0]}: {need[1]}",
+            param="model",
+        )
+    if wish.dimensions is not None and not 1 <= wish.dimensions <= card.n_embd:
+        raise InvalidValue(
+            f"dimensions must be 1 to {card.n_embd}, the length of this model's "
+            f"vectors, not {wish.dimensions}",
+            param="dimensions",
+        )
+    has_ids = any(isinstance(item, list) for item in wish.inputs)
+    if has_ids:
+        _check_ids(wish, card, accepted=settings.accept_token_ids)
+    return prompted(wish, model, served)
+
+
+_KINDS_OF_MODEL: Final = (
+    ("a reranker", "a GGUF with pooling type rank, e.g. bge-reranker-v2-m3"),
+    ("an embedding model", "e.g. all-MiniLM-L6-v2"),
+)
+
+
+def _check_ids(wish: Wish, card: ModelCard, *, accepted: bool) -> None:
+    if not accepted:
+        raise TokenIdsRefused(
+            f"{wish.named} holds token ids, which belong to another model's tokeniser "
+            "and would give meaningless vectors: send strings. In LangChain's "
+            "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this "
+            "model's own ids, start the server with --accept-token-ids",
+            param=wish.named,
+        )
+    for index, item in enumerate(wish.inputs):
+        if isinstance(item, list) and max(item) >= card.n_vocab:
+            name = f"{wish.named}[{index}]"
+            raise InvalidValue(
+                f"{name} has {max(item)}: token ids of this model are 0 to "
+                f"{card.n_vocab - 1}",
+                param=name,
+            )
+
+
+def _prompt(wish: Wish, model: Model, served: Served) -> str:
+    """The text to put before or around each input; empty if there is none."""
+    known, name = model.prompts_with(served), wish.prompt_name
+    if name is not None and name not in known:
+        listed_names = ", ".join(sorted(known)) or "none (--prompt NAME=TEXT adds one)"
+        raise InvalidValue(
+            f"prompt_name {name!r:.80} is not known; prompts of this model: "
+            f"{listed_names}",
+            param="prompt_name",
+        )
+    if name is None and wish.input_type is not None:
+        # A model without prompts makes no difference between queries and documents.
+        said = wish.input_type.lower()
+        kind = INPUT_TYPES.get(said, said)
+        names = (said, *(n for n, same in INPUT_TYPES.items() if same == kind))
+        return next((known[name] for name in names if name in known), "")
+    return known.get(name or model.settings.default_prompt_name, "")
+
+
+def prompted(wish: Wish, model: Model, served: Served) -> Sequence[Input]:
+    """The inputs with the prompt that is wanted, if any. Raises InvalidValue."""
+    prompt = _prompt(wish, model, served)
+    if not prompt:
+        return wish.inputs
+    if not all(isinstance(item, str) for item in wish.inputs):
+        if wish.prompt_name is None:  # it is only the default one
+            return wish.inputs
+        raise InvalidValue("only texts can have a prompt", param=wish.named)
+    return [with_prompt(prompt, str(item)) for item in wish.inputs]
+
+
+def with_prompt(prompt: str, text: str) -> str:
+    """``text`` after the prompt, or where the prompt says {text}."""
+    before, is_around, after = prompt.partition("{text}")
+    return f"{before}{text}{after}" if is_around else prompt + text
+
+
+# ==============================================================================
+# 34. WORK - from what is wanted of some texts to their vectors
+# ==============================================================================
+# What a model made of a Wish comes back as Done.
+
+# Above this, reading JSON moves off the event loop; below, a thread's hand-over (some
+# 50 us) costs more than the work.
+_LARGE_BODY_BYTES: Final = 1 << 16
+# The OpenAI SDKs', and what proxies and everybody else may send; in seconds. The first
+# bounds each silence, and a reply that comes in one piece is one silence.
+_PATIENCE_FIELDS: Final = (
+    "x-stainless-read-timeout",
+    "x-stainless-timeout",
+    "x-request-timeout",
 )
 
 
@@ -9193,41 +9329,6 @@ class Exchange:
     deadline_at: float = math.inf  # of its answer; monotonic
     timer: asyncio.Timeout | None = None  # cancels the handler by then
     stage: str = "it was being read"  # what a deadline interrupts, as a clause
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What is wanted of some inputs. None: as the server or model has it.
-
-    What a form may say is called here as it is there.
-    """
-
-    inputs: Sequence[Input]
-    named: str = "input"  # what the request calls them
-    model: str | None = None
-    user: str | None = None  # who keeps a version of the model, if not the caller
-    form: Form = Form.UNIT
-    dimensions: int | None = None
-    truncate: bool | str | None = None  # a str: yes, and where
-    truncation_direction: str = "right"
-    prompt_name: str | None = None
-    input_type: str | None = None  # a key of INPUT_TYPES, or a prompt's name
-    priority: str | None = None
-    allow_partial: bool = False
-
-
-def wish_of(
-    form: Any, inputs: Sequence[Input], named: str = "input", /, **more: Any
-) -> Wish:
-    """What a form says of ``inputs``, which it calls ``named``; and more of a Wish."""
-    said = {name: getattr(form, name) for name in _said_by(form.__class__)}
-    return Wish(inputs=inputs, named=named, **(said | more))
-
-
-@functools.cache
-def _said_by(form: Any) -> list[str]:
-    known = {row.name for row in dataclasses.fields(Wish)} - {"inputs"}
-    return [row.name for row in dataclasses.fields(form) if row.name in known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -9387,7 +9488,7 @@ async def _computed(
 ) -> Job:
     """The job when its vectors are there. Raises its error."""
     house, caller, queue = exchange.house, exchange.caller, served.pool.queue
-    inputs = _checked_inputs(wish, model, served, house.settings)
+    inputs = checked_inputs(wish, model, served, house.settings)
     finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def finish() -> None:
@@ -9404,7 +9505,7 @@ async def _computed(
         allows_partial=wish.allow_partial,
         form=wish.form,
         truncates=house.settings.auto_truncate if is_default else bool(wish.truncate),
-        cuts_left=_cuts_left(wish),
+        cuts_left=wish.cuts_left,
         named=wish.named,
         most_tokens=_most_tokens(wish, served.card, house.settings),
     )
@@ -9451,103 +9552,11 @@ def _most_tokens(wish: Wish, card: ModelCard, settings: Settings) -> int:
     return most
 
 
-def _cuts_left(wish: Wish) -> bool:
-    is_said = isinstance(wish.truncate, str)
-    return (wish.truncate if is_said else wish.truncation_direction) == "left"
-
-
 def _urgency(wish: Wish, head: Head) -> int:
     by_header = head.get("x-priority").lower()
     if by_header:
         return urgency_of(by_header, "x-priority")
     return urgency_of(wish.priority, "priority")
-
-
-def _checked_inputs(
-    wish: Wish, model: Model, served: Served, settings: Settings
-) -> Sequence[Input]:
-    """The inputs, with their prompt, if this model can do with them what is wanted."""
-    card = served.card
-    is_pair = any(isinstance(item, Pair) for item in wish.inputs)
-    if is_pair != card.is_ranker:
-        kinds = _KINDS_OF_MODEL if card.is_ranker else reversed(_KINDS_OF_MODEL)
-        have, need = kinds
-        raise WrongKindOfModel(
-            f"model {model.name} is {have[0]}, and this takes {need[0]}: {need[1]}",
-            param="model",
-        )
-    if wish.dimensions is not None and not 1 <= wish.dimensions <= card.n_embd:
-        raise InvalidValue(
-            f"dimensions must be 1 to {card.n_embd}, the length of this model's "
-            f"vectors, not {wish.dimensions}",
-            param="dimensions",
-        )
-    has_ids = any(isinstance(item, list) for item in wish.inputs)
-    if has_ids:
-        _check_ids(wish, card, accepted=settings.accept_token_ids)
-    return prompted(wish, model, served)
-
-
-_KINDS_OF_MODEL: Final = (
-    ("a reranker", "a GGUF with pooling type rank, e.g. bge-reranker-v2-m3"),
-    ("an embedding model", "e.g. all-MiniLM-L6-v2"),
-)
-
-
-def _check_ids(wish: Wish, card: ModelCard, *, accepted: bool) -> None:
-    if not accepted:
-        raise TokenIdsRefused(
-            f"{wish.named} holds token ids, which belong to another model's tokeniser "
-            "and would give meaningless vectors: send strings. In LangChain's "
-            "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this "
-            "model's own ids, start the server with --accept-token-ids",
-            param=wish.named,
-        )
-    for index, item in enumerate(wish.inputs):
-        if isinstance(item, list) and max(item) >= card.n_vocab:
-            name = f"{wish.named}[{index}]"
-            raise InvalidValue(
-                f"{name} has {max(item)}: token ids of this model are 0 to "
-                f"{card.n_vocab - 1}",
-                param=name,
-            )
-
-
-def _prompt(wish: Wish, model: Model, served: Served) -> str:
-    """The text to put before or around each input; empty if there is none."""
-    known, name = model.prompts_with(served), wish.prompt_name
-    if name is not None and name not in known:
-        listed_names = ", ".join(sorted(known)) or "none (--prompt NAME=TEXT adds one)"
-        raise InvalidValue(
-            f"prompt_name {name!r:.80} is not known; prompts of this model: "
-            f"{listed_names}",
-            param="prompt_name",
-        )
-    if name is None and wish.input_type is not None:
-        # A model without prompts makes no difference between queries and documents.
-        said = wish.input_type.lower()
-        kind = INPUT_TYPES.get(said, said)
-        names = (said, *(n for n, same in INPUT_TYPES.items() if same == kind))
-        return next((known[name] for name in names if name in known), "")
-    return known.get(name or model.settings.default_prompt_name, "")
-
-
-def prompted(wish: Wish, model: Model, served: Served) -> Sequence[Input]:
-    """The inputs with the prompt that is wanted, if any. Raises InvalidValue."""
-    prompt = _prompt(wish, model, served)
-    if not prompt:
-        return wish.inputs
-    if not all(isinstance(item, str) for item in wish.inputs):
-        if wish.prompt_name is None:  # it is only the default one
-            return wish.inputs
-        raise InvalidValue("only texts can have a prompt", param=wish.named)
-    return [with_prompt(prompt, str(item)) for item in wish.inputs]
-
-
-def with_prompt(prompt: str, text: str) -> str:
-    """``text`` after the prompt, or where the prompt says {text}."""
-    before, is_around, after = prompt.partition("{text}")
-    return f"{before}{text}{after}" if is_around else prompt + text
 
 
 def _record(result: Done, exchange: Exchange) -> None:
@@ -9575,7 +9584,7 @@ def _record(result: Done, exchange: Exchange) -> None:
 
 
 # ==============================================================================
-# 34. VECTORS - numbers of a reply, in the types that clients ask for
+# 35. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # Each number of a vector of length 1 is between -1 and 1: that is what the scaling of
 # the small types relies on. int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded.
@@ -9663,7 +9672,7 @@ def is_large_reply(result: Done) -> bool:
 
 
 # ==============================================================================
-# 35. OPENAI - its shapes
+# 36. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -9845,7 +9854,7 @@ def _model_object(name: str, one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 36. RERANK - Cohere's and Jina's shape
+# 37. RERANK - Cohere's and Jina's shape
 # ==============================================================================
 # Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
 # theirs do, unless the model gives probabilities already or raw_scores is asked for.
@@ -9968,7 +9977,7 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
 
 
 # ==============================================================================
-# 37. TEI - the shapes of text-embeddings-inference
+# 38. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed is a child of it.
@@ -10192,7 +10201,7 @@ def _with_times(body: bytes, result: Done) -> Response:
 
 
 # ==============================================================================
-# 38. TOKENS - what texts are made of, and what a model can take
+# 39. TOKENS - what texts are made of, and what a model can take
 # ==============================================================================
 # text-embeddings-inference's /tokenize, /decode and /info. Nothing is computed; the work
 # is the tokeniser thread's, whose stack is made for the deepest text.
@@ -10421,7 +10430,7 @@ async def info(exchange: Exchange) -> Response:
 
 
 # ==============================================================================
-# 39. OLLAMA - its shapes
+# 40. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -10610,7 +10619,7 @@ def _details(one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 40. ADMIN - health, readiness, metrics, models
+# 41. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -10812,7 +10821,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 41. DESCRIPTION - the routes as an OpenAPI document
+# 42. DESCRIPTION - the routes as an OpenAPI document
 # ==============================================================================
 # Made of the rows that requests are routed and read by: what is described is what is
 # done. Reference: OpenAPI 3.1.
@@ -10947,7 +10956,7 @@ NEVER_CACHED: Final = "no-store"
 
 
 # ==============================================================================
-# 42. PAGES - the API's own documentation
+# 43. PAGES - the API's own documentation
 # ==============================================================================
 # One page without outside parts, for boxes that reach no network. It asks for
 # openapi.json and shows what that says. Names in there may be anybody's: they reach the
@@ -11249,7 +11258,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 43. ROUTES - the table, and everything derived from it
+# 44. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. From it come 404, 405 with Allow, HEAD, OPTIONS, what is
 # refused before a body is read, the OpenAPI document, and README's table.
@@ -11454,7 +11463,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 44. DISPATCH - from a request to its response
+# 45. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where bodies are unpacked and packed, and
 # where every answer gets its request id, its log line and its audit line.
@@ -11834,7 +11843,7 @@ def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
 
 
 # ==============================================================================
-# 45. WIRING - what the settings mean to each part
+# 46. WIRING - what the settings mean to each part
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
@@ -12228,7 +12237,7 @@ def limits_table() -> str:
 
 
 # ==============================================================================
-# 46. SUPERVISOR - a small parent that outlives the server
+# 47. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -12549,7 +12558,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 47. PHASES - the life of the server
+# 48. PHASES - the life of the server
 # ==============================================================================
 # Pure. What is no transition cannot happen: a KeyError, and a bug.
 
@@ -12595,7 +12604,7 @@ NOT_READY: Final = {
 
 
 # ==============================================================================
-# 48. SERVICE - builds every object; loading, ready, draining, stopped
+# 49. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -13036,7 +13045,7 @@ def _free(served: Served) -> bool:
 
 
 # ==============================================================================
-# 49. TUNING - the settings that are fastest on this box
+# 50. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -13221,7 +13230,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 50. COMMAND LINE - flags in, exit code out
+# 51. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
