@@ -170,7 +170,15 @@ import unicodedata
 import urllib.parse
 import zipfile
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -11935,6 +11943,11 @@ def tls_files(settings: Settings) -> TlsFiles | None:
     return TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
 
+def log_shape(settings: Settings) -> str:
+    """Of log lines, the parent's too."""
+    return "json" if settings.json_output else settings.log_format
+
+
 def watched_files(settings: Settings) -> list[str]:
     """Those that are read again as soon as they change."""
     tls = (settings.tls_cert, settings.tls_key, settings.tls_client_ca)
@@ -12270,11 +12283,10 @@ class Parent:
 
     def __init__(self, arguments: list[str]) -> None:
         """As become_parent() writes them."""
-        numbers, watchdog_s, stop_s, self._shape, self._uds, *command = arguments
-        self._command = command
+        numbers, *told, self._uds = arguments[:5]
+        self._command = arguments[5:]
         self._listeners = [int(number) for number in numbers.split(",")]
-        self._watchdog_s = float(watchdog_s)
-        self._stop_s = float(stop_s)  # a child that was told to stop has so long
+        self._heed(*told)
         self._environment = dict(os.environ)
         self._systemd = self._environment.pop("NOTIFY_SOCKET", "")
         for name in ("WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
@@ -12295,6 +12307,12 @@ class Parent:
         self._is_cut_short = False  # ended before it was heard, since told to stop
         self._crashes = 0  # in a row
 
+    def _heed(self, watchdog_s: str, stop_s: str, shape: str) -> None:
+        """What parent_settings() says; each child tells it again, for it may change."""
+        self._watchdog_s = float(watchdog_s)
+        self._stop_s = float(stop_s)  # a child that was told to stop has so long
+        self._shape = shape
+
     def run(self) -> int:
         """Until the server has ended as asked, or cannot run here: its exit code."""
         for end in (self._signals, self._wakeup):
@@ -12302,6 +12320,7 @@ class Parent:
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)  # the pipe wakes us
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         code = None
         while code is None:
             self._start()
@@ -12324,12 +12343,15 @@ class Parent:
         self._unread, self._is_heard = b"", False
         self._begun_at = self._beat_at = time.monotonic()
         self._kill_at = float("inf")
+        # One that comes before the child has a handler waits for it: blocked, not lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         self._pid = os.fork()
         if self._pid == 0:
             try:
                 self._become_child(theirs.fileno())
             finally:
                 os._exit(127)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         theirs.close()
 
     def _become_child(self, channel: int) -> None:
@@ -12379,12 +12401,17 @@ class Parent:
                 self._pass_on(number)
 
     def _pass_on(self, number: int) -> None:
-        if number != signal.SIGHUP:
-            patience_s = self.ABORT_S if self._is_stopping else self._stop_s
-            self._is_stopping = True
-            self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
-        elif not self._is_heard:
-            return  # it has not read its configuration yet
+        if self._pid:
+            self._read_channel()  # a reload may just have changed how long we wait
+        if number == signal.SIGHUP:
+            if self._pid:
+                self._signal_child(number)
+            else:
+                self._say("info", "SIGHUP: the next child reads the configuration")
+            return
+        patience_s = self.ABORT_S if self._is_stopping else self._stop_s
+        self._is_stopping = True
+        self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
         if not self._pid:
             return
         # A child that is not heard yet owes nobody anything. SIGTERM would be lost on it
@@ -12402,8 +12429,11 @@ class Parent:
         *messages, self._unread = self._unread.split(b"\n\n")
         for message in messages:
             self._is_heard = True
-            if message == b"WATCHDOG=1":
+            if message.startswith(b"WATCHDOG=1"):
                 self._beat_at = time.monotonic()
+                told = message.decode().partition("PARENT=")[2].split()
+                if len(told) == 3:  # else it is another version of this file
+                    self._heed(*told)
                 continue
             self._was_ready |= message == b"READY=1"
             self._tell(message.decode("utf-8", "replace"))
@@ -12524,12 +12554,17 @@ def become_parent(
     for listener in listeners:
         listener.set_inheritable(True)
     numbers = ",".join(str(listener.fileno()) for listener in listeners)
-    stop_s = settings.drain_grace_s + settings.drain_timeout_s + 10.0
     # -I and -S: nothing but the standard library, and nothing from the folder we are in.
     own = [sys.executable, "-I", "-S", "-c", _LAUNCHER, os.path.abspath(__file__)]
-    told = [str(settings.watchdog_s), str(stop_s), settings.log_format]
+    told = parent_settings(settings).split()
     uds = os.path.abspath(uds) if uds else ""
     os.execv(sys.executable, [*own, numbers, *told, uds, *command])
+
+
+def parent_settings(settings: Settings) -> str:
+    """What a parent goes by, as Parent._heed() takes it."""
+    stop_s = settings.drain_grace_s + settings.drain_timeout_s + 10.0
+    return f"{settings.watchdog_s} {stop_s} {log_shape(settings)}"
 
 
 class Notifier:
@@ -12544,6 +12579,11 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         if channel is not None:
             channel.setblocking(False)
+
+    def beat(self, settings: Settings) -> None:
+        """Say that we are alive; and to our own parent what it goes by now."""
+        own = {} if self.channel is None else {"PARENT": parent_settings(settings)}
+        self.tell(WATCHDOG=1, **own)
 
     def tell(self, **lines: object) -> None:
         """E.g. READY=1; several are one message. Never waits, never fails."""
@@ -12560,7 +12600,7 @@ class Notifier:
 # ==============================================================================
 # 48. PHASES - the life of the server
 # ==============================================================================
-# Pure. What is no transition cannot happen: a KeyError, and a bug.
+# What is no transition cannot happen: a KeyError, and a bug.
 
 
 class Phase(enum.Enum):
@@ -12601,6 +12641,59 @@ NOT_READY: Final = {
     Phase.DRAINING: "the server is shutting down; ask another one",
     Phase.STOPPED: "the server is shutting down; ask another one",
 }
+
+
+class Reloads:
+    """One reload at a time; a SIGHUP that comes too early counts later. Event loop."""
+
+    def __init__(
+        self,
+        reload: Callable[[], Coroutine[Any, Any, dict[str, object]]],
+        phase: Callable[[], Phase],
+        log: Log,
+    ) -> None:
+        """``reload`` raises ReloadRefused, which it has logged."""
+        self._reload = reload
+        self._phase = phase
+        self._log = log
+        self._task: asyncio.Task[dict[str, object]] | None = None  # what is under way
+        self._is_due = False
+
+    async def ask(self) -> dict[str, object]:
+        """Reload now. Goes on when nobody waits any more. Raises ReloadRefused."""
+        if self._task or self._phase() is not Phase.READY:
+            raise ReloadRefused(
+                "the server is loading, reloading or stopping; try later"
+            )
+        return await asyncio.shield(self._started())
+
+    def hang_up(self) -> None:
+        """SIGHUP: reload, or as soon as that can be done; once for all that came."""
+        if self._phase() not in (Phase.LOADING, Phase.READY):
+            self._log("warning", "SIGHUP: not reloaded, the server is stopping")
+        elif self._task or self._phase() is Phase.LOADING:
+            self._log("info", "SIGHUP: will reload when this is done")
+        self._is_due = True
+        self.heed()
+
+    def heed(self) -> None:
+        """Make up for it, if it can be done now."""
+        if self._is_due and not self._task and self._phase() is Phase.READY:
+            self._is_due = False
+            self._started()
+
+    def _started(self) -> asyncio.Task[dict[str, object]]:
+        self._task = asyncio.get_running_loop().create_task(self._reload())
+        self._task.add_done_callback(self._on_done)
+        return self._task
+
+    def _on_done(self, task: asyncio.Task[dict[str, object]]) -> None:
+        self._task = None
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ReloadRefused):
+            trace = "".join(traceback.format_exception(error))
+            self._log("error", "not reloaded: a bug", trace=trace)
+        self.heed()
 
 
 # ==============================================================================
@@ -12658,8 +12751,7 @@ class Service:
         self._phase = Phase.LOADING
         self._failure: BaseException | None = None
         self._exit_code = 0
-        self._is_reloading = False
-        self._hangup: asyncio.Task[None] | None = None
+        self._reloads = Reloads(self._reload_alone, lambda: self._phase, log)
         self.is_clean = False  # whether all threads had ended when run() returned
         self._audit = None
         if settings.audit_log:
@@ -12741,7 +12833,8 @@ class Service:
         """
         self._loop.add_signal_handler(signal.SIGTERM, self.leave)
         self._loop.add_signal_handler(signal.SIGINT, self.stop)
-        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reloads.hang_up)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         if self._notifier.channel is not None:
             self._loop.add_reader(self._notifier.channel, self._on_parent_gone)
         self._tick()
@@ -12871,7 +12964,7 @@ class Service:
 
     def _tick(self) -> None:
         """Say that we are alive; look after what may hang, and after changed files."""
-        self._notifier.tell(WATCHDOG=1)
+        self._notifier.beat(self.settings)
         self._dispatcher.log_refusals()
         self._loop.call_later(_TICK_S, self._tick)
         for served in self._everything_loaded():
@@ -12912,30 +13005,12 @@ class Service:
 
     # --- reload ---
 
-    def _on_hangup(self) -> None:
-        async def reload() -> None:
-            try:
-                await self.reload()
-            except ReloadRefused:
-                pass  # logged
-            except Exception as error:
-                trace = "".join(traceback.format_exception(error))
-                self.log("error", "not reloaded: a bug", trace=trace)
-
-        self._hangup = self._loop.create_task(reload())
-
     async def reload(self) -> dict[str, object]:
-        """See House. Goes on when nobody waits for it any more."""
-        task = self._loop.create_task(self._reload_alone())
-        return await asyncio.shield(task)
+        """See House."""
+        return await self._reloads.ask()
 
     async def _reload_alone(self) -> dict[str, object]:
         """The models first: what fails must leave everything as it was."""
-        if self._is_reloading or self._phase is not Phase.READY:
-            raise ReloadRefused(
-                "the server is loading, reloading or stopping; try later"
-            )
-        self._is_reloading = True
         monotonic_us = time.monotonic_ns() // 1000
         self._notifier.tell(RELOADING=1, MONOTONIC_USEC=monotonic_us)
         try:
@@ -12944,7 +13019,6 @@ class Service:
             self.log("error", "not reloaded, nothing has changed", reason=error)
             raise ReloadRefused(f"nothing has changed: {error}") from None
         finally:
-            self._is_reloading = False
             if self._phase is Phase.READY:
                 self._notifier.tell(READY=1)
 
@@ -12973,6 +13047,7 @@ class Service:
     def _apply(self, settings: Settings) -> None:
         """All that counts at once."""
         self.settings = settings
+        self._notifier.beat(settings)  # before anybody can stop us
         self._stamps = file_stamp(*watched_files(self.settings))
         self._renew_files()
         self.gate.offer_admin_key(admin_key_path(settings, self._listeners))
@@ -13014,6 +13089,7 @@ class Service:
             # First: who dies after it said "ready" in the log must count as having been.
             self._notifier.tell(READY=1)
             self._move(Event.LOADED)
+            self._reloads.heed()
 
     def _on_failed(self, error: BaseException) -> None:
         if self._phase is Phase.LOADING:
@@ -13258,6 +13334,19 @@ def main(
     verb = given.pop(0) if given[:1] in (["serve"], ["tune"], ["openapi"]) else "serve"
     if verb == "openapi":
         return _answer(openapi_text().decode("utf-8"))
+    again = command or (() if argv is not None else _own_command())
+    # Until somebody listens for it, SIGHUP waits, also in our child: else it would end us.
+    waits = {signal.SIGHUP} if verb == "serve" else ()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, waits)
+    try:
+        return _run(verb, given, engine_factory, again)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(
+    verb: str, given: list[str], engine_factory: EngineFactory, again: Sequence[str]
+) -> int:
     parser = _tune_parser() if verb == "tune" else _serve_parser()
     _open_standard_streams()
     flags = vars(parser.parse_args(given))
@@ -13274,7 +13363,6 @@ def main(
         return _say(f"embellama_server: {missing}", code=1)
     if verb == "tune":
         return _tune(loaded, engine_factory, own["seconds"], own["output"])
-    again = command or (() if argv is not None else _own_command())
     read_again = functools.partial(load_settings, flags, os.environ)
     return _serve(loaded, engine_factory, again, read_again)
 
@@ -13419,8 +13507,7 @@ def _show_progress(done: int, of: int, what: str) -> None:
 
 
 def _log(settings: Settings) -> Log:
-    shape = "json" if settings.json_output else settings.log_format
-    return Log(settings.log_level, shape, sys.stderr)
+    return Log(settings.log_level, log_shape(settings), sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

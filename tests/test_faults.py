@@ -442,7 +442,7 @@ def test_a_stop_during_a_reload_goes_first() -> None:
             gate.clear()
             changed(running, cache_mb=1)
             reload = asyncio.create_task(running.ask("POST", "/admin/reload"))
-            await eventually(lambda: running.service._is_reloading, "a reload")
+            await eventually(lambda: running.service._reloads._task, "a reload")
             running.service.stop()
             async with asyncio.timeout(kit.DEADLINE_S):
                 assert await running.task == 0
@@ -541,6 +541,65 @@ def test_many_reloads_under_load_lose_nothing() -> None:
             )
 
     run(check())
+
+
+@pytest.mark.parametrize("when", ["loading", "reloading"])
+def test_hangups_that_come_too_early_are_one_reload_later(when: str) -> None:
+    async def check() -> None:
+        gate = threading.Event()
+        if when == "reloading":
+            gate.set()
+        async with kit.running_service(
+            before_load=lambda: kit.wait(gate),
+            wait_ready=when == "reloading",
+            later=[kit.FakeEngine(), kit.FakeEngine()],
+        ) as running:
+            if when == "reloading":
+                gate.clear()
+                changed(running, cache_mb=1)
+                os.kill(os.getpid(), signal.SIGHUP)
+                await eventually(lambda: running.service._reloads._task, "a reload")
+            for size in (11, 12, 13):
+                changed(running, queue_size=size)
+                os.kill(os.getpid(), signal.SIGHUP)
+                await logged(running, "SIGHUP: will reload when this is done")
+            gate.set()
+            newest = lambda: running.service.settings.queue_size == 13
+            await eventually(newest, "the newest settings")
+            await eventually(lambda: not running.service._reloads._task, "its end")
+            done = running.log.getvalue().count(" reloaded ")
+            assert done == (1 if when == "loading" else 2)
+
+    run(check())
+
+
+def test_a_hangup_while_the_server_stops_is_said_to_change_nothing() -> None:
+    async def check() -> None:
+        engine = kit.FakeEngine()
+        engine.block()
+        async with kit.running_service(engine) as running:
+            first = await asking(running, engine)
+            running.service.stop()
+            changed(running, queue_size=11)
+            os.kill(os.getpid(), signal.SIGHUP)
+            await logged(running, "SIGHUP: not reloaded, the server is stopping")
+            engine.release()
+            assert (await first).status == 200
+        assert " reloaded " not in running.log.getvalue()
+
+    run(check())
+
+
+@pytest.mark.parametrize("flag", ["--supervise", "--no-supervise"])
+def test_a_hangup_right_after_the_start_is_not_lost(tmp_path: Path, flag: str) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("queue_size = 10\n")
+    flags = (flag, "--config", str(config))
+    with supervised(*flags, wait_ready=False) as server:  # but it listens
+        config.write_text("queue_size = 11\n")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log(" reloaded ")
+        assert server.stop() == 0
 
 
 def test_a_file_that_was_rewritten_counts_after_a_hangup(tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ def test_a_signal_while_a_child_starts_is_not_its_death(number: int) -> None:
         server.process.send_signal(number)
         if number == signal.SIGHUP:
             ready_again(server)
+            server.wait_for_log(" reloaded ")  # it waited for the child's handler
             assert len([line for line in server.log if "has died" in line]) == 1
             number = signal.SIGTERM
         assert server.stop(number) == 0
@@ -442,6 +443,59 @@ def test_what_the_parent_says_is_escaped(
         assert json.loads(said[0])["how"] == value
     else:
         assert said[0].endswith(f" how={json.dumps(value)}")
+
+
+# --- what it goes by ---
+
+
+def parent_of(chosen: es.Settings) -> es.Parent:
+    """A parent as become_parent() starts it with these settings."""
+    return es.Parent(["3", *es.parent_settings(chosen).split(), "", "command"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"drain_timeout_s": 120.0},
+        {"drain_grace_s": 60.0},
+        {"drain_timeout_s": 0.0},
+        {"watchdog_s": 300.0},  # that takes a restart: which may be that of the child
+        {"log_format": "json"},
+        {"json_output": True},
+    ],
+    ids=str,
+)
+def test_the_parent_goes_by_what_its_child_goes_by_now(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    before, now = kit.settings(drain_timeout_s=5.0), kit.settings(**changes)
+    parent, wanted = parent_of(before), parent_of(now)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        parent._channel, parent._pid = ours, 1
+        monkeypatch.setattr(parent, "_signal_child", lambda _: None)
+        es.Notifier(theirs, {}).beat(now)
+        # At the same moment: what the child has told counts.
+        begun = time.monotonic()
+        parent._pass_on(signal.SIGTERM)
+    assert parent._stop_s == now.drain_grace_s + now.drain_timeout_s + 10
+    assert 0 <= parent._kill_at - begun - parent._stop_s < 5
+    for name in ("_stop_s", "_watchdog_s", "_shape"):
+        assert getattr(parent, name) == getattr(wanted, name)
+
+
+@pytest.mark.parametrize("more", ["", "\nPARENT=1", "\nPARENT=1 2 text 4"])
+def test_a_child_of_another_version_of_the_file_is_heard_too(more: str) -> None:
+    parent = parent_of(kit.settings())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        parent._channel = ours
+        theirs.send(f"WATCHDOG=1{more}\n\n".encode())
+        parent._read_channel()
+    assert parent._is_heard
+    assert parent._watchdog_s == kit.settings().watchdog_s
 
 
 # --- systemd ---
