@@ -583,6 +583,29 @@ def open_plain(path: str | Path) -> io.BufferedReader:
     raise OSError(errno.EINVAL, "it is not a plain file", str(path))
 
 
+def has_room_for_threads(count: int) -> bool:
+    """Whether so many more may run: they are started, and end at once.
+
+    Asked before native code starts some, which ends the process where it may not (libgomp
+    does). Limits of a user, a container and the system count, and are not all readable.
+    """
+    enough = threading.Event()
+    before, threads = threading.stack_size(1 << 18), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            threads.append(threading.Thread(target=enough.wait, daemon=True))
+            threads[-1].start()
+    except RuntimeError:
+        threads.pop()
+        return False
+    finally:
+        threading.stack_size(before)
+        enough.set()
+        for thread in threads:
+            thread.join()
+    return True
+
+
 def trim_memory() -> None:
     """Let glibc return what it keeps of freed memory: 8 MB after loading MiniLM."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -1608,6 +1631,20 @@ class StartupError(Exception):
     """The server cannot start here: what was tried and what to do, in one message."""
 
 
+NO_THREADS: Final = (
+    "this process may not start so many threads: raise its limit (ulimit -u, or the "
+    "container's limit of processes), or lower --workers and --threads"
+)
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread. Raises StartupError when there may be no more."""
+    try:
+        thread.start()
+    except RuntimeError:
+        raise StartupError(NO_THREADS) from None
+
+
 class ApiError(Exception):
     """Base of everything a client can be answered with instead of a result.
 
@@ -2343,7 +2380,7 @@ class Tracer:
         self._wake, self._closing = threading.Event(), threading.Event()
         self._until = math.inf  # the end of close(), time.monotonic()
         self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
-        self._thread.start()
+        start(self._thread)
 
     def record(self, span: RequestSpan) -> None:
         """Have a request sent, unless its caller samples and has left it out.
@@ -5827,19 +5864,28 @@ class Pool:
     def start(self) -> None:
         """Start all threads; returns when every worker has its context.
 
-        Raises whatever making a context raised, after stopping the others.
+        Raises StartupError, or whatever making a context raised: then all have ended,
+        however long that takes, so that the engine can be closed.
         """
+        # None makes a context before all are there: a thread that cannot be started
+        # would leave the others in native code, with the engine closed under them.
+        may_begin: Future[bool] = Future()
         started: list[Future[None]] = [Future() for _ in self._workers]
-        for number in range(self.options.tokenisers):
-            name = f"tokeniser-{number}"
-            self._spawn(name, self._tokenise_loop, stack=TOKENISER_STACK_BYTES)
-        for worker, future in zip(self._workers, started, strict=True):
-            run = functools.partial(worker.run, future)
-            self._spawn(f"worker-{worker.number}", run)
-        failed = [error for future in started if (error := future.exception())]
-        if failed:
-            self.stop(timeout_s=1.0)
-            raise failed[0]
+        try:
+            for number in range(self.options.tokenisers):
+                name = f"tokeniser-{number}"
+                self._spawn(name, self._tokenise_loop, stack=TOKENISER_STACK_BYTES)
+            for worker, future in zip(self._workers, started, strict=True):
+                run = functools.partial(worker.run, may_begin, future)
+                self._spawn(f"worker-{worker.number}", run)
+            may_begin.set_result(True)
+            if failed := [e for future in started if (e := future.exception())]:
+                raise failed[0]
+        except BaseException:
+            if not may_begin.done():
+                may_begin.set_result(False)
+            self.stop(threading.TIMEOUT_MAX)
+            raise
 
     def stop(self, timeout_s: float) -> bool:
         """Stop when the present packs are done. False if a thread did not end."""
@@ -5898,7 +5944,7 @@ class Pool:
         thread = threading.Thread(target=run, name=name, daemon=True)
         before = threading.stack_size(stack)
         try:
-            thread.start()
+            start(thread)
         finally:
             threading.stack_size(before)
         self._threads.append(thread)
@@ -6002,8 +6048,10 @@ class Worker:
         self._pool = pool
         self._context: Context | None = None
 
-    def run(self, started: Future[None]) -> None:
+    def run(self, may_begin: Future[bool], started: Future[None]) -> None:
         """The life of the thread."""
+        if not may_begin.result():
+            return
         try:
             self._pin()
             self._context = self._pool.engine.new_context()
@@ -8367,6 +8415,27 @@ class Model:
         if self.loading is not None:
             return "loading"
         return "loaded" if self.served else "unloaded"
+
+
+class LoopThreads(ThreadPoolExecutor):
+    """The event loop's pool. Goes on with the threads it has where no more can be started.
+
+    One may be loading a model, so there are two before anything else is done.
+    """
+
+    def __init__(self) -> None:
+        """Raises StartupError when there cannot be two."""
+        super().__init__(thread_name_prefix="loop")
+        both = threading.Event()
+        for _ in range(2):
+            self.submit(both.wait)
+        both.set()
+        if len(self._threads) < 2:
+            raise StartupError(NO_THREADS)
+
+    def _adjust_thread_count(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            super()._adjust_thread_count()
 
 
 class Names:
@@ -12146,7 +12215,7 @@ class Loader:
                 check_prompts(settings, prompts)
             pool = Pool(
                 engine,
-                pool_options(settings),
+                self._with_room_for_threads(pool_options(settings)),
                 Backlog(settings.queue_size, settings.queue_tokens),
                 VectorCache(settings.cache_mb << 20, f"{file.sha256} {engine.card}"),
                 log=self._log,
@@ -12176,6 +12245,17 @@ class Loader:
             seconds=time.monotonic() - begun,
         )
         return Served(settings, int(time.time()), file.sha256, stamp, pool, prompts)
+
+    def _with_room_for_threads(self, options: PoolOptions) -> PoolOptions:
+        """Inelastic if there is no room for more. Raises StartupError for too little."""
+        own = options.workers * options.threads + options.tokenisers
+        if not has_room_for_threads(own):
+            raise StartupError(NO_THREADS)
+        most = options.workers * usable_cores() + options.tokenisers
+        if not options.is_elastic or most <= own or has_room_for_threads(most):
+            return options
+        self._log("warning", "too few threads are allowed for --elastic", needed=most)
+        return dataclasses.replace(options, is_elastic=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -12306,6 +12386,7 @@ class Parent:
         self._is_stopping = False
         self._is_cut_short = False  # ended before it was heard, since told to stop
         self._crashes = 0  # in a row
+        self._refusals = 0  # by the system, to start another one, in a row
 
     def _heed(self, watchdog_s: str, stop_s: str, shape: str) -> None:
         """What parent_settings() says; each child tells it again, for it may change."""
@@ -12323,9 +12404,8 @@ class Parent:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         code = None
         while code is None:
-            self._start()
-            status = self._watch()
-            code = self._verdict(status)
+            if self._start():
+                code = self._verdict(self._watch())
             if code is None:
                 self._pause()
                 code = 0 if self._is_stopping else None
@@ -12336,23 +12416,45 @@ class Parent:
                 pass
         return code
 
-    def _start(self) -> None:
-        """Fork and execute, with sockets and environment as systemd would hand them."""
-        self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
+    def _start(self) -> bool:
+        """Fork and execute, with sockets and environment as systemd would hand them.
+
+        False when the system does not allow another process, or descriptor.
+        """
         self._unread, self._is_heard = b"", False
         self._begun_at = self._beat_at = time.monotonic()
         self._kill_at = float("inf")
-        # One that comes before the child has a handler waits for it: blocked, not lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-        self._pid = os.fork()
-        if self._pid == 0:
+        self._refusals += 1
+        try:
+            self._channel, theirs = socket.socketpair()
+        except OSError as error:
+            return self._is_refused(error)
+        with theirs:
+            # A SIGHUP before the child has a handler waits for it: blocked, not lost.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             try:
-                self._become_child(theirs.fileno())
-            finally:
-                os._exit(127)
+                self._pid = os.fork()
+            except OSError as error:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+                self._channel.close()
+                return self._is_refused(error)
+            if self._pid == 0:
+                try:
+                    self._become_child(theirs.fileno())
+                except OSError as error:
+                    self._say("error", "the server cannot run", reason=error)
+                finally:
+                    os._exit(127)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        theirs.close()
+        self._channel.setblocking(False)
+        self._refusals = 0
+        return True
+
+    def _is_refused(self, error: OSError) -> bool:
+        why = f"{error.strerror}: trying again"
+        self._say("error", "no process for the server now", reason=why)
+        self._tell("STATUS=the system allows no process for the server")
+        return False
 
     def _become_child(self, channel: int) -> None:
         os.setpgid(0, 0)  # Ctrl-C is for the parent alone, which passes it on
@@ -12506,7 +12608,8 @@ class Parent:
 
     def _pause(self) -> None:
         """Not at once, and ever later: but stop when told to."""
-        pause_s = self.FIRST_PAUSE_S * 2 ** min(self._crashes - 1, 20)
+        tries = self._refusals or self._crashes
+        pause_s = self.FIRST_PAUSE_S * 2 ** min(tries - 1, 20)
         until = time.monotonic() + min(pause_s, self.LAST_PAUSE_S)
         while (left := until - time.monotonic()) > 0 and not self._is_stopping:
             self._sleep(min(left, 1.0))
@@ -12710,6 +12813,9 @@ class Reloads:
 
 # After the drain: for last answers to leave, and for native calls to return.
 _LEAVE_S: Final = 1.0
+_FREE_S: Final = (
+    30.0  # for idle threads to end; unmapping gigabytes of contexts takes long
+)
 _TICK_S: Final = 0.5
 # libuv accepts one connection a listener and turn of its loop. In a flood over 640 connections,
 # turns of 30 ms, /health then took 6 s; with as many copies of the listener 0.1 to 0.7 s.
@@ -12776,6 +12882,7 @@ class Service:
             log=log,
         )
         self._loading = threading.Thread(target=self._load, name="loader", daemon=True)
+        self._loop.set_default_executor(LoopThreads())
         files = tls_files(settings)
         self._tls = Tls(files) if files else None
         self._stamps = file_stamp(*watched_files(self.settings))
@@ -12839,7 +12946,7 @@ class Service:
             self._loop.add_reader(self._notifier.channel, self._on_parent_gone)
         self._tick()
         if self._is_successor:
-            self._loading.start()
+            self._start_loading()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wait_for_move(), _WAIT_IN_BACKLOG_S)
         self.gate.offer_admin_key(admin_key_path(self.settings, self._listeners))
@@ -12853,7 +12960,7 @@ class Service:
             for listener in self._listeners:
                 announce(url_of(listener, is_tls=self._tls is not None))
         if not self._is_successor:
-            self._loading.start()
+            self._start_loading()
         while self._phase in (Phase.LOADING, Phase.READY):
             await self._wait_for_move()
         if self._exit_code:  # another process takes who comes from now on
@@ -12950,12 +13057,13 @@ class Service:
         self._loader.cancel()
         self.connections.close()
         self.gate.remove_admin_key()
-        await self._loop.run_in_executor(None, self._loading.join, _LEAVE_S)
+        if self._loading.ident:  # it was started
+            await self._loop.run_in_executor(None, self._loading.join, _LEAVE_S)
         await self.models.all_freed()
         is_loading = self._loading.is_alive() or self.models.is_loading
         self.is_clean = self.models.is_clean and not is_loading
         for served in self._everything_loaded():
-            ended = await self._loop.run_in_executor(None, _free, served)
+            ended = await self._loop.run_in_executor(None, _free, served, _LEAVE_S)
             self.is_clean = self.is_clean and ended
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close, _LEAVE_S)
@@ -13060,6 +13168,12 @@ class Service:
             if file is not None:
                 file.reopen()
 
+    def _start_loading(self) -> None:
+        try:
+            start(self._loading)
+        except StartupError as error:
+            self._on_failed(error)
+
     # --- loader thread ---
 
     def _load(self) -> None:
@@ -13111,9 +13225,9 @@ class Service:
             self.stop()
 
 
-def _free(served: Served) -> bool:
+def _free(served: Served, patience_s: float = _FREE_S) -> bool:
     """End the threads of a model, then let go of it; False if one does not end."""
-    ended = served.pool.stop(_LEAVE_S)
+    ended = served.pool.stop(patience_s)
     if ended:
         served.pool.engine.close()
         trim_memory()

@@ -12,6 +12,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -282,6 +284,49 @@ def test_a_stop_between_two_children_ends_the_parent_with_0() -> None:
         os.kill(server.child, signal.SIGKILL)
         server.wait_for_log("the server has died", 4)
         assert server.stop() == 0
+
+
+REFUSED = """
+import os, socket, sys
+import embellama_server as es
+which, where = (os, "fork") if sys.argv[1] == "fork" else (socket, "socketpair")
+real, left = getattr(which, where), 3
+def limited():
+    global left
+    left -= 1
+    if left >= 0:
+        raise OSError(11, "Resource temporarily unavailable")
+    return real()
+setattr(which, where, limited)
+files = len(os.listdir("/proc/self/fd"))
+parent = es.Parent(["0", "20", "10", "text", "", "/bin/sh", "-c", "exit 7"])
+code = parent.run()
+assert len(os.listdir("/proc/self/fd")) <= files + 2, "the pipe of signals, no more"
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("call", ["fork", "socketpair"])
+def test_a_limit_of_processes_or_files_is_a_sentence_and_the_parent_tries_again(
+    call: str,
+) -> None:
+    begun = time.monotonic()
+    command = [sys.executable, "-c", REFUSED, call]
+    ended = subprocess.run(
+        command,
+        check=False,
+        cwd=kit.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=kit.DEADLINE_S,
+    )
+    assert ended.returncode == 7, ended.stderr
+    assert time.monotonic() - begun > 0.7, "with pauses that grow"
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 3, "and nothing but these sentences"
+    for line in lines:
+        assert "no process for the server now" in line
+        assert "Resource temporarily unavailable: trying again" in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -1267,3 +1268,69 @@ def test_many_submitters_who_often_leave_lose_and_leak_nothing(
     assert counts.shared > 20, "hardly anything was shared: the test says little"
     assert bool(cache_bytes) == bool(counts.hits) == bool(counts.evictions)
     assert counts.bytes <= cache_bytes
+
+
+# --- no room for all threads ---
+
+
+@pytest.mark.parametrize("room", range(5))
+def test_a_pool_without_room_for_its_threads_ends_those_it_has_before_any_computes(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    engine, started = kit.FakeEngine(), list[threading.Thread]()
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == room:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        started.append(thread)
+
+    pool = es.Pool(
+        engine,
+        es.PoolOptions(workers=4, pack_tokens=64),
+        es.Backlog(99, 9999),
+        es.VectorCache(0, "space"),
+        log=kit.quiet_log(),
+        deliver=lambda call: call(),
+        on_pack=lambda report: None,
+    )
+    made: list[object] = []
+    monkeypatch.setattr(engine, "new_context", made.append)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(es.StartupError, match="may not start so many threads"):
+        pool.start()
+    assert not any(thread.is_alive() for thread in started)
+    assert not made, "a context that the engine could be closed under"
+
+
+def test_a_pool_that_cannot_start_waits_for_contexts_that_are_being_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, begun, may_go_on = kit.FakeEngine(), threading.Barrier(2), threading.Event()
+    whole = engine.new_context
+
+    def new_context() -> es.Context:
+        number = begun.wait(kit.DEADLINE_S)
+        if number == 0:
+            raise es.StartupError("no room for another context")
+        assert may_go_on.wait(kit.DEADLINE_S)
+        return whole()
+
+    monkeypatch.setattr(engine, "new_context", new_context)
+    with ThreadPoolExecutor(1) as starter:
+        pool = es.Pool(
+            engine,
+            es.PoolOptions(workers=2, pack_tokens=64),
+            es.Backlog(99, 9999),
+            es.VectorCache(0, "space"),
+            log=kit.quiet_log(),
+            deliver=lambda call: call(),
+            on_pack=lambda report: None,
+        )
+        ends = starter.submit(pool.start)
+        assert not ends.done(), "the engine would be closed under the second"
+        may_go_on.set()
+        with pytest.raises(es.StartupError, match="no room"):
+            ends.result(kit.DEADLINE_S)
+    assert engine.contexts_open == 0
