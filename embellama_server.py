@@ -86,32 +86,33 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 24. CODINGS - what a body is packed in, and what a client accepts
 25. KEYS - who is asking
 26. RATES - how much each may ask for
-27. CONNECTIONS - sockets, timers, back-pressure
-28. LISTENERS - where connections come from
+27. SOCKETS - how many, how much is held for them, how each ends
+28. CONNECTIONS - requests of one client, in order; back-pressure
+29. LISTENERS - where connections come from
 --- hall ---
-29. GATE - who is let in
-30. NAMES - which model a request means
-31. MODELS - when each is in memory
-32. FORMS - what is asked and answered, declared once
-33. INPUTS - what is wanted of some texts, and whether a model can do it
-34. WORK - from what is wanted of some texts to their vectors
-35. VECTORS - numbers of a reply, in the types that clients ask for
-36. OPENAI - its shapes
-37. RERANK - Cohere's and Jina's shape
-38. TEI - the shapes of text-embeddings-inference
-39. TOKENS - what texts are made of, and what a model can take
-40. OLLAMA - its shapes
-41. ADMIN - health, readiness, metrics, models
-42. DESCRIPTION - the routes as an OpenAPI document
-43. PAGES - the API's own documentation
-44. ROUTES - the table, and everything derived from it
-45. DISPATCH - from a request to its response
-46. WIRING - what the settings mean to each part
-47. SUPERVISOR - a small parent that outlives the server
-48. PHASES - the life of the server
-49. SERVICE - builds every object; loading, ready, draining, stopped
-50. TUNING - the settings that are fastest on this box
-51. COMMAND LINE - flags in, exit code out
+30. GATE - who is let in
+31. NAMES - which model a request means
+32. MODELS - when each is in memory
+33. FORMS - what is asked and answered, declared once
+34. INPUTS - what is wanted of some texts, and whether a model can do it
+35. WORK - from what is wanted of some texts to their vectors
+36. VECTORS - numbers of a reply, in the types that clients ask for
+37. OPENAI - its shapes
+38. RERANK - Cohere's and Jina's shape
+39. TEI - the shapes of text-embeddings-inference
+40. TOKENS - what texts are made of, and what a model can take
+41. OLLAMA - its shapes
+42. ADMIN - health, readiness, metrics, models
+43. DESCRIPTION - the routes as an OpenAPI document
+44. PAGES - the API's own documentation
+45. ROUTES - the table, and everything derived from it
+46. DISPATCH - from a request to its response
+47. WIRING - what the settings mean to each part
+48. SUPERVISOR - a small parent that outlives the server
+49. PHASES - the life of the server
+50. SERVICE - builds every object; loading, ready, draining, stopped
+51. TUNING - the settings that are fastest on this box
+52. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -550,7 +551,16 @@ def raise_file_limit() -> float:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return math.inf if hard == resource.RLIM_INFINITY else hard
+    return open_files_limit()
+
+
+def open_files_limit() -> float:
+    """How many files this process may have open."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return math.inf if soft == resource.RLIM_INFINITY else soft
     return math.inf
 
 
@@ -7430,23 +7440,215 @@ def _beyond(
 
 
 # ==============================================================================
-# 27. CONNECTIONS - sockets, timers, back-pressure
+# 27. SOCKETS - how many, how much is held for them, how each ends
+# ==============================================================================
+# A socket has its place from accept() until it is closed, handshake and lingering
+# included. What is held for clients, in and out, is counted over all connections.
+
+READ_AHEAD_BYTES: Final = 1 << 16
+_LINGER_S: Final = 2.0  # and again while the client is still sending
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Capacity:
+    """Connections and bytes: how many there may be, and how many there are."""
+
+    http: HttpLimits  # this and the next may be replaced while it runs
+    limits: ConnectionLimits
+    loop: asyncio.AbstractEventLoop
+    places: int = 0  # taken
+    per_address: collections.Counter[str] = field(default_factory=collections.Counter)
+    held_bytes: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def why_full(self, address: str) -> TooManyConnections | None:
+        """What somebody is told for whom there is no place; None: there is one."""
+        limits = self.limits
+        if self.places >= limits.connections:
+            which, most = "--max-connections", limits.connections
+        elif address != UNIX_PEER and (
+            self.per_address[address] >= limits.connections_per_address
+        ):
+            which, most = (
+                "--max-connections-per-address",
+                limits.connections_per_address,
+            )
+        else:
+            return None
+        return TooManyConnections(
+            f"more than {most} connections ({which}): close some, or try again",
+            retry_after_s=random.uniform(1, 3),
+        )
+
+    def take_place(self, address: str) -> None:
+        """One more connection."""
+        self.places += 1
+        self.per_address[address] += 1
+
+    def leave_place(self, address: str) -> None:
+        """One fewer."""
+        self.places -= 1
+        self.per_address[address] -= 1
+        if not self.per_address[address]:
+            del self.per_address[address]
+
+    def changed(self) -> None:
+        """A connection has ended, or has answered."""
+        self._changed.set()
+
+    def check_room(self, held: int, size: int) -> None:
+        """Raise Overloaded if so many bytes more are too many, beside what others hold.
+
+        ``held``: by whoever wants more. Alone any request passes that is within its own
+        limit.
+        """
+        limit, others = self.limits.buffered_bytes, self.held_bytes - held
+        if others and self.held_bytes + size > limit:
+            raise Overloaded(
+                f"{self.held_bytes >> 20} MiB of requests and replies are on their way "
+                f"and {limit >> 20} MiB are allowed (--max-buffered-mb): try again",
+                retry_after_s=random.uniform(1, 3),
+            )
+
+
+class _NoTransport(asyncio.Transport):
+    """Until connection_made()."""
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def abort(self) -> None:
+        pass
+
+
+_NO_TRANSPORT: Final = _NoTransport()
+
+
+class ClientSocket(asyncio.Protocol):
+    """One socket: its only timer, what leaves by it, and how it ends."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        self.held = 0  # bytes counted in capacity.held_bytes
+        self.opening: asyncio.Task[object] | None = None  # with TLS, its handshake
+        self._capacity = capacity
+        self._transport: asyncio.Transport = _NO_TRANSPORT
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_for: Callable[[float], None] | None = None
+        self._unsent_bytes = 0  # when the write timer was started
+        self._is_tls = False
+        self._is_writable = True
+        self._closes_when_sent = False
+        self._dropped_bytes = 0  # of what comes, since the linger timer was started
+        self._lingered_s = 0.0
+
+    def abort(self) -> None:
+        """Drop the connection, whatever it is doing."""
+        if self.opening is not None:
+            self.opening.cancel()
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = typing.cast(asyncio.Transport, transport)
+        self._is_tls = transport.get_extra_info("ssl_object") is not None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._disarm()
+        self._hold(0)
+
+    def _hold(self, held: int) -> None:
+        self._capacity.held_bytes += held - self.held
+        self.held = held
+
+    # --- writing and closing ---
+
+    def _send(self, head: bytes, body: bytes) -> None:
+        """All of it is made before the first byte leaves: if that fails, none has."""
+        view, step = memoryview(body), READ_AHEAD_BYTES
+        parts: list[bytes | memoryview] = [head, view]
+        if len(body) < step:
+            parts = [head + body]
+        elif self._is_tls:  # what is written at once counts as sent there
+            parts[1:] = (view[at : at + step] for at in range(0, len(body), step))
+        for part in parts:
+            self._transport.write(part)
+
+    def _linger(self) -> None:
+        self._dropped_bytes = 0
+        self._lingered_s += _LINGER_S
+        self._arm(self._end_linger, _LINGER_S)
+
+    def _close(self) -> None:
+        """Close when all is written, or when the client stops reading it."""
+        if self._is_tls and not self._is_writable:
+            # Closing TLS is a timed affair: not before nearly all has left.
+            self._closes_when_sent = True
+        elif not self._transport.is_closing():  # asyncio's TLS breaks at the second
+            self._transport.close()
+        self._capacity.changed()
+        if self._transport.get_write_buffer_size():
+            self._await_writing()
+        else:
+            self._disarm()
+
+    def _await_writing(self) -> None:
+        self._disarm()
+        self._unsent_bytes = self._transport.get_write_buffer_size()
+        self._arm(self._check_written, self._capacity.limits.write_s)
+
+    # --- time ---
+
+    def _arm(self, action: Callable[[float], None], seconds: float) -> None:
+        """Start the connection's only timer, unless it runs for this action already."""
+        if self._timer_for != action:
+            self._disarm()
+            self._timer_for = action
+            self._timer = self._capacity.loop.call_later(seconds, self._ring, seconds)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._timer_for = None
+
+    def _ring(self, seconds: float) -> None:
+        action = self._timer_for
+        self._disarm()
+        if action is not None:
+            action(seconds)
+
+    def _end_linger(self, _: float) -> None:
+        limit_s = self._capacity.limits.header_s
+        is_sending = self._dropped_bytes and self._lingered_s < limit_s
+        self._linger() if is_sending else self._close()  # it reads the answer later
+
+    def _check_written(self, seconds: float) -> None:
+        """Go on waiting for a slow reader, drop who takes too little."""
+        sent = self._unsent_bytes - self._transport.get_write_buffer_size()
+        if sent > 0 and sent >= self._capacity.limits.min_rate_bytes_s * seconds:
+            self._await_writing()
+        else:
+            self._transport.abort()
+
+
+# ==============================================================================
+# 28. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # answered the bytes of the next ones wait unparsed, reading stops once a little has
 # gathered, and so answers leave in the order asked and pipelining is bounded.
-# A client that closes, even one direction only, has left: its work is cancelled.
+# A client that closes has left: its work is cancelled. One that closes only its sending
+# side may still read (nc, socat), and looks like one that has left: what it asked for is
+# finished if that takes no more than a second.
 # A request that the head alone condemns is answered at once. If its body is small it is
 # read and dropped, and the connection goes on (Go's server does so up to 256 KiB). If not,
 # and after bytes that are no request, the rest of what the client sends is dropped for a
 # while before closing: else the kernel answers with RST, and the client never sees why.
-# What is held for clients, in and out, is counted over all connections.
+# When all places are taken a few more are let in, to be told so or for a probe; of
+# these the oldest makes way.
 
-READ_AHEAD_BYTES: Final = 1 << 16
 _SKIPPED_BYTES: Final = 1 << 16
-_LINGER_S: Final = 2.0  # and again while the client is still sending
 _BODY_CHECK_S: Final = 5.0  # a body's rate is looked at so often, but not in the first
-_TURNED_AWAY: Final = 64  # connections over the limit that are told so at once
+_HALF_CLOSED_S: Final = 1.0
+_TURNED_AWAY: Final = 64  # connections over the limit at a time
 
 
 class App(Protocol):
@@ -7463,25 +7665,27 @@ class App(Protocol):
         """Answer; never raises but for cancellation."""
         ...
 
-    def refuse(self, error: ApiError, head: Head | None, peer: str) -> Response:
-        """The answer to a request that was not admitted or could not be read."""
+    def refuse(self, error: BaseException, head: Head | None, peer: str) -> Response:
+        """The answer to a request that was not admitted or could not be read.
+
+        What is no ApiError is a bug of ours.
+        """
+        ...
+
+    def is_probe(self, head: Head) -> bool:
+        """Whether it is answered even if there is no room for anybody else."""
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Connections:
+@dataclass(slots=True, eq=False, kw_only=True)
+class Connections(Capacity):
     """Every open connection, and what they share."""
 
     app: App
-    http: HttpLimits  # this and the next may be replaced while it runs
-    limits: ConnectionLimits
-    loop: asyncio.AbstractEventLoop
     open: set[Connection] = field(default_factory=set)
-    served: int = 0  # of these, those that have not been refused
-    per_address: collections.Counter[str] = field(default_factory=collections.Counter)
-    held_bytes: int = 0
+    # Of these, those that have no place, oldest first.
+    turned_away: dict[Connection, None] = field(default_factory=dict)
     is_closing: bool = False  # answers carry Connection: close
-    _quiet: asyncio.Event = field(default_factory=asyncio.Event)
     _date: tuple[int, str] = (0, "")
 
     def date(self) -> str:
@@ -7500,74 +7704,54 @@ class Connections:
         for connection in tuple(self.open):
             connection.close_if_idle()
         while any(connection.owes_bytes for connection in self.open):
-            self._quiet.clear()
-            await self._quiet.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
     def close(self) -> None:
         """Drop every connection."""
         for connection in tuple(self.open):
             connection.abort()
 
-    def changed(self) -> None:
-        """Called by a connection when it ends or has answered."""
-        self._quiet.set()
+    def welcome(self, peer: str, full: TooManyConnections | None = None) -> Connection:
+        """Of somebody who has been accepted, until let_go(); ``full``: why not."""
+        made = Connection(self, peer, full or self.why_full(network_of(peer)))
+        self.open.add(made)
+        if made.full is None:
+            self.take_place(made.address)
+            return made
+        if len(self.turned_away) >= _TURNED_AWAY:
+            next(iter(self.turned_away)).make_way()
+        self.turned_away[made] = None
+        return made
 
-    def check_room(self, connection: Connection, size: int) -> None:
-        """Raise Overloaded if so many bytes more are too many, beside what others hold.
-
-        Alone any request passes that is within its own limit.
-        """
-        limit, others = self.limits.buffered_bytes, self.held_bytes - connection.held
-        if others and self.held_bytes + size > limit:
-            raise Overloaded(
-                f"{self.held_bytes >> 20} MiB of requests and replies are on their way "
-                f"and {limit >> 20} MiB are allowed (--max-buffered-mb): try again",
-                retry_after_s=random.uniform(1, 3),
-            )
-
-    def check_count(self, address: str) -> None:
-        """Raise TooManyConnections if there is no place for one more."""
-        limits = self.limits
-        if self.served >= limits.connections:
-            which, most = "--max-connections", limits.connections
-        elif address != UNIX_PEER and (
-            self.per_address[address] >= limits.connections_per_address
-        ):
-            which, most = (
-                "--max-connections-per-address",
-                limits.connections_per_address,
-            )
-        else:
+    def let_go(self, connection: Connection) -> None:
+        """It has ended; again: no harm."""
+        if connection not in self.open:
             return
-        raise TooManyConnections(
-            f"more than {most} connections ({which}): close some, or try again",
-            retry_after_s=random.uniform(1, 3),
-        )
+        self.open.remove(connection)
+        if connection.full is None:
+            self.leave_place(connection.address)
+        else:
+            del self.turned_away[connection]
+        self.changed()
 
 
-class Connection(asyncio.Protocol):
+class Connection(ClientSocket):
     """See the head of this room."""
 
-    def __init__(self, shared: Connections, *, is_unix: bool) -> None:
+    def __init__(
+        self, shared: Connections, peer: str, full: TooManyConnections | None
+    ) -> None:
+        super().__init__(shared)
         # fixed at birth
         self._shared = shared
-        self._is_unix = is_unix
+        self._peer = peer
+        self.address = network_of(peer)
+        self.full = full  # there is no place: only a probe is answered
         self._parser = RequestParser(shared.http)
         # for the life of the connection
-        self.held = 0  # bytes counted in shared.held_bytes
-        self._transport: asyncio.Transport = _NO_TRANSPORT
-        self._peer = ""
-        self._address = ""
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_for = ""
-        self._unsent_bytes = 0  # when the write timer was started
-        self._places = 0  # counted in shared.served
-        self._is_tls = False
-        self._is_writable = True
-        self._closes_when_sent = False
+        self._ends_at = math.inf  # the loop's clock; the client has closed its side
         self._is_refused = False  # an error was answered: what comes is dropped
-        self._dropped_bytes = 0  # of it since the linger timer was started
-        self._lingered_s = 0.0
         # for one request
         self._task: asyncio.Task[None] | None = None
         self._head: Head | None = None
@@ -7582,54 +7766,43 @@ class Connection(asyncio.Protocol):
         """Whether an answer is due, or still on its way out."""
         return self._task is not None or self._transport.get_write_buffer_size() > 0
 
+    @property
+    def _is_ending(self) -> bool:
+        """Whether the next answer is the last one."""
+        has_left = self._ends_at < math.inf and self._parser.is_between_requests
+        return self._shared.is_closing or self.full is not None or has_left
+
     def close_if_idle(self) -> None:
         """Close unless a request is being answered, or read while nothing is owed."""
         is_between = self._parser.is_between_requests
-        is_new = self._timer_for == "first head"  # its first bytes may be on the way
+        # The first bytes of a new one may be on their way.
+        is_new = self._timer_for in (None, self._give_up)
         is_idle = (is_between and not is_new) or self.owes_bytes
         if self._task is None and not self._is_refused and is_idle:
             self._close()
 
-    def abort(self) -> None:
-        """Drop the connection, whatever it is doing."""
-        self._transport.abort()
+    def make_way(self) -> None:
+        """Drop it at once, for somebody newer who has no place either."""
+        if not self._is_refused and self.full is not None:
+            self._shared.app.refuse(self.full, None, self._peer)  # as far as is counted
+        self.abort()
+        self._shared.let_go(self)
 
     # --- called by the event loop ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        shared = self._shared
-        self._transport = typing.cast(asyncio.Transport, transport)
-        name = UNIX_PEER if self._is_unix else transport.get_extra_info("peername")
-        if not name:
-            # uvloop asks the kernel late, and who resets at once has no name any more.
-            # Whoever it was must not be taken for this machine.
-            self._is_refused = True
+        super().connection_made(transport)
+        if self not in self._shared.open:
             self._transport.abort()
-            return
-        self._peer = name if self._is_unix else str(name[0])
-        self._address = network_of(self._peer)
-        self._is_tls = transport.get_extra_info("ssl_object") is not None
-        shared.open.add(self)
-        try:
-            shared.check_count(self._address)
-        except TooManyConnections as error:
-            if len(shared.open) > shared.limits.connections + _TURNED_AWAY:
-                self._transport.abort()
-            else:
-                self._refuse(error)
+        elif self.full is not None:
+            self._arm(self._turn_away, _LINGER_S)
         else:
-            self._count(1)
-            self._arm("first head", shared.limits.header_s)
+            self._arm(self._give_up, self._shared.limits.header_s)
 
     def connection_lost(self, error: Exception | None) -> None:
-        shared = self._shared
-        self._disarm()
-        shared.open.discard(self)
-        self._count(0)
-        self._hold(0)
-        if self._task is not None:
-            self._task.cancel()
-        shared.changed()
+        super().connection_lost(error)
+        self._cancel()
+        self._shared.let_go(self)
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -7644,12 +7817,18 @@ class Connection(asyncio.Protocol):
         if not self._is_refused:
             self._count_held()
 
-    def eof_received(self) -> None:
-        # The transport would close by itself, but say so only when all is written.
+    def eof_received(self) -> bool:
+        if self._is_tls or self._is_refused:  # TLS has no half-close
+            self._cancel()
+            # The transport would close by itself, but say so only when all is written.
+            self._close()
+            return False
+        self._ends_at = self._shared.loop.time() + _HALF_CLOSED_S
         if self._task is not None:
-            self._task.cancel()
-            self._task = None
-        self._close()
+            self._arm(self._leave, _HALF_CLOSED_S)
+        elif self._is_writable:
+            self._advance()
+        return True
 
     def pause_writing(self) -> None:
         self._is_writable = False
@@ -7664,8 +7843,10 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         # Also called while the last bytes before a close are leaving.
-        is_last = self._is_refused or self._transport.is_closing()
-        if self._task is None and not is_last:
+        if self._is_refused or self._transport.is_closing():
+            return
+        self._disarm()
+        if self._task is None:
             self._next_request()
 
     # --- reading ---
@@ -7682,6 +7863,8 @@ class Connection(asyncio.Protocol):
                     continue
                 if not self._is_skipped:
                     self._disarm()
+                    if self._ends_at < math.inf:
+                        self._arm(self._leave, self._ends_at - self._shared.loop.time())
                     self._answering_bytes = len(event.body)
                     answer = self._answer(event, self._ticket)
                     self._task = self._shared.loop.create_task(answer)
@@ -7693,55 +7876,82 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
                 self._shared.loop.call_soon(self._next_request)
                 return
-        except ApiError as error:
+        except Exception as error:  # a bug, unless it is an ApiError
             self._refuse(error)
             return
-        if not self._is_writable:
-            return  # the write timer runs
-        if self._parser.is_between_requests:
-            self._arm("keep-alive", self._shared.limits.keep_alive_s)
-        elif self._parser.is_in_body:
-            self._arm("body", min(_BODY_CHECK_S, self._shared.limits.body_s))
+        if self._is_writable:
+            self._await_more()
+
+    def _await_more(self) -> None:
+        """All that has come is dealt with."""
+        limits, parser = self._shared.limits, self._parser
+        if self._ends_at < math.inf:
+            if parser.is_between_requests:
+                self._close()
+            else:
+                self._refuse(MalformedRequest("the connection ended in the request"))
+        elif self.full is not None:
+            pass  # it has what is left of its first timer
+        elif parser.is_between_requests:
+            self._arm(self._expire, limits.keep_alive_s)
+        elif parser.is_in_body:
+            self._arm(self._check_body, min(_BODY_CHECK_S, limits.body_s))
         else:
-            self._arm("head", self._shared.limits.header_s)
+            self._arm(self._end_head, limits.header_s)
 
     def _begin(self, head: Head) -> None:
         """A head is complete: is it let in? Raises ApiError to end the connection."""
         self._head = head
         self._body_bytes, self._body_s = self._parser.buffered_bytes, 0.0
         try:
+            if self.full is not None and not self._shared.app.is_probe(head):
+                raise self.full
             self._ticket = self._shared.app.admit(head, self._peer)
-            self._shared.check_room(self, head.body_bytes or 0)
+            self._shared.check_room(self.held, head.body_bytes or 0)
         except ApiError as error:
             size = _SKIPPED_BYTES + 1 if head.body_bytes is None else head.body_bytes
-            is_kept = head.keep_alive and not self._shared.is_closing
+            is_kept = head.keep_alive and not self._is_ending
             if size > _SKIPPED_BYTES or head.expects_continue or not is_kept:
                 raise
-            self._is_skipped = True
             response = self._shared.app.refuse(error, head, self._peer)
             self._write(response, head.method, close=False)
+            self._is_skipped = True
         else:
             if head.has_body and head.expects_continue:
                 self._transport.write(CONTINUE)
 
     async def _answer(self, request: Request, ticket: object) -> None:
-        response = await self._shared.app.respond(request, ticket)
+        try:
+            response = await self._shared.app.respond(request, ticket)
+            self._answering_bytes = 0
+            close = not request.head.keep_alive or self._is_ending
+            self._write(response, request.head.method, close=close)
+        except (Exception, asyncio.CancelledError) as error:
+            if self._task is None:  # we have cancelled it
+                raise
+            # Nothing was written of an answer, and somebody waits for one.
+            self._task = None
+            self._refuse(error)
+            return
         self._task = self._head = self._ticket = None
-        self._answering_bytes = 0
-        close = not request.head.keep_alive or self._shared.is_closing
-        self._write(response, request.head.method, close=close)
         if close:
             self._close()
         elif self._is_writable:
             self._next_request()
 
+    def _cancel(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+
     def _next_request(self) -> None:
         if self._transport.is_closing():
             return
-        if self._shared.is_closing and self._parser.is_between_requests:
+        if self._is_ending and self._parser.is_between_requests:
             self._close()
             return
-        self._transport.resume_reading()
+        if self._ends_at == math.inf:
+            self._transport.resume_reading()
         self._advance()
         self._count_held()
 
@@ -7750,111 +7960,54 @@ class Connection(asyncio.Protocol):
         self._hold(self._parser.buffered_bytes + self._answering_bytes + unsent)
         if self._parser.is_in_body and not self._is_skipped:
             try:
-                self._shared.check_room(self, 0)
+                self._shared.check_room(self.held, 0)
             except Overloaded as error:
                 self._refuse(error)
-
-    def _count(self, places: int) -> None:
-        """Take a place among the connections that are served, or leave it."""
-        shared, change = self._shared, places - self._places
-        self._places = places
-        shared.served += change
-        shared.per_address[self._address] += change
-        if not shared.per_address[self._address]:
-            del shared.per_address[self._address]
-
-    def _hold(self, held: int) -> None:
-        self._shared.held_bytes += held - self.held
-        self.held = held
 
     # --- writing and closing ---
 
     def _write(self, response: Response, method: str, *, close: bool) -> None:
         kept_s = None if close else int(self._shared.limits.keep_alive_s)
         head_bytes = render_head(response, kept_s=kept_s, date=self._shared.date())
-        body = b"" if method == "HEAD" else response.body
-        if len(body) < READ_AHEAD_BYTES:
-            self._transport.write(head_bytes + body)
-        elif self._is_tls:  # what is written at once counts as sent there
-            view = memoryview(body)
-            self._transport.write(head_bytes)
-            for at in range(0, len(body), READ_AHEAD_BYTES):
-                self._transport.write(view[at : at + READ_AHEAD_BYTES])
-        else:
-            self._transport.write(head_bytes)
-            self._transport.write(body)
+        self._send(head_bytes, b"" if method == "HEAD" else response.body)
 
-    def _refuse(self, error: ApiError) -> None:
+    def _refuse(self, error: BaseException) -> None:
         """Answer an error, then close without cutting the answer off."""
         self._is_refused = True
-        if not self._is_skipped:  # else the request has its answer already
-            head = self._head or self._parser.refused
-            response = self._shared.app.refuse(error, head, self._peer)
-            self._write(response, head.method if head else "", close=True)
+        try:
+            if not self._is_skipped:  # else the request has its answer already
+                head = self._head or self._parser.refused
+                response = self._shared.app.refuse(error, head, self._peer)
+                self._write(response, head.method if head else "", close=True)
+        except Exception:
+            self._transport.abort()
+            raise
         self._parser = RequestParser(self._shared.http)  # lets go of what it holds
+        self._answering_bytes = 0
         self._hold(0)
-        self._count(0)
+        if self._ends_at < math.inf:
+            self._close()
+            return
         with contextlib.suppress(OSError, NotImplementedError):
             self._transport.write_eof()  # the client may be gone; TLS has no half-close
         self._linger()
 
-    def _linger(self) -> None:
-        self._dropped_bytes = 0
-        self._lingered_s += _LINGER_S
-        self._arm("linger", _LINGER_S)
+    def _give_up(self, _: float) -> None:
+        self._close()  # not one byte has come
 
-    def _close(self) -> None:
-        """Close when all is written, or when the client stops reading it."""
-        if self._is_tls and not self._is_writable:
-            # Closing TLS is a timed affair: not before nearly all has left.
-            self._closes_when_sent = True
-        elif not self._transport.is_closing():  # asyncio's TLS breaks at the second
-            self._transport.close()
-        self._shared.changed()
-        if self._transport.get_write_buffer_size():
-            self._await_writing()
-        else:
-            self._disarm()
+    def _expire(self, _: float) -> None:
+        self._close()  # idle for too long
 
-    def _await_writing(self) -> None:
-        self._disarm()
-        self._unsent_bytes = self._transport.get_write_buffer_size()
-        self._arm("write", self._shared.limits.write_s)
+    def _leave(self, _: float) -> None:
+        self._cancel()  # half-closed, and not done in time
+        self._close()
 
-    # --- time ---
+    def _turn_away(self, _: float) -> None:
+        assert self.full is not None
+        self._refuse(self.full)
 
-    def _arm(self, purpose: str, seconds: float) -> None:
-        """Start the connection's only timer, unless it runs for this purpose already."""
-        if self._timer_for != purpose:
-            self._disarm()
-            self._timer_for = purpose
-            self._timer = self._shared.loop.call_later(
-                seconds, self._on_timer, purpose, seconds
-            )
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._timer_for = None, ""
-
-    def _on_timer(self, purpose: str, seconds: float) -> None:
-        limits = self._shared.limits
-        self._disarm()
-        if purpose == "head":
-            self._refuse(_too_slow(f"the head took longer than {limits.header_s:g} s"))
-        elif purpose == "body":
-            self._check_body(seconds)
-        elif purpose == "linger":
-            is_sending = self._dropped_bytes and self._lingered_s < limits.header_s
-            self._linger() if is_sending else self._close()  # it reads the answer later
-        elif purpose != "write":
-            self._close()
-        else:
-            sent = self._unsent_bytes - self._transport.get_write_buffer_size()
-            if sent > 0 and sent >= limits.min_rate_bytes_s * seconds:
-                self._await_writing()  # slow, but reading
-            else:
-                self._transport.abort()
+    def _end_head(self, seconds: float) -> None:
+        self._refuse(_too_slow(f"the head took longer than {seconds:g} s"))
 
     def _check_body(self, seconds: float) -> None:
         """Go on waiting for the body, or refuse it; the first seconds are for free."""
@@ -7869,18 +8022,16 @@ class Connection(asyncio.Protocol):
                 _too_slow(f"the body came at less than {rate} bytes per second")
             )
         else:
-            self._arm("body", min(_BODY_CHECK_S, limits.body_s - self._body_s))
+            left_s = limits.body_s - self._body_s
+            self._arm(self._check_body, min(_BODY_CHECK_S, left_s))
 
 
 def _too_slow(what: str) -> ReceiveTimeout:
     return ReceiveTimeout(f"{what}: send it faster, or in smaller parts")
 
 
-_NO_TRANSPORT: Final = asyncio.Transport()  # until connection_made()
-
-
 # ==============================================================================
-# 28. LISTENERS - where connections come from
+# 29. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by whoever stays: a parent hands them
 # to the child that serves, as systemd does (sd_listen_fds(3)), so that connections wait in
@@ -8081,26 +8232,121 @@ class Tls:
         return None
 
 
-async def serve_on(
-    listener: socket.socket, connections: Connections, tls: Tls | None
-) -> asyncio.Server:
-    """Accept what comes there, from now on."""
-    loop = asyncio.get_running_loop()
-    # Also for a socket that listens already: without it the loop lowers it to 100.
-    how: dict[str, Any] = {"sock": listener, "backlog": LISTEN_BACKLOG}
-    is_unix = not is_tcp(listener)
-    made = functools.partial(Connection, connections, is_unix=is_unix)
-    if is_unix:
-        return await loop.create_unix_server(made, **how)
-    if tls is not None:
-        how |= {"ssl": tls.context, "ssl_handshake_timeout": HANDSHAKE_S}
-        how |= {"ssl_shutdown_timeout": HANDSHAKE_S}
-    return await loop.create_server(made, **how)
+_ACCEPTS_A_TURN: Final = 16  # then whoever is connected has a turn
+_SPARE_DESCRIPTORS: Final = 16
+_NO_MORE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_MORE_PAUSE_S: Final = 0.1
+
+
+class Acceptor:
+    """Takes in who connects, from now until close().
+
+    The event loops' own servers do not do: they show a connection when its TLS handshake
+    is over, which may be never. When descriptors run out, libuv drops who comes and
+    asyncio stops accepting for a second. Here some are kept back for that moment.
+    """
+
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        connections: Connections,
+        tls: Tls | None,
+        log: Log,
+    ) -> None:
+        self._listeners = listeners
+        self._connections = connections
+        self._tls = tls
+        self._log = log
+        self._loop = connections.loop
+        self._spare: list[int] = []
+        self._told_at = -math.inf
+        self._is_closed = False
+        for listener in listeners:
+            listener.setblocking(False)
+            self._listen(listener)
+
+    def close(self) -> None:
+        """Nobody more; who is connected goes on."""
+        self._is_closed = True
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+        while self._spare:
+            os.close(self._spare.pop())
+
+    def _listen(self, listener: socket.socket) -> None:
+        if not self._is_closed:
+            self._loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while len(self._spare) < _SPARE_DESCRIPTORS:
+                self._spare.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                made, name = listener.accept()
+            except BlockingIOError:
+                return
+            except (
+                OSError
+            ) as error:  # the client is gone already, or accept(2) has more
+                if error.errno in _NO_MORE and not self._give_spare(error, listener):
+                    return
+            else:
+                self._take_in(made, str(name[0]) if is_tcp(listener) else UNIX_PEER)
+
+    def _give_spare(self, error: OSError, listener: socket.socket) -> bool:
+        """Make room for one more; False: there is none, accepting pauses."""
+        now = self._loop.time()
+        if now - self._told_at >= 1.0:
+            self._told_at = now
+            limit = open_files_limit()
+            advice = (
+                "raise ulimit -n (systemd: LimitNOFILE=) or lower --max-connections"
+            )
+            self._log(
+                "error",
+                "no descriptors left",
+                why=error.strerror,
+                limit=None if limit == math.inf else int(limit),
+                connections=len(self._connections.open),
+                advice=advice,
+            )
+        if self._spare:
+            os.close(self._spare.pop())
+            return True
+        self._loop.remove_reader(listener)
+        self._loop.call_later(_NO_MORE_PAUSE_S, self._listen, listener)
+        return False
+
+    def _take_in(self, made: socket.socket, peer: str) -> None:
+        made.setblocking(False)
+        full = None
+        if len(self._spare) < _SPARE_DESCRIPTORS:
+            what = "this process has no descriptors left (ulimit -n): try again"
+            full = TooManyConnections(what, retry_after_s=random.uniform(1, 3))
+        connection = self._connections.welcome(peer, full)
+        how: dict[str, Any] = {}
+        if self._tls is not None and peer != UNIX_PEER:
+            how = {"ssl": self._tls.context, "ssl_handshake_timeout": HANDSHAKE_S}
+            how |= {"ssl_shutdown_timeout": HANDSHAKE_S}
+        opened = self._loop.connect_accepted_socket(lambda: connection, made, **how)
+        connection.opening = task = self._loop.create_task(opened)
+        task.add_done_callback(functools.partial(self._on_opened, made, connection))
+
+    def _on_opened(
+        self, made: socket.socket, connection: Connection, task: asyncio.Task[object]
+    ) -> None:
+        connection.opening = None
+        if task.cancelled() or (error := task.exception()):
+            made.close()  # or nobody would, if it was cancelled before it began
+            self._connections.let_go(connection)
+            if not task.cancelled() and not isinstance(error, OSError):
+                self._log("error", "bug", trace=repr(error))
 
 
 # ==============================================================================
 # --- hall ---
-# 29. GATE - who is let in
+# 30. GATE - who is let in
 # ==============================================================================
 # Decided from a request's head, before its body is read. With keys: who brings one, or
 # signs. Without: everybody who can reach us, but for browsers that another site sent here:
@@ -8353,7 +8599,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 30. NAMES - which model a request means
+# 31. NAMES - which model a request means
 # ==============================================================================
 # A name has one or more versions; who names none gets the default one, or the one that
 # its share says.
@@ -8547,7 +8793,7 @@ def check_names(models: Iterable[Model]) -> None:
 
 
 # ==============================================================================
-# 31. MODELS - when each is in memory
+# 32. MODELS - when each is in memory
 # ==============================================================================
 # Event-loop thread only; loading itself happens in a thread. One load however many
 # requests wait for it, and one at a time: each needs much for a moment.
@@ -8833,7 +9079,7 @@ def _is_same_memory(one: Settings, other: Settings) -> bool:
 
 
 # ==============================================================================
-# 32. FORMS - what is asked and answered, declared once
+# 33. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the reader, which turns JSON into the dataclass or into a sentence that names the field,
@@ -9176,7 +9422,7 @@ USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 
 
 # ==============================================================================
-# 33. INPUTS - what is wanted of some texts, and whether a model can do it
+# 34. INPUTS - what is wanted of some texts, and whether a model can do it
 # ==============================================================================
 # Whatever the dialect a request was said in, it becomes a Wish here. What a model can do
 # is asked only here.
@@ -9348,7 +9594,7 @@ def with_prompt(prompt: str, text: str) -> str:
 
 
 # ==============================================================================
-# 34. WORK - from what is wanted of some texts to their vectors
+# 35. WORK - from what is wanted of some texts to their vectors
 # ==============================================================================
 # What a model made of a Wish comes back as Done.
 
@@ -9661,7 +9907,7 @@ def _record(result: Done, exchange: Exchange) -> None:
 
 
 # ==============================================================================
-# 35. VECTORS - numbers of a reply, in the types that clients ask for
+# 36. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # Each number of a vector of length 1 is between -1 and 1: that is what the scaling of
 # the small types relies on. int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded.
@@ -9749,7 +9995,7 @@ def is_large_reply(result: Done) -> bool:
 
 
 # ==============================================================================
-# 36. OPENAI - its shapes
+# 37. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -9931,7 +10177,7 @@ def _model_object(name: str, one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 37. RERANK - Cohere's and Jina's shape
+# 38. RERANK - Cohere's and Jina's shape
 # ==============================================================================
 # Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
 # theirs do, unless the model gives probabilities already or raw_scores is asked for.
@@ -10054,7 +10300,7 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
 
 
 # ==============================================================================
-# 38. TEI - the shapes of text-embeddings-inference
+# 39. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed is a child of it.
@@ -10278,7 +10524,7 @@ def _with_times(body: bytes, result: Done) -> Response:
 
 
 # ==============================================================================
-# 39. TOKENS - what texts are made of, and what a model can take
+# 40. TOKENS - what texts are made of, and what a model can take
 # ==============================================================================
 # text-embeddings-inference's /tokenize, /decode and /info. Nothing is computed; the work
 # is the tokeniser thread's, whose stack is made for the deepest text.
@@ -10507,7 +10753,7 @@ async def info(exchange: Exchange) -> Response:
 
 
 # ==============================================================================
-# 40. OLLAMA - its shapes
+# 41. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -10696,7 +10942,7 @@ def _details(one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 41. ADMIN - health, readiness, metrics, models
+# 42. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -10898,7 +11144,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 42. DESCRIPTION - the routes as an OpenAPI document
+# 43. DESCRIPTION - the routes as an OpenAPI document
 # ==============================================================================
 # Made of the rows that requests are routed and read by: what is described is what is
 # done. Reference: OpenAPI 3.1.
@@ -11033,7 +11279,7 @@ NEVER_CACHED: Final = "no-store"
 
 
 # ==============================================================================
-# 43. PAGES - the API's own documentation
+# 44. PAGES - the API's own documentation
 # ==============================================================================
 # One page without outside parts, for boxes that reach no network. It asks for
 # openapi.json and shows what that says. Names in there may be anybody's: they reach the
@@ -11335,7 +11581,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 44. ROUTES - the table, and everything derived from it
+# 45. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. From it come 404, 405 with Allow, HEAD, OPTIONS, what is
 # refused before a body is read, the OpenAPI document, and README's table.
@@ -11540,7 +11786,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 45. DISPATCH - from a request to its response
+# 46. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where bodies are unpacked and packed, and
 # where every answer gets its request id, its log line and its audit line.
@@ -11665,16 +11911,14 @@ class Dispatcher:
         request_id = _request_id(head)
         try:
             response = await self._in_time(exchange, ticket)
-        except ApiError as error:
-            response = error_response(error, exchange.dialect)
-            exchange.log_fields["code"] = error.code
-            self._house.telemetry.count("embellama_errors_total", value=error.code)
         except asyncio.CancelledError:
             self._access(head, route, 499, begun, exchange.log_fields, request_id)
             self._write_audit(exchange, ticket, 499, request_id)
             raise
         except Exception as error:
-            response = self._bug(error, head, exchange.dialect, request_id)
+            said = self._said(error, head, request_id)
+            response = error_response(said, exchange.dialect)
+            exchange.log_fields["code"] = said.code
         fields = [*_openai_fields(route, time.monotonic() - begun)]
         if exchange.log_fields.get("code") != RateLimited.code:
             fields += self._house.gate.limit_fields(ticket.caller)
@@ -11686,13 +11930,18 @@ class Dispatcher:
             self._tracer.record(self._span(exchange, ticket, begun, status))
         return response
 
-    def refuse(self, error: ApiError, head: Head | None, peer: str) -> Response:
+    def is_probe(self, head: Head) -> bool:
         """See App."""
-        self._house.telemetry.count("embellama_errors_total", value=error.code)
+        route = maybe_route(self._local_path(head), head.method)
+        return route is not None and route.is_probe
+
+    def refuse(self, error: BaseException, head: Head | None, peer: str) -> Response:
+        """See App."""
+        request_id = _request_id(head)
+        error = self._said(error, head, request_id)
         path = self._local_path(head) if head else ""
         route = maybe_route(path, head.method) if head else None
         answer = error_response(error, dialect_at(path, route))
-        request_id = _request_id(head)
         fields: dict[str, object] = {"code": error.code, "address": peer}
         if isinstance(error, _REFUSALS):
             self._count_refusal(error, answer.status, peer)
@@ -11829,14 +12078,17 @@ class Dispatcher:
         fields = (*fields, ("content-encoding", coding))
         return dataclasses.replace(response, body=body, fields=fields)
 
-    def _bug(
-        self, error: Exception, head: Head, dialect: Dialect, request_id: str
-    ) -> Response:
-        trace = "".join(traceback.format_exception(error))
-        self._log("error", "bug", id=request_id, path=head.path[:80], trace=trace)
-        self._house.telemetry.count("embellama_errors_total", value=InternalError.code)
-        said = InternalError("a bug in this server; its log has the details")
-        return error_response(said, dialect)
+    def _said(
+        self, error: BaseException, head: Head | None, request_id: str
+    ) -> ApiError:
+        """What a client is told of it; what is no ApiError is a bug, and logged."""
+        if not isinstance(error, ApiError):
+            trace = "".join(traceback.format_exception(error))
+            path = head.path[:80] if head else None
+            self._log("error", "bug", id=request_id, path=path, trace=trace)
+            error = InternalError("a bug in this server; its log has the details")
+        self._house.telemetry.count("embellama_errors_total", value=error.code)
+        return error
 
     def _signed(
         self,
@@ -11920,7 +12172,7 @@ def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
 
 
 # ==============================================================================
-# 46. WIRING - what the settings mean to each part
+# 47. WIRING - what the settings mean to each part
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
@@ -12330,7 +12582,7 @@ def limits_table() -> str:
 
 
 # ==============================================================================
-# 47. SUPERVISOR - a small parent that outlives the server
+# 48. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -12701,7 +12953,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 48. PHASES - the life of the server
+# 49. PHASES - the life of the server
 # ==============================================================================
 # What is no transition cannot happen: a KeyError, and a bug.
 
@@ -12800,7 +13052,7 @@ class Reloads:
 
 
 # ==============================================================================
-# 49. SERVICE - builds every object; loading, ready, draining, stopped
+# 50. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -12817,9 +13069,6 @@ _FREE_S: Final = (
     30.0  # for idle threads to end; unmapping gigabytes of contexts takes long
 )
 _TICK_S: Final = 0.5
-# libuv accepts one connection a listener and turn of its loop. In a flood over 640 connections,
-# turns of 30 ms, /health then took 6 s; with as many copies of the listener 0.1 to 0.7 s.
-_ACCEPTS_A_TURN: Final = 16
 _WAIT_IN_BACKLOG_S: Final = 30.0  # then clients are told 503: loading
 
 
@@ -12899,6 +13148,7 @@ class Service:
             limits=connection_limits(settings, self._files),
             loop=self._loop,
         )
+        self._acceptor: Acceptor | None = None
         self.telemetry.set("embellama_phase", 1, self._phase.value)
 
     @property
@@ -12950,13 +13200,10 @@ class Service:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wait_for_move(), _WAIT_IN_BACKLOG_S)
         self.gate.offer_admin_key(admin_key_path(self.settings, self._listeners))
-        servers: list[asyncio.Server] = []
         if self._phase is not Phase.STOPPED:
-            for listener in self._listeners:
-                copies = [listener.dup() for _ in range(_ACCEPTS_A_TURN)]
-                servers += [
-                    await serve_on(copy, self.connections, self._tls) for copy in copies
-                ]
+            self._acceptor = Acceptor(
+                self._listeners, self.connections, self._tls, self.log
+            )
             for listener in self._listeners:
                 announce(url_of(listener, is_tls=self._tls is not None))
         if not self._is_successor:
@@ -12964,7 +13211,7 @@ class Service:
         while self._phase in (Phase.LOADING, Phase.READY):
             await self._wait_for_move()
         if self._exit_code:  # another process takes who comes from now on
-            self._close_listeners(servers)
+            self._close_listeners()
         elif self._failure is None:
             self._notifier.tell(STOPPING=1)
         if self._phase is Phase.LEAVING:
@@ -12972,7 +13219,7 @@ class Service:
         if self._phase is Phase.DRAINING:
             await self._drain()
         await self._refuse_the_rest()
-        self._close_listeners(servers)
+        self._close_listeners()
         await self._close()
         if self._failure is not None:
             raise self._failure
@@ -13005,9 +13252,9 @@ class Service:
         await self._moved.wait()
         self._moved.clear()
 
-    def _close_listeners(self, servers: Sequence[asyncio.Server]) -> None:
-        for server in servers:
-            server.close()
+    def _close_listeners(self) -> None:
+        if self._acceptor is not None:
+            self._acceptor.close()
         for listener in self._listeners:
             listener.close()
 
@@ -13235,7 +13482,7 @@ def _free(served: Served, patience_s: float = _FREE_S) -> bool:
 
 
 # ==============================================================================
-# 50. TUNING - the settings that are fastest on this box
+# 51. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -13420,7 +13667,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 51. COMMAND LINE - flags in, exit code out
+# 52. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import inspect
+import os
 import socket
 import struct
 import threading
@@ -115,9 +117,10 @@ async def until(condition: Callable[[], bool]) -> None:
 def served(**changes: Any) -> Callable[[Callable[..., Awaitable[None]]], Any]:
     """Make a test of ``async def test(room, ...)``: it runs on each of LOOPS.
 
-    ``changes`` are settings; ``n_embd`` is the model's.
+    ``changes`` are settings; ``n_embd`` is the model's; ``has_bug``: there is one.
     """
     card = {"n_embd": changes.pop("n_embd", 8)}
+    has_bug = changes.pop("has_bug", False)
 
     def made(test: Callable[..., Awaitable[None]]) -> Any:
         def run(loop: str, **arguments: Any) -> None:
@@ -136,7 +139,7 @@ def served(**changes: Any) -> Callable[[Callable[..., Awaitable[None]]], Any]:
                     finally:
                         for client in room.clients:
                             client.writer.transport.abort()
-                assert " bug " not in running.log.getvalue()
+                assert (" bug " in running.log.getvalue()) == has_bug
                 connections = running.service.connections
                 assert not connections.open
                 assert not connections.per_address
@@ -550,13 +553,21 @@ async def test_a_refused_body_ends_with_its_client(room: Room) -> None:
 
 
 async def told_too_many(client: Client, setting: str) -> None:
-    """The client is told so without being asked, whatever it asks, and that is all."""
-    client.send(HEALTH)
-    (reply,) = await client.replies("GET")
+    """The client is told so, and that is all, unless it only asks whether all is well."""
+    client.send(embed("a"))
+    (reply,) = await client.replies("POST")
     assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
     assert setting in reply.error["message"]
     assert reply.headers["connection"] == "close"
     assert int(reply.headers["retry-after"]) >= 1
+    client.writer.close()
+
+
+async def told_health(client: Client) -> None:
+    """There is no place for the client, and yet it learns that the server is well."""
+    client.send(HEALTH, embed("a"))
+    (reply,) = await client.replies("GET")
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
     client.writer.close()
 
 
@@ -574,6 +585,7 @@ async def test_one_connection_too_many_is_told_so_and_the_others_go_on(
     first, second = await room.client(), await room.client()
     await goes_on(first, second)
     await told_too_many(await room.client(), "--max-connections)")
+    await told_health(await room.client())
     await goes_on(first, second)
     first.writer.close()
     await until(lambda: len(room.service.connections.open) == 1)
@@ -581,16 +593,63 @@ async def test_one_connection_too_many_is_told_so_and_the_others_go_on(
 
 
 @served(max_connections=1)
-async def test_of_very_many_connections_too_many_the_last_are_told_nothing(
+async def test_of_very_many_connections_too_many_the_oldest_make_way(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(es, "_TURNED_AWAY", 1)
-    first, second = await room.client(), await room.client()
+    monkeypatch.setattr(es, "_TURNED_AWAY", 2)
+    connections, most = room.service.connections, 3
+    first = await room.client()
     await goes_on(first)
-    await second.reader.readuntil(b"}}")  # and lingers
-    with contextlib.suppress(ConnectionError):
-        assert await (await room.client()).rest() == b""
+    silent = [await room.client() for _ in range(20)]
+    for sent in (HEALTH, b"bad\r\n\r\n", b"GET"):  # answered, lingering, on its way
+        for _ in range(5):
+            silent.append(await room.client(sent))
+            await until(lambda: len(connections.open) <= most)
+    await told_health(await room.client())
     await goes_on(first)
+    for client in silent[:20]:
+        with contextlib.suppress(ConnectionError):
+            assert await client.rest() == b""
+    room.service._tick()
+    assert "too_many_connections=" in room.running.log.getvalue()
+
+
+@served(max_connections=1)
+async def test_who_has_no_place_and_says_nothing_is_told_so_soon(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_LINGER_S", 0.1)
+    await goes_on(await room.client())
+    unfinished = HEALTH.removesuffix(b"\r\n") + b"Content-Length: 9\r\n\r\n"
+    for sent in (b"", b"GET", b"\r\n", unfinished):
+        (reply,) = await (await room.client(sent)).replies("GET")
+        assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_address"])
+@pytest.mark.parametrize("sent", [b"bad\r\n\r\n", BYE, b""], ids=["bad", "bye", "none"])
+@served()
+async def test_a_place_is_taken_until_the_connection_is_closed(
+    room: Room, sent: bytes, limit: str
+) -> None:
+    # Also by who was refused and is still sending.
+    connections = room.service.connections
+    name = limit.removeprefix("max_")
+    limits = dataclasses.replace(connections.limits, **{name: 3})  # type: ignore[arg-type]
+    connections.limits = limits
+    clients = [await room.client(sent) for _ in range(3)]
+    if sent == BYE:  # closed at once: its place is free
+        await until(lambda: connections.places == 0)
+        await goes_on(await room.client())
+        return
+    await until(lambda: connections.places == 3)
+    if sent:
+        for client in clients:
+            await client.reader.readuntil(b"}}")
+    await told_too_many(await room.client(), f"--{limit.replace('_', '-')}")
+    reset(clients.pop())
+    await until(lambda: connections.places == 2)
+    await goes_on(await room.client())
 
 
 @served(max_connections_per_address=2)
@@ -600,6 +659,7 @@ async def test_one_address_with_too_many_connections_leaves_room_for_others(
     first, second = await room.client(), await room.client()
     await goes_on(first, second)
     await told_too_many(await room.client(), "--max-connections-per-address")
+    await told_health(await room.client())
     others = [await room.client(source="127.0.0.2") for _ in range(2)]
     await goes_on(first, second, *others)
     first.writer.close()
@@ -889,11 +949,16 @@ def reset(client: Client) -> None:
     client.writer.transport.abort()
 
 
-@pytest.mark.parametrize("leave", [closed, half_closed, reset])
+# Who has closed looks like one that only sends no more, and is given so long.
+SOON = {closed: 0.05, half_closed: 0.05, reset: 3600}
+
+
+@pytest.mark.parametrize("leave", SOON)
 @served()
 async def test_what_waits_is_not_computed_for_who_has_left(
-    room: Room, leave: Callable[[Client], None]
+    room: Room, leave: Callable[[Client], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(es, "_HALF_CLOSED_S", SOON[leave])
     room.engine.block()
     stays = await room.client(embed("stays"))
     await room.computing()
@@ -911,7 +976,10 @@ async def test_what_waits_is_not_computed_for_who_has_left(
 
 
 @served()
-async def test_a_large_request_is_not_finished_for_who_has_left(room: Room) -> None:
+async def test_a_large_request_is_not_finished_for_who_has_left(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_HALF_CLOSED_S", 0.05)
     room.engine.block()
     leaves = await room.client(embed(*(f"a{n}" for n in range(100))))
     await room.computing()
@@ -936,6 +1004,123 @@ async def test_a_connection_ends_with_its_client(
     await until(lambda: len(room.service.connections.open) == 1)
     leave(client)
     await until(lambda: not room.service.connections.open)
+
+
+CHUNKED = b"0d\r\n" + BODIES["Content-Length: 13"] + b"\r\n0\r\n\r\n"
+WHOLE: dict[str, tuple[list[bytes], list[tuple[str, int]]]] = {
+    "one": ([embed("a")], [("POST", 200)]),
+    "chunked": (
+        [post("/v1/embeddings", "Transfer-Encoding: chunked"), CHUNKED],
+        [("POST", 200)],
+    ),
+    "several": ([embed("a"), HEALTH, embed("b")], [("POST", 200), ("GET", 200)] * 2),
+    "refused": ([b"GET /nope HTTP/1.1\r\nHost: h\r\n\r\n"], [("GET", 404)]),
+    "refused, then more": (
+        [post("/nope", length=3) + b"xxx", embed("a")],
+        [("POST", 404), ("POST", 200)],
+    ),
+    "cut in its head": ([embed("a"), b"GET / HT"], [("POST", 200), ("GET", 400)]),
+    "cut in its body": ([embed("a")[:-1]], [("POST", 400)]),
+    "cut in a chunk": (
+        [post("/v1/embeddings", "Transfer-Encoding: chunked"), CHUNKED[:9]],
+        [("POST", 400)],
+    ),
+    "cut, and refused already": ([post("/nope", length=3) + b"x"], [("POST", 404)]),
+    "nothing": ([], []),
+}
+WHOLE["several"][1].pop()
+
+
+@pytest.mark.parametrize("what", WHOLE)
+@served()
+async def test_who_sends_no_more_gets_what_was_asked_for(room: Room, what: str) -> None:
+    sent, expected = WHOLE[what]
+    client = await room.client(*sent)
+    half_closed(client)
+    replies = await client.replies(*(method for method, _ in expected))
+    assert [reply.status for reply in replies] == [status for _, status in expected]
+    is_cut = what.startswith("cut")
+    if replies and not is_cut and what != "refused":
+        assert replies[-1].headers["connection"] == "close"
+    await until(lambda: not room.service.connections.open)
+
+
+@served()
+async def test_who_sends_no_more_waits_a_second_and_not_much_longer(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert es._HALF_CLOSED_S == 1.0
+    room.engine.block()
+    client = await room.client(embed("a"))
+    await room.computing()
+    half_closed(client)
+    for _ in range(3):  # the loop turns, others are served
+        assert (await room.running.ask("GET", "/health")).status == 200
+    room.engine.release()
+    assert [reply.status for reply in await client.replies("POST")] == [200]
+
+    monkeypatch.setattr(es, "_HALF_CLOSED_S", 0.1)
+    room.engine.block()
+    late = await room.client(embed("b"), HEALTH)
+    await room.computing()
+    half_closed(late)
+    assert await late.rest() == b""
+    assert "status=499" in room.running.log.getvalue()
+    room.engine.release()
+
+
+@served(n_embd=4096)
+async def test_who_sends_no_more_and_reads_slowly_gets_what_is_done(room: Room) -> None:
+    client, _, asked = await stuffed(room, embed("a"), HEALTH, least=1)
+    half_closed(client)
+    assert len(await client.replies(*["POST"] * asked)) == asked
+    await until(lambda: not room.service.connections.open)
+
+
+# --- bugs ---
+
+
+async def no_answer(*_: object) -> es.Response:
+    raise KeyError("anything")
+
+
+async def not_by_us(*_: object) -> es.Response:
+    raise asyncio.CancelledError
+
+
+async def two_lines(*_: object) -> es.Response:
+    return es.Response(200, fields=(("x", "a\r\nb"),))
+
+
+async def no_bytes(*_: object) -> es.Response:
+    return es.Response(200, "text" * (1 << 16))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bug", [no_answer, not_by_us, two_lines, no_bytes])
+@served(has_bug=True)
+async def test_a_bug_after_the_handler_is_told_and_ends_the_connection(
+    room: Room, bug: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es.Dispatcher, "respond", bug)
+    client = await room.client(HEALTH, HEALTH)
+    (reply,) = await client.replies("GET")
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
+    assert reply.headers["connection"] == "close"
+    (line,) = (x for x in room.running.log.getvalue().splitlines() if " bug " in x)
+    assert f"id={reply.headers['x-request-id']}" in line
+    assert "Traceback" in line
+
+
+@served(has_bug=True)
+async def test_a_bug_before_the_body_is_told_and_ends_the_connection(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def admit(*_: object) -> None:
+        raise KeyError("anything")
+
+    monkeypatch.setattr(es.Dispatcher, "admit", admit)
+    (reply,) = await (await room.client(embed("a"))).replies("POST")
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
 
 
 # --- reading slowly ---
@@ -1018,8 +1203,11 @@ async def test_who_does_not_read_is_dropped(
 
 
 @served(n_embd=4096)
-async def test_leaving_is_noticed_while_answers_are_unsent(room: Room) -> None:
+async def test_leaving_is_noticed_while_answers_are_unsent(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A closing transport reports its end only when all is written.
+    monkeypatch.setattr(es, "_HALF_CLOSED_S", 0.1)
     client, _, asked = await stuffed(room, embed("a"), least=1)
     room.engine.block()
     client.send(embed("b"), embed("c"))
@@ -1044,6 +1232,22 @@ async def test_lingering_ends_for_who_reads_late(
     replies = await client.replies(*["GET"] * (asked + 1))
     assert [reply.status for reply in replies] == [200] * asked + [400]
     await until(lambda: not room.service.connections.open)  # we did not close
+
+
+@served(write_timeout_s=0.1)
+async def test_who_reads_again_is_not_dropped_while_the_next_answer_is_computed(
+    room: Room,
+) -> None:
+    room.engine.block()
+    client = await room.client(embed("a"))
+    await room.computing()
+    (connection,) = room.service.connections.open
+    connection.pause_writing()
+    assert connection._timer is not None
+    connection.resume_writing()
+    assert connection._timer is None
+    room.engine.release()
+    assert (await client.reply("POST")).status == 200
 
 
 # --- large requests and replies ---
@@ -1217,41 +1421,70 @@ async def test_a_drain_lasts_until_answers_have_left(room: Room, begun: bytes) -
     assert await room.running.task == 0
 
 
+# --- out of descriptors ---
+
+
+@pytest.mark.parametrize("spare", [1, 3])
+@served()
+async def test_without_descriptors_health_is_answered_and_the_log_says_why(
+    room: Room, spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_SPARE_DESCRIPTORS", spare)
+    monkeypatch.setattr(es, "_LINGER_S", 0.1)
+    connections, accept, opened = (
+        room.service.connections,
+        socket.socket.accept,
+        os.open,
+    )
+    acceptor = room.service._acceptor
+    assert acceptor is not None
+    most = spare + 2
+
+    def check_free(*, extra: int = 0) -> None:
+        if len(connections.open) + len(acceptor._spare) + extra > most:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def tight_accept(listener: socket.socket) -> tuple[socket.socket, Any]:
+        check_free(extra=1)
+        return accept(listener)
+
+    def tight_open(*args: Any) -> int:
+        check_free(extra=1)
+        return opened(*args)
+
+    stays = [await room.client() for _ in range(2)]
+    await goes_on(*stays)
+    acceptor._spare[spare:] = []
+    monkeypatch.setattr(socket.socket, "accept", tight_accept)
+    monkeypatch.setattr(es.os, "open", tight_open)
+    crowd = [await room.client(b"bad\r\n\r\n") for _ in range(20)]
+    for _ in range(3):
+        await told_health(await room.client())
+    await goes_on(*stays)
+    lines = [x for x in room.running.log.getvalue().splitlines() if "descriptors" in x]
+    assert 1 <= sum("no descriptors left" in line for line in lines) <= 3
+    assert "ulimit -n" in lines[0] and "--max-connections" in lines[0]
+    for client in crowd:
+        reset(client)
+    await until(lambda: len(connections.open) == 2)
+    monkeypatch.undo()
+    client = await room.client()
+    await goes_on(client, *stays)  # no more than before has been taken
+
+
 # --- who has no name ---
 
 
-class Nameless(asyncio.Transport):
-    """Of a client that has reset its connection before anybody asked who it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_aborted = False
-
-    def abort(self) -> None:
-        self.is_aborted = True
-
-    def is_closing(self) -> bool:
-        return self.is_aborted
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
-def test_a_connection_of_nobody_knows_whom_is_dropped_and_nothing_of_it_is_read() -> (
-    None
-):
-    async def check() -> None:
-        async with kit.running_service(cache_mb=1) as running:
-            connections = running.service.connections
-            before = (connections.served, len(connections.open))
-            transport = Nameless()
-            made = es.Connection(connections, is_unix=False)
-            made.connection_made(transport)
-            assert transport.is_aborted
-            made.data_received(HEALTH)  # what the kernel had already
-            made.eof_received()
-            made.connection_lost(None)
-            assert (connections.served, len(connections.open)) == before
-            assert running.log.getvalue().count("path=/health") == 0
-
-    asyncio.run(check())
+@served()
+async def test_who_resets_at_once_is_known_by_the_address_that_was_accepted(
+    room: Room,
+) -> None:
+    # uvloop asks the kernel late: then such a client has no name any more.
+    for number in range(20):
+        client = await room.client(
+            f"GET /n{number} HTTP/1.1\r\nHost: h\r\n\r\n".encode(), source="127.0.0.3"
+        )
+        reset(client)
+    await goes_on(await room.client())
+    for line in room.running.log.getvalue().splitlines():
+        assert "path=/n" not in line or " address=127.0.0.3 " in line
