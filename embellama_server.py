@@ -7649,6 +7649,7 @@ _SKIPPED_BYTES: Final = 1 << 16
 _BODY_CHECK_S: Final = 5.0  # a body's rate is looked at so often, but not in the first
 _HALF_CLOSED_S: Final = 1.0
 _TURNED_AWAY: Final = 64  # connections over the limit at a time
+_TURN_AWAY_S: Final = 2.0  # for them to ask
 
 
 class App(Protocol):
@@ -7795,7 +7796,7 @@ class Connection(ClientSocket):
         if self not in self._shared.open:
             self._transport.abort()
         elif self.full is not None:
-            self._arm(self._turn_away, _LINGER_S)
+            self._arm(self._turn_away, _TURN_AWAY_S)
         else:
             self._arm(self._give_up, self._shared.limits.header_s)
 
