@@ -997,7 +997,11 @@ class Settings(ModelSettings):
         "machines, all, or none.",
         choices=("remote", "all", "off"),
     )
-    host: str = option("127.0.0.1", "Address to listen on.", reload="never")
+    host: str = option(
+        "localhost",
+        "Name or address to listen on; localhost: 127.0.0.1, and ::1 where there is one.",
+        reload="never",
+    )
     port: int = option(
         8080,
         "TCP port; 0: any free one, printed.",
@@ -8043,6 +8047,11 @@ HANDSHAKE_S: Final = 10.0  # TLS
 LISTEN_BACKLOG: Final = 4096  # the kernel's own limit (net.core.somaxconn) since 5.4
 _FIRST_INHERITED: Final = 3  # SD_LISTEN_FDS_START
 _TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+# As a client reads the name (RFC 6761, 6.3), whatever /etc/hosts says; the first is shown.
+_LOOPBACKS: Final = {"localhost": ("127.0.0.1", "::1")}
+# The box lacks the address, or IPv6: nobody can come there.
+_ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_PORT_TRIES: Final = 16  # for a port that is free at each address
 PARENT_SOCKETS: Final = ("parent", "parent-again")  # names of what is no listener
 
 
@@ -8095,31 +8104,71 @@ def host_and_port(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _bind_tcp(host: str, port: int) -> Iterator[socket.socket]:
-    """One for each address that ``host`` means."""
+def _bind_tcp(host: str, port: int) -> list[socket.socket]:
+    """One for each address that ``host`` means and this box has, all with one port."""
     try:
-        found = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            made = socket.socket(family, kind, protocol)
-            with contextlib.ExitStack() as failed:
-                failed.callback(made.close)
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:  # or it takes IPv4's addresses as well
-                    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                made.bind(address)
-                made.listen(LISTEN_BACKLOG)
-                failed.pop_all()
-            yield made
+        return _bound(host, port, _PORT_TRIES)
     except (OSError, UnicodeError, OverflowError) as error:
+        where = getattr(error, "filename", None) or f"{host}:{port}"
         number = getattr(error, "errno", None) or 0  # below zero: getaddrinfo's own
         named = getattr(error, "strerror", None) or error
         reason = os.strerror(number) if number > 0 else named
         advice = "--port (0: any free one) or --host" if number > 0 else "--host"
         raise StartupError(
-            f"cannot listen on {host}:{port}: {reason}; choose another {advice}"
+            f"cannot listen on {where}: {reason}; choose another {advice}"
         ) from None
+
+
+def _bound(host: str, port: int, tries: int) -> list[socket.socket]:
+    made: list[socket.socket] = []
+    absent = None
+    with contextlib.ExitStack() as bound:
+        for family, address in _addresses(host, port):
+            at = made[0].getsockname()[1] if made else port
+            try:
+                sock = _listening(family, (address[0], at, *address[2:]))
+            except OSError as error:
+                if made and not port and tries and error.errno == errno.EADDRINUSE:
+                    return _bound(host, port, tries - 1)  # while this one is held
+                if error.errno not in _ABSENT:
+                    raise
+                absent = error
+            else:
+                made.append(bound.enter_context(sock))
+        if absent and not made:
+            raise absent
+        bound.pop_all()  # kept
+    return made
+
+
+def _addresses(host: str, port: int) -> dict[tuple[int, tuple[Any, ...]], None]:
+    """Family and address of each that ``host`` means, once, in order. Raises OSError."""
+    found: dict[tuple[int, tuple[Any, ...]], None] = {}
+    for name in _LOOPBACKS.get(host.lower(), (host,)):
+        for family, _, _, _, address in socket.getaddrinfo(
+            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            found[family, address] = None
+    return found
+
+
+def _listening(family: int, address: tuple[Any, ...]) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # or it takes IPv4's addresses as well
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+        made.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        made.close()
+        error.filename = _named(*address[:2])
+        raise
+    return made
+
+
+def _named(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _bind_unix(path: str, mode: int) -> socket.socket:
@@ -8169,9 +8218,7 @@ def url_of(listener: socket.socket, *, is_tls: bool) -> str:
     name = listener.getsockname()
     if not is_tcp(listener):
         return f"unix:{os.fsdecode(name)}"
-    host, port = name[:2]
-    scheme = "https" if is_tls else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"{'https' if is_tls else 'http'}://{_named(*name[:2])}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -325,6 +325,7 @@ def quiet_log() -> es.Log:
 def settings(**changes: Any) -> es.Settings:
     """Settings for tests: any free port, one worker, a model file nobody opens."""
     base: dict[str, Any] = {"port": 0, "workers": 1, "model_path": "fake.gguf"}
+    base["host"] = "127.0.0.1"  # one listener is enough
     base["cache_dir"] = "/dev/null/none"  # nothing is kept
     base["allowed_host"] = ("h", "test")  # what raw requests in tests say
     return es.Settings(**(base | changes))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import os
 import shutil
@@ -30,6 +31,7 @@ import embellama_server as es
 from tests import kit, models
 from tests.test_connections import BYE, HEALTH, LOOPS, MANY, Client, embed, post, until
 
+LOOPBACKS = {socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0, 0, 0)}
 LOOPBACK = ("127.0.0.1", 0)
 
 
@@ -139,6 +141,63 @@ def test_ipv4_and_ipv6_may_have_the_same_port() -> None:
 def test_listen_names_a_host_and_a_port(text: str, expected: tuple[str, int]) -> None:
     chosen = kit.settings(host="none", listen=(text,))
     assert es.listen_addresses(chosen) == [expected]
+
+
+@on_ipv6
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST"])
+def test_localhost_is_both_loopbacks_with_one_port(host: str) -> None:
+    with listening((host, 0)) as (first, second):
+        names = [sock.getsockname()[:2] for sock in (first, second)]
+    port = names[0][1]
+    assert names == [("127.0.0.1", port), ("::1", port)]
+
+
+@on_ipv6
+def test_a_port_that_is_free_at_one_address_only_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The kernel chooses the port at the first address: at the second it may be in use.
+    real = es._listening
+    taken: list[int] = []
+
+    def listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+        if family == socket.AF_INET6 and len(taken) < 2:
+            taken.append(address[1])
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        return real(family, address)
+
+    monkeypatch.setattr(es, "_listening", listen)
+    with listening(("localhost", 0)) as (first, second):
+        assert first.getsockname()[1] == second.getsockname()[1]
+        assert first.getsockname()[1] not in taken
+    # One that was asked for is another matter: clients would reach somebody else there.
+    del taken[:]
+    with socket.create_server(LOOPBACK) as free:
+        port = free.getsockname()[1]
+    assert f":{port}: Address already in use" in refusal(("localhost", port))
+
+
+# Docker's /etc/hosts has ::1 where IPv6 is off; a kernel without it has no such family.
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_an_address_that_this_box_lacks_is_left_out_if_there_is_another(
+    monkeypatch: pytest.MonkeyPatch, number: int, family: int
+) -> None:
+    real, lacks = es._listening, {family}
+    found = [(each, 1, 6, "", address) for each, address in LOOPBACKS.items()]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    def listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+        if family in lacks:
+            raise OSError(number, os.strerror(number))
+        return real(socket.AF_INET, ("127.0.0.1", address[1]))
+
+    monkeypatch.setattr(es, "_listening", listen)
+    for host in ("localhost", "box"):
+        with listening((host, 0)) as made:
+            assert len(made) == 1
+    lacks |= LOOPBACKS.keys()
+    assert os.strerror(number) in refusal(("box", 0))
 
 
 def test_a_url_is_what_a_client_is_pointed_at(tmp_path: Path) -> None:

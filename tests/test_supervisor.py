@@ -363,7 +363,8 @@ def test_a_model_that_is_no_use_is_exit_1_one_sentence_and_no_loop() -> None:
     said = [line for line in server.log if line.startswith("embellama_server: ")]
     assert len(said) == 1
     assert "refused" in said[0]
-    assert len([line for line in server.log if " listening " in line]) == 1
+    heard = [line for line in server.log if " listening url=http://127.0.0.1" in line]
+    assert len(heard) == 1
 
 
 def test_the_exit_code_of_a_child_that_was_never_ready_is_passed_on() -> None:
