@@ -317,7 +317,7 @@ class JsonCodec:
     """``loads`` takes UTF-8 bytes and raises ValueError; ``dumps`` also takes arrays."""
 
     name: str
-    loads: Callable[[bytes], object]
+    loads: Callable[[bytes | bytearray], object]
     dumps: Callable[[object], bytes]
 
 
@@ -329,18 +329,22 @@ _HALF: Final = re.compile(
 )
 
 
-def _forgiving(loads: Callable[[bytes], object]) -> Callable[[bytes], object]:
+def _forgiving(
+    loads: Callable[[bytes | bytearray], object],
+) -> Callable[[bytes | bytearray], object]:
     """``loads``, to which half a character is U+FFFD, and a byte order mark nothing.
 
     Whoever cuts texts into chunks in JavaScript or Java sends halves of emoji. Those who
     do not pay nothing for it.
     """
 
-    def read(raw: bytes) -> object:
+    def read(raw: bytes | bytearray) -> object:
         try:
             return loads(raw)
         except ValueError:
-            whole = raw.removeprefix(codecs.BOM_UTF8)
+            # A bytearray would be copied by removeprefix() in any case.
+            has_mark = raw.startswith(codecs.BOM_UTF8)
+            whole = raw.removeprefix(codecs.BOM_UTF8) if has_mark else raw
             if b"\\u" in whole:
                 whole = _HALF.sub(_repaired, whole)
             if whole == raw:
@@ -366,7 +370,7 @@ def json_codec() -> JsonCodec:
 
 
 @_forgiving
-def _stdlib_loads(raw: bytes) -> object:
+def _stdlib_loads(raw: bytes | bytearray) -> object:
     # json alone would take UTF-16, NaN, lone surrogates and raise RecursionError.
     try:
         value = json.loads(
@@ -1045,7 +1049,8 @@ class Settings(ModelSettings):
     )
     max_buffered_mb: int = option(
         256,
-        "Memory for requests and replies on their way, of all connections, in MiB.",
+        "Memory for requests, also decompressed and parsed, and for replies on their "
+        "way, of all connections, in MiB.",
         at_least=1,
         at_most=1 << 20,
     )
@@ -6279,12 +6284,12 @@ class Head:
         return self.minor_version == 1 and bool(self.get("expect"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """A complete request."""
+    """A complete request. Who has read its body lets go of that."""
 
     head: Head
-    body: bytes
+    body: bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -6661,8 +6666,9 @@ class RequestParser:
         size = self._head.body_bytes
         if len(self._buffer) < size:
             return None
-        body = bytes(memoryview(self._buffer)[:size])
-        del self._buffer[:size]
+        # Not a copy: for a moment a large body would be there twice.
+        body, self._buffer = self._buffer, self._buffer[size:]
+        del body[size:]
         return self._complete(body)
 
     def _chunk_size(self) -> _Moved | None:
@@ -6727,9 +6733,9 @@ class RequestParser:
         if line:
             self._read_field(line)  # judged, then dropped: never merged into the head
             return _MOVED
-        return self._complete(bytes(self._body))
+        return self._complete(self._body)
 
-    def _complete(self, body: bytes) -> Request:
+    def _complete(self, body: bytearray) -> Request:
         assert self._head is not None
         request = Request(self._head, body)
         self._begin()
@@ -6804,7 +6810,7 @@ def render_head(response: Response, *, kept_s: int | None, date: str) -> bytes:
 # What a client accepts is a wish: if it cannot be read, it counts as absent. How a body
 # is packed is a fact: if it is not so, the request is refused.
 
-_PIECE_BYTES: Final = 1 << 14  # in and out: what unpacking holds beside the result
+PIECE_BYTES: Final = 1 << 14  # in and out: what unpacking holds beside the result
 # However empty, each costs 0.6 us (gzip) or 8 us (zstd), so 32 MiB of them half a minute.
 # What packs in parallel makes one of every 64 KiB (bgzip) or more.
 _MOST_MEMBERS: Final = 1024
@@ -6940,41 +6946,36 @@ def check_coding(head: Head) -> str:
     )
 
 
-def unpacked(body: bytes, coding: str, most_bytes: int) -> bytes:
-    """What a body holds, whose coding check_coding() has named.
+def unpacked(body: bytes | bytearray, coding: str, most_bytes: int) -> Iterator[bytes]:
+    """What a body holds, whose coding check_coding() has named, in small pieces.
 
     Raises BodyTooLarge as soon as there are more than ``most_bytes``, MalformedRequest
-    if the body is not whole, or not alone. Beside the result it takes an eighth of that,
-    and zstd's window. Off the event loop, please: how large a body is says little of how
-    long it takes, up to 0.1 s for 32 MiB.
+    if the body is not whole, or not alone. Beside a piece it holds zstd's window. Off
+    the event loop, please: up to 0.1 s for 32 MiB.
     """
-    if not coding:
-        return body
-    pieces = _gunzipped(body) if coding == "gzip" else _unzstd(body)
-    # Joining a list, or bytes(bytearray), would hold all of it twice; this shares it.
-    whole = io.BytesIO()
-    for piece in pieces:
-        if whole.tell() + len(piece) > most_bytes:
+    size = 0
+    for piece in _gunzipped(body) if coding == "gzip" else _unzstd(body):
+        size += len(piece)
+        if size > most_bytes:
             raise BodyTooLarge(
                 f"the {coding} body unpacks to more than the {most_bytes} bytes that "
                 "are accepted (--max-body-bytes): send fewer inputs at a time"
             )
-        whole.write(piece)
-    return whole.getvalue()
+        yield piece
 
 
-def _gunzipped(body: bytes) -> Iterator[bytes]:
+def _gunzipped(body: bytes | bytearray) -> Iterator[bytes]:
     """The contents of gzip members, one after another (RFC 1952), in small pieces."""
     members, unpacker = 1, zlib.decompressobj(16 + zlib.MAX_WBITS)
     # By slices: zlib copies all it has not yet used of what it is given.
-    for at in range(0, len(body), _PIECE_BYTES):
-        rest = body[at : at + _PIECE_BYTES]
+    for at in range(0, len(body), PIECE_BYTES):
+        rest = body[at : at + PIECE_BYTES]
         while rest:
             if unpacker.eof:
                 members, unpacker = members + 1, zlib.decompressobj(16 + zlib.MAX_WBITS)
                 _check_members(members, "gzip")
             try:
-                yield unpacker.decompress(rest, _PIECE_BYTES)
+                yield unpacker.decompress(rest, PIECE_BYTES)
             except zlib.error:
                 raise _not_whole("gzip") from None
             rest = unpacker.unconsumed_tail or unpacker.unused_data
@@ -6982,20 +6983,20 @@ def _gunzipped(body: bytes) -> Iterator[bytes]:
         raise _not_whole("gzip")
 
 
-def _unzstd(body: bytes) -> Iterator[bytes]:
+def _unzstd(body: bytes | bytearray) -> Iterator[bytes]:
     """The contents of zstd frames, one after another (RFC 8878), in small pieces."""
     zstd = _maybe_zstd()
     assert zstd is not None, "check_coding() has refused it"
     options = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
     members, unpacker = 1, zstd.ZstdDecompressor(options=options)
-    for at in range(0, len(body), _PIECE_BYTES):
-        rest = body[at : at + _PIECE_BYTES]
+    for at in range(0, len(body), PIECE_BYTES):
+        rest = body[at : at + PIECE_BYTES]
         while rest or not (unpacker.eof or unpacker.needs_input):
             if unpacker.eof:
                 members, unpacker = members + 1, zstd.ZstdDecompressor(options=options)
                 _check_members(members, "zstd")
             try:
-                yield unpacker.decompress(rest, _PIECE_BYTES)
+                yield unpacker.decompress(rest, PIECE_BYTES)
             except zstd.ZstdError:
                 raise _not_whole("zstd") from None
             rest = unpacker.unused_data if unpacker.eof else b""
@@ -7450,6 +7451,7 @@ def _beyond(
 # included. What is held for clients, in and out, is counted over all connections.
 
 READ_AHEAD_BYTES: Final = 1 << 16
+_BESIDE_TEXTS_BYTES: Final = 4 << 20
 _LINGER_S: Final = 2.0  # and again while the client is still sending
 
 
@@ -7463,6 +7465,7 @@ class Capacity:
     places: int = 0  # taken
     per_address: collections.Counter[str] = field(default_factory=collections.Counter)
     held_bytes: int = 0
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # a large body
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def why_full(self, address: str) -> TooManyConnections | None:
@@ -7513,6 +7516,42 @@ class Capacity:
                 f"and {limit >> 20} MiB are allowed (--max-buffered-mb): try again",
                 retry_after_s=random.uniform(1, 3),
             )
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """What a request holds while it is answered, beside its connection.
+
+    Its body first, then what that becomes, and what the reply is made of. Who finds no
+    room is refused, not made to wait: all would wait for each other.
+    """
+
+    capacity: Capacity
+    size: int = 0
+
+    def resize(self, size: int) -> None:
+        """Hold so many bytes. Raises Overloaded, or BodyTooLarge if that can never be."""
+        capacity = self.capacity
+        if size > self.size:
+            # Alone there is room for the largest body and its texts.
+            alone = 2 * capacity.http.body_bytes + _BESIDE_TEXTS_BYTES
+            if size > (most := max(capacity.limits.buffered_bytes, alone)):
+                raise BodyTooLarge(
+                    f"the request takes {size >> 20} MiB of memory or more and "
+                    f"{most >> 20} MiB are allowed (--max-buffered-mb): send fewer "
+                    "inputs at a time"
+                )
+            capacity.check_room(self.size, size - self.size)
+        self.take(size - self.size)
+
+    def take(self, size: int) -> None:
+        """Hold so many more, which are there already."""
+        self.capacity.held_bytes += size
+        self.size += size
+
+    def release(self, *_: object) -> None:
+        """Hold nothing. Also called back when a task is done that may not have begun."""
+        self.take(-self.size)
 
 
 class _NoTransport(asyncio.Transport):
@@ -7666,8 +7705,10 @@ class App(Protocol):
         """
         ...
 
-    async def respond(self, request: Request, ticket: Any) -> Response:
-        """Answer; never raises but for cancellation."""
+    async def respond(
+        self, request: Request, ticket: Any, room: Reservation
+    ) -> Response:
+        """Answer; never raises but for cancellation. ``room`` holds the body."""
         ...
 
     def refuse(self, error: BaseException, head: Head | None, peer: str) -> Response:
@@ -7764,7 +7805,6 @@ class Connection(ClientSocket):
         self._is_skipped = False  # refused already: its body is dropped
         self._body_bytes = 0  # received since its head
         self._body_s = 0.0  # since then, as far as the timer knows
-        self._answering_bytes = 0  # of the body that is being answered
 
     @property
     def owes_bytes(self) -> bool:
@@ -7870,9 +7910,12 @@ class Connection(ClientSocket):
                     self._disarm()
                     if self._ends_at < math.inf:
                         self._arm(self._leave, self._ends_at - self._shared.loop.time())
-                    self._answering_bytes = len(event.body)
-                    answer = self._answer(event, self._ticket)
+                    room = Reservation(self._shared)
+                    self._hold(self._parser.buffered_bytes)
+                    room.take(len(event.body))
+                    answer = self._answer(event, self._ticket, room)
                     self._task = self._shared.loop.create_task(answer)
+                    self._task.add_done_callback(room.release)
                     return
                 self._is_skipped, self._head = False, None
                 if self._parser.is_between_requests:
@@ -7925,10 +7968,12 @@ class Connection(ClientSocket):
             if head.has_body and head.expects_continue:
                 self._transport.write(CONTINUE)
 
-    async def _answer(self, request: Request, ticket: object) -> None:
+    async def _answer(
+        self, request: Request, ticket: object, room: Reservation
+    ) -> None:
         try:
-            response = await self._shared.app.respond(request, ticket)
-            self._answering_bytes = 0
+            response = await self._shared.app.respond(request, ticket, room)
+            room.release()
             close = not request.head.keep_alive or self._is_ending
             self._write(response, request.head.method, close=close)
         except (Exception, asyncio.CancelledError) as error:
@@ -7962,7 +8007,7 @@ class Connection(ClientSocket):
 
     def _count_held(self) -> None:
         unsent = 0 if self._is_writable else self._transport.get_write_buffer_size()
-        self._hold(self._parser.buffered_bytes + self._answering_bytes + unsent)
+        self._hold(self._parser.buffered_bytes + unsent)
         if self._parser.is_in_body and not self._is_skipped:
             try:
                 self._shared.check_room(self.held, 0)
@@ -7988,7 +8033,6 @@ class Connection(ClientSocket):
             self._transport.abort()
             raise
         self._parser = RequestParser(self._shared.http)  # lets go of what it holds
-        self._answering_bytes = 0
         self._hold(0)
         if self._ends_at < math.inf:
             self._close()
@@ -9168,7 +9212,68 @@ def needed(kind: Kind, help: str, *, example: object = None) -> Any:
     return field(default=None, metadata={"wanted": Wanted(kind, help, True, example)})
 
 
-def json_object(raw: bytes) -> dict[str, object]:
+# What JSON becomes: a value takes 8 bytes where it stands and up to 64 itself, an entry
+# of an object three times that, and so do an object or a list.
+_VALUE_BYTES: Final = 72
+_SCANNED_BYTES: Final = 1 << 14  # at a time, or others would not have their turn
+_WIDEST: Final = re.compile(rb"[\xf0-\xf4]|\\u[dD][89abAB]")  # beyond U+FFFF
+
+
+def parsed_bytes(raw: bytes | bytearray) -> int:
+    """Memory that a brief body takes at most when it is parsed; in a microsecond.
+
+    Signs within its texts count too, as if they were structure.
+    """
+    widest = 1 if raw.isascii() and b"\\u" not in raw else 4
+    return _VALUE_BYTES * (_values(raw) + 3 * _containers(raw)) + widest * len(raw)
+
+
+def parsed_bytes_of_large(
+    raw: bytes | bytearray, max_values: int, max_containers: int
+) -> int:
+    """Memory that a body takes at most when it is parsed, at some 300 MB/s.
+
+    Raises TooManyTokens and InvalidJson for one that is hardly anything but structure: it
+    becomes 40 times as much, and parsing 32 MB of it would hold the interpreter lock for
+    seconds.
+    """
+    values = containers = chars = at = 0
+    widest, is_text = 1, False
+    while at < len(raw):
+        piece = raw[at : at + _SCANNED_BYTES]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # not between \ and "
+            piece = raw[at : at + _SCANNED_BYTES + 1]
+        at += len(piece)
+        if widest < 4 and not (piece.isascii() and b"\\u" not in piece):
+            widest = 4 if _WIDEST.search(piece) else 2
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        structure = b"".join(parts[is_text::2])
+        values += _values(structure)
+        containers += _containers(structure)
+        chars += sum(map(len, parts[not is_text :: 2]))
+        is_text ^= len(parts) % 2 == 0
+        if containers > max_containers:
+            raise InvalidJson(
+                f"the body is not JSON of a request: it holds {max_containers} lists "
+                "and objects or more (16 times --max-client-batch-size)"
+            )
+        if values > max_values:
+            raise TooManyTokens(
+                f"the body holds {max_values} values or more (--max-request-tokens and "
+                "16 times --max-client-batch-size): send several requests"
+            )
+    return _VALUE_BYTES * (values + 3 * containers) + widest * chars
+
+
+def _values(structure: bytes | bytearray) -> int:
+    return structure.count(b",") + 2 * structure.count(b":")
+
+
+def _containers(structure: bytes | bytearray) -> int:
+    return structure.count(b"[") + structure.count(b"{")
+
+
+def json_object(raw: bytes | bytearray) -> dict[str, object]:
     """The object that a body holds. Raises InvalidJson."""
     try:
         body = json_codec().loads(raw)
@@ -9276,20 +9381,21 @@ def _read_flag(value: object, name: str) -> bool:
     raise InvalidValue(f"{name} must be true or false", param=name)
 
 
-def short_text(max_chars: int) -> Kind:
+def short_text(max_chars: int, beyond: type[ApiError] = InvalidValue) -> Kind:
     """A string that goes into replies, log lines or errors: so not a long one."""
 
     def read(value: object, name: str) -> str:
-        if not isinstance(value, str) or len(value) > max_chars:
+        if len(_read_string(value, name)) > max_chars:
             said = f"{name} must be a string of at most {max_chars} characters"
-            raise InvalidValue(said, param=name)
-        return value
+            raise beyond(said, param=name)
+        return str(value)
 
     return Kind(read, {"type": "string", "maxLength": max_chars})
 
 
 TEXT: Final = Kind(_read_string, {"type": "string"})
 NAME: Final = short_text(512)  # the longest on Hugging Face have 96, less their owner's
+MODEL_NAME: Final = short_text(512, ModelNotFound)
 FLAG: Final = Kind(
     _read_flag, {"anyOf": [{"type": "boolean"}, {"enum": [0, 1, *_FLAGS]}]}
 )
@@ -9649,6 +9755,8 @@ def with_prompt(prompt: str, text: str) -> str:
 # Above this, reading JSON moves off the event loop; below, a thread's hand-over (some
 # 50 us) costs more than the work.
 _LARGE_BODY_BYTES: Final = 1 << 16
+_GROWTH_BYTES: Final = 1 << 20
+_MAX_ANY_TOKENS: Final = 1 << 20  # where --max-request-tokens is 0
 # The OpenAI SDKs', and what proxies and everybody else may send; in seconds. The first
 # bounds each silence, and a reply that comes in one piece is one silence.
 _PATIENCE_FIELDS: Final = (
@@ -9691,6 +9799,7 @@ class Exchange:
     house: House
     request: Request
     caller: Caller
+    room: Reservation
     argument: str = ""  # what stood in the path's {place}, decoded
     media_type: str = ""  # of the answer, as agreed with the client
     dialect: Dialect = OPENAI  # of errors
@@ -9743,13 +9852,62 @@ async def maybe_off_loop(work: Callable[[], T], *, is_large: bool) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
-async def form_of(form: type[T], raw: bytes) -> T:
-    """A body as the form it fills in. Raises InvalidJson, InvalidValue."""
+async def off_loop(work: Callable[[], T]) -> T:
+    """Do ``work`` in a thread, and wait for its end even if nobody wants it any more.
 
-    def read() -> T:
-        return filled(form, json_object(raw))
+    What it holds is counted, and it alone has its turn, until then.
+    """
+    future = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
 
-    return await maybe_off_loop(read, is_large=len(raw) > _LARGE_BODY_BYTES)
+
+async def form_of(exchange: Exchange, form: type[T], coding: str) -> T:
+    """The body as the form it fills in. Raises InvalidJson, InvalidValue, BodyTooLarge.
+
+    A large one has room for what it becomes before it becomes that. They take turns, so
+    that one gets through where all at once would have to be refused.
+    """
+    request, room, settings = exchange.request, exchange.room, exchange.house.settings
+    body, request.body = request.body, b""
+    is_whole = True
+    if coding:
+        pieces = unpacked(body, coding, settings.max_body_bytes)
+        body = grown = bytearray()
+        is_whole = await _has_grown(grown, pieces, room, _LARGE_BODY_BYTES)
+    if is_whole and len(body) <= _LARGE_BODY_BYTES:
+        room.resize(room.size + parsed_bytes(body))
+        return filled(form, json_object(body))
+    async with room.capacity.reading:
+        while not is_whole:
+            is_whole = await _has_grown(grown, pieces, room, _GROWTH_BYTES)
+        most = 16 * settings.max_client_batch_size
+        max_values = (settings.max_request_tokens or _MAX_ANY_TOKENS) + most
+        size = await off_loop(lambda: parsed_bytes_of_large(body, max_values, most))
+        room.resize(len(body) + size)
+        found = await off_loop(lambda: filled(form, json_object(body)))
+        room.resize(size)
+    return found
+
+
+async def _has_grown(
+    body: bytearray, pieces: Iterator[bytes], room: Reservation, size: int
+) -> bool:
+    """Whether a decompressed body is whole, which has grown by ``size`` if it is not."""
+    room.resize(room.size + size)
+
+    def grow() -> bool:
+        enough = len(body) + size - PIECE_BYTES
+        for piece in pieces:
+            body.extend(piece)
+            if len(body) > enough:
+                return False
+        return True
+
+    return await off_loop(grow)
 
 
 def urgency_of(asked: str | None, name: str) -> int:
@@ -10056,7 +10214,9 @@ class EmbeddingsForm:
     input: list[str | list[int]] = needed(
         INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
     )
-    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first."
+    )
     encoding_format: str = wanted(
         one_of("float", "base64", "bytes"),
         "Numbers; little endian bytes in base64; or these bytes alone, one vector after "
@@ -10265,7 +10425,9 @@ class RerankForm:
         "Strings, or objects with a text.",
         example=["The cat sleeps.", "Stocks fell."],
     )
-    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first."
+    )
     top_n: int | None = wanted(whole(0), "Only so many, the best ones; 0: all.")
     return_documents: bool = wanted(FLAG, "Give the texts back.", False)
     raw_scores: bool = wanted(FLAG, "As the model gives them, no sigmoid.", False)
@@ -10372,7 +10534,9 @@ class EmbedAllForm(_Reading):
     inputs: list[str | list[int]] = needed(
         INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
     )
-    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10401,7 +10565,9 @@ class SimilarityForm:
         example={"source_sentence": "A cat.", "sentences": ["A kitten.", "A bank."]},
     )
     parameters: _Reading | None = wanted(part(_Reading), "As in /embed.")
-    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10589,7 +10755,9 @@ class TokenizeForm:
     )
     add_special_tokens: bool = wanted(FLAG, "With those around the text.", True)
     prompt_name: str | None = wanted(NAME, "Put this prompt before each text.")
-    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10600,7 +10768,9 @@ class DecodeForm:
         ID_LISTS, "Token ids, or lists of them.", example=[101, 7592, 102]
     )
     skip_special_tokens: bool = wanted(FLAG, "Leave out special tokens.", True)
-    model: str | None = wanted(NAME, "Name, alias or name@version; none: the first.")
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first."
+    )
 
 
 # A token is some 70 bytes of the reply, and "!" is one: 262,144 of them are 18 MB.
@@ -10821,7 +10991,7 @@ class OllamaEmbedForm:
     """The body of POST /api/embed."""
 
     model: str = needed(
-        NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+        MODEL_NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
     )
     input: list[Any] | None = wanted(
         _MAYBE_INPUTS,
@@ -10839,7 +11009,7 @@ class OllamaEmbeddingsForm:
     """The body of POST /api/embeddings, which /api/embed supersedes."""
 
     model: str = needed(
-        NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+        MODEL_NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
     )
     prompt: str | None = wanted(TEXT, "The text; none: only load the model.")
 
@@ -10848,8 +11018,8 @@ class OllamaEmbeddingsForm:
 class OllamaShowForm:
     """The body of POST /api/show."""
 
-    model: str | None = wanted(NAME, "Name, alias or name@version.")
-    name: str | None = wanted(NAME, "The same, as older clients call it.")
+    model: str | None = wanted(MODEL_NAME, "Name, alias or name@version.")
+    name: str | None = wanted(MODEL_NAME, "The same, as older clients call it.")
 
 
 OLLAMA_EMBED_REPLY: Final = an_object(
@@ -11004,7 +11174,7 @@ PLAIN_TEXT: Final = "text/plain; charset=utf-8"
 class ModelForm:
     """The body of POST /admin/models/default."""
 
-    model: str = needed(NAME, "Name, alias or name@version.", example="m@2")
+    model: str = needed(MODEL_NAME, "Name, alias or name@version.", example="m@2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11018,7 +11188,9 @@ class UnloadForm(ModelForm):
 class LoadForm:
     """The body of POST /admin/models/load."""
 
-    model: str | None = wanted(NAME, "One that is known: name, alias or name@version.")
+    model: str | None = wanted(
+        MODEL_NAME, "One that is known: name, alias or name@version."
+    )
     path: str | None = wanted(
         short_text(4096), "Or a GGUF file on this machine, to be served too;"
     )
@@ -11836,7 +12008,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 # ==============================================================================
 # 46. DISPATCH - from a request to its response
 # ==============================================================================
-# The one place where errors become responses, where bodies are unpacked and packed, and
+# The one place where errors become responses, where replies are packed, and
 # where every answer gets its request id, its log line and its audit line.
 
 # Compressing a float reply (110 to 150 MB/s, to 0.45 of its size) pays on links slower
@@ -11943,7 +12115,9 @@ class Dispatcher:
     def _local_path(self, head: Head) -> str:
         return local_path(head.path, self._house.settings.root_path)
 
-    async def respond(self, request: Request, ticket: Ticket) -> Response:
+    async def respond(
+        self, request: Request, ticket: Ticket, room: Reservation
+    ) -> Response:
         """See App."""
         begun = time.monotonic()
         route, head = ticket.route, request.head
@@ -11951,6 +12125,7 @@ class Dispatcher:
             self._house,
             request,
             ticket.caller,
+            room,
             ticket.argument,
             ticket.media_type,
             dialect_at(self._local_path(head), route),
@@ -12025,20 +12200,12 @@ class Dispatcher:
             allow = allowed_methods(routes)
             preflight = self._house.gate.preflight_fields(head, allow)
             return Response(204, fields=(("allow", allow), *preflight))
-        body, signed_sha256 = exchange.request.body, ticket.caller.body_sha256
-        if signed_sha256:
-            digest = functools.partial(hashlib.sha256, body)
-            is_large = len(body) > _OFF_LOOP_BYTES
-            found = (await maybe_off_loop(digest, is_large=is_large)).hexdigest()
-            if found != signed_sha256:
-                raise unauthorized("the signature is of another body")
+        if ticket.caller.body_sha256:
+            await _check_sha256(exchange.request.body, ticket.caller.body_sha256)
         if route.form is None:
             return await route.handler(exchange)
-        if ticket.coding:
-            most = self._house.settings.max_body_bytes
-            unpack = functools.partial(unpacked, body, ticket.coding, most)
-            body = await maybe_off_loop(unpack, is_large=True)
-        return await route.handler(exchange, await form_of(route.form, body))
+        filled_in: object = await form_of(exchange, route.form, ticket.coding)
+        return await route.handler(exchange, filled_in)
 
     def _span(
         self, exchange: Exchange, ticket: Ticket, begun: float, status: int
@@ -12185,6 +12352,14 @@ def _request_id(head: Head | None) -> str:
         return asked
     # uuid4() takes ten times as long, and nobody's safety hangs on it.
     return f"req_{random.getrandbits(128):032x}"
+
+
+async def _check_sha256(body: bytes | bytearray, signed: str) -> None:
+    digest = functools.partial(hashlib.sha256, body)
+    is_large = len(body) > _OFF_LOOP_BYTES
+    found = (await maybe_off_loop(digest, is_large=is_large)).hexdigest()
+    if found != signed:
+        raise unauthorized("the signature is of another body")
 
 
 def _openai_fields(route: Route | None, took_s: float) -> tuple[tuple[str, str], ...]:
@@ -12591,6 +12766,8 @@ LIMITS: Final = (
     Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones", MalformedRequest),
     Limit("chunk lines beyond 16 bytes and twice the data", "chunk_overhead_bytes", "Go 16 KiB", MalformedRequest),
     Limit("body, bytes", "max_body_bytes", "TEI 2 MB, nginx 1 MB; 2048 texts need more", BodyTooLarge),
+    Limit("a large body, values", "300,000 (`--max-request-tokens`) and 16 for each of 2048 inputs", "-", TooManyTokens),
+    Limit("a large body, lists and objects", "16 for each of 2048 inputs (`--max-client-batch-size`)", "-", InvalidJson),
     Limit("pipelined requests, bytes read ahead", str(READ_AHEAD_BYTES), "uvicorn 64 KiB", "reading stops until the answer is out"),
     Limit("requests and replies held, MiB", "max_buffered_mb", "Redis client-output-buffer-limit", Overloaded),
     Limit("connections", "max_connections", "Redis 10,000, nginx 512 a worker", TooManyConnections),

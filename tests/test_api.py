@@ -921,7 +921,8 @@ async def answered(running: RunningService, peer: str) -> es.Response:
     head = es.Head("POST", URL, "", 1, named, len(body))
     dispatcher = es.Dispatcher(running.service, kit.quiet_log(), None, None)
     ticket = dispatcher.admit(head, peer)
-    return await dispatcher.respond(es.Request(head, body), ticket)
+    room = es.Reservation(running.service.connections)
+    return await dispatcher.respond(es.Request(head, body), ticket, room)
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def seen(data: bytes) -> Verdict:
             if isinstance(event, es.Request):
                 head = event.head
                 target = f"{head.path}?{head.query}" if head.query else head.path
-                requests.append((head.method, target, event.body))
+                requests.append((head.method, target, bytes(event.body)))
     except es.ApiError as error:
         return Verdict(tuple(requests), (error.status, error.code))
     return Verdict(tuple(requests), None, not parser.is_between_requests)

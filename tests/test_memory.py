@@ -1,0 +1,196 @@
+"""What requests hold in memory is counted, bounded, and given back.
+
+Wherever it is: as bytes that came, unpacked, as Python objects, and as a reply. The last
+test is of the real program, and of each route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import sys
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+from tests.kit import RunningService
+
+URL = "/v1/embeddings"
+MIB = 1 << 20
+
+
+def with_service(
+    check: Callable[[RunningService], Awaitable[None]],
+    engine: kit.FakeEngine | None = None,
+    **changes: Any,
+) -> None:
+    """Run ``check`` against a service where every route can answer 200."""
+
+    async def run() -> None:
+        async with kit.running_service(engine, **kit.all_routes() | changes) as running:
+            await check(running)
+            assert running.service.connections.held_bytes < 1000  # of this client
+        assert " bug " not in running.log.getvalue()
+
+    asyncio.run(run())
+
+
+# --- what JSON becomes ---
+
+
+def size_of(value: Any) -> int:
+    """Bytes of a value and all within it."""
+    size = sys.getsizeof(value)
+    if isinstance(value, list):
+        return size + sum(map(size_of, value))
+    if isinstance(value, dict):
+        return size + sum(size_of(k) + size_of(v) for k, v in value.items())
+    return size
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(-9, 9),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=12,
+) | st.text(alphabet=st.sampled_from('a"\\,:[{é\u20ac\U0001f600'))
+FIXED_BYTES = 400  # of a body: what the smallest object takes
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.text(max_size=3), JSON, max_size=4), st.booleans())
+def test_no_body_becomes_more_than_it_is_counted_as(
+    body: dict[str, Any], is_ascii: bool
+) -> None:
+    raw = json.dumps(body, ensure_ascii=is_ascii).encode()
+    found = size_of(es.json_codec().loads(raw))
+    for bound in (es.parsed_bytes(raw), es.parsed_bytes_of_large(raw, 10**6, 10**6)):
+        assert found <= bound + FIXED_BYTES
+
+
+UNITS = {  # what is repeated in a body, where counting by eye goes wrong
+    "ids": b"30000,",
+    "lists": b"[],",
+    "lists of one": b"[1],",
+    "objects": b'{"a":1},',
+    "letters": b'"a",',
+    "wide letters": '"\U0001f600",'.encode(),
+    "deep": b"[" * 50 + b"]" * 50 + b",",
+    "deep objects": b'{"a":' * 50 + b"1" + b"}" * 50 + b",",
+    "floats": b"1.5,",
+    "prose": b'"a, b: [c] and {d}, \\"e\\", \\\\",',
+    "escapes": b'"\\ud83d\\ude00",',
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_what_a_large_body_becomes_is_known_within_a_factor(unit: str) -> None:
+    raw = b'{"input":[%b0]}' % (UNITS[unit] * (100_000 // len(UNITS[unit])))
+    bound = es.parsed_bytes_of_large(raw, 10**9, 10**9)
+    found = size_of(es.json_codec().loads(raw))
+    assert found <= bound <= 12 * found
+
+
+def test_one_wide_character_makes_all_of_its_text_wide() -> None:
+    for last, width in (("a", 1), ("é", 2), ("\u20ac", 2), ("\U0001f600", 4)):
+        for is_ascii in (True, False):
+            text = "a" * 100_000 + last
+            raw = json.dumps({"input": text}, ensure_ascii=is_ascii).encode()
+            bound = es.parsed_bytes_of_large(raw, 10, 10)
+            assert sys.getsizeof(text) <= bound + FIXED_BYTES
+            assert bound <= width * len(text) + 1000
+
+
+def test_a_piece_never_ends_between_a_backslash_and_what_it_escapes() -> None:
+    text = '\\"' * 100_000 + "[" * 100
+    for before in range(4):
+        raw = b" " * before + json.dumps({"input": text}).encode()
+        assert es.parsed_bytes_of_large(raw, 10, 1) <= 2 * len(raw)
+
+
+@pytest.mark.parametrize(
+    ("unit", "code"),
+    [
+        ("ids", "max_tokens_per_request"),
+        ("letters", "max_tokens_per_request"),
+        ("lists", "invalid_json"),
+        ("objects", "invalid_json"),
+        ("deep", "invalid_json"),
+    ],
+)
+def test_a_body_that_is_hardly_anything_but_structure_is_never_parsed(
+    unit: str, code: str
+) -> None:
+    raw = b'{"input":[%b0]}' % (UNITS[unit] * (400_000 // len(UNITS[unit])))
+
+    async def check(running: RunningService) -> None:
+        tracemalloc.start()
+        try:
+            reply = await running.ask("POST", URL, raw)
+            assert tracemalloc.get_traced_memory()[1] < 4 * MIB
+        finally:
+            tracemalloc.stop()
+        assert (reply.status, reply.error["code"]) == (400, code)
+        assert "--max-client-batch-size" in reply.error["message"]
+
+    with_service(check, max_request_tokens=1000, max_client_batch_size=100)
+
+
+# --- many at once ---
+
+BODY_BYTES = 2 * MIB
+AT_ONCE = 20
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_large_bodies_take_turns_and_no_more_memory_than_there_is(
+    is_packed: bool,
+) -> None:
+    text = "a" * (BODY_BYTES - 100)
+    raw = json.dumps({"input": [text], "truncate": True}).encode()
+    fields = {"content_type": "application/json"}
+    if is_packed:
+        raw = gzip.compress(raw)
+        fields["content_encoding"] = "gzip"
+
+    async def check(running: RunningService) -> None:
+        connections = running.service.connections
+        most_held = 0
+
+        async def watch() -> None:
+            nonlocal most_held
+            while True:
+                most_held = max(most_held, connections.held_bytes)
+                await asyncio.sleep(0)
+
+        watching = asyncio.create_task(watch())
+        asks = [running.ask("POST", URL, raw, **fields) for _ in range(AT_ONCE)]
+        replies = await asyncio.gather(*asks)
+        watching.cancel()
+        statuses = [reply.status for reply in replies]
+        assert set(statuses) <= {200, 503} and 200 in statuses
+        for reply in replies:
+            assert reply.status == 200 or int(reply.headers["retry-after"]) >= 1
+        assert BODY_BYTES < most_held <= 6 * MIB + AT_ONCE * es.READ_AHEAD_BYTES * 4
+
+    with_service(check, max_body_bytes=BODY_BYTES, max_buffered_mb=6)
+
+
+def test_a_body_that_could_never_be_held_is_413_not_try_again() -> None:
+    text = "a" * (BODY_BYTES - 50)
+
+    async def check(running: RunningService) -> None:
+        for last, status in (("a", 200), ("\U0001f600", 413)):
+            body = json.dumps({"input": text + last}, ensure_ascii=False).encode()
+            reply = await running.ask("POST", URL, body)
+            assert reply.status == status
+        assert reply.error["code"] == "body_too_large"
+        assert "--max-buffered-mb" in reply.error["message"]
+
+    with_service(check, max_body_bytes=BODY_BYTES, max_buffered_mb=1)
