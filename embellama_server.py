@@ -8715,6 +8715,16 @@ class Served:
         return self.pool.engine.card
 
 
+@dataclass(frozen=True, slots=True)
+class FailedLoad:
+    """Why a model is not in memory, and when it is tried again."""
+
+    reason: str
+    until: float  # seconds, time.monotonic()
+    pause_s: float
+    stamp: tuple[int, ...]  # of the files that may be why, see file_stamp()
+
+
 class Model:
     """One version of a model, in memory or not."""
 
@@ -8722,6 +8732,7 @@ class Model:
         self.served: Served | None = None
         self.used_at = 0.0  # seconds, the registry's clock
         self.loading: asyncio.Task[Served] | None = None
+        self.failed: FailedLoad | None = None  # the last one
         self.is_added = False  # by an administrator: a reload leaves it alone
         self._default_name = default_name
         self.renew(settings)
@@ -8729,6 +8740,7 @@ class Model:
     def renew(self, settings: Settings) -> None:
         """Other settings, which do not touch what is in memory."""
         self.settings = settings
+        self.failed = None  # which may be what they are for
         self.name = name_of(settings) or self._default_name
         self.version = settings.model_version
         self.label = f"{self.name}@{self.version}"
@@ -8753,27 +8765,6 @@ class Model:
         if self.loading is not None:
             return "loading"
         return "loaded" if self.served else "unloaded"
-
-
-class LoopThreads(ThreadPoolExecutor):
-    """The event loop's pool. Goes on with the threads it has where no more can be started.
-
-    One may be loading a model, so there are two before anything else is done.
-    """
-
-    def __init__(self) -> None:
-        """Raises StartupError when there cannot be two."""
-        super().__init__(thread_name_prefix="loop")
-        both = threading.Event()
-        for _ in range(2):
-            self.submit(both.wait)
-        both.set()
-        if len(self._threads) < 2:
-            raise StartupError(NO_THREADS)
-
-    def _adjust_thread_count(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            super()._adjust_thread_count()
 
 
 class Names:
@@ -8891,6 +8882,27 @@ def check_names(models: Iterable[Model]) -> None:
 # requests wait for it, and one at a time: each needs much for a moment.
 
 
+class LoopThreads(ThreadPoolExecutor):
+    """The event loop's pool. Goes on with the threads it has where no more can be started.
+
+    One may be loading a model, so there are two before anything else is done.
+    """
+
+    def __init__(self) -> None:
+        """Raises StartupError when there cannot be two."""
+        super().__init__(thread_name_prefix="loop")
+        both = threading.Event()
+        for _ in range(2):
+            self.submit(both.wait)
+        both.set()
+        if len(self._threads) < 2:
+            raise StartupError(NO_THREADS)
+
+    def _adjust_thread_count(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            super()._adjust_thread_count()
+
+
 class Models(Names):
     """All models, in memory and out of it."""
 
@@ -8948,6 +8960,7 @@ class Models(Names):
         if model.served is not None:
             return model.served
         if model.loading is None:
+            _refuse_if_just_failed(model)
             model.loading = asyncio.create_task(self._bring(model))
             model.loading.add_done_callback(_look_at)
         loading = model.loading
@@ -8958,9 +8971,10 @@ class Models(Names):
             raise NotReady("the server stopped before the model was loaded")
         try:
             return loading.result()
-        except (StartupError, EngineError) as error:
-            raise ModelUnavailable(
-                f"model {model.label} cannot be loaded: {error}", retry_after_s=10
+        except (StartupError, EngineError):
+            _refuse_if_just_failed(model)
+            raise NotReady(
+                "the model has changed: ask again", retry_after_s=1.0
             ) from None
 
     def give_up(self) -> None:
@@ -8983,8 +8997,27 @@ class Models(Names):
                     self.put(model, served)
                     return served
                 self.retiring.append(served)
+        except Exception as error:
+            self._note_failure(model, settings, error)
+            raise
         finally:
             model.loading = None
+
+    def _note_failure(self, model: Model, settings: Settings, error: Exception) -> None:
+        """It is not tried again before a pause, however many ask for it."""
+        if model.settings is not settings:
+            return  # others now: they may do
+        pause_s = FIRST_PAUSE_S
+        if model.failed:
+            pause_s = min(2 * model.failed.pause_s, MOST_PAUSE_S)
+        model.failed = FailedLoad(
+            str(error) or type(error).__name__,
+            time.monotonic() + pause_s,
+            pause_s,
+            _stamp_of_causes(settings),
+        )
+        where = {"model": model.label, "reason": model.failed.reason}
+        self._log("error", "not loaded", **where, not_again_for_s=pause_s)
 
     async def _made(self, settings: Settings) -> Served:
         loop = asyncio.get_running_loop()
@@ -8997,6 +9030,7 @@ class Models(Names):
         """A model is in memory now, in the place of what was."""
         self._retire(model)
         model.served, model.used_at = served, time.monotonic()
+        model.failed = None
         self._telemetry.set("embellama_model_loaded", 1, model.label)
         self._telemetry.count("embellama_model_loads_total", value=model.label)
 
@@ -9047,6 +9081,8 @@ class Models(Names):
         loop = asyncio.get_running_loop()
         ended = await loop.run_in_executor(None, self._free, served)
         self.is_clean = self.is_clean and ended
+        for model in self._rows:
+            model.failed = None  # there may be room for it now
 
     def cache_counts(self) -> CacheCounts:
         """Of all models together; counters also of those that are gone."""
@@ -9119,6 +9155,9 @@ class Models(Names):
                 if model.settings.preload or (before and before.served):
                     made[model.label] = await self._made(model.settings)
             added = [m for m in self._rows if m.is_added and m.label not in labels]
+            old = {
+                model.label: model for model in self._rows
+            }  # also who came meanwhile
             self._set_rows([*(old.get(m.label, m) for m in fresh), *added], fresh)
         except BaseException:
             self.retiring += made.values()
@@ -9140,6 +9179,27 @@ def _look_at(task: asyncio.Task[Served]) -> None:
     """Its error is told to whoever waits; if nobody does, that is no bug."""
     if not task.cancelled():
         task.exception()
+
+
+FIRST_PAUSE_S: Final = 10.0  # after a load that failed; doubled each time, up to
+MOST_PAUSE_S: Final = 60.0
+
+
+def _refuse_if_just_failed(model: Model) -> None:
+    """Raise ModelUnavailable if loading it again would only fail again."""
+    failed = model.failed
+    if failed is None or (left := failed.until - time.monotonic()) <= 0:
+        return
+    if _stamp_of_causes(model.settings) == failed.stamp:
+        raise ModelUnavailable(
+            f"model {model.label} cannot be loaded: {failed.reason}",
+            retry_after_s=left,
+        )
+
+
+def _stamp_of_causes(settings: Settings) -> tuple[int, ...]:
+    path = settings.model_path
+    return file_stamp(*part_paths(path), str(Path(path).parent / "SHA256SUMS"))
 
 
 def _let_go(served: Served) -> None:
@@ -11304,6 +11364,7 @@ async def load_model(exchange: Exchange, form: LoadForm) -> Response:
         raise InvalidValue("give either model or path", param="model")
     if form.model is not None:
         model = _known(house, form.model)
+        model.failed = None  # who says this wants it tried now
         await loaded(model, exchange)
     else:
         exchange.stage = "the model was being loaded, which goes on"
@@ -12676,6 +12737,13 @@ class Loader:
 
     def load(self, settings: Settings) -> Served:
         """With all threads running. Raises StartupError, and leaves nothing behind."""
+        try:
+            return self._loaded(settings)
+        except (OSError, MemoryError) as error:
+            why = str(error) or "there is not enough memory"
+            raise StartupError(f"{name_of(settings)}: {why}") from None
+
+    def _loaded(self, settings: Settings) -> Served:
         begun, stamp = time.monotonic(), file_stamp(*part_paths(settings.model_path))
         file = model_file(settings, self._fetch)
         # The first one is what the box is for; mapped weights need not all be resident.

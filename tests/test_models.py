@@ -682,7 +682,7 @@ def test_models_are_loaded_one_at_a_time(files: Callable[[str], str]) -> None:
     [es.StartupError("it is cracked"), es.EngineError("it is cracked")],
     ids=["startup", "engine"],
 )
-def test_a_load_that_fails_is_told_to_all_and_tried_again_by_the_next(
+def test_a_load_that_fails_is_told_to_all_and_not_tried_again_before_a_pause(
     files: Callable[[str], str], problem: Exception
 ) -> None:
     async def check() -> None:
@@ -703,9 +703,89 @@ def test_a_load_that_fails_is_told_to_all_and_tried_again_by_the_next(
             assert (await running.states())["b@1"]["state"] == "unloaded"
             assert await running.answering("a") == "a@1"
             del running.engines.problem["b"]
+            for _ in range(20):
+                again = await running.embed("b")
+                assert (again.status, again.body) == (503, reply.body)
+                assert 1 <= int(again.headers["retry-after"]) <= 10
+            assert running.engines.loads == ["a", "b"]
+            assert running.log.getvalue().count("not loaded model=b@1") == 1
+            pause_is_over(running, "b@1")
             assert await running.answering("b") == "b@1"
             assert running.engines.loads == ["a", "b", "b"]
             assert running.engines.alive("b") == 1
+
+    run(check())
+
+
+def pause_is_over(running: Several, label: str) -> None:
+    """After a load that failed."""
+    model = running.model(label)
+    assert model.failed
+    model.failed = dataclasses.replace(model.failed, until=0.0)
+
+
+def test_the_pauses_between_loads_that_fail_grow_up_to_a_minute(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            running.engines.problem["b"] = es.StartupError("it is cracked")
+            for pause_s in (10, 20, 40, 60, 60):
+                reply = await running.embed("b")
+                assert reply.headers["retry-after"] == str(pause_s)
+                pause_is_over(running, "b@1")
+            assert running.engines.loads == ["a", *"bbbbb"]
+            del running.engines.problem["b"]
+            assert await running.answering("b") == "b@1"
+            await running.admin("unload", model="b")
+            running.engines.problem["b"] = es.StartupError("it is cracked")
+            assert (await running.embed("b")).headers["retry-after"] == "10"
+
+    run(check())
+
+
+@pytest.mark.parametrize("what", ["an administrator", "a reload", "another file"])
+def test_a_load_that_failed_is_tried_at_once_when_something_has_been_done(
+    files: Callable[[str], str], what: str
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            running.engines.problem["b"] = es.StartupError("it is cracked")
+            assert (await running.embed("b")).status == 503
+            del running.engines.problem["b"]
+            assert (await running.embed("b")).status == 503
+            match what:
+                case "an administrator":
+                    assert (await running.admin("load", model="b")).status == 200
+                case "a reload":
+                    assert (await running.ask("POST", "/admin/reload")).status == 200
+                case _:
+                    os.utime(files("b"))
+            assert await running.answering("b") == "b@1"
+            assert running.engines.loads == ["a", "b", "b"]
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [OSError(24, "Too many open files"), MemoryError()],
+    ids=["files", "memory"],
+)
+def test_what_the_system_refuses_a_load_is_no_bug(
+    files: Callable[[str], str], problem: Exception
+) -> None:
+    async def check() -> None:
+        rows = (row(files("a")), row(files("b"), preload=False))
+        async with serving(*rows) as running:
+            running.engines.problem["b"] = problem
+            reply = await running.embed("b")
+            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+            says = str(problem) or "there is not enough memory"
+            assert says in reply.error["message"]
+            assert "bug" not in running.log.getvalue()
 
     run(check())
 
@@ -772,6 +852,7 @@ def test_a_load_that_fails_after_everybody_has_left_harms_nobody(
             running.engines.let_go()
             await until(lambda: running.model("b@1").loading is None, "over")
             del running.engines.problem["b"]
+            pause_is_over(running, "b@1")
             assert await running.answering("b") == "b@1"
 
     run(check())
@@ -1307,6 +1388,7 @@ def test_a_load_beyond_the_ceiling_is_refused_with_the_numbers_and_others_go_on(
             assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
             assert await running.answering("a") == "a@1"
             used[0] = 100 * MIB
+            pause_is_over(running, "b@1")
             assert await running.answering("b") == "b@1"
 
     run(check())
@@ -1330,7 +1412,9 @@ def test_a_load_that_this_box_has_no_memory_for_is_refused_with_both_numbers(
             assert running.engines.loads == ["a"]
             assert await running.answering("a") == "a@1"
             monkeypatch.setattr(es, "free_memory_bytes", lambda: 1e12)
-            assert await running.answering("b") == "b@1"
+            await running.admin("unload", model="a")
+            await running.freed(running.engines.last("a"))
+            assert await running.answering("b") == "b@1", "at once"
 
     run(check())
 
@@ -1647,6 +1731,36 @@ def test_a_model_that_is_asked_for_during_a_reload_is_what_the_reload_says(
             await reload
             await running.answering("b")
             assert running.served_of("b@1").pool.options.workers == 2
+
+    run(check())
+
+
+def test_a_model_that_an_administrator_adds_during_a_reload_is_there_once(
+    files: Callable[[str], str],
+) -> None:
+    async def check() -> None:
+        async with serving(row(files("a"))) as running:
+            await running.engines.loading()
+            running.engines.hold("x")
+            running.engines.hold("c")
+            wanted = [row(files(stem)) for stem in "abxc"]
+            reload = asyncio.create_task(reloaded(running, *wanted))
+            await running.engines.loading()  # b
+            await running.engines.loading()  # x, for the reload
+            load = asyncio.create_task(running.admin("load", path=files("x")))
+            await until(lambda: running.models._adding, "both are under way")
+            running.engines.let_go("x")
+            assert (await load).status == 200
+            running.engines.let_go()
+            await reload
+            for stem in "abxc":
+                assert await running.answering(stem) == f"{stem}@1"
+            alive = running.engines.alive
+            await until(
+                lambda: [alive(stem) for stem in "abxc"] == [1] * 4,
+                "the other is freed",
+            )
+            assert running.engines.loads.count("x") == 2, "the claim would say nothing"
 
     run(check())
 
