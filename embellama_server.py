@@ -7690,8 +7690,8 @@ class ClientSocket(asyncio.Protocol):
 
 _SKIPPED_BYTES: Final = 1 << 16
 _BODY_CHECK_S: Final = 5.0  # a body's rate is looked at so often, but not in the first
-_HALF_CLOSED_S: Final = 1.0
-_TURNED_AWAY: Final = 64  # connections over the limit at a time
+HALF_CLOSED_S: Final = 1.0
+TURNED_AWAY: Final = 64  # connections over the limit at a time
 _TURN_AWAY_S: Final = 2.0  # for them to ask
 
 
@@ -7765,7 +7765,7 @@ class Connections(Capacity):
         if made.full is None:
             self.take_place(made.address)
             return made
-        if len(self.turned_away) >= _TURNED_AWAY:
+        if len(self.turned_away) >= TURNED_AWAY:
             next(iter(self.turned_away)).make_way()
         self.turned_away[made] = None
         return made
@@ -7868,9 +7868,9 @@ class Connection(ClientSocket):
             # The transport would close by itself, but say so only when all is written.
             self._close()
             return False
-        self._ends_at = self._shared.loop.time() + _HALF_CLOSED_S
+        self._ends_at = self._shared.loop.time() + HALF_CLOSED_S
         if self._task is not None:
-            self._arm(self._leave, _HALF_CLOSED_S)
+            self._arm(self._leave, HALF_CLOSED_S)
         elif self._is_writable:
             self._advance()
         return True
@@ -12840,6 +12840,8 @@ LIMITS: Final = (
     Limit("requests and replies held, MiB", "max_buffered_mb", "Redis client-output-buffer-limit", Overloaded),
     Limit("connections", "max_connections", "Redis 10,000, nginx 512 a worker", TooManyConnections),
     Limit("connections of one address", "max_connections_per_address", "nginx limit_conn", TooManyConnections),
+    Limit("connections beyond, at a time", str(TURNED_AWAY), "-", "the oldest is dropped, counted in the log"),
+    Limit("a half-closed connection's request, seconds", f"{HALF_CLOSED_S:g}", "-", "its work is dropped"),
     Limit("a head, seconds", "header_timeout_s", "hyper 30 s, nginx 60 s", ReceiveTimeout),
     Limit("a body, seconds", "body_timeout_s", "nginx 60 s between two reads", ReceiveTimeout),
     Limit("a body, least bytes per second", "min_rate_bytes_s", "Kestrel 240 after 5 s", ReceiveTimeout),
@@ -14211,6 +14213,8 @@ def _serve(
     sys.setswitchinterval(0.0005)
 
     async def run() -> int:
+        told = functools.partial(_log_unhandled, log)
+        asyncio.get_running_loop().set_exception_handler(told)
         service = Service(
             settings,
             log,
@@ -14249,6 +14253,17 @@ def _serve(
         code = _say("embellama_server: the above is a bug, please report it", code=1)
     remove_uds()
     return code
+
+
+def _log_unhandled(
+    log: Log, _: asyncio.AbstractEventLoop, context: Mapping[str, object]
+) -> None:
+    """What nobody caught stands in our log, in its shape, not beside it on stderr."""
+    error = context.get("exception")
+    trace = None
+    if isinstance(error, BaseException):
+        trace = "".join(traceback.format_exception(error))
+    log("error", "bug", where=context.get("message"), trace=trace)
 
 
 def _answer(text: str) -> int:

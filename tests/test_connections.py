@@ -596,7 +596,7 @@ async def test_one_connection_too_many_is_told_so_and_the_others_go_on(
 async def test_of_very_many_connections_too_many_the_oldest_make_way(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(es, "_TURNED_AWAY", 2)
+    monkeypatch.setattr(es, "TURNED_AWAY", 2)
     connections, most = room.service.connections, 3
     first = await room.client()
     await goes_on(first)
@@ -962,7 +962,7 @@ SOON: dict[Callable[[Client], None], float] = {
 async def test_what_waits_is_not_computed_for_who_has_left(
     room: Room, leave: Callable[[Client], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(es, "_HALF_CLOSED_S", SOON[leave])
+    monkeypatch.setattr(es, "HALF_CLOSED_S", SOON[leave])
     room.engine.block()
     stays = await room.client(embed("stays"))
     await room.computing()
@@ -983,7 +983,7 @@ async def test_what_waits_is_not_computed_for_who_has_left(
 async def test_a_large_request_is_not_finished_for_who_has_left(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(es, "_HALF_CLOSED_S", 0.05)
+    monkeypatch.setattr(es, "HALF_CLOSED_S", 0.05)
     room.engine.block()
     leaves = await room.client(embed(*(f"a{n}" for n in range(100))))
     await room.computing()
@@ -1053,7 +1053,7 @@ async def test_who_sends_no_more_gets_what_was_asked_for(room: Room, what: str) 
 async def test_who_sends_no_more_waits_a_second_and_not_much_longer(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert es._HALF_CLOSED_S == 1.0
+    assert es.HALF_CLOSED_S == 1.0
     room.engine.block()
     client = await room.client(embed("a"))
     await room.computing()
@@ -1063,7 +1063,7 @@ async def test_who_sends_no_more_waits_a_second_and_not_much_longer(
     room.engine.release()
     assert [reply.status for reply in await client.replies("POST")] == [200]
 
-    monkeypatch.setattr(es, "_HALF_CLOSED_S", 0.1)
+    monkeypatch.setattr(es, "HALF_CLOSED_S", 0.1)
     room.engine.block()
     late = await room.client(embed("b"), HEALTH)
     await room.computing()
@@ -1211,7 +1211,7 @@ async def test_leaving_is_noticed_while_answers_are_unsent(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A closing transport reports its end only when all is written.
-    monkeypatch.setattr(es, "_HALF_CLOSED_S", 0.1)
+    monkeypatch.setattr(es, "HALF_CLOSED_S", 0.1)
     client, _, asked = await stuffed(room, embed("a"), least=1)
     room.engine.block()
     client.send(embed("b"), embed("c"))

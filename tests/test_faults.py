@@ -926,6 +926,15 @@ def test_too_many_connections_for_its_files_harm_nobody_later(files: int) -> Non
                 each.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 told += each.recv(4096).startswith(b"HTTP/1.1 ")
         assert told >= 16
+        line = server.wait_for_log("no descriptors left") if files == 64 else ""
+        assert f"limit={files}" in line or files != 64
+        garbage = [kit.connected(server.url) for _ in range(30)]
+        for each in garbage:
+            opened.enter_context(each)
+            with contextlib.suppress(OSError):
+                each.sendall(b"bad\r\n\r\n")
+        for _ in range(5):
+            assert Client(server.url).get("/health").outcome == "right"
         opened.close()
         until(lambda: Client(server.url).get("/health").outcome == "right", "health")
         assert Client(server.url).ask("a").outcome == "right"

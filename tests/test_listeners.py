@@ -701,6 +701,84 @@ async def test_a_handshake_that_does_not_end_is_ended(
             assert await client.rest() == b""
 
 
+HELLO = b"\x16\x03\x01"  # a handshake that does not go on
+
+
+@pytest.mark.parametrize("leaves", ["itself", "at the end of its time", "with us"])
+@on_each_loop
+async def test_a_handshake_has_a_place_until_it_ends(
+    files: Files, leaves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_LINGER_S", 0.1)
+    if leaves == "at the end of its time":
+        monkeypatch.setattr(es, "HANDSHAKE_S", 0.3)
+    async with (
+        kit.running_service(max_connections=3, **files.settings) as running,
+        contextlib.AsyncExitStack() as opened,
+    ):
+        connections = running.service.connections
+        silent = [
+            await opened.enter_async_context(connected(running, None, sent))
+            for sent in (HELLO, b"", HELLO)
+        ]
+        await until(lambda: connections.places == 3)
+        async with connected(running, files.client(), embed("a")) as client:
+            (reply,) = await client.replies("POST")
+            assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
+        async with connected(running, files.client(), BYE) as client:
+            assert (await client.replies("GET"))[0].status == 200  # /health
+        if leaves == "with us":
+            running.service.stop()
+            await running.task
+        elif leaves == "itself":
+            for client in silent:
+                client.writer.transport.abort()
+        await until(lambda: not connections.open)
+        assert (connections.places, connections.per_address) == (0, {})
+        if leaves != "with us":
+            assert await is_served(running, files.client())
+        assert " bug " not in running.log.getvalue()
+
+
+@on_each_loop
+async def test_very_many_handshakes_are_a_few_sockets(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "TURNED_AWAY", 4)
+    async with (
+        kit.running_service(max_connections_per_address=3, **files.settings) as running,
+        contextlib.AsyncExitStack() as opened,
+    ):
+        connections = running.service.connections
+        for _ in range(60):
+            await opened.enter_async_context(connected(running, None, HELLO))
+        await until(lambda: len(connections.open) <= 7)
+        assert await is_served(running, files.client())  # it asks for /health
+        assert len(connections.open) <= 7
+        assert connections.places == 3
+
+
+@pytest.mark.parametrize("leave", ["tidily", "at once"])
+@on_each_loop
+async def test_who_leaves_over_tls_is_not_computed_for(
+    files: Files, leave: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "HALF_CLOSED_S", 3600)  # TLS has no half-close
+    engine = kit.FakeEngine()
+    engine.block()
+    async with (
+        kit.running_service(engine, **files.settings) as running,
+        connected(running, files.client(), embed("a")) as client,
+    ):
+        await asyncio.to_thread(engine.wait_until_computing)
+        if leave == "tidily":
+            client.writer.close()
+        else:
+            client.writer.transport.abort()
+        await until(lambda: running.backlog.inputs == 0)
+        await until(lambda: "status=499" in running.log.getvalue())
+
+
 @on_each_loop
 async def test_a_renewed_certificate_is_for_new_connections(files: Files) -> None:
     context = files.client()
