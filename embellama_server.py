@@ -4998,6 +4998,9 @@ class Job:
     form: Form = Form.UNIT
     truncates: bool = False  # what is too long, instead of refusing it
     cuts_left: bool = False  # and where
+    max_input_tokens: int = sys.maxsize  # what is too long, if not only to the model
+    max_text_tokens: int = sys.maxsize  # of a pair's text, which is cut to it
+    around: tuple[str, str] = ("", "")  # of each text: a prompt's halves, never cut
     named: str = "input"  # what the request calls its inputs
     most_tokens: int = sys.maxsize  # of all its inputs together
     # set once, when it is submitted
@@ -5018,6 +5021,7 @@ class Job:
     truncated: int = 0
     tokenise_s: float = 0.0
     query_ids: list[int] = field(default_factory=list)  # of all its pairs
+    query: str | None = None  # likewise: as much of it as there is room for
     started_at: float = 0.0
     ended_at: float = 0.0
 
@@ -6001,56 +6005,111 @@ class Pool:
         import numpy as np
 
         card, name = self.engine.card, f"{job.named}[{index}]"
-        front, end = len(card.head), len(card.tail)
         if isinstance(raw, Pair):
-            ids, front, end = self._pair_ids(job, name, raw)
-            if front + end >= card.max_input_tokens:
-                raise _too_long("query", f"{front + end} tokens", card.max_input_tokens)
+            ids = self._pair_ids(job, name, raw)
         elif isinstance(raw, list):
             ids = framed_once(raw, card)
+            ids = self._fitted(job, name, ids, len(card.head), len(card.tail))
         else:
-            ids = framed(self._own_ids(job, name, raw), card)
-        if len(ids) > (most := card.max_input_tokens):
-            if not job.truncates:
-                raise _too_long(name, f"{len(ids)} tokens", most)
-            ids = truncated(ids, most, front, end, left=job.cuts_left)
-            job.truncated += 1
+            ids = self._text_ids(job, name, raw)
         array = np.array(ids, np.int32)
         key = self._cache.key(array) + job.form.value
         return Item(array, key, job, [(job, index)], form=job.form)
 
-    def _own_ids(self, job: Job, name: str, text: str) -> list[int]:
-        """A text's own, without special ones."""
-        most = self.engine.card.max_chars
-        return self.engine.tokenise(self._cut(job, name, text, most))
+    def _most(self, job: Job) -> int:
+        return min(job.max_input_tokens, self.engine.card.max_input_tokens)
+
+    def _fitted(
+        self, job: Job, name: str, ids: list[int], front: int, end: int
+    ) -> list[int]:
+        """``ids`` cut if they are too long and may be, but for so many at both ends."""
+        most = max(self._most(job), front + end + 1)
+        if len(ids) <= most:
+            return ids
+        if not job.truncates:
+            raise _too_long(name, f"{len(ids)} tokens", most)
+        job.truncated += 1
+        return truncated(ids, most, front, end, left=job.cuts_left)
+
+    def _text_ids(self, job: Job, name: str, text: str) -> list[int]:
+        """Of a text; its prompt and the special tokens stay when it is cut."""
+        card, tokenise = self.engine.card, self.engine.tokenise
+        before, after = job.around
+        room = card.max_chars - len(before) - len(after)
+        inner = self._cut(job, name, text[len(before) : len(text) - len(after)], room)
+        ids = framed(tokenise(f"{before}{inner}{after}"), card)
+        front, end = len(card.head), len(card.tail)
+        if before + after and job.truncates and len(ids) > self._most(job):
+            prompt = len(tokenise(before)), len(tokenise(after))
+            if front + end + sum(prompt) < self._most(job):
+                front, end = front + prompt[0], end + prompt[1]
+        return self._fitted(job, name, ids, front, end)
 
     @staticmethod
     def _cut(job: Job, name: str, text: str, most: int) -> str:
         """At most so many characters of a text, if it may be cut."""
-        if len(text) > most and not job.truncates:
-            raise _too_long(name, f"{len(text)} characters", most)
-        return text[-most:] if job.cuts_left else text[:most]
+        if len(text) <= most:
+            return text
+        if not job.truncates or most < 0:
+            raise _too_long(name, f"{len(text)} characters", max(0, most))
+        return text[len(text) - most :] if job.cuts_left else text[:most]
 
-    def _pair_ids(self, job: Job, name: str, pair: Pair) -> tuple[list[int], int, int]:
-        """Of a query and a text, and how many at both ends must stay when it is cut."""
+    def _pair_ids(self, job: Job, name: str, pair: Pair) -> list[int]:
+        """Of a query and a text, of which the text is cut before the query is."""
+        most = self._most(job)
+        has_template = bool(self.engine.card.pair_template)
+        made = self._templated if has_template else self._joined
+        ids, front, end = made(job, name, pair, most)
+        if len(ids) - front - end > job.max_text_tokens:
+            most = front + job.max_text_tokens + end
+            ids = truncated(ids, most, front, end, left=job.cuts_left)
+        return self._fitted(job, name, ids, front, end)
+
+    def _joined(
+        self, job: Job, name: str, pair: Pair, most: int
+    ) -> tuple[list[int], int, int]:
+        """The ids of a pair, and how many at both ends are not the text's."""
         card, tokenise = self.engine.card, self.engine.tokenise
-        if card.pair_template:
-            parts = card.pair_template.partition("{document}")
-            front, _, end = (part.replace("{query}", pair.query) for part in parts)
-            room = card.max_chars - len(front) - len(end)
-            if room <= 0:
-                raise _too_long(
-                    "query", f"{len(pair.query)} characters", len(pair.query) + room
-                )
-            text = self._cut(job, name, pair.text, room)
-            # In one piece: tokens may go across the borders.
-            ids = tokenise(f"{front}{text}{end}")
-            return ids, len(tokenise(front)), len(tokenise(end))
         if not job.query_ids:
-            job.query_ids = self._own_ids(job, "query", pair.query)
-        text_ids = self._own_ids(job, name, pair.text)
-        ids = framed_pair(job.query_ids, text_ids, card)
-        return ids, len(ids) - len(text_ids) - len(card.after), len(card.after)
+            query = self._cut(job, "query", pair.query, card.max_chars)
+            job.query_ids = tokenise(query)
+        text = tokenise(self._cut(job, name, pair.text, card.max_chars))
+        query_ids, end = job.query_ids, len(card.after)
+        special = len(framed_pair((), (), card))
+        room = max(2, most - special)
+        if len(query_ids) + min(1, len(text)) > room:
+            if not job.truncates:
+                raise _too_long("query", f"{len(query_ids) + special} tokens", most)
+            # As text-embeddings-inference does: the longer one of the two.
+            kept = room - min(len(text), room // 2)
+            query_ids = query_ids[-kept:] if job.cuts_left else query_ids[:kept]
+        ids = framed_pair(query_ids, text, card)
+        return ids, len(ids) - len(text) - end, end
+
+    def _templated(
+        self, job: Job, name: str, pair: Pair, most: int
+    ) -> tuple[list[int], int, int]:
+        """Likewise, in the model's own template."""
+        card, tokenise = self.engine.card, self.engine.tokenise
+        before, _, after = card.pair_template.partition("{document}")
+        query = pair.query if job.query is None else job.query
+        while True:
+            front, end = (part.replace("{query}", query) for part in (before, after))
+            room = card.max_chars - len(front) - len(end)
+            found, limit = f"{len(query)} characters", len(query) + room
+            if room > 0:
+                text = self._cut(job, name, pair.text, room)
+                # In one piece: tokens may go across the borders.
+                ids = tokenise(f"{front}{text}{end}")
+                if len(ids) <= most <= job.max_text_tokens:
+                    return ids, 0, 0
+                sizes = len(tokenise(front)), len(tokenise(end))
+                if sum(sizes) < most:
+                    return ids, *sizes
+                found, limit = f"{sum(sizes)} tokens with its template", most
+            if not job.truncates or not query:
+                raise _too_long("query", found, limit)
+            query = job.query = self._cut(job, "query", query, len(query) // 2)
 
 
 def _is_nan(row: Any) -> bool:
@@ -9674,6 +9733,7 @@ def _read_truncate(value: object, name: str) -> bool | str:
         raise InvalidValue(f"{name} must be {allowed}", param=name) from None
 
 
+CUT_TO: Final = "Cut to so many tokens, all in all; -1: to what the model reads."
 TRUNCATE: Final = Kind(
     _read_truncate, any_of(FLAG.schema, {"enum": [word.upper() for word in _CUTS]})
 )
@@ -9694,6 +9754,8 @@ class Wish:
     dimensions: int | None = None
     truncate: bool | str | None = None  # a str: yes, and where
     truncation_direction: str = "right"
+    truncate_prompt_tokens: int | None = None  # to so many, all in all; -1: as usual
+    max_tokens_per_doc: int | None = None  # of a pair's text
     prompt_name: str | None = None
     input_type: str | None = None  # a key of INPUT_TYPES, or a prompt's name
     priority: str | None = None
@@ -9722,8 +9784,8 @@ def _said_by(form: Any) -> list[str]:
 
 def checked_inputs(
     wish: Wish, model: Model, served: Served, settings: Settings
-) -> Sequence[Input]:
-    """The inputs, with their prompt, if this model can do with them what is wanted."""
+) -> tuple[Sequence[Input], tuple[str, str]]:
+    """What prompted() gives, if this model can do with it what is wanted."""
     card = served.card
     is_pair = any(isinstance(item, Pair) for item in wish.inputs)
     if is_pair != card.is_ranker:
@@ -9789,22 +9851,25 @@ def _prompt(wish: Wish, model: Model, served: Served) -> str:
     return known.get(name or model.settings.default_prompt_name, "")
 
 
-def prompted(wish: Wish, model: Model, served: Served) -> Sequence[Input]:
-    """The inputs with the prompt that is wanted, if any. Raises InvalidValue."""
+def prompted(
+    wish: Wish, model: Model, served: Served
+) -> tuple[Sequence[Input], tuple[str, str]]:
+    """The inputs with the prompt that is wanted, and its halves before and after each.
+
+    Raises InvalidValue.
+    """
     prompt = _prompt(wish, model, served)
     if not prompt:
-        return wish.inputs
-    if not all(isinstance(item, str) for item in wish.inputs):
-        if wish.prompt_name is None:  # it is only the default one
-            return wish.inputs
+        return wish.inputs, ("", "")
+    are_texts = set(map(type, wish.inputs)) <= {str}
+    if wish.prompt_name is not None and not are_texts:
         raise InvalidValue("only texts can have a prompt", param=wish.named)
-    return [with_prompt(prompt, str(item)) for item in wish.inputs]
-
-
-def with_prompt(prompt: str, text: str) -> str:
-    """``text`` after the prompt, or where the prompt says {text}."""
-    before, is_around, after = prompt.partition("{text}")
-    return f"{before}{text}{after}" if is_around else prompt + text
+    before, _, after = prompt.partition("{text}")
+    made: list[Input] = [
+        f"{before}{item}{after}" if isinstance(item, str) else item
+        for item in wish.inputs
+    ]
+    return made, (before, after)
 
 
 # ==============================================================================
@@ -10077,14 +10142,16 @@ async def _computed(
 ) -> Job:
     """The job when its vectors are there. Raises its error."""
     house, caller, queue = exchange.house, exchange.caller, served.pool.queue
-    inputs = checked_inputs(wish, model, served, house.settings)
+    inputs, around = checked_inputs(wish, model, served, house.settings)
     finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def finish() -> None:
         if not finished.done():
             finished.set_result(None)
 
-    is_default = wish.truncate is None
+    truncates, most = wish.truncate, wish.truncate_prompt_tokens
+    if truncates is None:
+        truncates = house.settings.auto_truncate or most is not None
     job = Job(
         inputs,
         finish,
@@ -10093,8 +10160,11 @@ async def _computed(
         timeout_s=exchange.deadline_at - time.monotonic(),
         allows_partial=wish.allow_partial,
         form=wish.form,
-        truncates=house.settings.auto_truncate if is_default else bool(wish.truncate),
+        truncates=bool(truncates),
         cuts_left=wish.cuts_left,
+        around=around,
+        max_input_tokens=most if most and most > 0 else sys.maxsize,
+        max_text_tokens=wish.max_tokens_per_doc or sys.maxsize,
         named=wish.named,
         most_tokens=_most_tokens(wish, served.card, house.settings),
     )
@@ -10292,6 +10362,7 @@ class EmbeddingsForm:
         TRUNCATE, "Cut what is too long, instead of a 400."
     )
     truncation_direction: str = wanted(DIRECTION, "Where to cut.", "right")
+    truncate_prompt_tokens: int | None = wanted(whole(-1), CUT_TO)
     normalize: bool = wanted(FLAG, "Scale vectors to length 1.", True)
     prompt_name: str | None = wanted(NAME, "Put this prompt before each input.")
     input_type: str | None = wanted(
@@ -10463,23 +10534,29 @@ _PRIORITY: Final = Kind(_read_priority, {"anyOf": [PRIORITY.schema, INTEGER]})
 class Document:
     """A text that is an object."""
 
-    text: str = needed(SOME_TEXT, "The text.")
+    text: str = needed(TEXT, "The text.")
 
 
 def _read_document(value: object, name: str) -> str:
     if isinstance(value, dict):
         return filled(Document, value, f"{name}.").text
-    return str(SOME_TEXT.read(value, name))
+    return str(TEXT.read(value, name))
 
 
-DOCUMENT: Final = Kind(_read_document, any_of(SOME_TEXT.schema, schema_of(Document)))
+def _read_query(value: object, name: str) -> str:
+    return str(SOME_TEXT.read(_read_document(value, name), name))
+
+
+# An empty one has a score like any other; refusing it would fail all.
+DOCUMENT: Final = Kind(_read_document, any_of(STRING, schema_of(Document)))
+QUERY: Final = Kind(_read_query, DOCUMENT.schema)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankForm:
     """The body of POST /v1/rerank."""
 
-    query: str = needed(DOCUMENT, "What is looked for.", example="cats")
+    query: str = needed(QUERY, "What is looked for.", example="cats")
     documents: list[str] = needed(
         listed(DOCUMENT),
         "Strings, or objects with a text.",
@@ -10492,8 +10569,12 @@ class RerankForm:
     return_documents: bool = wanted(FLAG, "Give the texts back.", False)
     raw_scores: bool = wanted(FLAG, "As the model gives them, no sigmoid.", False)
     truncate: bool | str | None = wanted(
-        TRUNCATE, "Cut what is too long, instead of a 400."
+        TRUNCATE, "Cut what is too long, the query last; false: refuse it.", True
     )
+    max_tokens_per_doc: int | None = wanted(
+        whole(1), "Read at most so many tokens of each document."
+    )
+    truncate_prompt_tokens: int | None = wanted(whole(-1), CUT_TO)
     user: str | None = wanted(NAME, "Who keeps a version, where shares decide.")
     priority: str | None = wanted(
         _PRIORITY, "Who goes first; none: normal. A number changes nothing."
@@ -10502,9 +10583,11 @@ class RerankForm:
 
 _RESULT: Final = an_object(
     "document",
+    "error",
     index=INTEGER,
     relevance_score=NUMBER,
     document=an_object(text=STRING),
+    error=ANYTHING,
 )
 RERANK_REPLY: Final = an_object(
     id=STRING, model=STRING, results=array(_RESULT), usage=USAGE, meta=ANYTHING
@@ -10517,17 +10600,35 @@ class Ranked:
 
     index: int
     score: float
+    failed: dict[str, object]  # "error", if it could not be scored
 
 
 async def ranked(
-    wish: Wish, exchange: Exchange, *, raw_scores: bool
+    exchange: Exchange, form: Any, texts: Sequence[str], named: str
 ) -> tuple[list[Ranked], Done]:
-    """The pairs of a wish, best first; equal ones in the order they came."""
+    """The texts of a form, best first; equal ones in the order they came.
+
+    What cannot be scored comes last, and as low as the lowest: applications have nothing
+    to fall back to for the others.
+    """
+    truncate = True if form.truncate is None else form.truncate
+    inputs = [Pair(form.query, text) for text in texts]
+    how = {"truncate": truncate, "allow_partial": truncate is not False}
+    wish = wish_of(form, inputs, named, form=Form.RAW, **how)
     result = await done(wish, exchange)
-    plain = raw_scores or result.card.is_probability
-    scores = [float(row[0]) for row in result.job.vectors]
-    found = [Ranked(n, s if plain else sigmoid(s)) for n, s in enumerate(scores)]
-    return sorted(found, key=lambda one: -one.score), result
+    plain, errors = form.raw_scores or result.card.is_probability, result.job.errors
+    for error in errors.values():
+        if error.is_transient or len(errors) == len(texts):
+            raise error
+    rows = enumerate(result.job.vectors)
+    raw = {n: float(row[0]) for n, row in rows if n not in errors}
+    found = [Ranked(n, s if plain else sigmoid(s), {}) for n, s in raw.items()]
+    found.sort(key=lambda one: -one.score)
+    lowest = found[-1].score if plain else 0.0
+    for index in sorted(errors):
+        failed: dict[str, object] = {"error": error_object(errors[index])}
+        found.append(Ranked(index, lowest, failed))
+    return found, result
 
 
 def sigmoid(score: float) -> float:
@@ -10538,22 +10639,16 @@ def sigmoid(score: float) -> float:
     return grown / (1 + grown)
 
 
-def pairs(query: str, texts: Iterable[str]) -> list[Pair]:
-    """The query with each text."""
-    return [Pair(query, text) for text in texts]
-
-
 async def rerank(exchange: Exchange, form: RerankForm) -> Response:
     """Texts by how well each answers a query; the model must be a reranker."""
     texts = form.documents
-    wish = wish_of(form, pairs(form.query, texts), "documents", form=Form.RAW)
-    found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
+    found, result = await ranked(exchange, form, texts, "documents")
     results: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
         entry: dict[str, object] = {"index": one.index, "relevance_score": one.score}
         if form.return_documents:
             entry["document"] = {"text": texts[one.index]}
-        results.append(entry)
+        results.append(entry | one.failed)
     shown = {
         "id": f"rerank-{random.getrandbits(128):032x}",
         "model": result.name,
@@ -10656,7 +10751,7 @@ class TaskForm(EmbedForm):
         example="The cat sleeps.",
     )
     parameters: _Reading | None = wanted(part(_Reading), "As in /similarity.")
-    query: str | None = wanted(DOCUMENT, "As in /rerank.")
+    query: str | None = wanted(QUERY, "As in /rerank.")
     texts: list[Any] | None = wanted(listed(DOCUMENT), "As in /rerank.")
     raw_scores: bool = wanted(FLAG, "As in /rerank.", False)
     return_text: bool = wanted(FLAG, "As in /rerank.", False)
@@ -10664,7 +10759,11 @@ class TaskForm(EmbedForm):
 
 VECTORS_REPLY: Final = array(NUMBERS)
 TOKEN_VECTORS_REPLY: Final = array(VECTORS_REPLY)
-RANKS_REPLY: Final = array(an_object("text", index=INTEGER, text=STRING, score=NUMBER))
+RANKS_REPLY: Final = array(
+    an_object(
+        *("text", "error"), index=INTEGER, text=STRING, score=NUMBER, error=ANYTHING
+    )
+)
 ANY_RERANK_REPLY: Final[Schema] = {"anyOf": [RANKS_REPLY, RERANK_REPLY]}
 TASK_REPLY: Final[Schema] = {"anyOf": [VECTORS_REPLY, NUMBERS, RANKS_REPLY]}
 SEED_REPLY: Final = an_object(
@@ -10714,12 +10813,11 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
     if form.texts is None:
         raise InvalidValue("texts (or documents) is missing", param="texts")
     texts = form.texts
-    wish = wish_of(form, pairs(form.query, texts), "texts", form=Form.RAW)
-    found, result = await ranked(wish, exchange, raw_scores=form.raw_scores)
+    found, result = await ranked(exchange, form, texts, "texts")
     shown: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
         text = {"text": texts[one.index]} if form.return_text else {}
-        shown.append({"index": one.index, **text, "score": one.score})
+        shown.append({"index": one.index, **text, "score": one.score, **one.failed})
     return _with_times(json_codec().dumps(shown), result)
 
 
@@ -10868,7 +10966,7 @@ async def tokenize(exchange: Exchange, form: TokenizeForm) -> Response:
     wish = wish_of(form, form.inputs, "inputs")
     model, served = await opened(wish, exchange)
     engine, card = served.pool.engine, served.card
-    texts = [str(text) for text in prompted(wish, model, served)]
+    texts = [str(text) for text in prompted(wish, model, served)[0]]
     most = min(card.max_chars, _CHARS_A_TOKEN * card.max_input_tokens)
     for index, text in enumerate(texts):
         if len(text) > most:

@@ -702,8 +702,8 @@ def test_top_n_keeps_the_best(
     "change",
     [
         *({"query": ""}, {"query": None}, {"query": 1}, {"query": ["q"]}),
-        *({"documents": []}, {"documents": [""]}, {"documents": "b"}),
-        *({"documents": [{}]}, {"documents": [{"text": ""}]}, {"documents": [1]}),
+        *({"documents": []}, {"documents": "b"}, {"query": {"text": ""}}),
+        *({"documents": [{}]}, {"documents": [{"text": 1}]}, {"documents": [1]}),
         *({"documents": [None]}, {"documents": [[7]]}, {"documents": {"text": "b"}}),
         *({"top_n": -1}, {"top_n": 2**53 + 1}, {"top_n": 1.5}, {"top_n": "x"}),
         *({"return_documents": 2}, {"raw_scores": "no"}, {"truncate": ""}),
@@ -732,18 +732,118 @@ def test_cohere_s_own_fields_are_no_mistake(ranker: both.Client, path: str) -> N
     assert ranker.post(path, body).status == 200
 
 
-def test_a_long_document_is_cut_and_the_query_stays(ranker: both.Client) -> None:
-    words = [f"w{n}" for n in range(40)]
-    body = {"query": "q r", "documents": [" ".join(words)], "raw_scores": True}
-    assert ranker.post("/v1/rerank", body).error["code"] == "context_length_exceeded"
-    reply = ranker.post("/v1/rerank", body | {"truncate": True})
-    found = reply.json["results"][0]["relevance_score"]
-    assert found == pytest.approx(score("q r", " ".join(words[:29])), abs=1e-6)
-    tei = {"query": "q r", "texts": [" ".join(words)], "raw_scores": True}
-    for said, kept in (("Right", words[:29]), ("Left", words[-29:])):
-        asked_for = tei | {"truncate": True, "truncation_direction": said}
-        (row,) = ranker.post("/rerank", asked_for).json
-        assert row["score"] == pytest.approx(score("q r", " ".join(kept)), abs=1e-6)
+WORDS = [f"w{n}" for n in range(40)]
+LONG = " ".join(WORDS)
+
+
+def scores(reply: kit.Reply) -> dict[int, float]:
+    """Of each document, in either shape."""
+    assert reply.status == 200, reply.body
+    rows = reply.json if isinstance(reply.json, list) else reply.json["results"]
+    return {row["index"]: row.get("relevance_score", row.get("score")) for row in rows}
+
+
+def cut(*words: int | None) -> str:
+    """A slice of the long text's words."""
+    return " ".join(WORDS[slice(*words)])
+
+
+@pytest.mark.parametrize("path", [*RERANKING, "texts"])
+@pytest.mark.parametrize(
+    ("more", "kept"),  # of 32 tokens the query has 2 and special ones 1
+    [
+        ({}, cut(29)),
+        ({"truncate": None}, cut(29)),
+        ({"truncate": True}, cut(29)),
+        ({"truncate": "END"}, cut(29)),
+        ({"truncate": "START"}, cut(-29, None)),
+        ({"max_tokens_per_doc": 9}, cut(9)),
+        ({"max_tokens_per_doc": "9", "truncate": False}, cut(9)),
+        ({"max_tokens_per_doc": 9, "truncate": "START"}, cut(-9, None)),
+        ({"max_tokens_per_doc": 4096, "max_chunks_per_doc": 1}, cut(29)),
+        ({"truncate_prompt_tokens": 10}, cut(7)),
+        ({"truncate_prompt_tokens": -1}, cut(29)),
+        ({"truncate_prompt_tokens": 999}, cut(29)),
+    ],
+    ids=str,
+)
+def test_a_long_document_is_cut_and_the_query_and_the_others_stay(
+    ranker: both.Client, path: str, more: dict[str, Any], kept: str
+) -> None:
+    name = "texts" if path == "texts" else "documents"
+    body = {"query": "q r", name: ["b", LONG, ""], "raw_scores": True}
+    found = scores(ranker.post("/rerank" if path == "texts" else path, body | more))
+    wanted = [score("q r", text) for text in ("b", kept, "")]
+    assert close([found[n] for n in range(3)], wanted)
+
+
+@pytest.mark.parametrize("path", RERANKING)
+@pytest.mark.parametrize("truncate", [False, "NONE", "false", 0])
+def test_who_wants_nothing_cut_is_told_what_is_too_long(
+    ranker: both.Client, path: str, truncate: object
+) -> None:
+    body = {"query": "q r", "documents": ["b", LONG], "truncate": truncate}
+    error = ranker.post(path, body).error
+    assert (error["code"], error["param"]) == (
+        *("context_length_exceeded", "documents[1]"),
+    )
+    body = {"query": LONG, "documents": ["b"], "truncate": truncate}
+    assert ranker.post(path, body).error["param"] == "query"
+
+
+@pytest.mark.parametrize("path", RERANKING)
+def test_of_a_long_query_as_much_is_read_as_the_document_leaves(
+    ranker: both.Client, path: str
+) -> None:
+    body = {"query": LONG, "documents": ["b", "a " * 20], "raw_scores": True}
+    found = scores(ranker.post(path, body))
+    wanted = [score(cut(30), "b"), score(cut(16), "a " * 15)]
+    assert close([found[0], found[1]], wanted)
+
+
+@pytest.mark.parametrize("path", [*RERANKING, "texts"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_document_without_a_score_comes_last_and_leaves_the_others(
+    client: both.Client, path: str, raw: bool
+) -> None:
+    name = "texts" if path == "texts" else "documents"
+    body = {"model": "ranker", "query": "q", name: ["nan", "b", "boom", "c"]}
+    reply = client.post(
+        "/rerank" if path == "texts" else path, body | {"raw_scores": raw}
+    )
+    found = scores(reply)
+    assert list(found)[2:] == [0, 2]
+    good = {n: score("q", text) for n, text in ((1, "b"), (3, "c"))}
+    for index, number in good.items():
+        assert found[index] == pytest.approx(number if raw else sigmoid(number))
+    assert found[0] == found[2] == (pytest.approx(min(good.values())) if raw else 0)
+    rows = reply.json if path == "texts" else reply.json["results"]
+    assert [row["error"]["code"] for row in rows[2:]] == [
+        *("nonfinite_embedding", "engine_failed"),
+    ]
+    assert not any("error" in row for row in rows[:2])
+    alone = client.post(
+        "/rerank" if path == "texts" else path, body | {name: ["nan", "nan"]}
+    )
+    assert alone.status == (424 if path == "texts" else 500)
+
+
+def test_vectors_are_cut_to_as_many_tokens_as_vllm_s_clients_ask_for(
+    client: both.Client,
+) -> None:
+    for most, words in ((10, 8), (1, 1), (0, 30), (-1, 30), ("32", 30), (999, 30)):
+        found = vectors(client, "/v1/embeddings", LONG, truncate_prompt_tokens=most)
+        assert close(found, [vector(cut(words))]), most
+    refused = asked(client, "/v1/embeddings", "a", truncate_prompt_tokens=-2)
+    assert refused.error["param"] == "truncate_prompt_tokens"
+
+
+@pytest.mark.parametrize("path", [path for path in EMBEDDING if path != "/api/embed"])
+def test_cutting_leaves_both_halves_of_a_prompt(client: both.Client, path: str) -> None:
+    text, whole = "w " * 49 + "w", 'say "w' + " w" * 26 + ' w" now'
+    for truncate in ("END", "START"):
+        how = {"prompt_name": "quoted", "truncate": truncate}
+        assert close(vectors(client, path, text, **how), [vector(whole)])
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -825,7 +925,6 @@ def test_texts_may_be_objects(ranker: both.Client) -> None:
     ("change", "status", "word"),
     [
         ({"texts": []}, 400, "Empty"),
-        ({"texts": [""]}, 400, "Empty"),
         ({"query": ""}, 400, "Empty"),
         ({"texts": None}, 422, "Validation"),
         ({"texts": "b"}, 422, "Validation"),

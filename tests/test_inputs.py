@@ -375,21 +375,87 @@ def test_equal_pairs_are_one_computation_and_their_scores_are_cached() -> None:
     )
 
 
-@pytest.mark.parametrize("truncates", [False, True])
-@pytest.mark.parametrize("cuts_left", [False, True])
-def test_a_query_without_room_for_a_text_is_refused_by_name(
-    truncates: bool, cuts_left: bool
-) -> None:
+def test_a_query_without_room_for_a_text_is_refused_by_name() -> None:
     engine = ranker()  # 32 tokens, 4 of them special
-    how = {"truncates": truncates, "cuts_left": cuts_left, "form": RAW}
     with desk(engine) as at:
-        error = at.result(*pairs("w " * 28, "a"), named="documents", **how).error
+        error = at.result(*pairs("w " * 28, "a"), named="documents", form=RAW).error
         assert isinstance(error, es.ContextLengthExceeded)
         assert error.param == "query"
         assert "query has 32 tokens" in error.message
         assert "at most 32" in error.message
-        assert at.result(*pairs("w " * 27, "a"), **how).error is None
+        assert at.result(*pairs("w " * 27, "a"), form=RAW).error is None
         assert at.room_taken() == (0, 0)
+
+
+@pytest.mark.parametrize("cuts_left", [False, True])
+@pytest.mark.parametrize(
+    ("query", "text", "kept"),  # tokens; of the 28 that are not special
+    [
+        *((27, 1, (27, 1)), (27, 99, (27, 1)), (28, 0, (28, 0)), (28, 1, (27, 1))),
+        *((99, 0, (28, 0)), (99, 3, (25, 3)), (99, 14, (14, 14)), (99, 99, (14, 14))),
+    ],
+)
+def test_of_a_query_that_is_too_long_as_much_is_read_as_the_text_leaves(
+    query: int, text: int, kept: tuple[int, int], cuts_left: bool
+) -> None:
+    engine = ranker()
+    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    words = [
+        [f"{what}{n}" for n in range(size)] for what, size in zip("qt", (query, text))
+    ]
+    with desk(engine) as at:
+        assert at.result(*pairs(*map(" ".join, words)), **how).error is None
+    own = [
+        ids_of(" ".join(all_[len(all_) - n :] if cuts_left else all_[:n]))
+        for all_, n in zip(words, kept)
+    ]
+    assert packed(engine) == [[1, *own[0], 2, BETWEEN, *own[1], AFTER]]
+
+
+@pytest.mark.parametrize("cuts_left", [False, True])
+def test_a_text_is_cut_to_as_many_tokens_as_are_asked_for(cuts_left: bool) -> None:
+    engine = ranker()
+    how = {"cuts_left": cuts_left, "form": RAW, "max_text_tokens": 3}
+    with desk(engine) as at:
+        assert at.result(*pairs("q", "a b c d", "a b c", ""), **how).error is None
+    cut = "b c d" if cuts_left else "a b c"
+    expected = [pair_ids("q", text) for text in (cut, "a b c", "")]
+    assert sorted(packed(engine)) == sorted(map(list, {tuple(ids) for ids in expected}))
+
+
+@pytest.mark.parametrize("most", [1, 5, 7, 31, 32, 99])
+def test_a_pair_is_cut_to_as_many_tokens_as_are_asked_for(most: int) -> None:
+    engine = ranker()
+    how = {"truncates": True, "form": RAW, "max_input_tokens": most}
+    with desk(engine) as at:
+        assert at.result(*pairs("q r", NUMBERS), **how).error is None
+    (ids,) = packed(engine)
+    assert len(ids) == max(4 + 2, min(most, 32)), "special ones, one of each"
+    assert ids[0] == 1 and ids[-1] == AFTER
+
+
+@pytest.mark.parametrize("cuts_left", [False, True])
+def test_cutting_a_text_leaves_both_halves_of_its_prompt(cuts_left: bool) -> None:
+    engine = Engine(max_chars=150)
+    how = {"truncates": True, "cuts_left": cuts_left, "around": ("p r ", " o m t")}
+    words = [f"w{n}" for n in range(100)]
+    with desk(engine) as at:
+        text = " ".join(words)
+        assert at.result(f"p r {text} o m t", "p r x o m t", **how).error is None
+    kept = words[-25:] if cuts_left else words[:25]
+    front, end = ids_of("p r"), ids_of("o m t")
+    long, short = packed(engine)
+    assert long == [1, *front, *ids_of(" ".join(kept)), *end, 2]
+    assert short == framed("p r x o m t")
+
+
+def test_a_prompt_without_room_for_a_text_is_cut_like_a_text() -> None:
+    engine = Engine()
+    with desk(engine) as at:
+        prompt = "p " * 40
+        job = at.result(f"{prompt}x", truncates=True, around=(prompt, ""))
+        assert (job.error, job.truncated) == (None, 1)
+    assert packed(engine) == [[1, *ids_of("p " * 30), 2]]
 
 
 def test_each_pair_of_a_partial_job_is_told_that_the_query_is_too_long() -> None:
@@ -461,13 +527,15 @@ def test_a_text_cut_within_a_template_leaves_all_the_rest(cuts_left: bool) -> No
     with desk(engine) as at:
         job = at.result(*pairs("q", NUMBERS), **how)
         assert (job.error, job.truncated) == (None, 1)
-        job = at.result(*pairs("q " * 14, "a"), **how)
+        job = at.result(*pairs("q " * 14, "a"), **(how | {"truncates": False}))
         assert isinstance(job.error, es.ContextLengthExceeded)
         assert job.error.param == "query"
+        assert at.result(*pairs("r " * 14, "a"), **how).error is None
     own, room = ids_of(NUMBERS), 32 - len(template_ids("q", ""))
     kept = own[-room:] if cuts_left else own[:room]
     front, end = ids_of("begin q then"), ids_of("end of q .")
-    assert packed(engine) == [[*front, *kept, *end]]
+    halved = template_ids("r " * 7, "a")
+    assert packed(engine) == [[*front, *kept, *end], halved]
 
 
 @pytest.mark.parametrize("word", ["{query}", "{document}", "{text}", "{}", "{0}", "%s"])
@@ -492,14 +560,17 @@ def test_a_templates_end_outlives_a_text_cut_by_characters(cuts_left: bool) -> N
 
 
 @pytest.mark.parametrize("truncates", [False, True])
-def test_a_query_the_tokeniser_must_not_see_is_refused_unseen_in_a_template(
+def test_of_a_query_in_a_template_the_tokeniser_sees_no_more_than_it_may(
     truncates: bool,
 ) -> None:
     engine = ranker(pair_template=TEMPLATE, max_chars=120)
     with desk(engine) as at:
         job = at.result(*pairs("q " * 500, "a"), form=RAW, truncates=truncates)
-        assert isinstance(job.error, es.ContextLengthExceeded)
-        assert job.error.param == "query"
+        if truncates:
+            assert job.error is None
+        else:
+            assert isinstance(job.error, es.ContextLengthExceeded)
+            assert job.error.param == "query"
     assert max(map(len, engine.tokenised), default=0) <= 120
 
 
