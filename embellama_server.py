@@ -108,11 +108,12 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 45. ROUTES - the table, and everything derived from it
 46. DISPATCH - from a request to its response
 47. WIRING - what the settings mean to each part
-48. SUPERVISOR - a small parent that outlives the server
-49. PHASES - the life of the server
-50. SERVICE - builds every object; loading, ready, draining, stopped
-51. TUNING - the settings that are fastest on this box
-52. COMMAND LINE - flags in, exit code out
+48. LOADING - a model's way into memory
+49. SUPERVISOR - a small parent that outlives the server
+50. PHASES - the life of the server
+51. SERVICE - builds every object; loading, ready, draining, stopped
+52. TUNING - the settings that are fastest on this box
+53. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -12807,6 +12808,90 @@ def check_prompts(settings: Settings, known: Iterable[str]) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One row: what a client or a file may take of us, and what comes of more."""
+
+    what: str
+    most: str  # the name of a setting or of a field of HttpLimits; else the text itself
+    precedent: str  # who else has such a limit, and theirs
+    beyond: type[ApiError] | str
+
+    @property
+    def most_text(self) -> str:
+        """With the flag that changes it, if one does."""
+        for row in SETTING_ROWS:
+            if row.name == self.most:
+                return f"{row.default_text} (`{row.flag}`)"
+        return str(getattr(HttpLimits(), self.most, self.most))
+
+    @property
+    def beyond_text(self) -> str:
+        """The status and code, where it is an answer."""
+        error = self.beyond
+        return error if isinstance(error, str) else f"{error.status} `{error.code}`"
+
+
+# fmt: off
+LIMITS: Final = (
+    Limit("request line, bytes", "request_line_bytes", "nginx 8 KiB, gunicorn 4094", TargetTooLong),
+    Limit("header lines, bytes in all", "head_bytes", "node.js 16 KiB, nginx 32 KiB", HeaderTooLarge),
+    Limit("header lines", "fields", "Apache and gunicorn 100", HeaderTooLarge),
+    Limit("chunk line, bytes", "chunk_line_bytes", "hyper, h11: a few KiB", MalformedRequest),
+    Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones", MalformedRequest),
+    Limit("chunk lines beyond 16 bytes and twice the data", "chunk_overhead_bytes", "Go 16 KiB", MalformedRequest),
+    Limit("body, bytes", "max_body_bytes", "TEI 2 MB, nginx 1 MB; 2048 texts need more", BodyTooLarge),
+    Limit("a large body, values", "300,000 (`--max-request-tokens`) and 16 for each of 2048 inputs", "-", TooManyTokens),
+    Limit("a large body, lists and objects", "16 for each of 2048 inputs (`--max-client-batch-size`)", "-", InvalidJson),
+    Limit("pipelined requests, bytes read ahead", str(READ_AHEAD_BYTES), "uvicorn 64 KiB", "reading stops until the answer is out"),
+    Limit("requests and replies held, MiB", "max_buffered_mb", "Redis client-output-buffer-limit", Overloaded),
+    Limit("connections", "max_connections", "Redis 10,000, nginx 512 a worker", TooManyConnections),
+    Limit("connections of one address", "max_connections_per_address", "nginx limit_conn", TooManyConnections),
+    Limit("connections beyond, at a time", str(TURNED_AWAY), "-", "the oldest is dropped, counted in the log"),
+    Limit("a half-closed connection's request, seconds", f"{HALF_CLOSED_S:g}", "-", "its work is dropped"),
+    Limit("a head, seconds", "header_timeout_s", "hyper 30 s, nginx 60 s", ReceiveTimeout),
+    Limit("a body, seconds", "body_timeout_s", "nginx 60 s between two reads", ReceiveTimeout),
+    Limit("a body, least bytes per second", "min_rate_bytes_s", "Kestrel 240 after 5 s", ReceiveTimeout),
+    Limit("a reply, seconds in which some must be read", "write_timeout_s", "nginx send_timeout 60 s", "the connection is dropped"),
+    Limit("an idle connection, seconds", "keep_alive_s", "nginx 75 s; Traefik's and Go's clients 90 s", "it is closed"),
+    Limit("a TLS handshake, seconds", f"{HANDSHAKE_S:g}", "nginx 60 s", "the connection is dropped"),
+    Limit("inputs waiting or running", "queue_size", "TEI 512, infinity 32,000", Overloaded),
+    Limit("tokens waiting or running", "queue_tokens", "vLLM max_num_queued_tokens", Overloaded),
+    Limit("either, of one client", f"{NEWCOMERS_PART - 1}/{NEWCOMERS_PART} of them", "Netflix keeps partitions for others", Overloaded),
+    Limit("inputs of one request", "max_client_batch_size", "OpenAI 2048, TEI 32", InvalidValue),
+    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000", TooManyTokens),
+    Limit("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", ContextLengthExceeded),
+    Limit("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", RequestTimeout),
+    Limit("a llama.cpp call, seconds", "stuck_after_s", "gunicorn kills a worker after 30 s", EngineFailed),
+    Limit("requests per second of a key or address", "rate_limit", "nginx limit_req, OpenAI", RateLimited),
+    Limit("tokens per minute likewise", "token_limit", "OpenAI", RateLimited),
+    Limit("a signature's age, seconds", "signature_window_s", "AWS 300 s", Unauthorized),
+    Limit("silence of the serving process, seconds", "watchdog_s", "systemd WatchdogSec", "it is killed and started again"),
+    Limit("accepted work after SIGTERM, seconds", "drain_timeout_s", "Kubernetes 30 s", NotReady),
+    Limit("a GGUF's tensors, and metadata entries", str(MOST_GGUF_ENTRIES), "ggml 2^30", "the model is not loaded"),
+    Limit("the dead-letter file, bytes", str(DEAD_LETTER_BYTES), "-", "lines are lost, and counted in the log"),
+)
+# fmt: on
+
+
+def limits_table() -> str:
+    """README's table of limits, in Markdown."""
+    lines = ["| limit | default | precedent | more gets |", "|---|---|---|---|"]
+    for row in LIMITS:
+        cells = (row.what, row.most_text, row.precedent, row.beyond_text)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ==============================================================================
+# 48. LOADING - a model's way into memory
+# ==============================================================================
+# llama.cpp has some 2,000 assertions, and each ends the process. A first load is under the
+# parent, which says so. Where others are served already, a file that has not been loaded
+# yet like this is loaded by another process before: what ends that one is a sentence. It
+# is over before the real load begins, so the model is never in memory twice.
+
+
 class Loader:
     """Makes what is served: file, weights, engine, pool. Not for the event loop's thread."""
 
@@ -12899,83 +12984,8 @@ class Loader:
         return dataclasses.replace(options, is_elastic=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """One row: what a client or a file may take of us, and what comes of more."""
-
-    what: str
-    most: str  # the name of a setting or of a field of HttpLimits; else the text itself
-    precedent: str  # who else has such a limit, and theirs
-    beyond: type[ApiError] | str
-
-    @property
-    def most_text(self) -> str:
-        """With the flag that changes it, if one does."""
-        for row in SETTING_ROWS:
-            if row.name == self.most:
-                return f"{row.default_text} (`{row.flag}`)"
-        return str(getattr(HttpLimits(), self.most, self.most))
-
-    @property
-    def beyond_text(self) -> str:
-        """The status and code, where it is an answer."""
-        error = self.beyond
-        return error if isinstance(error, str) else f"{error.status} `{error.code}`"
-
-
-# fmt: off
-LIMITS: Final = (
-    Limit("request line, bytes", "request_line_bytes", "nginx 8 KiB, gunicorn 4094", TargetTooLong),
-    Limit("header lines, bytes in all", "head_bytes", "node.js 16 KiB, nginx 32 KiB", HeaderTooLarge),
-    Limit("header lines", "fields", "Apache and gunicorn 100", HeaderTooLarge),
-    Limit("chunk line, bytes", "chunk_line_bytes", "hyper, h11: a few KiB", MalformedRequest),
-    Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones", MalformedRequest),
-    Limit("chunk lines beyond 16 bytes and twice the data", "chunk_overhead_bytes", "Go 16 KiB", MalformedRequest),
-    Limit("body, bytes", "max_body_bytes", "TEI 2 MB, nginx 1 MB; 2048 texts need more", BodyTooLarge),
-    Limit("a large body, values", "300,000 (`--max-request-tokens`) and 16 for each of 2048 inputs", "-", TooManyTokens),
-    Limit("a large body, lists and objects", "16 for each of 2048 inputs (`--max-client-batch-size`)", "-", InvalidJson),
-    Limit("pipelined requests, bytes read ahead", str(READ_AHEAD_BYTES), "uvicorn 64 KiB", "reading stops until the answer is out"),
-    Limit("requests and replies held, MiB", "max_buffered_mb", "Redis client-output-buffer-limit", Overloaded),
-    Limit("connections", "max_connections", "Redis 10,000, nginx 512 a worker", TooManyConnections),
-    Limit("connections of one address", "max_connections_per_address", "nginx limit_conn", TooManyConnections),
-    Limit("connections beyond, at a time", str(TURNED_AWAY), "-", "the oldest is dropped, counted in the log"),
-    Limit("a half-closed connection's request, seconds", f"{HALF_CLOSED_S:g}", "-", "its work is dropped"),
-    Limit("a head, seconds", "header_timeout_s", "hyper 30 s, nginx 60 s", ReceiveTimeout),
-    Limit("a body, seconds", "body_timeout_s", "nginx 60 s between two reads", ReceiveTimeout),
-    Limit("a body, least bytes per second", "min_rate_bytes_s", "Kestrel 240 after 5 s", ReceiveTimeout),
-    Limit("a reply, seconds in which some must be read", "write_timeout_s", "nginx send_timeout 60 s", "the connection is dropped"),
-    Limit("an idle connection, seconds", "keep_alive_s", "nginx 75 s; Traefik's and Go's clients 90 s", "it is closed"),
-    Limit("a TLS handshake, seconds", f"{HANDSHAKE_S:g}", "nginx 60 s", "the connection is dropped"),
-    Limit("inputs waiting or running", "queue_size", "TEI 512, infinity 32,000", Overloaded),
-    Limit("tokens waiting or running", "queue_tokens", "vLLM max_num_queued_tokens", Overloaded),
-    Limit("either, of one client", f"{NEWCOMERS_PART - 1}/{NEWCOMERS_PART} of them", "Netflix keeps partitions for others", Overloaded),
-    Limit("inputs of one request", "max_client_batch_size", "OpenAI 2048, TEI 32", InvalidValue),
-    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000", TooManyTokens),
-    Limit("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", ContextLengthExceeded),
-    Limit("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", RequestTimeout),
-    Limit("a llama.cpp call, seconds", "stuck_after_s", "gunicorn kills a worker after 30 s", EngineFailed),
-    Limit("requests per second of a key or address", "rate_limit", "nginx limit_req, OpenAI", RateLimited),
-    Limit("tokens per minute likewise", "token_limit", "OpenAI", RateLimited),
-    Limit("a signature's age, seconds", "signature_window_s", "AWS 300 s", Unauthorized),
-    Limit("silence of the serving process, seconds", "watchdog_s", "systemd WatchdogSec", "it is killed and started again"),
-    Limit("accepted work after SIGTERM, seconds", "drain_timeout_s", "Kubernetes 30 s", NotReady),
-    Limit("a GGUF's tensors, and metadata entries", str(MOST_GGUF_ENTRIES), "ggml 2^30", "the model is not loaded"),
-    Limit("the dead-letter file, bytes", str(DEAD_LETTER_BYTES), "-", "lines are lost, and counted in the log"),
-)
-# fmt: on
-
-
-def limits_table() -> str:
-    """README's table of limits, in Markdown."""
-    lines = ["| limit | default | precedent | more gets |", "|---|---|---|---|"]
-    for row in LIMITS:
-        cells = (row.what, row.most_text, row.precedent, row.beyond_text)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 # ==============================================================================
-# 48. SUPERVISOR - a small parent that outlives the server
+# 49. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -13346,7 +13356,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 49. PHASES - the life of the server
+# 50. PHASES - the life of the server
 # ==============================================================================
 # What is no transition cannot happen: a KeyError, and a bug.
 
@@ -13445,7 +13455,7 @@ class Reloads:
 
 
 # ==============================================================================
-# 50. SERVICE - builds every object; loading, ready, draining, stopped
+# 51. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -13875,7 +13885,7 @@ def _free(served: Served, patience_s: float = _FREE_S) -> bool:
 
 
 # ==============================================================================
-# 51. TUNING - the settings that are fastest on this box
+# 52. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -14060,7 +14070,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 52. COMMAND LINE - flags in, exit code out
+# 53. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
