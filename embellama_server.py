@@ -580,47 +580,6 @@ def file_stamp(*paths: str) -> tuple[int, ...]:
     return stamp
 
 
-def open_plain(path: str | Path) -> io.BufferedReader:
-    """A file of any setting, for reading. Raises OSError, also for what is no plain file.
-
-    Opening a FIFO waits until somebody writes to it, and a device may have no end.
-    """
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # if it becomes a FIFO in between
-
-    mode = os.stat(path).st_mode  # before it is opened: that alone may rewind a tape
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # which open() refuses by its name
-        file = open(path, "rb", opener=opener)  # noqa: SIM115  the caller's to close
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return file
-        file.close()
-    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-
-
-def has_room_for_threads(count: int) -> bool:
-    """Whether so many more may run: they are started, and end at once.
-
-    Asked before native code starts some, which ends the process where it may not (libgomp
-    does). Limits of a user, a container and the system count, and are not all readable.
-    """
-    enough = threading.Event()
-    before, threads = threading.stack_size(1 << 18), list[threading.Thread]()
-    try:
-        for _ in range(count):
-            threads.append(threading.Thread(target=enough.wait, daemon=True))
-            threads[-1].start()
-    except RuntimeError:
-        threads.pop()
-        return False
-    finally:
-        threading.stack_size(before)
-        enough.set()
-        for thread in threads:
-            thread.join()
-    return True
-
-
 def trim_memory() -> None:
     """Let glibc return what it keeps of freed memory: 8 MB after loading MiniLM."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -639,16 +598,6 @@ def cpu_name(root: Path = Path("/")) -> str:
     digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()
     name = facts.get("model name") or facts.get("CPU part") or platform.machine()
     return f"{name} ({digest[:12]})"
-
-
-def default_cache_dir() -> str:
-    """``$XDG_CACHE_HOME/embellama``, else ``~/.cache/embellama``, else in ``/var/cache``.
-
-    Relative ones do not count, as XDG has it: "~" too, where nobody has a home.
-    """
-    given = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
-    base = next(filter(os.path.isabs, given), "/var/cache")
-    return os.path.join(base, "embellama")
 
 
 # ==============================================================================
@@ -765,6 +714,57 @@ class Row:
         if self.kind is bool:
             return "on, off"
         return (self.option.bound or "text") + ", repeatable" * (self.kind is tuple)
+
+
+def default_cache_dir() -> str:
+    """``$XDG_CACHE_HOME/embellama``, else ``~/.cache/embellama``, else in ``/var/cache``.
+
+    Relative ones do not count, as XDG has it: "~" too, where nobody has a home.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    base = next(filter(os.path.isabs, given), "/var/cache")
+    return os.path.join(base, "embellama")
+
+
+def open_plain(path: str | Path) -> io.BufferedReader:
+    """A file of any setting, for reading. Raises OSError, also for what is no plain file.
+
+    Opening a FIFO waits until somebody writes to it, and a device may have no end.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # if it becomes a FIFO in between
+
+    mode = os.stat(path).st_mode  # before it is opened: that alone may rewind a tape
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # which open() refuses by its name
+        file = open(path, "rb", opener=opener)  # noqa: SIM115  the caller's to close
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def has_room_for_threads(count: int) -> bool:
+    """Whether so many more may run: they are started, and end at once.
+
+    Asked before native code starts some, which ends the process where it may not (libgomp
+    does). Limits of a user, a container and the system count, and are not all readable.
+    """
+    enough = threading.Event()
+    before, threads = threading.stack_size(1 << 18), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            threads.append(threading.Thread(target=enough.wait, daemon=True))
+            threads[-1].start()
+    except RuntimeError:
+        threads.pop()
+        return False
+    finally:
+        threading.stack_size(before)
+        enough.set()
+        for thread in threads:
+            thread.join()
+    return True
 
 
 # ==============================================================================
