@@ -1150,7 +1150,7 @@ def test_a_token_s_place_is_where_its_text_stands(text: str, chance: Any) -> Non
         at += size
     if pieces and chance.random() < 0.3:
         pieces[chance.randrange(len(pieces))] = "[UNK]"
-    found = es.aligned(text, pieces)
+    found = list(es.aligned(text, pieces))
     assert len(found) == len(pieces)
     last = 0
     for said, start, stop in found:

@@ -14,6 +14,7 @@ import re
 import socket
 import stat
 import struct
+import threading
 import time
 import types
 from collections.abc import Awaitable, Callable, Iterator
@@ -575,6 +576,60 @@ def test_a_request_that_fails_costs_what_was_computed(
         assert sum(charged) == cost
 
     with_service(check, token_limit=1000)
+
+
+@pytest.mark.parametrize(
+    ("path", "ask", "tokens"),
+    [
+        ("/tokenize", {"inputs": ["a b c", "d"]}, 8),
+        ("/tokenize", {"inputs": "long words", "add_special_tokens": False}, 2),
+        ("/tokenize", {"inputs": "many " * 100}, 102),  # more than the model reads
+        ("/decode", {"ids": [[10, 11, 12], [13]]}, 4),
+    ],
+)
+def test_what_the_tokeniser_has_done_is_charged_and_no_more(
+    charged: list[int], path: str, ask: dict[str, Any], tokens: int
+) -> None:
+    async def check(running: RunningService) -> None:
+        assert (await running.ask("POST", path, ask)).status == 200
+        assert sum(charged) == tokens
+
+    with_service(check, token_limit=1000)
+
+
+@pytest.mark.parametrize(
+    ("path", "ask"),
+    [("/tokenize", {"inputs": "a b c d"}), ("/decode", {"ids": [10] * 4})],
+)
+def test_a_minute_s_tokens_are_for_the_tokeniser_too(
+    path: str, ask: dict[str, Any]
+) -> None:
+    async def check(running: RunningService) -> None:
+        replies = [await running.ask("POST", path, ask) for _ in range(9)]
+        assert [reply.status for reply in replies][::8] == [200, 429]
+
+    with_service(check, token_limit=10)
+
+
+def test_what_the_tokeniser_has_not_begun_when_its_time_is_up_costs_nothing(
+    charged: list[int],
+) -> None:
+    may_go_on = threading.Event()
+
+    class Slow(kit.FakeEngine):
+        def tokenise(self, text: str) -> list[int]:
+            if text == "slow":
+                kit.wait(may_go_on)
+            return super().tokenise(text)
+
+    async def check(running: RunningService) -> None:
+        ask = {"inputs": ["a b", "slow", "c d e"], "add_special_tokens": False}
+        late = await running.ask("POST", "/tokenize", ask, x_request_timeout="0.3")
+        may_go_on.set()
+        assert late.status == 504
+        assert sum(charged) == 2
+
+    with_service(check, Slow(), token_limit=1000)
 
 
 def test_an_upper_bound_beyond_the_limit_is_429_and_takes_nothing() -> None:

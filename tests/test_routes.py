@@ -924,6 +924,20 @@ def test_every_route_answers_by_its_one_deadline_whatever_takes_long(
     asyncio.run(check())
 
 
+def test_decode_takes_as_many_tokens_as_a_request_may_have() -> None:
+    async def check(running: RunningService) -> None:
+        for ids, status in (
+            ([10] * 8, 200),
+            ([[10] * 4] * 2, 200),
+            ([[10] * 3] * 3, 422),
+        ):
+            reply = await running.ask("POST", "/decode", {"ids": ids})
+            assert reply.status == status
+        assert "9 tokens and a request may have 8" in reply.error_in(es.TEI)
+
+    with_service(check, max_request_tokens=8)
+
+
 def test_tokenising_many_texts_has_one_deadline_not_one_for_each() -> None:
     class TakesItsTime(kit.FakeEngine):
         def tokenise(self, text: str) -> list[int]:

@@ -110,7 +110,7 @@ def test_places_are_the_reference_s_for_ordinary_text(
     engine: es.LlamaEngine, reference: Any, text: str
 ) -> None:
     ids = engine.tokenise(text)
-    found = es.aligned(text, engine.pieces(ids))
+    found = list(es.aligned(text, engine.pieces(ids)))
     wanted = [row[1:] for row in places(reference, text)]
     is_known = [token != 100 for token in ids]
     if all(is_known):
@@ -142,7 +142,7 @@ def test_a_text_s_places_are_found_in_one_go(gap: str) -> None:
             read += 1
             return super().__getitem__(at)
 
-    es.aligned(Counted(text), ["[UNK]"] * 201)
+    list(es.aligned(Counted(text), ["[UNK]"] * 201))
     assert read < 10 * len(text)
 
 
