@@ -398,9 +398,13 @@ def _finite_float(text: str) -> float:
 
 
 def _stdlib_dumps(value: object) -> bytes:
-    text = json.dumps(
-        value, ensure_ascii=False, separators=(",", ":"), default=_as_list
+    write = functools.partial(
+        json.dumps, ensure_ascii=False, separators=(",", ":"), default=_as_list
     )
+    try:
+        text: str = write(value, allow_nan=False)
+    except ValueError:  # what is no number is null, as orjson has it
+        text = write(json.loads(write(value), parse_constant=lambda _: None))
     return text.encode("utf-8")
 
 
@@ -1854,10 +1858,10 @@ class NonFiniteVector(ApiError):
 
 
 class EngineFailed(ApiError):
-    """llama.cpp refused a call, twice."""
+    """llama.cpp refused a call, or did not end it in time, with this input alone too."""
 
     status, type, code = 500, "server_error", "engine_failed"
-    what = "could not be computed, twice; the server's log says why"
+    what = "could not be computed, not even alone; the server's log says why"
 
 
 class CodingNotImplemented(ApiError):
@@ -1885,6 +1889,14 @@ class EngineUnavailable(ApiError):
 
     status, type, code = 503, "server_error", "engine_unavailable"
     is_transient = True
+
+
+class OutOfMemory(ApiError):
+    """The box had not enough free memory to compute this input; it may have soon."""
+
+    status, type, code = 503, "server_error", "out_of_memory"
+    is_transient = True
+    what = "needs more memory than is free just now: try again, or send shorter inputs"
 
 
 class Overloaded(ApiError):
@@ -3550,6 +3562,10 @@ class CallAborted(EngineError):
     """A call ended early because Context.abort() said so; it gave nothing."""
 
 
+class NoMemory(EngineError):
+    """There is not the memory for a call, now: the world's failure, not the input's."""
+
+
 class Context(Protocol):
     """What one worker computes with. Used by one thread at a time."""
 
@@ -3565,12 +3581,16 @@ class Context(Protocol):
 
         ``threads`` is how many cores this call may use. ``fresh`` also wipes what
         earlier calls left in memory. ``raw``: rows as the model gives them, not scaled.
-        Raises EngineError, or CallAborted.
+        Raises EngineError, NoMemory, or CallAborted.
         """
         ...
 
+    def rearm(self) -> None:
+        """Forget every abort() so far: what comes from now on ends the next call."""
+        ...
+
     def abort(self) -> None:
-        """End the present call soon, if there is one; any thread. Later ones are whole."""
+        """End the present call soon, and all others until rearm(); any thread."""
         ...
 
     def close(self) -> None:
@@ -3680,6 +3700,11 @@ class BriefOrFull:
             [*inputs, filling], threads=threads, fresh=fresh, raw=raw
         )[:-1]
 
+    def rearm(self) -> None:
+        """See Context."""
+        self._brief.rearm()
+        self._full.rearm()
+
     def abort(self) -> None:
         """See Context."""
         self._brief.abort()
@@ -3689,6 +3714,10 @@ class BriefOrFull:
         """See Context."""
         self._brief.close()
         self._full.close()
+
+
+_ALLOCATION_FAILED: Final = -2  # what llama_encode() and llama_decode() return of it
+_ABORT_AT_ONCE: Final = ctypes.create_string_buffer(b"\1")
 
 
 class LlamaContext:
@@ -3725,6 +3754,7 @@ class LlamaContext:
         self._row_bytes = card.n_vocab * ctypes.sizeof(ctypes.c_float)
         self._output_rows = inputs  # that llama.cpp has buffers for
         self._quietly = quietly
+        self._on_gpu = on_gpu
         self._threads = 1
         self._memory = llama.llama_get_memory(context)  # None: an encoder
         # Called once for each input and over in no time, so without letting go of the
@@ -3748,8 +3778,8 @@ class LlamaContext:
         self._outputs = np.ones(tokens, np.int8)
         self._batch = self._new_batch()
         self._abort_text = ctypes.create_string_buffer(2)
-        strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
-        llama.llama_set_abort_callback(context, strlen, self._abort_text)
+        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
+        llama.llama_set_abort_callback(context, self._strlen, self._abort_text)
         if self._has_idle_logits:
             self._give_back_logits()
 
@@ -3772,7 +3802,6 @@ class LlamaContext:
     ) -> Vectors:
         """See Context."""
         self.make_room(sum(map(len, inputs)))
-        self._abort_text.value = b""
         self._fill(inputs)
         if threads != self._threads:
             self._llama.llama_set_n_threads(self._context, threads, threads)
@@ -3785,8 +3814,13 @@ class LlamaContext:
             self._llama.llama_memory_clear(self._memory, fresh)
             code = self._llama.llama_decode(self._context, self._batch)
         if code != 0:
-            kind = CallAborted if self._abort_text.value else EngineError
+            kind = NoMemory if code == _ALLOCATION_FAILED else EngineError
+            kind = CallAborted if self._abort_text.value else kind
             raise kind(f"llama.cpp returned {code} for {len(inputs)} inputs")
+        if self._on_gpu:
+            # A device may still be at work: wait here, where the interpreter is free,
+            # and not where the first vector is asked for.
+            self._llama.llama_synchronize(self._context)
         found = self._token_rows() if self._per_token else self._rows(len(inputs))
         return finite(found) if raw else normalised(found)
 
@@ -3812,6 +3846,10 @@ class LlamaContext:
         rows: Vectors = np.ctypeslib.as_array(found, shape).copy()
         return rows
 
+    def rearm(self) -> None:
+        """See Context."""
+        self._abort_text.value = b""
+
     def abort(self) -> None:
         """See Context."""
         self._abort_text.value = b"\1"
@@ -3827,8 +3865,8 @@ class LlamaContext:
         although an encoder computes none: 62 MB a context at 512 tokens and BERT's
         vocabulary, gigabytes at 8192 and a large one. So let it grow here, in a call
         that is aborted before it computes, and return the pages at once: a context
-        of MiniLM then costs 9 MB instead of 95. Raises EngineError when there is not
-        even room to grow for a moment.
+        of MiniLM then costs 9 MB instead of 95. Raises NoMemory when there is not even
+        room to grow for a moment.
         """
         import numpy as np
 
@@ -3836,14 +3874,19 @@ class LlamaContext:
             return
         rows = min(len(self._tokens), 1 << (tokens - 1).bit_length())
         if rows * self._row_bytes > (free := free_memory_bytes()):
-            raise EngineError(
+            raise NoMemory(
                 f"{tokens} tokens need {rows * self._row_bytes >> 20} MiB for a moment "
                 f"and {int(free) >> 20} MiB of memory are free"
             )
         self._fill([np.zeros(rows, np.int32)])
+        llama, context = self._llama, self._context
         with self._quietly():
-            self.abort()
-            self._llama.llama_encode(self._context, self._batch)
+            # By a text of its own, or an abort() that comes meanwhile would be lost.
+            llama.llama_set_abort_callback(context, self._strlen, _ABORT_AT_ONCE)
+            code = llama.llama_encode(context, self._batch)
+            llama.llama_set_abort_callback(context, self._strlen, self._abort_text)
+        if code == _ALLOCATION_FAILED:
+            raise NoMemory(f"llama.cpp found no memory for {rows} tokens")
         self._output_rows = rows
         self._give_back_logits()
 
@@ -4233,6 +4276,11 @@ class LlamaEngine:
             )
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
+        if not options.gpu_layers:
+            # Else llama.cpp takes every device it finds: for its buffers, and to compute
+            # large batches there although all weights are here.
+            params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
+            params.main_gpu = -1
         with checked_model(path, options.sha256) as (paths, self._values):
             raw = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
             load = llama_cpp.llama_model_load_from_splits
@@ -4290,6 +4338,7 @@ class LlamaEngine:
         params.embeddings = True
         params.kv_unified = True  # else each sequence would get n_ctx / n_seq_max
         params.no_perf = True
+        params.op_offload = params.offload_kqv = options.gpu_layers != 0
         if not flash:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         pooling = "none" if per_token else options.pooling
@@ -5085,7 +5134,10 @@ class Call:
     began_at: float
     is_stretchable: bool  # the first worker's, when nobody else had anything to do
     is_lane: bool
-    is_aborted: bool = False  # nobody wants it any more, or it takes too long
+    computing: list[Item]  # now: all of them, or after a failure one after the other
+    computing_since: float
+    is_aborted: bool = False  # told to end: nobody waits for it, or it
+    is_overdue: bool = False  # takes too long
     is_stuck: bool = False  # and did not end
 
 
@@ -5212,8 +5264,8 @@ def too_many_tokens(job: Job) -> TooManyTokens:
 
 
 def is_vector(outcome: Any) -> bool:
-    """Whether an input's computation gave one, not the class of an error or None."""
-    return outcome is not None and not isinstance(outcome, type)
+    """Whether an input's computation gave one, not the class of an error."""
+    return not isinstance(outcome, type)
 
 
 # A call is efficient once it fills a tile of flash attention (64 tokens); inputs of up to
@@ -5545,10 +5597,11 @@ class Queue:
         with self._lock:
             for call in self._calls.values():
                 rate = self._speed.tokens_per_s or _SLOWEST_TOKENS_PER_S
-                usual_s = call.tokens / rate
+                usual_s = sum(item.tokens for item in call.computing) / rate
                 limit_s = max(self.options.stuck_after_s, _OVERDUE_TIMES * usual_s)
-                over_s = now - call.began_at - limit_s
+                over_s = now - call.computing_since - limit_s
                 if over_s > 0:
+                    call.is_overdue = True
                     self._abort(call)
                 if over_s > _ABORT_S and not call.is_stuck:
                     call.is_stuck = True
@@ -5690,10 +5743,19 @@ class Queue:
                 self._work_ready[number].wait()
         return None
 
+    def begin_alone(self, call: Call, item: Item) -> bool:
+        """Compute one input of a call that failed; False if nobody waits for it."""
+        with self._lock:
+            if not item.owners:
+                return False
+            call.computing, call.computing_since = [item], self.clock()
+            call.is_aborted = call.is_overdue = False
+            return True
+
     def settle(self, call: Call, outcomes: Sequence[Any]) -> list[Job]:
         """Say what became of a call; the jobs that this ended.
 
-        ``outcomes``: for each input its vector, an ApiError's class, or None if aborted.
+        ``outcomes``: for each input its vector, or an ApiError's class.
         """
         seconds = self.clock() - call.began_at
         over: list[Job] = []
@@ -5703,18 +5765,19 @@ class Queue:
             if call.is_lane:
                 self._lane_is_free = True
                 self._wake(1)  # another long input may wait for it
-            if call.threads == self.options.threads and not call.is_aborted:
+            is_whole = call.computing is call.items and not call.is_aborted
+            if is_whole and call.threads == self.options.threads:
                 self._speed.record(call.tokens, seconds)
             # Alone to the end: none began since.
-            if call.is_stretchable and call.number == self._calls_begun:
+            is_alone = call.is_stretchable and call.number == self._calls_begun
+            if is_whole and is_alone:
                 self._stretch.record(call.tokens, call.threads, seconds)
             is_missed = any(item.owners for item in call.items)
             worked = any(is_vector(outcome) for outcome in outcomes)
             if worked or is_missed:
                 self.breaker.record(worked=worked)
             for item, outcome in zip(call.items, outcomes, strict=True):
-                failed = EngineFailed if outcome is None else outcome
-                over += self._settle_item(item, failed)
+                over += self._settle_item(item, outcome)
         return over
 
     def _begin(self, items: list[Item], number: int, now: float) -> Call:
@@ -5737,6 +5800,8 @@ class Queue:
             began_at=now,
             is_stretchable=is_alone and number == 0,
             is_lane=is_lane,
+            computing=items,
+            computing_since=now,
         )
         for item in items:
             item.call = call
@@ -5772,7 +5837,10 @@ class Queue:
                 self._done(job)
             else:
                 where = f"{job.named}[{index}]"
-                error = outcome(f"{where} {outcome.what}", param=where)
+                wait_s = _RETRY_S if outcome.is_transient else None
+                error = outcome(
+                    f"{where} {outcome.what}", param=where, retry_after_s=wait_s
+                )
                 self._refuse_input(job, index, error)
             if not job.unfinished or job.error:
                 over[job] = None
@@ -5812,7 +5880,7 @@ class Queue:
             elif was_waiting:
                 self._forget(item)
                 self._backlog.release(0, item.tokens)
-            elif item.call and not any(other.owners for other in item.call.items):
+            elif item.call and not any(i.owners for i in item.call.computing):
                 self._abort(item.call)
         job.items.clear()
 
@@ -5831,6 +5899,7 @@ class Queue:
 
 _OVERDUE_TIMES: Final = 20
 _SLOWEST_TOKENS_PER_S: Final = 20.0  # believed until the first call was measured
+_RETRY_S: Final = 5.0  # after which there may be memory again
 _ABORT_S: Final = 5.0  # what an abort takes is 5 ms; a GPU may not know it at all
 ENGINE_BROKEN: Final = "the engine fails on every input; it is tried again by itself"
 _STUCK: Final = "the engine did not come back from this call; the server is replaced"
@@ -6123,9 +6192,11 @@ class Pool:
             query = job.query = self._cut(job, "query", query, len(query) // 2)
 
 
-def _is_nan(row: Any) -> bool:
+def _outcome(row: Any) -> Any:
+    """What a row of a call is to its owners: a vector to keep, or an ApiError's class."""
     # A bad row is NaN throughout: looking at its first number is enough.
-    return math.isnan(row[0] if row.ndim == 1 else row[:, 0].sum())
+    is_nan = math.isnan(row[0] if row.ndim == 1 else row[:, 0].sum())
+    return NonFiniteVector if is_nan else kept_vector(row)
 
 
 class Worker:
@@ -6163,69 +6234,69 @@ class Worker:
             raise StartupError(f"a worker cannot be pinned: {error}") from None
 
     def _run(self, call: Call) -> None:
-        pool = self._pool
-        retried = 0
-        rows = self._embed(call, call.items, fresh=False)
-        for index, row in enumerate(rows):
-            is_bad = row is None or _is_nan(row)
-            if is_bad and not call.is_aborted:
+        pool, queue = self._pool, self._pool.queue
+        retried = refused = 0
+        outcomes = self._embed(call, call.items, fresh=False)
+        # An input that was alone and took too long would only do so again.
+        is_lost = call.is_overdue and len(call.items) == 1
+        for index, item in enumerate(call.items):
+            if is_vector(outcomes[index]):
+                continue
+            if not is_lost and queue.begin_alone(call, item):
                 retried += 1
-                rows[index] = self._alone(call, call.items[index])
-            elif not is_bad:
-                rows[index] = kept_vector(row)
-        bad = sum(not is_vector(row) for row in rows)
+                outcomes[index] = self._embed(call, [item], fresh=True)[0]
+            refused += bool(item.owners) and not is_vector(outcomes[index])
         report = PackReport(
-            inputs=len(rows) - bad,
+            inputs=sum(map(is_vector, outcomes)),
             tokens=call.tokens,
             threads=call.threads,
             is_stretched=call.threads > pool.options.threads,
-            seconds=pool.queue.clock() - call.began_at,
-            recovered=max(0, retried - bad),
-            refused=0 if call.is_aborted else bad,
+            seconds=queue.clock() - call.began_at,
+            recovered=max(0, retried - refused),
+            refused=refused,
             is_aborted=call.is_aborted,
         )
-        over = pool.queue.settle(call, rows)
-        self._write_dead_letters(call, rows)
+        over = queue.settle(call, outcomes)
+        self._write_dead_letters(call, outcomes)
         pool.deliver(functools.partial(self._finish, over, report))
 
-    def _alone(self, call: Call, item: Item) -> Any:
-        """An input's vector, its ApiError's class, or None if it was aborted."""
-        vector = self._embed(call, [item], fresh=True)[0]
-        if vector is None:
-            return None if call.is_aborted else EngineFailed
-        return NonFiniteVector if _is_nan(vector) else kept_vector(vector)
-
     def _embed(self, call: Call, items: Sequence[Item], *, fresh: bool) -> list[Any]:
-        """Rows, or Nones when the call failed or was aborted."""
-        if call.is_aborted:
-            return [None] * len(items)
+        """Of each input its vector, or the ApiError's class that says why not."""
         threads = 1 if fresh else call.threads
         per_token = items[0].form is Form.TOKENS  # which then is alone
         raw = any(item.form is not Form.UNIT for item in items)
+        failed: type[ApiError] = EngineFailed
         try:
-            self.using = self._lane(per_token) if call.is_lane else self._context
-            assert self.using is not None
+            # In this order: whoever aborts says so in the call, then in the context.
+            context = self._lane(per_token) if call.is_lane else self._context
+            assert context is not None
+            context.rearm()
+            self.using = context
+            if call.is_aborted:
+                raise CallAborted
             ids = [item.ids for item in items]
-            rows = self.using.embed(ids, threads=threads, fresh=fresh, raw=raw)
+            rows: Any = context.embed(ids, threads=threads, fresh=fresh, raw=raw)
             if per_token:
-                return [rows]
-            if not raw:
-                return list(rows)
+                return [_outcome(rows)]
             return [
-                normalised(rows[n : n + 1])[0] if item.form is Form.UNIT else rows[n]
+                _outcome(
+                    normalised(rows[n : n + 1])[0]
+                    if raw and item.form is Form.UNIT
+                    else rows[n]
+                )
                 for n, item in enumerate(items)
             ]
         except CallAborted:
-            # Another than ours would have been an earlier call's, and too late.
-            call.is_aborted = True
-            if any(item.owners for item in call.items):
+            if call.is_overdue:
                 self._pool.log("error", "a call took far too long", tokens=call.tokens)
         except Exception as error:
+            if isinstance(error, (NoMemory, MemoryError)):
+                failed = OutOfMemory
             self._log_failure(error, len(items))
             self._renew(call)
         finally:
             self.using = None
-        return [None] * len(items)
+        return [failed] * len(items)
 
     def _lane(self, per_token: bool) -> Context:
         pool = self._pool
@@ -6233,9 +6304,12 @@ class Worker:
             tokens = pool.engine.card.max_input_tokens
             what = "input by tokens" if per_token else "long input"
             pool.log("info", f"first {what}: making the lane", tokens=tokens)
-            pool.lanes[per_token] = pool.engine.new_context(
-                is_lane=True, per_token=per_token
-            )
+            try:
+                pool.lanes[per_token] = pool.engine.new_context(
+                    is_lane=True, per_token=per_token
+                )
+            except StartupError as error:
+                raise NoMemory(str(error)) from None
         return pool.lanes[per_token]
 
     def _renew(self, call: Call) -> None:
@@ -6246,7 +6320,7 @@ class Worker:
         else:
             try:
                 self._context = pool.engine.new_context()
-            except (StartupError, EngineError) as error:
+            except Exception as error:  # e.g. there is no memory for it
                 pool.log("error", "no new context, the old one stays", error=error)
                 return
         if old is not None:
@@ -6254,10 +6328,11 @@ class Worker:
 
     def _write_dead_letters(self, call: Call, outcomes: Sequence[Any]) -> None:
         letters = self._pool.dead_letters
-        if letters is None or call.is_aborted:
+        if letters is None:
             return
         for item, outcome in zip(call.items, outcomes, strict=True):
-            if not is_vector(outcome) and item.owners:
+            is_poison = not is_vector(outcome) and not outcome.is_transient
+            if is_poison and item.owners:
                 job, index = item.owners[0]
                 text = job.inputs[index]
                 if isinstance(text, Pair):

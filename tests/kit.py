@@ -200,7 +200,6 @@ class FakeContext:
         mine = self._thread in (0, threading.get_ident())
         assert mine, "a context changed threads"
         assert self._in_use.acquire(blocking=False), "two threads in one context"
-        self.is_aborted = False
         try:
             rows = self._vectors(inputs, threads)
             if self._engine.card.is_ranker:
@@ -228,6 +227,9 @@ class FakeContext:
             if engine.fails(NAN_WORD, ids):
                 vectors[row] = np.nan
         return vectors
+
+    def rearm(self) -> None:
+        self.is_aborted = False
 
     def abort(self) -> None:
         self._engine.abort(self)
@@ -297,7 +299,6 @@ class FaultyContext(FakeContext):
         self._aborted = threading.Event()
 
     def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
-        self._aborted.clear()
         ids = {int(token) for row in inputs for token in row}
         for word in ("slow", "crash", "exit", "gil", "deaf", "memory", "quit"):
             if fake_id(word) in ids:
@@ -306,6 +307,10 @@ class FaultyContext(FakeContext):
             wait(self._aborted)
             raise es.CallAborted("as asked")
         return super()._vectors(inputs, threads)
+
+    def rearm(self) -> None:
+        super().rearm()
+        self._aborted.clear()
 
     def abort(self) -> None:
         super().abort()

@@ -5,11 +5,14 @@ With the small random models of test_engine.py where llama.cpp has to be asked.
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -177,6 +180,9 @@ class Recorder:
         self.hows.append((threads, fresh, raw))
         return np.array([[ids[0], len(ids)] for ids in inputs], np.float32)
 
+    def rearm(self) -> None:
+        self.is_aborted = False
+
     def abort(self) -> None:
         self.is_aborted = True
 
@@ -213,6 +219,14 @@ def test_closing_the_pair_closes_both() -> None:
     brief, full = Recorder(), Recorder()
     es.BriefOrFull(brief, full).close()
     assert (brief.is_closed, full.is_closed) == (True, True)
+
+
+def test_ending_a_call_reaches_both_and_so_does_forgetting_it() -> None:
+    brief, full = Recorder(), Recorder()
+    both = es.BriefOrFull(brief, full)
+    for does, is_aborted in ((both.abort, True), (both.rearm, False)):
+        does()
+        assert (brief.is_aborted, full.is_aborted) == (is_aborted, is_aborted)
 
 
 EDGES = (1, 10, 47, 48, 49, 60, 63, 64, 65, LONGEST)
@@ -440,6 +454,75 @@ def test_the_edges_are_none_in_the_default_model(engine: es.LlamaEngine) -> None
 
 
 # --- memory ---
+
+
+@dataclasses.dataclass
+class Library:
+    """llama.cpp, whose calls are counted and whose encoding returns this code."""
+
+    real: Any
+    code: int | None = None
+    called: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        self.called[name] += 1
+        if name in ("llama_encode", "llama_decode") and self.code is not None:
+            return lambda *_: self.code
+        return getattr(self.real, name)
+
+
+@contextlib.contextmanager
+def watched(engine: es.LlamaEngine, *, on_gpu: bool) -> Iterator[tuple[Any, Library]]:
+    """A context of an engine as one on a device would be, and its llama.cpp."""
+    made = cast(es.LlamaContext, engine.new_context(is_lane=True))
+    library = Library(made._llama)
+    made._llama, made._on_gpu = library, on_gpu
+    yield made, library
+    made._llama = library.real
+    made.close()
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_device_is_waited_for_where_the_interpreter_is_free(
+    small: es.LlamaEngine, on_gpu: bool
+) -> None:
+    with watched(small, on_gpu=on_gpu) as (made, library):
+        made.embed(some_ids(small, 5, 6)[:1])
+        assert library.called["llama_synchronize"] == on_gpu
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(-2, es.NoMemory), (-3, es.EngineError), (1, es.EngineError)]
+)
+def test_what_llama_cpp_returns_tells_want_of_memory_from_other_failures(
+    small: es.LlamaEngine, code: int, kind: type[es.EngineError]
+) -> None:
+    with watched(small, on_gpu=False) as (made, library):
+        made.embed(some_ids(small, 20))
+        library.code = code
+        for size in (20, LONGEST):  # the second needs more room first
+            with pytest.raises(es.EngineError) as caught:
+                made.embed(some_ids(small, size))
+            assert type(caught.value) is kind
+        library.code = None
+        assert np.isfinite(made.embed(some_ids(small, LONGEST))).all()
+
+
+@pytest.mark.parametrize("size", [20, LONGEST], ids=["small", "with more room"])
+def test_an_abort_before_the_call_ends_it_until_it_is_forgotten(
+    small: es.LlamaEngine, size: int
+) -> None:
+    context = small.new_context(is_lane=True)
+    context.abort()
+    for _ in range(2):
+        with pytest.raises(es.CallAborted):
+            context.embed(some_ids(small, size))
+    context.rearm()
+    assert np.isfinite(context.embed(some_ids(small, size))).all()
+    context.close()
+
 
 # Characters are tokens, a word's first and a later one: 30,005 tokens, so that a call's
 # logits are megabytes and can be seen.

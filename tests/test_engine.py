@@ -605,6 +605,34 @@ def test_a_gpu_that_is_not_there_is_refused(models: Models) -> None:
     assert "--gpu" in refusal(models.bert, gpu_layers=-1)
 
 
+def test_without_a_gpu_asked_for_no_device_is_touched(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = es._llama_cpp()
+    given: list[Any] = []
+
+    def noting(name: str, at: int) -> None:
+        real = getattr(library, name)
+
+        def call(*arguments: Any) -> Any:
+            given.append(arguments[at])
+            return real(*arguments)
+
+        monkeypatch.setattr(library, name, call)
+
+    noting("llama_model_load_from_splits", 2)
+    noting("llama_init_from_model", 1)
+    monkeypatch.setattr(es, "_llama_cpp", lambda: library)
+    with loaded(models.bert) as engine:
+        engine.new_context().close()
+    model, *contexts = given
+    assert model.split_mode == library.LLAMA_SPLIT_MODE_NONE
+    assert (model.main_gpu, model.n_gpu_layers, len(contexts)) == (-1, 0, 3)
+    for context in contexts:
+        assert not context.op_offload
+        assert not context.offload_kqv
+
+
 @pytest.mark.parametrize("cut", [4, 100, 5000, -1], ids="{} bytes".format)
 def test_a_file_that_ends_early_is_refused_in_a_sentence(
     models: Models, tmp_path: Path, cut: int

@@ -436,3 +436,11 @@ def test_both_codecs_write_a_vector_as_the_shortest_floats() -> None:
     assert np.array_equal(np.array(read["json"], np.float32), vector)
     assert math.copysign(1, read["json"][4]) == -1
     assert read["json"] == read["orjson"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_both_codecs_write_what_is_no_number_as_null(bad: float) -> None:
+    value = {"a": [0.1, bad, "NaN"], "b": np.array([0.1, bad], np.float32), "c": bad}
+    expected = {"a": [0.1, None, "NaN"], "b": [0.1, None], "c": None}
+    for dumps in DUMPERS.values():
+        assert json.loads(dumps(value)) == expected

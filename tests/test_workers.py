@@ -48,6 +48,9 @@ class Engine(kit.FakeEngine):
         self._held: dict[str, threading.Event] = {}
         self.held_calls: dict[int, Held] = {}  # by a token of theirs
         self.lane_error: Exception | None = None  # what making one raises
+        # Called when a lane is made, when the context is ready for abort(), at the call
+        self.at_moment: dict[str, Callable[[], None]] = {}
+        self.stalls = threading.Semaphore(0)  # calls with "stall", which end by abort()
         self.fails_always = False
         self.contexts_made = 0
         self.hole_at: int | None = None  # of a call's rows, the one without numbers
@@ -79,9 +82,15 @@ class Engine(kit.FakeEngine):
     ) -> kit.FakeContext:
         if is_lane and self.lane_error is not None:
             raise self.lane_error
+        if is_lane:
+            self.reach("lane")
         self.contexts_made += 1
         super().new_context(is_lane=is_lane)  # which counts it
         return Context(self, is_lane=is_lane, per_token=per_token)
+
+    def reach(self, moment: str) -> None:
+        """What is to happen at this moment, once."""
+        self.at_moment.pop(moment, lambda: None)()
 
     def computed(self) -> collections.Counter[tuple[int, ...]]:
         """How often each input was in a call."""
@@ -102,10 +111,17 @@ class Context(kit.FakeContext):
             if held is not None:
                 held.began.set()
                 kit.wait(held.go)
+        if any(kit.fake_id("stall") in ids for ids in inputs):
+            self._mine.block()
+            self._mine.stalls.release()
         rows = super()._vectors(inputs, threads)
         if self._mine.hole_at is not None:
             rows[self._mine.hole_at] = np.nan
         return rows
+
+    def rearm(self) -> None:
+        super().rearm()
+        self._mine.reach("rearm")
 
     def embed(
         self,
@@ -115,6 +131,7 @@ class Context(kit.FakeContext):
         fresh: bool = False,
         raw: bool = False,
     ) -> Any:
+        self._mine.reach("call")
         vectors = super().embed(inputs, threads=threads, fresh=fresh, raw=raw)
         self._mine.fresh.append(fresh)
         word = self._mine.breaks_at
@@ -802,6 +819,38 @@ def test_what_nobody_waits_for_any_more_is_aborted_and_costs_no_more() -> None:
     assert engine.computed()[key("same")] == 0
 
 
+@pytest.mark.parametrize("moment", ["lane", "rearm", "call"])
+def test_a_job_cancelled_just_before_its_call_is_not_computed(moment: str) -> None:
+    engine = long_engine()
+    with desk(engine) as at:
+        job = at.job(LONG[0])
+        engine.at_moment[moment] = lambda: at.pool.queue.cancel(job)
+        at.pool.queue.submit(job)
+        at.run_until(lambda: bool(at.reports))
+        assert at.reports[0].is_aborted
+        assert not engine.computed()[key(LONG[0])]
+        assert at.room_taken() == (0, 0)
+        assert_vectors(at.result(LONG[0]))
+    assert not at.finished[job]
+
+
+def test_what_nobody_waits_for_is_never_cached_without_its_numbers() -> None:
+    # An abort that comes too late, as on a device that does not know it.
+    engine = Engine()
+    engine.is_deaf = True
+    engine.failures[kit.fake_id(kit.NAN_WORD)] = 1
+    engine.block()
+    with desk(engine, cache_bytes=10_000) as at:
+        unwanted = at.submit(kit.NAN_WORD, "good")
+        engine.wait_until_computing()
+        at.pool.queue.cancel(unwanted)
+        engine.release()
+        for text in (kit.NAN_WORD, "good"):
+            assert_vectors(at.result(text))
+        assert at.pool.queue.state().cache.hits == 1, "what was computed is of use"
+        assert sum(report.refused for report in at.reports) == 0
+
+
 def test_a_call_with_one_owner_left_is_not_aborted() -> None:
     engine = Engine()
     engine.block()
@@ -922,6 +971,35 @@ def test_a_call_that_takes_far_too_long_is_ended_and_its_input_refused() -> None
         engine.release()
         at.pool.queue.clock = time.monotonic
         assert_vectors(at.result("good"))
+
+
+def test_the_neighbours_of_an_input_that_takes_far_too_long_are_computed() -> None:
+    engine = Engine()
+    log = es.Log("error", "text", io.StringIO())
+    with desk(engine, log=log) as at:
+        engine.block()
+        at.submit("first")
+        engine.wait_until_computing()
+        jobs = [at.submit(text) for text in ("a", "stall", "b", "unwanted")]
+        later = at.submit("later")
+        engine.wait_until_tokenising("later")
+        clock = at.pool.queue.clock = Clock()
+        clock.now = time.monotonic()
+        engine.release()
+        for n in range(2):  # in the call of all, and alone
+            assert engine.stalls.acquire(timeout=kit.DEADLINE_S)
+            if n == 0:
+                at.pool.queue.cancel(jobs.pop())
+            clock.now += at.pool.options.stuck_after_s + 1.0
+            assert at.pool.watch() == [], "aborted, not stuck yet"
+            engine.release()
+        at.wait_for(later, *jobs)
+        assert isinstance(jobs[1].error, es.EngineFailed)
+        for job in (jobs[0], jobs[2], later):
+            assert_vectors(job)
+        assert at.room_taken() == (0, 0)
+        assert [(r.recovered, r.refused) for r in at.reports] == [(0, 0), (3, 1)]
+    assert not engine.computed()[key("unwanted")]
 
 
 def test_before_the_first_was_measured_a_call_may_take_a_second_a_token() -> None:
@@ -1055,10 +1133,17 @@ def test_a_long_input_that_waited_for_the_lane_is_not_forgotten() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [es.StartupError("no room"), es.EngineError("no"), MemoryError()], ids=repr
+    ("error", "said"),
+    [
+        (es.StartupError("no room"), es.OutOfMemory),
+        (es.NoMemory("no"), es.OutOfMemory),
+        (MemoryError(), es.OutOfMemory),
+        (es.EngineError("no"), es.EngineFailed),
+    ],
+    ids=repr,
 )
 def test_a_lane_that_cannot_be_made_fails_long_inputs_and_nothing_else(
-    error: Exception,
+    error: Exception, said: type[es.ApiError]
 ) -> None:
     engine = long_engine()
     engine.lane_error = error
@@ -1069,8 +1154,9 @@ def test_a_lane_that_cannot_be_made_fails_long_inputs_and_nothing_else(
         assert_vectors(good)
         wheres = ["input[1]", "input[0]", "input[0]"]
         for job, where in zip(bad, wheres, strict=True):
-            assert isinstance(job.error, es.EngineFailed)
+            assert type(job.error) is said
             assert job.error.param == where
+            assert bool(job.error.retry_after_s) == said.is_transient
         assert at.room_taken() == (0, 0)
         engine.lane_error = None  # somebody else freed memory
         assert_vectors(at.result(LONG[0]))
