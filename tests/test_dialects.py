@@ -1172,7 +1172,7 @@ def test_info_says_what_tei_says(client: both.Client) -> None:
         "model_dtype": "float16",
         "served_model_name": "embedder",
         "model_type": {"embedding": {"pooling": "mean"}},
-        "max_concurrent_requests": 4096,
+        "max_concurrent_requests": 1 << 16,
         "max_input_length": 32,
         "max_batch_tokens": 256,
         "max_batch_requests": None,

@@ -213,7 +213,7 @@ def test_no_lane_for_tokens_fails_these_and_nothing_else() -> None:
     with desk(engine) as at:
         bad, good = at.submit("a", form=TOKENS), at.submit("a")
         at.wait_for(bad, good)
-        assert isinstance(bad.error, es.EngineFailed)
+        assert isinstance(bad.error, es.OutOfMemory)
         assert_vectors(good)
         engine.lane_error = None
         assert_vectors(at.result("a", form=TOKENS))
@@ -637,7 +637,7 @@ def kept(run: Callable[[], object]) -> es.Errand:
     def given_up(error: es.ApiError) -> None:
         raise AssertionError(error)
 
-    return es.Errand(functools.partial(_run, run), given_up)
+    return es.Errand(functools.partial(_run, run), given_up, client="")
 
 
 def _run(run: Callable[[], object]) -> None:
@@ -778,7 +778,7 @@ def test_an_errand_that_is_not_run_any_more_is_given_up() -> None:
         first = at.submit("first")
         engine.wait_until_tokenising("first")
         for _ in range(2):
-            errand = es.Errand(lambda: ran.append(None), errors.append)
+            errand = es.Errand(lambda: ran.append(None), errors.append, client="")
             at.pool.queue.send_errand(errand)
         error = es.NotReady("bye")
         assert at.pool.queue.abandon_all(error) == 1, "errands are no jobs"

@@ -1060,6 +1060,55 @@ def test_what_could_not_be_done_in_time_is_refused_at_once() -> None:
         at.wait_for(patient, *large)
 
 
+def test_what_is_only_bounds_is_no_reason_to_refuse() -> None:
+    # A text of 10,000 letters may be as many tokens, and is a quarter of them or fewer.
+    engine = Engine(max_input_tokens=20_000)
+    with desk(engine, max_tokens=10**9) as at:
+        at.result("measured")
+        queue = at.pool.queue
+        queue._speed.tokens_per_s = 1000.0
+        engine.block()
+        at.submit("running")
+        engine.wait_until_computing()
+        engine.hold("held")
+        at.submit("held", *["x" * 10_000] * 20)
+        for timeout_s, fits in ((60.0, True), (40.0, False)):
+            job = at.job("x" * 10_000, *"abcdefghijklmnopqrst", timeout_s=timeout_s)
+            with contextlib.nullcontext() if fits else pytest.raises(es.Overloaded):
+                queue.submit(job)
+        engine.hold("held").set()
+        engine.release()
+
+
+def test_an_urgent_line_is_not_behind_the_import_that_has_it_too() -> None:
+    engine = Engine(pack_inputs=1)
+    engine.block()
+    with desk(engine) as at:
+        first = at.submit("first")
+        engine.wait_until_computing()
+        texts = [f"import {n}" for n in range(40)]
+        import_ = at.submit(*texts, client="import", urgency=2)
+        others = [
+            at.submit(texts[30], client="urgent", urgency=0),
+            at.submit(texts[29], texts[28], client="fair", urgency=2),
+            at.submit(texts[27], client="leaves", urgency=0),
+        ]
+        later = at.submit("later", urgency=0)
+        engine.wait_until_tokenising("later")
+        at.pool.queue.cancel(others.pop())
+        engine.release()
+        at.wait_for(first, import_, later, *others)
+        for job in (import_, later, *others):
+            assert_vectors(job)
+    order = [ids[0][2] for ids in engine.calls if len(ids[0]) == 4]
+    place = {n: order.index(kit.fake_id(str(n))) for n in (30, 29, 28, 27)}
+    assert place[30] <= 1, "before what is less urgent"
+    assert max(place[29], place[28]) <= 5, "clients in turn"
+    assert place[27] >= 20, "where it was, now that the urgent one has left"
+    assert set(engine.computed().values()) == {1}
+    assert at.room_taken() == (0, 0)
+
+
 def test_dead_letters_hold_what_was_refused_after_its_retry(tmp_path: Path) -> None:
     letters = es.LineFile(str(tmp_path / "dead"), kit.quiet_log(), max_bytes=300)
     with desk(Engine(), dead_letters=letters) as at:
