@@ -407,13 +407,12 @@ def _finite_float(text: str) -> float:
 
 
 def _stdlib_dumps(value: object) -> bytes:
-    write = functools.partial(
-        json.dumps, ensure_ascii=False, separators=(",", ":"), default=_as_list
-    )
-    try:
-        text: str = write(value, allow_nan=False)
-    except ValueError:  # what is no number is null, as orjson has it
-        text = write(json.loads(write(value), parse_constant=lambda _: None))
+    write = json.JSONEncoder(
+        ensure_ascii=False, separators=(",", ":"), default=_as_list
+    ).encode
+    text = write(value)
+    if "NaN" in text or "Infinity" in text:  # null, as orjson has it
+        text = write(json.loads(text, parse_constant=lambda _: None))
     return text.encode("utf-8")
 
 
