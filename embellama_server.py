@@ -5031,7 +5031,8 @@ class Returns:
         begin_at = max(now + room_in_s, self._promised_until)
         self._promised_until = min(begin_at + work_s, now + LONGEST_WAIT_S)
         wait_s = (begin_at - now) * random.uniform(1.0, 1.25)
-        return min(wait_s, LONGEST_WAIT_S * random.uniform(0.75, 1.0))
+        latest_s = LONGEST_WAIT_S * random.uniform(0.75, 1.0)
+        return wait_s if wait_s < LONGEST_WAIT_S else latest_s
 
 
 class Admission:
