@@ -29,7 +29,7 @@ The life of one request
  7. NAMES        which model and version that is
     MODELS       loaded now if it is not in memory
  8. QUEUE        submit(): room is reserved at once, or 503 at once
- 9. WORKERS      the tokeniser thread turns texts into token ids, a slice at a time;
+ 9. READING      the tokeniser thread turns texts into token ids, a slice at a time;
                  what is in the CACHE, or under way for another, is not computed
 10. BATCHING     a free worker takes a pack: inputs of several requests, up to a budget;
                  clients in turn, what is urgent first, nothing past its deadline
@@ -77,43 +77,44 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 16. CACHE - vectors already computed
 17. PACE - how fast it goes, and what that lets in
 18. BATCHING - which waiting inputs share the next call
-19. QUEUE - what is admitted, and what becomes of it
-20. WORKERS - the threads
+19. READING - a job's inputs to token ids, slice by slice
+20. QUEUE - what is admitted, and what becomes of it
+21. WORKERS - the threads
 --- network wing ---
-21. MESSAGES - what is asked and answered
-22. REQUESTS - bytes to requests
-23. RESPONSES - responses to bytes
-24. CODINGS - what a body is packed in, and what a client accepts
-25. KEYS - who is asking
-26. RATES - how much each may ask for
-27. SOCKETS - how many, how much is held for them, how each ends
-28. CONNECTIONS - requests of one client, in order; back-pressure
-29. LISTENERS - where connections come from
+22. MESSAGES - what is asked and answered
+23. REQUESTS - bytes to requests
+24. RESPONSES - responses to bytes
+25. CODINGS - what a body is packed in, and what a client accepts
+26. KEYS - who is asking
+27. RATES - how much each may ask for
+28. SOCKETS - how many, how much is held for them, how each ends
+29. CONNECTIONS - requests of one client, in order; back-pressure
+30. LISTENERS - where connections come from
 --- hall ---
-30. GATE - who is let in
-31. NAMES - which model a request means
-32. MODELS - when each is in memory
-33. FORMS - what is asked and answered, declared once
-34. INPUTS - what is wanted of some texts, and whether a model can do it
-35. WORK - from what is wanted of some texts to their vectors
-36. VECTORS - numbers of a reply, in the types that clients ask for
-37. OPENAI - its shapes
-38. RERANK - Cohere's and Jina's shape
-39. TEI - the shapes of text-embeddings-inference
-40. TOKENS - what texts are made of, and what a model can take
-41. OLLAMA - its shapes
-42. ADMIN - health, readiness, metrics, models
-43. DESCRIPTION - the routes as an OpenAPI document
-44. PAGES - the API's own documentation
-45. ROUTES - the table, and everything derived from it
-46. DISPATCH - from a request to its response
-47. WIRING - what the settings mean to each part
-48. LOADING - a model's way into memory
-49. SUPERVISOR - a small parent that outlives the server
-50. PHASES - the life of the server
-51. SERVICE - builds every object; loading, ready, draining, stopped
-52. TUNING - the settings that are fastest on this box
-53. COMMAND LINE - flags in, exit code out
+31. GATE - who is let in
+32. NAMES - which model a request means
+33. MODELS - when each is in memory
+34. FORMS - what is asked and answered, declared once
+35. INPUTS - what is wanted of some texts, and whether a model can do it
+36. WORK - from what is wanted of some texts to their vectors
+37. VECTORS - numbers of a reply, in the types that clients ask for
+38. OPENAI - its shapes
+39. RERANK - Cohere's and Jina's shape
+40. TEI - the shapes of text-embeddings-inference
+41. TOKENS - what texts are made of, and what a model can take
+42. OLLAMA - its shapes
+43. ADMIN - health, readiness, metrics, models
+44. DESCRIPTION - the routes as an OpenAPI document
+45. PAGES - the API's own documentation
+46. ROUTES - the table, and everything derived from it
+47. DISPATCH - from a request to its response
+48. WIRING - what the settings mean to each part
+49. LOADING - a model's way into memory
+50. SUPERVISOR - a small parent that outlives the server
+51. PHASES - the life of the server
+52. SERVICE - builds every object; loading, ready, draining, stopped
+53. TUNING - the settings that are fastest on this box
+54. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -5463,16 +5464,6 @@ def inputs_ahead(job: Job, others: Iterable[Job]) -> int:
     return urgent + own - job.unfinished + sum(min(n, own) for n in theirs.values())
 
 
-def too_many_tokens(job: Job) -> TooManyTokens:
-    """The refusal of a job whose inputs together are too long."""
-    return TooManyTokens(
-        f"{job.named} has {job.tokens} tokens or more and a request may have "
-        f"{job.most_tokens} (--max-request-tokens; for vectors of tokens also what "
-        "--max-buffered-mb has room for): send several",
-        param=job.named,
-    )
-
-
 def is_vector(outcome: Any) -> bool:
     """Whether an input's computation gave one, not the class of an error."""
     return not isinstance(outcome, type)
@@ -5701,7 +5692,166 @@ class Line:
 
 
 # ==============================================================================
-# 19. QUEUE - what is admitted, and what becomes of it
+# 19. READING - a job's inputs to token ids, slice by slice
+# ==============================================================================
+# The tokeniser threads' work. A slice is bounded, so that a large job lets others pass.
+
+_SLICE_INPUTS: Final = 32
+
+
+def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"{name} has {size} and this model reads at most {limit}: shorten or split it, "
+        'or send "truncate": true, or start the server with --auto-truncate',
+        param=name,
+    )
+
+
+def too_many_tokens(job: Job) -> TooManyTokens:
+    """The refusal of a job whose inputs together are too long."""
+    return TooManyTokens(
+        f"{job.named} has {job.tokens} tokens or more and a request may have "
+        f"{job.most_tokens} (--max-request-tokens; for vectors of tokens also what "
+        "--max-buffered-mb has room for): send several",
+        param=job.named,
+    )
+
+
+class Reader:
+    """Makes items of inputs, for any tokeniser thread."""
+
+    def __init__(self, engine: Engine, cache: VectorCache) -> None:
+        self.engine = engine
+        self._cache = cache
+
+    def slice(self, job: Job) -> list[Item | ApiError]:
+        """The next inputs, or what is wrong with them. Raises what ends the job."""
+        begin = job.next_input
+        part = job.inputs[begin : begin + _SLICE_INPUTS]
+        return [self._made(job, begin + n, raw) for n, raw in enumerate(part)]
+
+    def _made(self, job: Job, index: int, raw: Input) -> Item | ApiError:
+        """The input tokenised; what is wrong with it, if the job lives on without it."""
+        try:
+            return self._item(job, index, raw)
+        except ApiError as error:
+            if job.allows_partial:
+                return error
+            raise
+
+    def _item(self, job: Job, index: int, raw: Input) -> Item:
+        import numpy as np
+
+        card, name = self.engine.card, f"{job.named}[{index}]"
+        if isinstance(raw, Pair):
+            ids = self._pair_ids(job, name, raw)
+        elif isinstance(raw, list):
+            ids = framed_once(raw, card)
+            ids = self._fitted(job, name, ids, len(card.head), len(card.tail))
+        else:
+            ids = self._text_ids(job, name, raw)
+        array = np.array(ids, np.int32)
+        key = self._cache.key(array) + job.form.value
+        return Item(array, key, [(job, index)], form=job.form)
+
+    def _most(self, job: Job) -> int:
+        return min(job.max_input_tokens, self.engine.card.max_input_tokens)
+
+    def _fitted(
+        self, job: Job, name: str, ids: list[int], front: int, end: int
+    ) -> list[int]:
+        """``ids`` cut if they are too long and may be, but for so many at both ends."""
+        most = max(self._most(job), front + end + 1)
+        if len(ids) <= most:
+            return ids
+        if not job.truncates:
+            raise _too_long(name, f"{len(ids)} tokens", most)
+        job.truncated += 1
+        return truncated(ids, most, front, end, left=job.cuts_left)
+
+    def _text_ids(self, job: Job, name: str, text: str) -> list[int]:
+        """Of a text; its prompt and the special tokens stay when it is cut."""
+        card, tokenise = self.engine.card, self.engine.tokenise
+        before, after = job.around
+        room = card.max_chars - len(before) - len(after)
+        inner = self._cut(job, name, text[len(before) : len(text) - len(after)], room)
+        ids = framed(tokenise(f"{before}{inner}{after}"), card)
+        front, end = len(card.head), len(card.tail)
+        if before + after and job.truncates and len(ids) > self._most(job):
+            prompt = len(tokenise(before)), len(tokenise(after))
+            if front + end + sum(prompt) < self._most(job):
+                front, end = front + prompt[0], end + prompt[1]
+        return self._fitted(job, name, ids, front, end)
+
+    @staticmethod
+    def _cut(job: Job, name: str, text: str, most: int) -> str:
+        """At most so many characters of a text, if it may be cut."""
+        if len(text) <= most:
+            return text
+        if not job.truncates or most < 0:
+            raise _too_long(name, f"{len(text)} characters", max(0, most))
+        return text[len(text) - most :] if job.cuts_left else text[:most]
+
+    def _pair_ids(self, job: Job, name: str, pair: Pair) -> list[int]:
+        """Of a query and a text, of which the text is cut before the query is."""
+        most = self._most(job)
+        has_template = bool(self.engine.card.pair_template)
+        made = self._templated if has_template else self._joined
+        ids, front, end = made(job, name, pair, most)
+        if len(ids) - front - end > job.max_text_tokens:
+            most = front + job.max_text_tokens + end
+            ids = truncated(ids, most, front, end, left=job.cuts_left)
+        return self._fitted(job, name, ids, front, end)
+
+    def _joined(
+        self, job: Job, name: str, pair: Pair, most: int
+    ) -> tuple[list[int], int, int]:
+        """The ids of a pair, and how many at both ends are not the text's."""
+        card, tokenise = self.engine.card, self.engine.tokenise
+        if not job.query_ids:
+            query = self._cut(job, "query", pair.query, card.max_chars)
+            job.query_ids = tokenise(query)
+        text = tokenise(self._cut(job, name, pair.text, card.max_chars))
+        query_ids, end = job.query_ids, len(card.after)
+        special = len(framed_pair((), (), card))
+        room = max(2, most - special)
+        if len(query_ids) + min(1, len(text)) > room:
+            if not job.truncates:
+                raise _too_long("query", f"{len(query_ids) + special} tokens", most)
+            # As text-embeddings-inference does: the longer one of the two.
+            kept = room - min(len(text), room // 2)
+            query_ids = query_ids[-kept:] if job.cuts_left else query_ids[:kept]
+        ids = framed_pair(query_ids, text, card)
+        return ids, len(ids) - len(text) - end, end
+
+    def _templated(
+        self, job: Job, name: str, pair: Pair, most: int
+    ) -> tuple[list[int], int, int]:
+        """Likewise, in the model's own template."""
+        card, tokenise = self.engine.card, self.engine.tokenise
+        before, _, after = card.pair_template.partition("{document}")
+        query = pair.query if job.query is None else job.query
+        while True:
+            front, end = (part.replace("{query}", query) for part in (before, after))
+            room = card.max_chars - len(front) - len(end)
+            found, limit = f"{len(query)} characters", len(query) + room
+            if room > 0:
+                text = self._cut(job, name, pair.text, room)
+                # In one piece: tokens may go across the borders.
+                ids = tokenise(f"{front}{text}{end}")
+                if len(ids) <= most <= job.max_text_tokens:
+                    return ids, 0, 0
+                sizes = len(tokenise(front)), len(tokenise(end))
+                if sum(sizes) < most:
+                    return ids, *sizes
+                found, limit = f"{sum(sizes)} tokens with its template", most
+            if not job.truncates or not query:
+                raise _too_long("query", found, limit)
+            query = job.query = self._cut(job, "query", query, len(query) // 2)
+
+
+# ==============================================================================
+# 20. QUEUE - what is admitted, and what becomes of it
 # ==============================================================================
 # The one lock. The event loop submits and cancels, the tokeniser turns texts into items,
 # workers take packs and settle them; each sleeps on a condition of its own and never
@@ -6151,7 +6301,7 @@ _STUCK: Final = "the engine did not come back from this call; the server is repl
 
 
 # ==============================================================================
-# 20. WORKERS - the threads
+# 21. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that no other thread touches but to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per pack. An input that fails is
@@ -6159,8 +6309,6 @@ _STUCK: Final = "the engine did not come back from this call; the server is repl
 # never harmed by it, and it cannot be computed for ever.
 # Inputs longer than a worker's context go through the lane: one context for any accepted
 # length, made when the first one comes, used by whichever worker takes its turn with it.
-
-_SLICE_INPUTS: Final = 32  # tokenised at a time, so that a large job lets others pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -6175,14 +6323,6 @@ class PackReport:
     recovered: int
     refused: int
     is_aborted: bool
-
-
-def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
-    return ContextLengthExceeded(
-        f"{name} has {size} and this model reads at most {limit}: shorten or split it, "
-        'or send "truncate": true, or start the server with --auto-truncate',
-        param=name,
-    )
 
 
 class Pool:
@@ -6219,7 +6359,7 @@ class Pool:
             clock=time.monotonic,
         )
         self.lanes: dict[bool, Context] = {}  # per token or not; whoever holds the lane
-        self._cache = cache
+        self._reader = Reader(engine, cache)
         self._workers = [Worker(self, number) for number in range(options.workers)]
         self._threads: list[threading.Thread] = []
 
@@ -6318,11 +6458,9 @@ class Pool:
             if isinstance(job, Errand):
                 job.run()
                 continue
-            begin = job.next_input
-            part = job.inputs[begin : begin + _SLICE_INPUTS]
             begun = time.monotonic()
             try:
-                made = [self._made(job, begin + n, raw) for n, raw in enumerate(part)]
+                made = self._reader.slice(job)
             except Exception as error:
                 is_over = self.queue.fail(job, error)
             else:
@@ -6330,125 +6468,6 @@ class Pool:
                 is_over = self.queue.enqueue(job, made)
             if is_over:
                 self.deliver(job.finished)
-
-    def _made(self, job: Job, index: int, raw: Input) -> Item | ApiError:
-        """The input tokenised; what is wrong with it, if the job lives on without it."""
-        try:
-            return self._item(job, index, raw)
-        except ApiError as error:
-            if job.allows_partial:
-                return error
-            raise
-
-    def _item(self, job: Job, index: int, raw: Input) -> Item:
-        import numpy as np
-
-        card, name = self.engine.card, f"{job.named}[{index}]"
-        if isinstance(raw, Pair):
-            ids = self._pair_ids(job, name, raw)
-        elif isinstance(raw, list):
-            ids = framed_once(raw, card)
-            ids = self._fitted(job, name, ids, len(card.head), len(card.tail))
-        else:
-            ids = self._text_ids(job, name, raw)
-        array = np.array(ids, np.int32)
-        key = self._cache.key(array) + job.form.value
-        return Item(array, key, [(job, index)], form=job.form)
-
-    def _most(self, job: Job) -> int:
-        return min(job.max_input_tokens, self.engine.card.max_input_tokens)
-
-    def _fitted(
-        self, job: Job, name: str, ids: list[int], front: int, end: int
-    ) -> list[int]:
-        """``ids`` cut if they are too long and may be, but for so many at both ends."""
-        most = max(self._most(job), front + end + 1)
-        if len(ids) <= most:
-            return ids
-        if not job.truncates:
-            raise _too_long(name, f"{len(ids)} tokens", most)
-        job.truncated += 1
-        return truncated(ids, most, front, end, left=job.cuts_left)
-
-    def _text_ids(self, job: Job, name: str, text: str) -> list[int]:
-        """Of a text; its prompt and the special tokens stay when it is cut."""
-        card, tokenise = self.engine.card, self.engine.tokenise
-        before, after = job.around
-        room = card.max_chars - len(before) - len(after)
-        inner = self._cut(job, name, text[len(before) : len(text) - len(after)], room)
-        ids = framed(tokenise(f"{before}{inner}{after}"), card)
-        front, end = len(card.head), len(card.tail)
-        if before + after and job.truncates and len(ids) > self._most(job):
-            prompt = len(tokenise(before)), len(tokenise(after))
-            if front + end + sum(prompt) < self._most(job):
-                front, end = front + prompt[0], end + prompt[1]
-        return self._fitted(job, name, ids, front, end)
-
-    @staticmethod
-    def _cut(job: Job, name: str, text: str, most: int) -> str:
-        """At most so many characters of a text, if it may be cut."""
-        if len(text) <= most:
-            return text
-        if not job.truncates or most < 0:
-            raise _too_long(name, f"{len(text)} characters", max(0, most))
-        return text[len(text) - most :] if job.cuts_left else text[:most]
-
-    def _pair_ids(self, job: Job, name: str, pair: Pair) -> list[int]:
-        """Of a query and a text, of which the text is cut before the query is."""
-        most = self._most(job)
-        has_template = bool(self.engine.card.pair_template)
-        made = self._templated if has_template else self._joined
-        ids, front, end = made(job, name, pair, most)
-        if len(ids) - front - end > job.max_text_tokens:
-            most = front + job.max_text_tokens + end
-            ids = truncated(ids, most, front, end, left=job.cuts_left)
-        return self._fitted(job, name, ids, front, end)
-
-    def _joined(
-        self, job: Job, name: str, pair: Pair, most: int
-    ) -> tuple[list[int], int, int]:
-        """The ids of a pair, and how many at both ends are not the text's."""
-        card, tokenise = self.engine.card, self.engine.tokenise
-        if not job.query_ids:
-            query = self._cut(job, "query", pair.query, card.max_chars)
-            job.query_ids = tokenise(query)
-        text = tokenise(self._cut(job, name, pair.text, card.max_chars))
-        query_ids, end = job.query_ids, len(card.after)
-        special = len(framed_pair((), (), card))
-        room = max(2, most - special)
-        if len(query_ids) + min(1, len(text)) > room:
-            if not job.truncates:
-                raise _too_long("query", f"{len(query_ids) + special} tokens", most)
-            # As text-embeddings-inference does: the longer one of the two.
-            kept = room - min(len(text), room // 2)
-            query_ids = query_ids[-kept:] if job.cuts_left else query_ids[:kept]
-        ids = framed_pair(query_ids, text, card)
-        return ids, len(ids) - len(text) - end, end
-
-    def _templated(
-        self, job: Job, name: str, pair: Pair, most: int
-    ) -> tuple[list[int], int, int]:
-        """Likewise, in the model's own template."""
-        card, tokenise = self.engine.card, self.engine.tokenise
-        before, _, after = card.pair_template.partition("{document}")
-        query = pair.query if job.query is None else job.query
-        while True:
-            front, end = (part.replace("{query}", query) for part in (before, after))
-            room = card.max_chars - len(front) - len(end)
-            found, limit = f"{len(query)} characters", len(query) + room
-            if room > 0:
-                text = self._cut(job, name, pair.text, room)
-                # In one piece: tokens may go across the borders.
-                ids = tokenise(f"{front}{text}{end}")
-                if len(ids) <= most <= job.max_text_tokens:
-                    return ids, 0, 0
-                sizes = len(tokenise(front)), len(tokenise(end))
-                if sum(sizes) < most:
-                    return ids, *sizes
-                found, limit = f"{sum(sizes)} tokens with its template", most
-            if not job.truncates or not query:
-                raise _too_long("query", found, limit)
-            query = job.query = self._cut(job, "query", query, len(query) // 2)
 
 
 def _outcome(row: Any) -> Any:
@@ -6614,7 +6633,7 @@ class Worker:
 
 # ==============================================================================
 # --- network wing ---
-# 21. MESSAGES - what is asked and answered
+# 22. MESSAGES - what is asked and answered
 # ==============================================================================
 # Values only; what is said of bytes and sockets comes in the next rooms.
 
@@ -6729,7 +6748,7 @@ def network_of(peer: str) -> str:
 
 
 # ==============================================================================
-# 22. REQUESTS - bytes to requests
+# 23. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: what is odd is refused by name and
 # the connection closed, because two readers of one odd request are how requests get
@@ -7147,7 +7166,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 23. RESPONSES - responses to bytes
+# 24. RESPONSES - responses to bytes
 # ==============================================================================
 # Pure. A field is never trusted to be one line: what a handler puts into it may come from
 # a client (uvicorn CVE-2020-7695).
@@ -7207,7 +7226,7 @@ def render_head(response: Response, *, kept_s: int | None, date: str) -> bytes:
 
 
 # ==============================================================================
-# 24. CODINGS - what a body is packed in, and what a client accepts
+# 25. CODINGS - what a body is packed in, and what a client accepts
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are packed for those who ask, requests
 # unpacked up to a limit and never beyond: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -7445,7 +7464,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 25. KEYS - who is asking
+# 26. KEYS - who is asking
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and found by a digest that is keyed anew in each
 # process: how long a look-up takes tells nothing about any key. Plain SHA-256 is enough
@@ -7701,7 +7720,7 @@ def _key_option(word: str, priorities: Sequence[str]) -> tuple[str, Any] | None:
 
 
 # ==============================================================================
-# 26. RATES - how much each may ask for
+# 27. RATES - how much each may ask for
 # ==============================================================================
 # Pure: the clock is the caller's. A bucket holds at most ``burst`` and fills at ``rate``;
 # a request takes one out of the first, its tokens out of the second. What a request
@@ -7849,7 +7868,7 @@ def _beyond(
 
 
 # ==============================================================================
-# 27. SOCKETS - how many, how much is held for them, how each ends
+# 28. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket has its place from accept() until it is closed, handshake and lingering
 # included. What is held for clients, in and out, is counted over all connections.
@@ -8077,7 +8096,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 28. CONNECTIONS - requests of one client, in order; back-pressure
+# 29. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # answered the bytes of the next ones wait unparsed, reading stops once a little has
@@ -8484,7 +8503,7 @@ def _too_slow(what: str) -> ReceiveTimeout:
 
 
 # ==============================================================================
-# 29. LISTENERS - where connections come from
+# 30. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by whoever stays: a parent hands them
 # to the child that serves, as systemd does (sd_listen_fds(3)), so that connections wait in
@@ -8842,7 +8861,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 30. GATE - who is let in
+# 31. GATE - who is let in
 # ==============================================================================
 # Decided from a request's head, before its body is read. With keys: who brings one, or
 # signs. Without: everybody who can reach us, but for browsers that another site sent here:
@@ -9095,7 +9114,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 31. NAMES - which model a request means
+# 32. NAMES - which model a request means
 # ==============================================================================
 # A name has one or more versions; who names none gets the default one, or the one that
 # its share says.
@@ -9280,7 +9299,7 @@ def check_names(models: Iterable[Model]) -> None:
 
 
 # ==============================================================================
-# 32. MODELS - when each is in memory
+# 33. MODELS - when each is in memory
 # ==============================================================================
 # Event-loop thread only; loading itself happens in a thread. One load however many
 # requests wait for it, and one at a time: each needs much for a moment.
@@ -9635,7 +9654,7 @@ def _is_same_memory(one: Settings, other: Settings) -> bool:
 
 
 # ==============================================================================
-# 33. FORMS - what is asked and answered, declared once
+# 34. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the reader, which turns JSON into the dataclass or into a sentence that names the field,
@@ -10040,7 +10059,7 @@ USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 
 
 # ==============================================================================
-# 34. INPUTS - what is wanted of some texts, and whether a model can do it
+# 35. INPUTS - what is wanted of some texts, and whether a model can do it
 # ==============================================================================
 # Whatever the dialect a request was said in, it becomes a Wish here. What a model can do
 # is asked only here.
@@ -10218,7 +10237,7 @@ def prompted(
 
 
 # ==============================================================================
-# 35. WORK - from what is wanted of some texts to their vectors
+# 36. WORK - from what is wanted of some texts to their vectors
 # ==============================================================================
 # What a model made of a Wish comes back as Done.
 
@@ -10616,7 +10635,7 @@ def _record(result: Done, exchange: Exchange) -> None:
 
 
 # ==============================================================================
-# 36. VECTORS - numbers of a reply, in the types that clients ask for
+# 37. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # Each number of a vector of length 1 is between -1 and 1: that is what the scaling of
 # the small types relies on. int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded.
@@ -10704,7 +10723,7 @@ def is_large_reply(result: Done) -> bool:
 
 
 # ==============================================================================
-# 37. OPENAI - its shapes
+# 38. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -10889,7 +10908,7 @@ def _model_object(name: str, one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 38. RERANK - Cohere's and Jina's shape
+# 39. RERANK - Cohere's and Jina's shape
 # ==============================================================================
 # Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
 # theirs do, unless the model gives probabilities already or raw_scores is asked for.
@@ -11038,7 +11057,7 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
 
 
 # ==============================================================================
-# 39. TEI - the shapes of text-embeddings-inference
+# 40. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed is a child of it.
@@ -11269,7 +11288,7 @@ def _with_times(body: bytes, result: Done) -> Response:
 
 
 # ==============================================================================
-# 40. TOKENS - what texts are made of, and what a model can take
+# 41. TOKENS - what texts are made of, and what a model can take
 # ==============================================================================
 # text-embeddings-inference's /tokenize, /decode and /info. Nothing is computed; the work
 # is the tokeniser thread's, whose stack is made for the deepest text.
@@ -11532,7 +11551,7 @@ async def info(exchange: Exchange) -> Response:
 
 
 # ==============================================================================
-# 41. OLLAMA - its shapes
+# 42. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -11721,7 +11740,7 @@ def _details(one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 42. ADMIN - health, readiness, metrics, models
+# 43. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -11926,7 +11945,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 43. DESCRIPTION - the routes as an OpenAPI document
+# 44. DESCRIPTION - the routes as an OpenAPI document
 # ==============================================================================
 # Made of the rows that requests are routed and read by: what is described is what is
 # done. Reference: OpenAPI 3.1.
@@ -12061,7 +12080,7 @@ NEVER_CACHED: Final = "no-store"
 
 
 # ==============================================================================
-# 44. PAGES - the API's own documentation
+# 45. PAGES - the API's own documentation
 # ==============================================================================
 # One page without outside parts, for boxes that reach no network. It asks for
 # openapi.json and shows what that says. Names in there may be anybody's: they reach the
@@ -12363,7 +12382,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 45. ROUTES - the table, and everything derived from it
+# 46. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. From it come 404, 405 with Allow, HEAD, OPTIONS, what is
 # refused before a body is read, the OpenAPI document, and README's table.
@@ -12568,7 +12587,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 46. DISPATCH - from a request to its response
+# 47. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are packed, and
 # where every answer gets its request id, its log line and its audit line.
@@ -12957,7 +12976,7 @@ def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
 
 
 # ==============================================================================
-# 47. WIRING - what the settings mean to each part
+# 48. WIRING - what the settings mean to each part
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
@@ -13307,7 +13326,7 @@ def limits_table() -> str:
 
 
 # ==============================================================================
-# 48. LOADING - a model's way into memory
+# 49. LOADING - a model's way into memory
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each ends the process. A first load is under the
 # parent, which says so. Where others are served already, a file that has not been loaded
@@ -13414,7 +13433,7 @@ class Loader:
 
 
 # ==============================================================================
-# 49. SUPERVISOR - a small parent that outlives the server
+# 50. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -13791,7 +13810,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 50. PHASES - the life of the server
+# 51. PHASES - the life of the server
 # ==============================================================================
 # What is no transition cannot happen: a KeyError, and a bug.
 
@@ -13890,7 +13909,7 @@ class Reloads:
 
 
 # ==============================================================================
-# 51. SERVICE - builds every object; loading, ready, draining, stopped
+# 52. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -14320,7 +14339,7 @@ def _free(served: Served, patience_s: float = _FREE_S) -> bool:
 
 
 # ==============================================================================
-# 52. TUNING - the settings that are fastest on this box
+# 53. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -14505,7 +14524,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 53. COMMAND LINE - flags in, exit code out
+# 54. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
