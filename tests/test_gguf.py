@@ -109,10 +109,13 @@ def agrees_with_the_gguf_package(path: Path) -> es.Values:
         found = set(listed.contents())
         has_bytes = found >= {f"<0x{byte:02X}>" for byte in range(256)}
         assert values.pop("has a token for every byte") == has_bytes
-    assert set(values) == own | {es.HAS_HEAD}
+    assert set(values) == own | {es.HAS_HEAD, es.PARAMETERS}
     named = {tensor.name for tensor in reader.tensors}
     has_head = "cls.output.weight" in named
     assert values.pop(es.HAS_HEAD) == has_head
+    numbers = values.pop(es.PARAMETERS)
+    if "split.count" not in own:  # the reader reads one part
+        assert numbers == sum(int(tensor.n_elements) for tensor in reader.tensors)
     for name, value in values.items():
         expected = reader.fields[name].contents()
         if name == "tokenizer.ggml.tokens":
@@ -129,7 +132,9 @@ def agrees_with_the_gguf_package(path: Path) -> es.Values:
 
 
 def test_a_sound_file_gives_its_short_values() -> None:
-    assert checked(SOUND.pack()) == VALUES | {"numbers": (), es.HAS_HEAD: False}
+    found = checked(SOUND.pack())
+    assert found.pop(es.PARAMETERS) == 8 * 4 + 32
+    assert found == VALUES | {"numbers": (), es.HAS_HEAD: False}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ class Engines:
             kit.wait(gate)
         if stem in self.problem:
             raise self.problem[stem]
-        engine = kit.FakeEngine()
+        ranks: dict[str, Any] = {"n_scores": 1, "between": (5,), "after": (6,)}
+        engine = kit.FakeEngine(**(ranks if stem == "ranker" else {}))
         with self._lock:
             self.made[stem].append(engine)
         return engine
@@ -296,6 +297,7 @@ def registry(*rows: es.Settings) -> es.Models:
             default_name="default",
             load=never,
             free=never,
+            look=never,
             telemetry=es.Telemetry(),
             log=kit.quiet_log(),
         )
@@ -338,14 +340,88 @@ def test_a_model_is_found_by_name_alias_and_version(
 
 @pytest.mark.parametrize(
     "asked",
-    ["", "x", "a@3", "@1", "a@", "a@01", "one@1", "A", "a:newest", "\udcff", "c"],
+    [
+        "x",
+        "a@3",
+        "@1",
+        "a@",
+        "a@01",
+        "one@1",
+        "a:newest",
+        "\udcff",
+        "c",
+        ":latest",
+        "/",
+    ],
 )
 def test_another_name_is_refused_and_told_which_there_are(asked: str) -> None:
     known = registry(row("f", name="a", alias=("one",)), row("f", name="a", version=2))
     with pytest.raises(es.ModelNotFound, match=r"served: a, a@1, a@2, one\.") as caught:
         found(known, asked)
     assert caught.value.param == "model"
+    assert f"model {asked!r} not found" in caught.value.message
     assert found(known, asked, any_model=True) == "a@2"
+
+
+SPELLED = {  # of the models below: what each is found by
+    "all-MiniLM-L6-v2@1": (
+        *("all-minilm-l6-v2", "ALL-MINILM-L6-V2", "all-MiniLM-L6-v2.gguf"),
+        *("sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2:latest"),
+        *("x/y/All-MiniLM-L6-v2.GGUF:LATEST", "Org/all-minilm-l6-v2@1"),
+        *("all-minilm", "All-MiniLM:latest", "library/all-minilm"),
+    ),
+    "BAAI/bge-m3@1": ("baai/bge-m3", "bge-m3", "bge-m3.gguf", "Org/BGE-M3:latest"),
+    "reranker.gguf@1": ("reranker", "Reranker.GGUF", "BAAI/reranker"),
+    "Case@1": ("Case", "Case:latest", "Case.gguf"),
+    "case@1": ("case", "case:latest", "case.gguf"),
+    "a/same@1": ("a/same", "A/same", "a/SAME.gguf"),
+    "b/same@1": ("b/same", "B/Same:latest"),
+}
+AMBIGUOUS = {
+    "CASE": ("Case", "case"),
+    "org/Case": ("Case", "case"),
+    "same": ("a/same", "b/same"),
+    "c/Same.gguf": ("a/same", "b/same"),
+}
+
+
+def spelled_models() -> es.Models:
+    """Of the table above."""
+    names = [label.removesuffix("@1") for label in SPELLED]
+    alias = {"all-MiniLM-L6-v2": ("all-minilm",)}
+    return registry(*(row("f", name=n, alias=alias.get(n, ())) for n in names))
+
+
+@pytest.mark.parametrize("label", SPELLED)
+def test_what_clients_add_to_a_name_never_decides(label: str) -> None:
+    known = spelled_models()
+    for asked in (label, label.removesuffix("@1"), *SPELLED[label]):
+        assert found(known, asked) == label, asked
+
+
+@pytest.mark.parametrize("asked", AMBIGUOUS)
+def test_a_name_that_may_mean_two_is_refused_and_told_both(asked: str) -> None:
+    known = spelled_models()
+    with pytest.raises(es.ModelNotFound) as caught:
+        found(known, asked)
+    assert " or ".join(AMBIGUOUS[asked]) in caught.value.message
+    assert found(known, asked, any_model=True) == "all-MiniLM-L6-v2@1"
+
+
+@pytest.mark.parametrize("asked", [None, "", "nobody"])
+def test_who_names_none_gets_the_first_that_can_do_it(asked: str | None) -> None:
+    known = registry(*(row("f", name=name) for name in "abcd"))
+    for one, ranks in zip(known.rows, (True, False, True, False), strict=True):
+        one.known = es.ModelFacts(is_ranker=ranks)
+    wanted: list[tuple[bool | None, str]]
+    wanted = [(None, "a@1"), (True, "a@1"), (False, "b@1")]
+    for is_ranker, label in wanted:
+        one = known.find(asked, "me", any_model=True, is_ranker=is_ranker)
+        assert one.label == label
+    for one in known.rows:
+        one.known = es.ModelFacts(is_ranker=True)
+    one = known.find(asked, "me", any_model=True, is_ranker=False)
+    assert one.label == "a@1"  # whose kind is then told
 
 
 def test_any_model_does_not_hide_those_that_are_there() -> None:
@@ -544,7 +620,38 @@ def test_every_dialect_chooses_by_model_and_says_which(
                     assert reply.status == 200, (path, reply.body)
                     assert reply.headers["x-embellama-model"] == label, path
                 reply = await running.ask("POST", path, body | {"model": "no"})
+                if path in ("/embed", "/api/v1/embed"):  # TEI has one model
+                    assert reply.headers["x-embellama-model"] == "a@1"
+                    continue
                 assert reply.status == 404, (path, reply.body)
+
+    run(check())
+
+
+def test_the_kind_of_a_model_is_known_before_it_is_loaded(
+    files: Callable[[str], str], tmp_path: Path
+) -> None:
+    path = models.tiny_cross_encoder(tmp_path).rename(tmp_path / "ranker.gguf")
+    rows = [row(str(path), preload=False), row(files("a"), preload=False)]
+    rows.append(row(files("forced"), preload=False, pooling="rank"))
+    texts = {"query": "a", "texts": ["b"], "documents": ["b"]}
+
+    async def check() -> None:
+        async with serving(*rows) as running:
+            kinds = [model.facts.is_ranker for model in running.models.rows]
+            assert kinds == [True, False, True]
+            assert running.engines.loads == []
+            for url in ("/v1/embeddings", "/embed", "/api/v1/embed"):
+                reply = await running.ask("POST", url, {"input": "a", "inputs": "a"})
+                assert reply.headers["x-embellama-model"] == "a@1"
+            assert running.engines.loads == ["a"]
+            for url in ("/v1/rerank", "/v2/rerank", "/rerank"):
+                for name in ({}, {"model": ""}, {"model": None}):
+                    reply = await running.ask("POST", url, texts | name)
+                    assert reply.headers["x-embellama-model"] == "ranker@1"
+            running.models.unload(running.model("a@1"))
+            assert await running.answering() == "a@1"
+            assert running.engines.loads == ["a", "ranker", "a"]
 
     run(check())
 
@@ -1105,8 +1212,8 @@ def test_what_cannot_be_loaded_leaves_nothing_behind(
         ({}, 400, "model", "either model or path"),
         ({"model": "a", "path": "a.gguf"}, 400, "model", "either model or path"),
         ({"name": "b"}, 400, "model", "either model or path"),
-        ({"model": "no"}, 404, "model", "not served here"),
-        ({"model": "a@2"}, 404, "model", "not served here"),
+        ({"model": "no"}, 404, "model", "not found"),
+        ({"model": "a@2"}, 404, "model", "not found"),
         ({"model": 5}, 400, "model", "a string"),
         ({"path": str(tmp_path / "absent.gguf")}, 400, "", "No such file"),
         ({"path": str(tmp_path)}, 400, "", "Is a directory"),
@@ -1152,7 +1259,7 @@ def test_models_that_are_not_there_cannot_be_unloaded_or_made_the_default(
             for body, status in (
                 ({"model": "no"}, 404),
                 ({"model": "a@2"}, 404),
-                ({"model": ""}, 404),
+                ({"model": ""}, 400),
                 ({}, 400),
                 ({"model": None}, 400),
                 ({"model": ["a"]}, 400),

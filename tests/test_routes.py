@@ -583,8 +583,9 @@ def test_what_is_wrong_with_a_body_is_said_in_the_route_s_dialect(
         (b'"\xff"', 400, "UTF-8"),
         ({}, invalid, "missing|give either"),
         (body | {"model": 5}, invalid, "model must be a string"),
-        (body | {"model": "gpt-9"}, 404, "gpt-9"),
     ]
+    if route.dialect not in (es.TEI, es.SEED):  # where any name will do
+        cases.append((body | {"model": "gpt-9"}, 404, "model 'gpt-9' not found"))
 
     async def check(running: RunningService) -> None:
         for sent, status, part in cases:
