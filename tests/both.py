@@ -79,7 +79,7 @@ class Client:
 
     def __init__(self, url: str, admin_fields: Mapping[str, str] | None = None) -> None:
         """``admin_fields`` are sent to the administrator's routes."""
-        self._admin_fields = dict(admin_fields or {})
+        self.admin_fields = dict(admin_fields or {})
         self.host, _, port = url.removeprefix("http://").rpartition(":")
         self.port = int(port)
         self._connection = http.client.HTTPConnection(
@@ -95,7 +95,7 @@ class Client:
     ) -> kit.Reply:
         """One request; bytes go as they are, anything else but None as JSON."""
         raw = body if isinstance(body, bytes) else es.json_codec().dumps(body)
-        fields = self._admin_fields if path.startswith("/admin/") else {}
+        fields = self.admin_fields if path.startswith("/admin/") else {}
         fields = fields | dict(headers or {})
         if body is not None:
             fields = {"content-type": "application/json"} | fields

@@ -242,13 +242,13 @@ def embedding(model: str | None = "embedder", **more: object) -> dict[str, objec
 TEI_TEXTS = {"query": QUERY, "texts": TEXTS}
 COHERE_TEXTS = {"texts": TEXTS, "model": "embedder", "input_type": "search_document"}
 FLOAT = {"encoding_format": "float"}
-FORMS, KINDS = "values of Cohere, NIM", "who names no model gets one that can"
+KINDS = "who names no model gets one that can"
 COHERE_EMBED, OLLAMA_LIKE = "/v1/embed, /v2/embed", "Ollama's routes as Ollama's"
 NAMES = "the names that clients make of a model's"
 
 # fmt: off
 SHAPES = [
-    Shape("RAGFlow, Xinference", "POST /v1/rerank", REQUESTS, {"model": "ranker", "query": QUERY, "return_documents": "true", "return_len": "true", "documents": TEXTS}, xinference_scores, SCORES, pending="meta.tokens"),
+    Shape("RAGFlow, Xinference", "POST /v1/rerank", REQUESTS, {"model": "ranker", "query": QUERY, "return_documents": "true", "return_len": "true", "documents": TEXTS}, xinference_scores, SCORES),
     Shape("RAGFlow, OpenAI-API-Compatible", "POST /rerank", REQUESTS, ranking(top_n=3), cohere_scores, SCORES, fields=(KEY,)),
     Shape("RAGFlow, Jina", "POST /v1/rerank", REQUESTS, ranking(top_n=3), jina_scores, SCORES, fields=(KEY,)),
     Shape("RAGFlow, TEI", "POST /rerank", REQUESTS, TEI_TEXTS | {"raw_scores": False, "truncate": True}, tei_scores, SCORES, pending=KINDS),
@@ -282,7 +282,7 @@ SHAPES = [
     Shape("LangChain, HuggingFaceEndpoint", "POST /", HTTPX, {"inputs": TEXTS}, tei_vectors, VECTORS),
     Shape("LangChain, Cohere", "POST /v1/embed", COHERE, COHERE_TEXTS | {"embedding_types": ["float"]}, cohere_vectors, VECTORS, pending=COHERE_EMBED),
     Shape("LangChain, CohereRerank", "POST /v1/rerank", COHERE, {"query": QUERY, "documents": [{"text": text} for text in TEXTS], "model": "ranker", "top_n": 3, "rank_fields": ["text"]}, cohere_scores, SCORES),
-    Shape("LangChain, NVIDIA", "POST /v1/embeddings", REQUESTS, {"input": TEXTS, "model": "embedder", "encoding_format": "float", "input_type": "passage", "truncate": "NONE", "user": "NAME"}, openai_vectors, VECTORS, fields=(KEY,), pending=FORMS),
+    Shape("LangChain, NVIDIA", "POST /v1/embeddings", REQUESTS, {"input": TEXTS, "model": "embedder", "encoding_format": "float", "input_type": "passage", "truncate": "NONE", "user": "NAME"}, openai_vectors, VECTORS, fields=(KEY,)),
     Shape("LangChain.js, Ollama", "POST /api/embed", OLLAMA_JS, {"model": "embedder", "input": TEXTS, "truncate": False, "options": {}}, ollama_vectors, VECTORS),
     Shape("LlamaIndex, TEI", "POST /embed", HTTPX, {"inputs": TEXTS, "truncate": True}, tei_vectors, VECTORS),
     Shape("Chroma, OpenAI", "POST /v1/embeddings", OPENAI, {"input": TEXTS, "model": "embedder", "encoding_format": "base64"}, openai_base64, VECTORS),

@@ -13,6 +13,7 @@ import tracemalloc
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import gguf
@@ -57,6 +58,15 @@ def reference_ids(reference: Any, texts: list[str]) -> list[list[int]]:
     return [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
 
 
+def differing(engine: es.LlamaEngine, reference: Any, texts: list[str]) -> list[str]:
+    """Those whose ids are not the reference's; all in one text first, ten times as fast."""
+    whole = " ".join(texts)
+    if [engine.tokenise(whole)] == reference_ids(reference, [whole]):
+        return []
+    ids = zip(texts, reference_ids(reference, texts), strict=True)
+    return [text for text, expected in ids if engine.tokenise(text) != expected]
+
+
 @pytest.mark.model
 def test_the_reference_is_set_up_as_the_models_own_tokenizer_json(
     reference: Any,
@@ -92,16 +102,20 @@ def test_a_text_gets_the_ids_the_model_was_given_by_sentence_transformers(
 
 def code_points() -> Iterator[list[str]]:
     """All of Unicode in slices: a million results at once would take gigabytes."""
-    for begin in range(0, sys.maxunicode + 1, 0x2000):
-        part = range(begin, begin + 0x2000)
+    yield from (
+        [chr(code)] for code in range(0x80)
+    )  # texts of ASCII have their own way
+    for begin in range(0x80, sys.maxunicode + 1, 0x2000):
+        part = range(begin, min(begin + 0x2000, sys.maxunicode + 1))
         yield [chr(code) for code in part if code not in SURROGATES]
 
 
-SHAPES: dict[str, Callable[[str], str]] = {
-    "alone": lambda char: char,
-    "inside a word": lambda char: f"a{char}b",
-    "before an accent": lambda char: f"A{char}\u0301x",
-}
+# Alone, inside a word, before an accent.
+SHAPES: tuple[Callable[[str], str], ...] = (
+    lambda char: char,
+    lambda char: f"a{char}b",
+    lambda char: f"A{char}\u0301x",
+)
 
 
 @pytest.mark.model
@@ -112,15 +126,19 @@ def test_every_code_point_gets_the_ids_of_the_reference(
     different, compared = [], 0
     for chars in code_points():
         compared += len(chars)
-        for where, shape in SHAPES.items():
-            texts = [shape(char) for char in chars]
-            expected = reference_ids(reference, texts)
-            for char, text, ids in zip(chars, texts, expected, strict=True):
-                if engine.tokenise(text) != ids:
-                    name = unicodedata.name(char, "")
-                    different.append(f"U+{ord(char):04X} {name} {where}")
+        for shape in SHAPES:
+            different += differing(engine, reference, [shape(char) for char in chars])
     assert not different, f"{len(different)} differ"
     assert compared == 0x110000 - len(SURROGATES)
+
+
+def test_a_difference_is_found_and_named() -> None:
+    ours, theirs = both(lowercase=True, strip_accents=None)
+    cased, _ = both(lowercase=False, strip_accents=None)
+    texts = ["no", "No", "time"]
+    for words, expected in ((ours, []), (cased, ["No"])):
+        engine: Any = SimpleNamespace(tokenise=words.ids)
+        assert differing(engine, theirs, texts) == expected
 
 
 # What real texts are made of, and what they are made of only to break tokenisers.
