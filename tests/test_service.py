@@ -647,3 +647,23 @@ def test_a_load_without_room_for_its_threads_is_a_sentence() -> None:
         timeout=kit.DEADLINE_S,
     )
     assert ended.returncode == 0, (ended.returncode, ended.stderr)
+
+
+# --- places that cannot be written ---
+
+
+@pytest.mark.parametrize("weights", ["keep", "auto"])
+def test_a_server_needs_no_place_to_write(tmp_path: Path, weights: str) -> None:
+    # As in a container whose root can only be read.
+    (tmp_path / "file").write_text("")
+
+    async def check() -> None:
+        async with kit.running_service(
+            cache_dir=str(tmp_path / "file" / "cache"),
+            weights=weights,
+            model_path=str(kit.fake_gguf(tmp_path)),
+        ) as running:
+            reply = await running.ask("POST", "/v1/embeddings", {"input": "a"})
+            assert reply.status == 200
+
+    run(check())
