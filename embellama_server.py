@@ -8154,6 +8154,10 @@ class App(Protocol):
         """
         ...
 
+    def count_refusal(self, error: ApiError, peer: str) -> None:
+        """Of somebody who is told nothing."""
+        ...
+
     def is_probe(self, head: Head) -> bool:
         """Whether it is answered even if there is no room for anybody else."""
         ...
@@ -8202,9 +8206,15 @@ class Connections(Capacity):
             self.take_place(made.address)
             return made
         if len(self.turned_away) >= TURNED_AWAY:
-            next(iter(self.turned_away)).make_way()
+            self.make_way()
         self.turned_away[made] = None
         return made
+
+    def make_way(self) -> None:
+        """Drop the oldest of those without a place, if there is one."""
+        for oldest in self.turned_away:
+            oldest.make_way()
+            break
 
     def let_go(self, connection: Connection) -> None:
         """It has ended; again: no harm."""
@@ -8265,7 +8275,7 @@ class Connection(ClientSocket):
     def make_way(self) -> None:
         """Drop it at once, for somebody newer who has no place either."""
         if not self._is_refused and self.full is not None:
-            self._shared.app.refuse(self.full, None, self._peer)  # as far as is counted
+            self._shared.app.count_refusal(self.full, self._peer)
         self.abort()
         self._shared.let_go(self)
 
@@ -8360,7 +8370,10 @@ class Connection(ClientSocket):
                 self._transport.pause_reading()
                 self._shared.loop.call_soon(self._next_request)
                 return
-        except Exception as error:  # a bug, unless it is an ApiError
+        except ApiError as error:
+            self._refuse(self.full or error)
+            return
+        except Exception as error:  # a bug
             self._refuse(error)
             return
         if self._is_writable:
@@ -8763,7 +8776,7 @@ class Tls:
 _ACCEPTS_A_TURN: Final = 16  # then whoever is connected has a turn
 _SPARE_DESCRIPTORS: Final = 16
 _NO_MORE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_NO_MORE_PAUSE_S: Final = 0.1
+_NO_MORE_PAUSE_S: Final = 0.01
 
 
 class Acceptor:
@@ -8805,6 +8818,12 @@ class Acceptor:
         if not self._is_closed:
             self._loop.add_reader(listener, self._accept, listener)
 
+    def _listen_again(self, listener: socket.socket) -> None:
+        # Who was let in by a spare descriptor has had its moment.
+        for _ in range((len(self._connections.turned_away) + 1) // 2):
+            self._connections.make_way()
+        self._listen(listener)
+
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while len(self._spare) < _SPARE_DESCRIPTORS:
@@ -8814,9 +8833,7 @@ class Acceptor:
                 made, name = listener.accept()
             except BlockingIOError:
                 return
-            except (
-                OSError
-            ) as error:  # the client is gone already, or accept(2) has more
+            except OSError as error:  # else the client is gone already: see accept(2)
                 if error.errno in _NO_MORE and not self._give_spare(error, listener):
                     return
             else:
@@ -8843,7 +8860,7 @@ class Acceptor:
             os.close(self._spare.pop())
             return True
         self._loop.remove_reader(listener)
-        self._loop.call_later(_NO_MORE_PAUSE_S, self._listen, listener)
+        self._loop.call_later(_NO_MORE_PAUSE_S, self._listen_again, listener)
         return False
 
     def _take_in(self, made: socket.socket, peer: str) -> None:
@@ -12834,6 +12851,10 @@ class Dispatcher:
         if self._tracer is not None and not (route and route.is_probe):
             self._tracer.record(self._span(exchange, ticket, begun, status))
         return response
+
+    def count_refusal(self, error: ApiError, peer: str) -> None:
+        """See App."""
+        self._count_refusal(error, error.status, peer)
 
     def is_probe(self, head: Head) -> bool:
         """See App."""

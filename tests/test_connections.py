@@ -1446,7 +1446,7 @@ async def test_without_descriptors_health_is_answered_and_the_log_says_why(
     assert acceptor is not None
     most = spare + 2
 
-    def check_free(*, extra: int = 0) -> None:
+    def check_free(*, extra: int) -> None:
         if len(connections.open) + len(acceptor._spare) + extra > most:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -1454,9 +1454,9 @@ async def test_without_descriptors_health_is_answered_and_the_log_says_why(
         check_free(extra=1)
         return accept(listener)
 
-    def tight_open(*args: Any) -> int:
-        check_free(extra=1)
-        return opened(*args)
+    def tight_open(path: str, *args: Any, **named: Any) -> int:
+        check_free(extra=path == os.devnull)
+        return opened(path, *args, **named)
 
     stays = [await room.client() for _ in range(2)]
     await goes_on(*stays)
