@@ -495,13 +495,18 @@ def test_a_document_that_is_too_long_is_refused_unless_it_may_be_cut(
 
 @pytest.mark.parametrize("truncate", [True, False])
 @pytest.mark.parametrize("name", ["two layers", "causal"])
-def test_a_query_that_leaves_no_room_for_a_document_is_refused(
+def test_a_query_that_leaves_no_room_for_a_document_is_refused_or_cut(
     farm: Farm, name: str, truncate: bool
 ) -> None:
     body = {"query": " ".join(DOCUMENTS * 9), "documents": DOCUMENTS}
     status, reply = farm.ask(name, "/v1/rerank", **body, truncate=truncate)
-    assert status == 400
-    assert "query" in reply["error"]["message"]
+    if truncate:
+        most = llama().llama_model_n_ctx_train(opened(farm.path(name)))
+        assert (status, len(reply["results"])) == (200, len(DOCUMENTS))
+        assert reply["usage"]["total_tokens"] <= most * len(DOCUMENTS)
+    else:
+        assert status == 400
+        assert "query" in reply["error"]["message"]
     assert farm.results(name), "and work goes on"
 
 
