@@ -842,7 +842,11 @@ class ModelSettings:
         separator=r"(?:,?\n+|,)(?=[0-9A-Za-z_.-]{1,64}=)",
         in_table="prompts",
     )
-    default_prompt_name: str = option("", "The prompt of requests that name none.")
+    default_prompt_name: str = option(
+        "",
+        "The prompt of requests that name none; else the one that a "
+        "config_sentence_transformers.json beside the file names.",
+    )
     context_size: int = model_option(
         0,
         "Longest sequence the contexts are made for, in tokens; 0: the model's own.",
@@ -9175,6 +9179,7 @@ class Served:
     created: int  # Unix time of loading, for the model list
     pool: Pool
     prompts: Mapping[str, str]  # that come with the model, by name
+    default_prompt_name: str = ""  # that of its own
     users: int = 0  # requests that have it in hands
 
     @property
@@ -10324,7 +10329,8 @@ def _prompt(wish: Wish, model: Model, served: Served) -> str:
         kind = INPUT_TYPES.get(said, said)
         names = (said, *(n for n, same in INPUT_TYPES.items() if same == kind))
         return next((known[name] for name in names if name in known), "")
-    return known.get(name or model.settings.default_prompt_name, "")
+    default = model.settings.default_prompt_name or served.default_prompt_name
+    return known.get(name or default, "")
 
 
 def prompted(
@@ -13343,32 +13349,61 @@ def check_memory(settings: Settings, path: str) -> None:
         )
 
 
-def prompts_beside(path: str, log: Log) -> dict[str, str]:
-    """The prompts that sentence-transformers keeps beside a model, by name."""
+def prompts_beside(path: str, log: Log) -> tuple[dict[str, str], str]:
+    """The prompts that sentence-transformers keeps beside a model, by name.
+
+    And the name of the one that it puts before every text, if there is one.
+    """
     place = Path(path).with_name("config_sentence_transformers.json")
     try:
         with open_plain(place) as file:
             found = json_codec().loads(file.read())
     except FileNotFoundError:
-        return {}
+        return {}, ""
     except (OSError, ValueError) as error:
         log("warning", "prompts not read", path=place, reason=error)
-        return {}
-    prompts = found.get("prompts") if isinstance(found, dict) else None
-    if not isinstance(prompts, dict):
-        return {}
-    return {name: text for name, text in prompts.items() if isinstance(text, str)}
+        return {}, ""
+    told = found if isinstance(found, dict) else {"prompts": found}
+    prompts, default = told.get("prompts", {}), told.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not isinstance(default, str | None):
+        why = "prompts is not an object, or default_prompt_name not a string"
+        log("warning", "prompts not read", path=place, reason=why)
+        return {}, ""
+    texts = {name: text for name, text in prompts.items() if isinstance(text, str)}
+    if len(texts) < len(prompts):
+        log("warning", "prompts that are no strings are not read", path=place)
+    return texts, default or ""
 
 
-def check_prompts(settings: Settings, known: Iterable[str]) -> None:
-    """Raise StartupError if the default one is not among them."""
-    own = [prompt.partition("=")[0] for prompt in settings.prompt]
-    wanted_name = settings.default_prompt_name
-    if wanted_name and wanted_name not in (*own, *known):
+def prompts_of(
+    settings: Settings, path: str, card: ModelCard, log: Log
+) -> tuple[dict[str, str], str]:
+    """The prompts that come with a model, by name, and which one goes before all texts."""
+    prompts, default = prompts_beside(path, log)
+    prompts |= dict(card.prompts)
+    if not card.is_ranker:  # which has the default of all in vain
+        default = check_prompts(settings, prompts, default, log)
+    return prompts, default
+
+
+def check_prompts(
+    settings: Settings, known: Iterable[str], default: str, log: Log
+) -> str:
+    """The model's own ``default`` prompt, if it is among them; else there is none.
+
+    Raises StartupError if that of the settings is not.
+    """
+    known = {*known, *(prompt.partition("=")[0] for prompt in settings.prompt)}
+    there = f"is no prompt of this model; it has {', '.join(sorted(known)) or 'none'}"
+    said = settings.default_prompt_name
+    if said and said not in known:
         raise StartupError(
-            f"default_prompt_name = {wanted_name!r} is no prompt of this model; it has "
-            f"{', '.join(sorted({*own, *known})) or 'none'}: add one with --prompt"
+            f"default_prompt_name = {said!r} {there}: add one with --prompt"
         )
+    if default and default not in known:
+        log("warning", f"default_prompt_name beside it, {default!r:.80}, {there}")
+        return ""
+    return default
 
 
 @dataclass(frozen=True, slots=True)
@@ -13526,9 +13561,7 @@ class Loader:
         with contextlib.ExitStack() as made:
             engine = cache.engine(file.path, settings.weights, file.sha256)
             made.callback(engine.close)
-            prompts = prompts_beside(file.path, self._log) | dict(engine.card.prompts)
-            if not engine.card.is_ranker:  # which has the default of all in vain
-                check_prompts(settings, prompts)
+            prompts, default = prompts_of(settings, file.path, engine.card, self._log)
             options = pool_options(settings)
             if options.cpus and not may_pin():
                 why = "the system forbids it; workers run on any CPU"
@@ -13564,6 +13597,7 @@ class Loader:
             workers=settings.workers,
             threads=settings.threads,
             prompts=",".join(prompts) or None,
+            default_prompt_name=settings.default_prompt_name or default or None,
             seconds=time.monotonic() - begun,
         )
         facts = dataclasses.replace(
@@ -13576,7 +13610,8 @@ class Loader:
             trained_tokens=engine.card.trained_tokens,
             sha256=file.sha256,
         )
-        return Served(settings, facts, int(time.time()), pool, prompts)
+        now = int(time.time())
+        return Served(settings, facts, now, pool, prompts, default)
 
     def look(self, settings: Settings, *, with_sha256: bool = True) -> ModelFacts:
         """What its files say of a model. To read all of them takes time; for a kind of

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import math
 import re
 import threading
@@ -599,6 +600,67 @@ def test_a_default_prompt_is_for_requests_that_name_none(tmp_path: Path) -> None
         body = {"input": "a", "input_type": "document"}
         reply = asked_of.post("/v1/embeddings", body)
         assert close(openai_vectors(reply), [vector("a")])
+
+
+BESIDE = {"prompts": {"query": "query: ", "document": "passage: "}}
+
+
+def test_the_default_prompt_that_stands_beside_a_model_goes_before_every_text(
+    tmp_path: Path,
+) -> None:
+    config = BESIDE | {"default_prompt_name": "document"}
+    with both.asking(tmp_path, config=config) as asked_of:
+        for path in EMBEDDING:
+            assert close(vectors(asked_of, path, "a"), [vector("passage: a")]), path
+        found = vectors(asked_of, "/embed", "a", prompt_name="query")
+        assert close(found, [vector("query: a")])
+
+
+def test_the_operator_s_default_prompt_is_before_the_one_beside_a_model(
+    tmp_path: Path,
+) -> None:
+    config = BESIDE | {"default_prompt_name": "document"}
+    flags = ("--default-prompt-name", "query")
+    with both.asking(tmp_path, *flags, config=config) as asked_of:
+        assert close(vectors(asked_of, "/embed", "a"), [vector("query: a")])
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "default", "lines"),
+    [
+        *(("document", ["document"], "document", 0), ("", ["document"], "", 0)),
+        *(("own", ["document"], "own", 0), ("nope", ["document"], "", 1)),
+        ("nope", [], "", 1),
+    ],
+)
+def test_a_default_prompt_beside_a_model_that_is_none_is_warned_of(
+    name: str, known: list[str], default: str, lines: int
+) -> None:
+    text = io.StringIO()
+    told = kit.settings(prompt=("own=x",))
+    assert es.check_prompts(told, known, name, es.Log("info", "text", text)) == default
+    assert text.getvalue().count("warning") == lines
+
+
+@pytest.mark.parametrize(
+    ("raw", "prompts", "lines"),
+    [
+        *((b"[]", {}, 1), (b"{", {}, 1), (b"null", {}, 1), (b"{}", {}, 0)),
+        *((b'{"prompts":[]}', {}, 1), (b'{"prompts":["a"]}', {}, 1)),
+        *((b'{"prompts":{"q":1}}', {}, 1), (b'{"prompts":null}', {}, 1)),
+        (b'{"prompts":{"q":"x"},"default_prompt_name":1}', {}, 1),
+        (b'{"prompts":{"q":"x","p":[]}}', {"q": "x"}, 1),
+        (b'{"prompts":{"q":"x"},"default_prompt_name":null}', {"q": "x"}, 0),
+    ],
+)
+def test_prompts_beside_a_model_that_cannot_be_read_are_warned_of(
+    tmp_path: Path, raw: bytes, prompts: dict[str, str], lines: int
+) -> None:
+    (tmp_path / "config_sentence_transformers.json").write_bytes(raw)
+    text = io.StringIO()
+    log = es.Log("info", "text", text)
+    assert es.prompts_beside(str(tmp_path / "m.gguf"), log) == (prompts, "")
+    assert text.getvalue().count("warning") == lines
 
 
 @pytest.mark.parametrize(
