@@ -1575,7 +1575,7 @@ def _checked(row: Row, given: Given) -> Any:
     # An empty variable is one that was not set where it comes from (compose, CI): without
     # a key, say, or with another model than was meant, nobody should be served.
     is_unset = given.source.startswith(("flag", "environment"))
-    if value == "" and (row.default or is_unset):
+    if value == "" and (row.default or limits.auto or is_unset):
         raise refuse("must not be empty; leave it out for the default")
     too_low = limits.at_least is not None and value < limits.at_least
     if too_low or (limits.at_most is not None and value > limits.at_most):
@@ -1583,13 +1583,15 @@ def _checked(row: Row, given: Given) -> Any:
     if row.kind is str and not limits.is_path and not _is_unicode(value):
         raise refuse("must be a string of Unicode text")
     if limits.is_path:
+        if "\0" in value:  # as TOML can say it: no system call takes it
+            raise refuse("must be a path, without NUL")
         value = os.path.expanduser(value)
     if limits.magic and value:
         try:
             with open_plain(value) as file:
                 found = file.read(len(limits.magic))
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or error
+        except OSError as error:
+            reason = error.strerror or error
             raise refuse(f"must be {limits.bound}: {reason}") from None
         if found != limits.magic:
             raise refuse(f"must be {limits.bound}; this one begins with {found!r}")

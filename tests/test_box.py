@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -134,64 +133,6 @@ def test_limits_of_cgroups_version_1_are_seen(
 ) -> None:
     tree(tmp_path, files | {"proc/self/cgroup": group})
     assert es.free_memory_bytes(tmp_path) == free
-
-
-# --- folders ---
-
-
-@pytest.mark.parametrize(
-    ("given", "folder"),
-    [
-        ({"XDG_CACHE_HOME": "/cache", "HOME": "/home/me"}, "/cache/embellama"),
-        ({"HOME": "/home/me"}, "/home/me/.cache/embellama"),
-        # The specification has relative ones ignored.
-        ({"XDG_CACHE_HOME": "cache", "HOME": "/me"}, "/me/.cache/embellama"),
-        ({"XDG_CACHE_HOME": "", "HOME": "/"}, "/.cache/embellama"),
-        ({"HOME": "here"}, "/var/cache/embellama"),
-        ({}, "/var/cache/embellama"),  # and a user that no file knows: "~" stays
-    ],
-)
-def test_the_cache_has_a_place_whoever_we_are(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], folder: str
-) -> None:
-    for name in ("XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "getuid", lambda: 987654321)
-    assert es.default_cache_dir() == folder
-
-
-# --- files ---
-
-
-def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "link").symlink_to("fifo")
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(str(tmp_path / "socket"))
-    for name in ("fifo", "link", "socket", "/dev/zero"):
-        with pytest.raises(OSError, match="not a plain file"):
-            es.open_plain(tmp_path / name)
-    with pytest.raises(IsADirectoryError):
-        es.open_plain(tmp_path)
-    (tmp_path / "plain").write_bytes(b"it")
-    with es.open_plain(tmp_path / "plain") as file:
-        assert file.read() == b"it"
-
-
-def test_a_file_that_becomes_a_fifo_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "plain").write_bytes(b"")
-    before = os.stat(tmp_path / "plain")
-    monkeypatch.setattr(os, "stat", lambda *_, **__: before)
-    with pytest.raises(OSError, match="not a plain file"):
-        es.open_plain(tmp_path / "fifo")
-
-
-# --- memory of a box without groups ---
 
 
 @pytest.mark.parametrize("meminfo", [None, "", "MemTotal: 1 kB\n", "\udcff\n"])

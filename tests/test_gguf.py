@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import math
 import os
@@ -766,14 +767,26 @@ def test_a_setting_counts_before_sha256sums(tmp_path: Path) -> None:
     assert found_for(path, model_sha256=digest).must_have == digest
 
 
-def test_sha256sums_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(os.mkdir, "Is a directory"), (os.mkfifo, "it is not a plain file")],
+)
+def test_sha256sums_that_cannot_be_read_is_a_sentence(
+    tmp_path: Path, make: Callable[[Path], None], reason: str
+) -> None:
     path, sums = tmp_path / "m.gguf", tmp_path / "SHA256SUMS"
     write_sound(path)
-    sums.mkdir()
-    with pytest.raises(
-        es.StartupError, match=f"^{sums} cannot be read: Is a directory$"
-    ):
+    make(sums)
+    with pytest.raises(es.StartupError, match=f"^{sums} cannot be read: {reason}$"):
         found_for(path)
+
+
+def test_prompts_that_are_a_fifo_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config_sentence_transformers.json")
+    stream = io.StringIO()
+    log = es.Log("info", "text", stream)
+    assert es.prompts_beside(str(tmp_path / "m.gguf"), log) == ({}, "")
+    assert "warning prompts not read" in stream.getvalue()
 
 
 def test_a_file_that_must_have_a_checksum_must_be_there(tmp_path: Path) -> None:

@@ -1001,6 +1001,8 @@ def break_files(files: Files, which: str) -> es.TlsFiles:
         path = files.folder / "broken"
         if how == "garbage":
             path.write_bytes(b"garbage")
+        elif how == "fifo":  # which would be waited for
+            os.mkfifo(path)
         names[name] = str(path)
     return es.TlsFiles(*names.values())
 
@@ -1010,6 +1012,7 @@ def break_files(files: Files, which: str) -> es.TlsFiles:
     [
         *("tls_cert missing", "tls_key missing", "tls_client_ca missing"),
         *("tls_cert garbage", "tls_key garbage", "tls_client_ca garbage"),
+        *("tls_cert fifo", "tls_key fifo", "tls_client_ca fifo"),
         "mismatched",
         pytest.param(
             "encrypted",

@@ -445,7 +445,12 @@ BAD_LINES = {
     "a list of": [
         *('model_alias = "a,b"', 'model_alias = ["a", 1]', 'model_alias = [""]'),
     ],
-    "a file that begins with GGUF": [r'model_path = "a\u0000b"'],
+    "must be a path, without NUL": [
+        f'{row.name} = "a\\u0000b"'
+        for row in es.SETTING_ROWS
+        if row.option.is_path and row.option.in_file
+    ],
+    "must not be empty": ['cache_dir = ""', 'host = ""'],
     "no such setting": [
         *(
             "config = 'x.toml'",
@@ -508,7 +513,9 @@ def test_an_unknown_flag_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as end:
         es.main(["--prot", "80"])
     assert end.value.code == 2
-    assert "--prot" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--prot" in said
+    assert "did you mean --prompt or --port?" in said
 
 
 # --- --print-config ---
@@ -540,7 +547,7 @@ def test_the_shown_settings_name_every_row_and_its_source(saying: Saying) -> Non
         "port = 3  # flag --port\n",
         "threads = 3  # environment EMBELLAMA_THREADS\n",
         f"workers = 3  # file {saying.folder}/settings.toml\n",
-        'host = "127.0.0.1"  # default\n',
+        'host = "localhost"  # default\n',
     ):
         assert line in shown
 
@@ -1070,3 +1077,58 @@ def test_cores_are_counted_where_there_is_no_affinity(
 def test_every_row_says_what_a_reload_does_with_it() -> None:
     said = {row.option.reload for row in es.SETTING_ROWS}
     assert said == set(es.RELOADS)
+
+
+# --- folders ---
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/cache", "HOME": "/home/me"}, "/cache/embellama"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/embellama"),
+        # The specification has relative ones ignored.
+        ({"XDG_CACHE_HOME": "cache", "HOME": "/me"}, "/me/.cache/embellama"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/"}, "/.cache/embellama"),
+        ({"HOME": "here"}, "/var/cache/embellama"),
+        ({}, "/var/cache/embellama"),  # and a user that no file knows: "~" stays
+    ],
+)
+def test_the_cache_has_a_place_whoever_we_are(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], folder: str
+) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getuid", lambda: 987654321)
+    assert es.default_cache_dir() == folder
+
+
+# --- files ---
+
+
+def test_only_a_plain_file_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    for name in ("fifo", "link", "socket", "/dev/zero"):
+        with pytest.raises(OSError, match="not a plain file"):
+            es.open_plain(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        es.open_plain(tmp_path)
+    (tmp_path / "plain").write_bytes(b"it")
+    with es.open_plain(tmp_path / "plain") as file:
+        assert file.read() == b"it"
+
+
+def test_a_file_that_becomes_a_fifo_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "plain").write_bytes(b"")
+    before = os.stat(tmp_path / "plain")
+    monkeypatch.setattr(os, "stat", lambda *_, **__: before)
+    with pytest.raises(OSError, match="not a plain file"):
+        es.open_plain(tmp_path / "fifo")
