@@ -6344,6 +6344,12 @@ class PackReport:
     is_aborted: bool
 
 
+def _abort(workers: Sequence[Worker], call: Call) -> None:
+    context = workers[call.worker].using
+    if context is not None:
+        context.abort()
+
+
 class Pool:
     """The queue, the tokeniser threads and the workers.
 
@@ -6369,17 +6375,18 @@ class Pool:
         self.deliver = deliver
         self.on_pack = on_pack
         self.dead_letters = dead_letters
+        self._workers: list[Worker] = []
         self.queue = Queue(
             engine.card,
             options,
             backlog,
             cache,
-            on_abort=self._abort,
+            on_abort=functools.partial(_abort, self._workers),
             clock=time.monotonic,
         )
         self.lanes: dict[bool, Context] = {}  # per token or not; whoever holds the lane
         self._reader = Reader(engine, cache)
-        self._workers = [Worker(self, number) for number in range(options.workers)]
+        self._workers += [Worker(self, number) for number in range(options.workers)]
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -6418,6 +6425,9 @@ class Pool:
             return False
         while self.lanes:
             self.lanes.popitem()[1].close()
+        # They know us. The cache and the vocabulary, many megabytes, would wait for the
+        # collector of cycles otherwise, which comes when it likes.
+        self._workers.clear()
         return True
 
     @property
@@ -6454,11 +6464,6 @@ class Pool:
                 self.queue.abandon_all(EngineUnavailable(ENGINE_BROKEN))
 
         queue.submit(canary, is_canary=True)
-
-    def _abort(self, call: Call) -> None:
-        context = self._workers[call.worker].using
-        if context is not None:
-            context.abort()
 
     def _spawn(self, name: str, run: Callable[[], None], stack: int = 0) -> None:
         # Daemon: a thread stuck in native code must not keep the process alive.
@@ -9533,7 +9538,7 @@ class Models(Names):
                 if model not in self._rows:  # not any more
                     self.retiring.append(served)
                     return served
-                if _is_same_memory(settings, model.settings):
+                if loaded_with(settings) == loaded_with(model.settings):
                     self.put(model, served)
                     return served
                 self.retiring.append(served)
@@ -9761,15 +9766,13 @@ def _can_stay(before: Model | None, settings: Settings) -> bool:
     is_same_file = (
         file_stamp(*part_paths(settings.model_path)) == before.served.facts.stamp
     )
-    return is_same_file and _is_same_memory(before.served.settings, settings)
+    return is_same_file and loaded_with(before.served.settings) == loaded_with(settings)
 
 
-def _is_same_memory(one: Settings, other: Settings) -> bool:
-    return all(
-        getattr(one, row.name) == getattr(other, row.name)
-        for row in MODEL_ROWS
-        if row.option.reload == "with the model"
-    )
+def loaded_with(settings: Settings) -> tuple[object, ...]:
+    """All that decides what is in memory, beside the file."""
+    rows = (row for row in MODEL_ROWS if row.option.reload == "with the model")
+    return tuple(getattr(settings, row.name) for row in rows)
 
 
 # ==============================================================================
@@ -13519,6 +13522,123 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
     )
 
 
+_TRIAL_S: Final = 600  # a trial may also fetch, re-encode and measure
+_REFUSED: Final = 3  # its exit code when it has said why
+_TELLING: Final = ("ASSERT", "what():", "libgomp", "Fatal Python", "abort")
+_TRIAL: Final = """\
+import importlib.util, sys
+path, *sys.path = sys.argv[1:]
+sys.dont_write_bytecode = True
+spec = importlib.util.spec_from_file_location("embellama_server", path)
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.try_to_load()
+"""
+
+
+class TrialLoad:
+    """Loads a model in another process, which that may end. Any thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_cancelled = False
+
+    def run(self, settings: Settings) -> None:
+        """Return if it loads and computes. Raises StartupError if not."""
+        path = settings.model_path
+        command = [sys.executable, "-c", _TRIAL, os.path.abspath(__file__), *sys.path]
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # else it starts gdb
+            )
+        except OSError as error:
+            why = f"no process to try it in: {error.strerror}"
+            raise StartupError(f"{path}: {why}") from None
+        with self._process as process:
+            if self._is_cancelled:
+                process.kill()
+            given = json.dumps(dataclasses.asdict(settings)).encode()
+            said, noise = process.communicate(given)
+        if process.returncode == _REFUSED:
+            raise StartupError(os.fsdecode(said))
+        if process.returncode:
+            how = _how_it_ended(process.returncode, noise.decode("utf-8", "replace"))
+            raise StartupError(
+                f"{path} cannot be loaded: a process that tried it {how}; the file may be "
+                "damaged, too large, or not for this llama.cpp"
+            )
+
+    def cancel(self) -> None:
+        """End it; run() then raises StartupError."""
+        self._is_cancelled = True
+        if self._process is not None:
+            self._process.kill()
+
+
+def _how_it_ended(code: int, noise: str) -> str:
+    lines = [line.strip() for line in noise.splitlines() if line.strip()]
+    telling = [line for line in lines if any(mark in line for mark in _TELLING)]
+    why = "".join(f": {line:.200}" for line in (telling or lines[-1:])[:1])
+    if code == -signal.SIGALRM:
+        return f"took longer than {_TRIAL_S} s"
+    if code > 0:
+        return f"ended with exit code {code}{why}"
+    names = {int(each): each.name for each in signal.Signals}
+    return f"was killed by {names.get(-code, f'signal {-code}')}{why}"
+
+
+def try_to_load() -> typing.NoReturn:
+    """The life of a process that loads a model, to see whether it survives that.
+
+    Settings come as JSON on stdin; a sentence goes to stdout.
+    """
+    signal.alarm(_TRIAL_S)  # ends native code too
+    with contextlib.suppress(ImportError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    given: dict[str, Any] = json.load(sys.stdin.buffer)
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    settings = Settings(**given)
+    loader = Loader(
+        settings.cache_dir,
+        Log("error", "text", sys.stderr),
+        LlamaEngine,
+        deliver=lambda _: None,
+        on_pack=lambda _: None,
+        dead_letters=None,
+    )
+    try:
+        served = loader.load(settings)
+        _compute_by_all(served)
+    except (StartupError, EngineError) as error:
+        os.write(1, os.fsencode(str(error)))
+        os._exit(_REFUSED)
+    os._exit(0)  # its threads end with it
+
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def _compute_by_all(served: Served) -> None:
+    """One call by as many threads as one will ever have: they are native, and new."""
+    import numpy as np
+
+    pool = served.pool
+    threads = usable_cores() if pool.options.is_elastic else pool.options.threads
+    context = pool.engine.new_context()
+    probe = np.array(framed(pool.engine.tokenise("a"), served.card), np.int32)
+    context.embed([probe], threads=threads, raw=served.card.is_ranker)
+
+
 class Loader:
     """Makes what is served: file, weights, engine, pool. Not for the event loop's thread."""
 
@@ -13534,6 +13654,9 @@ class Loader:
     ) -> None:
         """For ``deliver`` and the rest see Pool."""
         self._fetch = ModelFetch(cache_dir, log, DEFAULT_MODEL)
+        self._trial = TrialLoad()
+        # What has loaded well: of which file, and how.
+        self._proven: collections.deque[object] = collections.deque(maxlen=256)
         self._has_loaded = False
         self._log = log
         self._engine_factory = engine_factory
@@ -13542,23 +13665,47 @@ class Loader:
         self._dead_letters = dead_letters
 
     def cancel(self) -> None:
-        """Stop fetching; any thread."""
+        """Stop fetching, and trying; any thread."""
         self._fetch.cancel()
+        self._trial.cancel()
 
     def load(self, settings: Settings) -> Served:
         """With all threads running. Raises StartupError, and leaves nothing behind."""
         try:
-            return self._loaded(settings)
+            proof = self._proof(settings)
+            served = self._loaded(settings)
         except (OSError, MemoryError) as error:
             why = str(error) or "there is not enough memory"
             raise StartupError(f"{name_of(settings)}: {why}") from None
+        self._proven.append(proof)
+        return served
+
+    def load_beside(self, settings: Settings) -> Served:
+        """As load(), where others are served: what has not been loaded yet is tried first.
+
+        Not the default model, which is known to the byte, nor a test's engine.
+        """
+        is_known = not settings.model_path or self._proof(settings) in self._proven
+        if not is_known and self._engine_factory is LlamaEngine:
+            self._check_room(settings, settings.model_path)
+            begun = time.monotonic()
+            self._trial.run(dataclasses.replace(settings, max_memory_mb=0))
+            seconds = time.monotonic() - begun
+            self._log("info", "tried", model=name_of(settings), seconds=seconds)
+        return self.load(settings)
+
+    def _proof(self, settings: Settings) -> object:
+        return file_stamp(*part_paths(settings.model_path)), loaded_with(settings)
+
+    def _check_room(self, settings: Settings, path: str) -> None:
+        # The first one is what the box is for; mapped weights need not all be resident.
+        if self._has_loaded or settings.max_memory_mb:
+            check_memory(settings, path)
 
     def _loaded(self, settings: Settings) -> Served:
         begun, stamp = time.monotonic(), file_stamp(*part_paths(settings.model_path))
         file = model_file(settings, self._fetch)
-        # The first one is what the box is for; mapped weights need not all be resident.
-        if self._has_loaded or settings.max_memory_mb:
-            check_memory(settings, file.path)
+        self._check_room(settings, file.path)
         cache = weights_cache(settings, file, self._engine_factory, self._log)
         with contextlib.ExitStack() as made:
             engine = cache.engine(file.path, settings.weights, file.sha256)
@@ -14190,7 +14337,7 @@ class Service:
         self.models = Models(
             models or (settings,),
             default_name=DEFAULT_MODEL.name,
-            load=self._loader.load,
+            load=self._loader.load_beside,
             free=_free,
             look=self._loader.look,
             telemetry=self.telemetry,

@@ -7,9 +7,6 @@ import errno
 import itertools
 import os
 import re
-import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -570,100 +567,5 @@ def test_keys_that_others_may_read_are_warned_of_at_each_start_and_change(
             path.chmod(0o640)
             running.service._renew_files()
             assert len(said(running)) == 1
-
-    run(check())
-
-
-# --- no room for all threads ---
-
-THREADS = """
-import os, resource, sys, tempfile, time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-import embellama_server as es
-from tests import kit, models
-
-def settled(count):
-    # The system counts a thread for a moment after it has been joined.
-    end = time.monotonic() + kit.DEADLINE_S
-    while len(os.listdir("/proc/self/task")) != count:
-        assert time.monotonic() < end, os.listdir("/proc/self/task")
-
-def computed_by_two(served):
-    context = served.pool.engine.new_context()
-    context.embed([es.framed([5] * 20, served.card)], threads=2)
-    context.close()
-
-with tempfile.TemporaryDirectory() as folder:
-    path = models.tiny_bert(Path(folder))
-    said = []
-    loader = es.Loader(
-        folder,
-        es.Log("debug", "text", open(os.devnull, "w")),
-        es.LlamaEngine,
-        deliver=lambda call: None,
-        on_pack=lambda report: None,
-        dead_letters=None,
-    )
-    settings = kit.settings(model_path=str(path), cache_dir=folder, workers=3, threads=2)
-    _, most = resource.getrlimit(resource.RLIMIT_NPROC)
-    has = len(os.listdir("/proc/self/task"))
-    for room in range(9):
-        resource.setrlimit(resource.RLIMIT_NPROC, (has + room, most))
-        try:
-            served = loader.load(settings)
-        except es.StartupError as error:
-            said.append(str(error))
-            settled(has)
-            continue
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(computed_by_two, served).result()
-        assert es._free(served)
-        settled(has)
-    assert said == [es.NO_THREADS] * 7, said
-"""
-
-
-# Limits do not count for root. To read what root's tests need is all that is kept.
-AS_NOBODY = (
-    *("setpriv", "--reuid=61234"),
-    *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
-)
-
-
-@pytest.mark.skipif(
-    os.getuid() == 0 and not shutil.which("setpriv"), reason="needs another user"
-)
-def test_a_load_without_room_for_its_threads_is_a_sentence() -> None:
-    command = [sys.executable, "-c", THREADS]
-    if os.getuid() == 0:
-        command = [*AS_NOBODY, *command]
-    ended = subprocess.run(
-        command,
-        check=False,
-        cwd=kit.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=kit.DEADLINE_S,
-    )
-    assert ended.returncode == 0, (ended.returncode, ended.stderr)
-
-
-# --- places that cannot be written ---
-
-
-@pytest.mark.parametrize("weights", ["keep", "auto"])
-def test_a_server_needs_no_place_to_write(tmp_path: Path, weights: str) -> None:
-    # As in a container whose root can only be read.
-    (tmp_path / "file").write_text("")
-
-    async def check() -> None:
-        async with kit.running_service(
-            cache_dir=str(tmp_path / "file" / "cache"),
-            weights=weights,
-            model_path=str(kit.fake_gguf(tmp_path)),
-        ) as running:
-            reply = await running.ask("POST", "/v1/embeddings", {"input": "a"})
-            assert reply.status == 200
 
     run(check())
