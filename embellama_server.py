@@ -958,6 +958,9 @@ class ModelSettings:
 # 4. SETTINGS - every other option
 # ==============================================================================
 
+MAX_INPUTS: Final = 8192  # of a request: Chroma sends 5,461 texts in one
+MAX_REQUEST_TOKENS: Final = 300_000  # OpenAI's
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(ModelSettings):
@@ -983,11 +986,15 @@ class Settings(ModelSettings):
         also=("--max-concurrent-requests",),
     )
     max_client_batch_size: int = option(
-        2048, "Inputs of one request.", at_least=1, at_most=1 << 20
+        MAX_INPUTS,
+        "Most inputs in one request; unless it is set, 10,000 documents to rerank.",
+        at_least=1,
+        at_most=1 << 20,
     )
     max_request_tokens: int = option(
-        300_000,
-        "Most tokens in one request (OpenAI: 300,000); 0: no limit.",
+        MAX_REQUEST_TOKENS,
+        "Most tokens in one request; 0: no limit. Unless it is set, only OpenAI's route "
+        "for embeddings has one, as OpenAI has.",
         at_least=0,
         at_most=1 << 30,
     )
@@ -5729,7 +5736,7 @@ def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
 def too_many_tokens(job: Job) -> TooManyTokens:
     """The refusal of a job whose inputs together are too long."""
     return TooManyTokens(
-        f"{job.named} has {job.tokens} tokens or more and a request may have "
+        f"{job.tokens} tokens or more are in {job.named} and a request may have "
         f"{job.most_tokens} (--max-request-tokens; for vectors of tokens also what "
         "--max-buffered-mb has room for): send several",
         param=job.named,
@@ -10248,10 +10255,40 @@ class Wish:
     allow_partial: bool = False
 
     @property
+    def is_ranking(self) -> bool:
+        """Whether its inputs are a query with each of some documents."""
+        return bool(self.inputs) and isinstance(self.inputs[0], Pair)
+
+    @property
     def cuts_left(self) -> bool:
         """Where to cut what is too long."""
         is_said = isinstance(self.truncate, str)
         return (self.truncate if is_said else self.truncation_direction) == "left"
+
+
+_MAX_DOCUMENTS: Final = 10_000  # Cohere's
+_TOKEN_NUMBER_BYTES: Final = 12  # of a reply, and of what makes it, on the average
+
+
+def max_inputs(wish: Wish, settings: Settings) -> int:
+    """Of a request: what the operator says, else what the dialect's own server takes."""
+    most = settings.max_client_batch_size
+    return _MAX_DOCUMENTS if wish.is_ranking and most == MAX_INPUTS else most
+
+
+def max_tokens(
+    wish: Wish, dialect: Dialect, card: ModelCard, settings: Settings
+) -> int:
+    """Of all its inputs together, likewise; and what a reply has room for."""
+    most = settings.max_request_tokens
+    is_openais = dialect is OPENAI and not wish.is_ranking
+    if most == MAX_REQUEST_TOKENS and not is_openais:
+        most = 0
+    most = most or sys.maxsize
+    if wish.form is Form.TOKENS:
+        room = settings.max_buffered_mb << 20
+        most = min(most, room // (_TOKEN_NUMBER_BYTES * card.n_embd))
+    return most
 
 
 def wish_of(
@@ -10273,8 +10310,7 @@ def checked_inputs(
 ) -> tuple[Sequence[Input], tuple[str, str]]:
     """What prompted() gives, if this model can do with it what is wanted."""
     card = served.card
-    is_pair = any(isinstance(item, Pair) for item in wish.inputs)
-    if is_pair != card.is_ranker:
+    if wish.is_ranking != card.is_ranker:
         kinds = _KINDS_OF_MODEL if card.is_ranker else reversed(_KINDS_OF_MODEL)
         have, need = kinds
         raise WrongKindOfModel(
@@ -10562,11 +10598,10 @@ async def opened(
     )
     exchange.inputs = wish.inputs
     exchange.log_fields.update(model=wish.model or model.name, inputs=len(wish.inputs))
-    most = house.settings.max_client_batch_size
-    if len(wish.inputs) > most:
+    if len(wish.inputs) > (most := max_inputs(wish, house.settings)):
         raise InvalidValue(
-            f"{wish.named} has {len(wish.inputs)} items and at most {most} are accepted: "
-            "send several requests",
+            f"{len(wish.inputs)} items are in {wish.named} and at most {most} may be "
+            "(--max-client-batch-size): send several requests",
             param=wish.named,
         )
     return model, await loaded(model, exchange)
@@ -10682,7 +10717,7 @@ async def _computed(
         max_input_tokens=most if most and most > 0 else sys.maxsize,
         max_text_tokens=wish.max_tokens_per_doc or sys.maxsize,
         named=wish.named,
-        most_tokens=_most_tokens(wish, served.card, house.settings),
+        most_tokens=max_tokens(wish, exchange.dialect, served.card, house.settings),
     )
     bound = sum(most_tokens(item, served.card) for item in inputs)
     with charged(exchange, bound) as used:
@@ -10713,18 +10748,6 @@ def too_late(exchange: Exchange) -> RequestTimeout:
         f"not finished within {limit_s:g} s: {exchange.stage} (--request-timeout-s is "
         f"{most_s:g}, the request may say less); send fewer inputs at a time, or try again"
     )
-
-
-_TOKEN_NUMBER_BYTES: Final = 12  # of a reply, and of what makes it, on the average
-
-
-def _most_tokens(wish: Wish, card: ModelCard, settings: Settings) -> int:
-    """Of all inputs together: what the operator allows, and a reply has room for."""
-    most = settings.max_request_tokens or sys.maxsize
-    if wish.form is Form.TOKENS:
-        room = settings.max_buffered_mb << 20
-        most = min(most, room // (_TOKEN_NUMBER_BYTES * card.n_embd))
-    return most
 
 
 def _urgency(exchange: Exchange, priority: str | None = None) -> int:
@@ -13444,8 +13467,8 @@ LIMITS: Final = (
     Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones", MalformedRequest),
     Limit("chunk lines beyond 16 bytes and twice the data", "chunk_overhead_bytes", "Go 16 KiB", MalformedRequest),
     Limit("body, bytes", "max_body_bytes", "TEI 2 MB, nginx 1 MB; 2048 texts need more", BodyTooLarge),
-    Limit("a large body, values", "300,000 (`--max-request-tokens`) and 16 for each of 2048 inputs", "-", TooManyTokens),
-    Limit("a large body, lists and objects", "16 for each of 2048 inputs (`--max-client-batch-size`)", "-", InvalidJson),
+    Limit("a large body, values", "300,000 (`--max-request-tokens`) and 16 for each of 8192 inputs", "-", TooManyTokens),
+    Limit("a large body, lists and objects", "16 for each of 8192 inputs (`--max-client-batch-size`)", "-", InvalidJson),
     Limit("pipelined requests, bytes read ahead", str(READ_AHEAD_BYTES), "uvicorn 64 KiB", "reading stops until the answer is out"),
     Limit("requests and replies held, MiB", "max_buffered_mb", "Redis client-output-buffer-limit", Overloaded),
     Limit("connections", "max_connections", "Redis 10,000, nginx 512 a worker", TooManyConnections),
@@ -13462,8 +13485,8 @@ LIMITS: Final = (
     Limit("tokens waiting or running", "queue_tokens", "vLLM max_num_queued_tokens", Overloaded),
     Limit("memory of what waits or runs, MiB", "queue_mb", "Redis client-output-buffer-limit", Overloaded),
     Limit("beyond these, for clients with less than an equal part", f"1/{RESERVE_PART} more", "Netflix keeps partitions for others", Overloaded),
-    Limit("inputs of one request", "max_client_batch_size", "OpenAI 2048, TEI 32", InvalidValue),
-    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000", TooManyTokens),
+    Limit("inputs of one request", "max_client_batch_size", "OpenAI 2048, TEI 32; Cohere 10,000 documents, and so here unless set", InvalidValue),
+    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000; the others none, and so here unless set", TooManyTokens),
     Limit("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", ContextLengthExceeded),
     Limit("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", RequestTimeout),
     Limit("a llama.cpp call, seconds", "stuck_after_s", "gunicorn kills a worker after 30 s", EngineFailed),

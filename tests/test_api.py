@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import hashlib
 import struct
+import sys
 import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -207,7 +208,7 @@ BAD_BODIES: dict[str, tuple[Any, str, str | None, str]] = {
     "a float first": ({"input": [0.5]}, "invalid_value", "input[0]", "string"),
     "null in a list": ({"input": ["a", None]}, "invalid_value", "input[1]", "string"),
     "true in a list": ({"input": [True]}, "invalid_value", "input[0]", "string"),
-    "too many": ({"input": ["a"] * 2049}, "invalid_value", "input", "2049"),
+    "too many": ({"input": ["a"] * 8193}, "invalid_value", "input", "8193"),
     "ids": ({"input": [1, 2]}, "token_ids_not_accepted", "input", "LangChain"),
     "lists of ids": (
         {"input": [[1], [2]]},
@@ -351,6 +352,36 @@ def test_a_request_has_at_most_so_many_tokens_in_all_its_inputs() -> None:
 
     with_service(check, max_request_tokens=100)
     assert es.Settings().max_request_tokens == 300_000, "OpenAI's"
+
+
+@pytest.mark.parametrize(
+    ("is_openai", "ranks", "said", "inputs", "tokens"),
+    [
+        *((True, False, {}, 8192, 300_000), (True, True, {}, 10_000, None)),
+        *((False, False, {}, 8192, None), (False, True, {}, 10_000, None)),
+        (True, False, {"max_request_tokens": 0}, 8192, None),
+        *(
+            (is_openai, ranks, said, 3, 7)
+            for is_openai in (True, False)
+            for ranks in (True, False)
+            for said in ({"max_client_batch_size": 3, "max_request_tokens": 7},)
+        ),
+        (False, True, {"max_client_batch_size": 20_000}, 20_000, None),
+    ],
+)
+def test_limits_are_the_dialect_s_own_unless_they_are_set(
+    is_openai: bool,
+    ranks: bool,
+    said: dict[str, int],
+    inputs: int,
+    tokens: int | None,
+) -> None:
+    settings = kit.settings(**said)
+    wish = es.Wish(inputs=[es.Pair("q", "d") if ranks else "d"])
+    dialect = es.OPENAI if is_openai else es.TEI
+    assert es.max_inputs(wish, settings) == inputs
+    found = es.max_tokens(wish, dialect, kit.FakeEngine().card, settings)
+    assert found == (tokens or sys.maxsize)
 
 
 def test_accepted_token_ids_are_checked_against_the_vocabulary() -> None:

@@ -897,6 +897,18 @@ def test_a_document_without_a_score_comes_last_and_leaves_the_others(
     assert alone.status == (424 if path == "texts" else 500)
 
 
+@pytest.mark.parametrize("path", [*RERANKING, "texts"])
+def test_documents_may_have_more_tokens_together_than_openai_allows(
+    ranker: both.Client, path: str
+) -> None:
+    name = "texts" if path == "texts" else "documents"
+    body = {"query": "q", name: [LONG] * 10_000, "top_n": 1}
+    reply = ranker.post("/rerank" if path == "texts" else path, body)
+    assert reply.status == 200, reply.body[:300]
+    if path != "texts":
+        assert reply.json["usage"]["total_tokens"] == 320_000
+
+
 def test_vectors_are_cut_to_as_many_tokens_as_vllm_s_clients_ask_for(
     client: both.Client,
 ) -> None:
@@ -1086,7 +1098,7 @@ def test_similarity_cuts_what_is_too_long(client: both.Client, path: str) -> Non
         ({"source_sentence": ["a"], "sentences": ["a"]}, 422),
         ({"source_sentence": "a", "sentences": "a"}, 422),
         ({"source_sentence": "a", "sentences": [[7]]}, 422),
-        ({"source_sentence": "a", "sentences": ["b"] * 2048}, 422),
+        ({"source_sentence": "a", "sentences": ["b"] * 8192}, 422),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -1101,8 +1113,8 @@ def test_wrong_sentences_are_refused(
 def test_one_request_has_as_many_sentences_as_inputs_less_the_source(
     client: both.Client,
 ) -> None:
-    body = {"inputs": {"source_sentence": "a", "sentences": ["b"] * 2047}}
-    assert len(client.post("/similarity", body).json) == 2047
+    body = {"inputs": {"source_sentence": "a", "sentences": ["b"] * 8191}}
+    assert len(client.post("/similarity", body).json) == 8191
 
 
 @pytest.mark.parametrize("path", ["/", "/invocations"])
@@ -1157,8 +1169,8 @@ def test_tokenize_gives_the_special_tokens_unless_told_not_to(
         ({"inputs": "a", "add_special_tokens": 2}, 422),
         ({"inputs": "a", "prompt_name": "nope"}, 422),
         ({"inputs": "a", "model": "nope"}, 200),
-        ({"inputs": ["a"] * 2049}, 422),
-        ({"inputs": ["a"] * 2048}, 200),
+        ({"inputs": ["a"] * 8193}, 422),
+        ({"inputs": ["a"] * 8192}, 200),
         ({"inputs": "a " * 1000}, 200),  # longer than the model reads: only counted
         ({"inputs": "a", "model": "ranker"}, 200),
     ],
@@ -1178,8 +1190,8 @@ def test_what_tokenize_takes(client: both.Client, body: object, status: int) -> 
         *(({"ids": [[[7]]]}, 422), ({"ids": [{}]}, 422)),
         *(({"ids": [2**30]}, 422), ({"ids": [2**31]}, 422), ({"ids": [2**63]}, 422)),
         ({"ids": [7], "skip_special_tokens": "no"}, 422),
-        ({"ids": [[7]] * 2049}, 422),
-        ({"ids": [[7]] * 2048}, 200),
+        ({"ids": [[7]] * 8193}, 422),
+        ({"ids": [[7]] * 8192}, 200),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -1245,7 +1257,7 @@ def test_info_says_what_tei_says(client: both.Client) -> None:
         "max_input_length": 32,
         "max_batch_tokens": 256,
         "max_batch_requests": None,
-        "max_client_batch_size": 2048,
+        "max_client_batch_size": 8192,
         "auto_truncate": False,
         "tokenization_workers": 1,
         "version": es.__version__,
