@@ -25,7 +25,7 @@ The life of one request
     GATE         who is asking (401, 403) and how much that one may (429)
  4. REQUESTS     the body completes: one Request; CODINGS unpacks it
  5. FORMS        JSON becomes a form: every field typed, or a 400 that names it
- 6. OPENAI, TEI, RERANK, OLLAMA   whatever the dialect, the form becomes a Wish (INPUTS)
+ 6. OPENAI, COHERE, RERANK, TEI, OLLAMA   whatever the dialect, the form becomes a Wish (INPUTS)
  7. NAMES        which model and version that is
     MODELS       loaded now if it is not in memory
  8. QUEUE        submit(): room is reserved at once, or 503 at once
@@ -99,22 +99,23 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 36. WORK - from what is wanted of some texts to their vectors
 37. VECTORS - numbers of a reply, in the types that clients ask for
 38. OPENAI - its shapes
-39. RERANK - Cohere's and Jina's shape
-40. TEI - the shapes of text-embeddings-inference
-41. TOKENS - what texts are made of, and what a model can take
-42. OLLAMA - its shapes
-43. ADMIN - health, readiness, metrics, models
-44. DESCRIPTION - the routes as an OpenAPI document
-45. PAGES - the API's own documentation
-46. ROUTES - the table, and everything derived from it
-47. DISPATCH - from a request to its response
-48. WIRING - what the settings mean to each part
-49. LOADING - a model's way into memory
-50. SUPERVISOR - a small parent that outlives the server
-51. PHASES - the life of the server
-52. SERVICE - builds every object; loading, ready, draining, stopped
-53. TUNING - the settings that are fastest on this box
-54. COMMAND LINE - flags in, exit code out
+39. COHERE - its embeddings
+40. RERANK - Cohere's and Jina's shape, and vLLM's scores
+41. TEI - the shapes of text-embeddings-inference
+42. TOKENS - what texts are made of, and what a model can take
+43. OLLAMA - its shapes
+44. ADMIN - health, readiness, metrics, models
+45. DESCRIPTION - the routes as an OpenAPI document
+46. PAGES - the API's own documentation
+47. ROUTES - the table, and everything derived from it
+48. DISPATCH - from a request to its response
+49. WIRING - what the settings mean to each part
+50. LOADING - a model's way into memory
+51. SUPERVISOR - a small parent that outlives the server
+52. PHASES - the life of the server
+53. SERVICE - builds every object; loading, ready, draining, stopped
+54. TUNING - the settings that are fastest on this box
+55. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -5349,8 +5350,9 @@ class Job:
     tokens: int = 0
     truncated: int = 0
     tokenise_s: float = 0.0
-    query_ids: list[int] = field(default_factory=list)  # of all its pairs
-    query: str | None = None  # likewise: as much of it as there is room for
+    asked: str = ""  # the query of its pairs, or of the last one; and of that
+    query_ids: list[int] = field(default_factory=list)
+    query: str | None = None  # as much as there is room for
     started_at: float = 0.0
     ended_at: float = 0.0
 
@@ -5820,6 +5822,8 @@ class Reader:
 
     def _pair_ids(self, job: Job, name: str, pair: Pair) -> list[int]:
         """Of a query and a text, of which the text is cut before the query is."""
+        if job.asked != pair.query:
+            job.asked, job.query_ids, job.query = pair.query, [], None
         most = self._most(job)
         has_template = bool(self.engine.card.pair_template)
         made = self._templated if has_template else self._joined
@@ -10171,6 +10175,7 @@ INTEGER: Final[Schema] = {"type": "integer"}
 STRING: Final[Schema] = {"type": "string"}
 ANYTHING: Final[Schema] = {}
 NUMBERS: Final[Schema] = {"type": "array", "items": NUMBER}
+ROWS_OF_NUMBERS: Final[Schema] = {"type": "array", "items": NUMBERS}
 
 
 def array(items: Schema) -> Schema:
@@ -11057,10 +11062,10 @@ def _model_object(name: str, one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 39. RERANK - Cohere's and Jina's shape
+# 39. COHERE - its embeddings
 # ==============================================================================
-# Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
-# theirs do, unless the model gives probabilities already or raw_scores is asked for.
+# Reference: Cohere's API, "Embed v2" and "Embed v1". The first gives vectors by type, the
+# second a bare list of lists where no type is named.
 
 
 def _read_priority(value: object, name: str) -> str | None:
@@ -11068,7 +11073,142 @@ def _read_priority(value: object, name: str) -> str | None:
     return None if type(value) is int else PRIORITY.read(value, name)
 
 
-_PRIORITY: Final = Kind(_read_priority, {"anyOf": [PRIORITY.schema, INTEGER]})
+COHERE_PRIORITY: Final = Kind(_read_priority, {"anyOf": [PRIORITY.schema, INTEGER]})
+
+
+def _read_content(value: object, name: str) -> str:
+    """The text of an input that is a list of parts."""
+    parts = (
+        filled(_Content, value, f"{name}.").content if isinstance(value, dict) else []
+    )
+    if not parts:
+        raise InvalidValue(f"{name} must be an object with a content", param=name)
+    return str(SOME_TEXT.read("\n".join(one.text for one in parts), name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TextPart:
+    """A part of an input."""
+
+    text: str = needed(TEXT, "The text: images are not embedded here.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    """An input in parts, which are read as one text."""
+
+    content: list[_TextPart] = needed(listed(part(_TextPart)), "Objects with a text.")
+
+
+_TYPES: Final = ("float", "int8", "uint8", "binary", "ubinary", "base64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CohereEmbedForm:
+    """The body of POST /v2/embed and /v1/embed."""
+
+    texts: list[str] | None = wanted(
+        listed(SOME_TEXT), "Strings.", example=["The cat sleeps.", "Hello"]
+    )
+    inputs: list[str] | None = wanted(
+        listed(Kind(_read_content, schema_of(_Content))), "Or objects with texts."
+    )
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
+    )
+    input_type: str | None = wanted(
+        NAME,
+        "The prompt of this name, if the model has one; search_query means query, "
+        "search_document document.",
+    )
+    embedding_types: list[str] | None = wanted(
+        listed(one_of(*_TYPES)),
+        "Types of the numbers, one or more.",
+    )
+    output_dimension: int | None = wanted(
+        whole(1), "Keep so many, and scale to length 1."
+    )
+    truncate: bool | str | None = wanted(
+        TRUNCATE, "Cut what is too long; NONE: refuse it.", True
+    )
+    max_tokens: int | None = wanted(whole(1), CUT_TO)
+    priority: str | None = wanted(
+        COHERE_PRIORITY, "Who goes first; none: normal. A number changes nothing."
+    )
+
+
+_BY_TYPE: Final = an_object(
+    *_TYPES, **dict.fromkeys(_TYPES, ROWS_OF_NUMBERS) | {"base64": array(STRING)}
+)
+COHERE_REPLY: Final = an_object(
+    response_type=STRING,
+    id=STRING,
+    embeddings=any_of(ROWS_OF_NUMBERS, _BY_TYPE),
+    texts=array(STRING),
+    meta=ANYTHING,
+)
+
+
+async def cohere_embed(exchange: Exchange, form: CohereEmbedForm) -> Response:
+    """Vectors by type, as Cohere gives them."""
+    return await _by_type(exchange, form, form.embedding_types or ["float"], "2")
+
+
+async def cohere_embed_v1(exchange: Exchange, form: CohereEmbedForm) -> Response:
+    """Vectors, and by type if types are named, as Cohere gave them before."""
+    return await _by_type(exchange, form, form.embedding_types or [], "1")
+
+
+async def _by_type(
+    exchange: Exchange, form: CohereEmbedForm, kinds: Sequence[str], version: str
+) -> Response:
+    texts = form.inputs if form.texts is None else form.texts
+    if texts is None:
+        raise InvalidValue("texts (or inputs) is missing", param="texts")
+    more = {
+        "dimensions": form.output_dimension,
+        "truncate_prompt_tokens": form.max_tokens,
+    }
+    result = await done(wish_of(form, texts, "texts", **more), exchange)
+
+    def write() -> bytes:
+        dumps = json_codec().dumps
+        rows = [final(vector, form.output_dimension) for vector in result.job.vectors]
+        found = {
+            kind: b"[%b]" % b",".join(_numbers(kind, row) for row in rows)
+            for kind in kinds or ["float"]
+        }
+        named = b",".join(b'"%b":%b' % (k.encode(), v) for k, v in found.items())
+        tokens = {"input_tokens": result.job.tokens}
+        rest = {
+            "response_type": "embeddings_by_type" if kinds else "embeddings_floats",
+            "id": f"embed-{random.getrandbits(128):032x}",
+            "texts": texts,
+            "meta": {
+                "api_version": {"version": version},
+                "billed_units": tokens,
+                "tokens": tokens,
+            },
+        }
+        embeddings = b"{%b}" % named if kinds else found["float"]
+        return b'{"embeddings":%b,%b' % (embeddings, dumps(rest)[1:])
+
+    body = await maybe_off_loop(write, is_large=is_large_reply(result))
+    return Response(200, body, fields=result.fields, is_compressible=True)
+
+
+def _numbers(kind: str, row: Any) -> bytes:
+    """One vector, as JSON."""
+    if kind == "base64":
+        return b'"' + base64.b64encode(DTYPES["float32"](row)) + b'"'
+    return json_numbers(DTYPES["float32" if kind == "float" else kind](row))
+
+
+# ==============================================================================
+# 40. RERANK - Cohere's and Jina's shape, and vLLM's scores
+# ==============================================================================
+# Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
+# theirs do, unless the model gives probabilities already or raw_scores is asked for.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11091,23 +11231,21 @@ def _read_query(value: object, name: str) -> str:
 # An empty one has a score like any other; refusing it would fail all.
 DOCUMENT: Final = Kind(_read_document, any_of(STRING, schema_of(Document)))
 QUERY: Final = Kind(_read_query, DOCUMENT.schema)
+_DOCUMENTS: Final = Kind(
+    lambda value, name: listed(DOCUMENT).read(
+        value if isinstance(value, list) else [value], name
+    ),
+    any_of(DOCUMENT.schema, listed(DOCUMENT).schema),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RerankForm:
-    """The body of POST /v1/rerank."""
+class _Scoring:
+    """How pairs of texts are scored."""
 
-    query: str = needed(QUERY, "What is looked for.", example="cats")
-    documents: list[str] = needed(
-        listed(DOCUMENT),
-        "Strings, or objects with a text.",
-        example=["The cat sleeps.", "Stocks fell."],
-    )
     model: str | None = wanted(
         MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
-    top_n: int | None = wanted(whole(0), "Only so many, the best ones; 0: all.")
-    return_documents: bool = wanted(FLAG, "Give the texts back.", False)
     raw_scores: bool = wanted(FLAG, "As the model gives them, no sigmoid.", False)
     truncate: bool | str | None = wanted(
         TRUNCATE, "Cut what is too long, the query last; false: refuse it.", True
@@ -11118,7 +11256,33 @@ class RerankForm:
     truncate_prompt_tokens: int | None = wanted(whole(-1), CUT_TO)
     user: str | None = wanted(NAME, "Who keeps a version, where shares decide.")
     priority: str | None = wanted(
-        _PRIORITY, "Who goes first; none: normal. A number changes nothing."
+        COHERE_PRIORITY, "Who goes first; none: normal. A number changes nothing."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankForm(_Scoring):
+    """The body of POST /v1/rerank."""
+
+    query: str = needed(QUERY, "What is looked for.", example="cats")
+    documents: list[str] = needed(
+        listed(DOCUMENT),
+        "Strings, or objects with a text.",
+        example=["The cat sleeps.", "Stocks fell."],
+    )
+    top_n: int | None = wanted(whole(0), "Only so many, the best ones; 0: all.")
+    return_documents: bool = wanted(FLAG, "Give the texts back.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreForm(_Scoring):
+    """The body of POST /score and /v1/score."""
+
+    text_1: list[str] = needed(
+        _DOCUMENTS, "A string, or a list as long as the other.", example="cats"
+    )
+    text_2: list[str] = needed(
+        _DOCUMENTS, "A string or a list.", example=["The cat sleeps.", "Hello"]
     )
 
 
@@ -11135,6 +11299,23 @@ RERANK_REPLY: Final = an_object(
 )
 
 
+_SCORE: Final = an_object(
+    "error",
+    index=INTEGER,
+    object={"const": "score"},
+    score=NUMBER,
+    error=ANYTHING,
+)
+SCORE_REPLY: Final = an_object(
+    id=STRING,
+    object={"const": "list"},
+    created=INTEGER,
+    model=STRING,
+    data=array(_SCORE),
+    usage=USAGE,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranked:
     """One text and its score, best first."""
@@ -11145,21 +11326,20 @@ class Ranked:
 
 
 async def ranked(
-    exchange: Exchange, form: Any, texts: Sequence[str], named: str
+    exchange: Exchange, form: _Scoring, inputs: Sequence[Pair], named: str
 ) -> tuple[list[Ranked], Done]:
-    """The texts of a form, best first; equal ones in the order they came.
+    """The pairs of a form, best first; equal ones in the order they came.
 
     What cannot be scored comes last, and as low as the lowest: applications have nothing
     to fall back to for the others.
     """
     truncate = True if form.truncate is None else form.truncate
-    inputs = [Pair(form.query, text) for text in texts]
     how = {"truncate": truncate, "allow_partial": truncate is not False}
     wish = wish_of(form, inputs, named, form=Form.RAW, **how)
     result = await done(wish, exchange)
     plain, errors = form.raw_scores or result.card.is_probability, result.job.errors
     for error in errors.values():
-        if error.is_transient or len(errors) == len(texts):
+        if error.is_transient or len(errors) == len(inputs):
             raise error
     rows = enumerate(result.job.vectors)
     raw = {n: float(row[0]) for n, row in rows if n not in errors}
@@ -11183,7 +11363,8 @@ def sigmoid(score: float) -> float:
 async def rerank(exchange: Exchange, form: RerankForm) -> Response:
     """Texts by how well each answers a query; the model must be a reranker."""
     texts = form.documents
-    found, result = await ranked(exchange, form, texts, "documents")
+    pairs = [Pair(form.query, text) for text in texts]
+    found, result = await ranked(exchange, form, pairs, "documents")
     results: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
         entry: dict[str, object] = {"index": one.index, "relevance_score": one.score}
@@ -11205,8 +11386,37 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
     return Response(200, body, fields=result.fields, is_compressible=True)
 
 
+async def score(exchange: Exchange, form: ScoreForm) -> Response:
+    """The score of each pair of texts, as vLLM gives them; the model must be a reranker."""
+    first, second = form.text_1, form.text_2
+    if len(first) == 1:
+        first = first * len(second)
+    if len(first) != len(second):
+        raise InvalidValue(
+            f"text_1 has {len(first)} texts and text_2 {len(second)}: give one and any "
+            "number, or as many of each",
+            param="text_1",
+        )
+    pairs = [Pair(*both) for both in zip(first, second, strict=True)]
+    found, result = await ranked(exchange, form, pairs, "text_2")
+    rows = [
+        {"index": one.index, "object": "score", "score": one.score} | one.failed
+        for one in sorted(found, key=lambda one: one.index)
+    ]
+    shown = {
+        "id": f"score-{random.getrandbits(128):032x}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": result.name,
+        "data": rows,
+        "usage": result.usage,
+    }
+    body = json_codec().dumps(shown)
+    return Response(200, body, fields=result.fields, is_compressible=True)
+
+
 # ==============================================================================
-# 40. TEI - the shapes of text-embeddings-inference
+# 41. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed is a child of it.
@@ -11228,7 +11438,9 @@ class EmbedAllForm(_Reading):
     """The body of POST /embed_all."""
 
     inputs: list[str | list[int]] = needed(
-        INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
+        INPUTS,
+        "A string or a list of strings (Cohere's texts: /v2/embed).",
+        example=["The cat sleeps.", "Hello"],
     )
     model: str | None = wanted(
         MODEL_NAME, "Name, alias or name@version; none: the first that can."
@@ -11298,15 +11510,14 @@ class TaskForm(EmbedForm):
     return_text: bool = wanted(FLAG, "As in /rerank.", False)
 
 
-VECTORS_REPLY: Final = array(NUMBERS)
-TOKEN_VECTORS_REPLY: Final = array(VECTORS_REPLY)
+TOKEN_VECTORS_REPLY: Final = array(ROWS_OF_NUMBERS)
 RANKS_REPLY: Final = array(
     an_object(
         *("text", "error"), index=INTEGER, text=STRING, score=NUMBER, error=ANYTHING
     )
 )
 ANY_RERANK_REPLY: Final[Schema] = {"anyOf": [RANKS_REPLY, RERANK_REPLY]}
-TASK_REPLY: Final[Schema] = {"anyOf": [VECTORS_REPLY, NUMBERS, RANKS_REPLY]}
+TASK_REPLY: Final[Schema] = {"anyOf": [ROWS_OF_NUMBERS, NUMBERS, RANKS_REPLY]}
 SEED_REPLY: Final = an_object(
     data=array(an_object(embedding=NUMBERS, index=INTEGER)),
     usage=USAGE,
@@ -11354,7 +11565,8 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
     if form.texts is None:
         raise InvalidValue("texts (or documents) is missing", param="texts")
     texts = form.texts
-    found, result = await ranked(exchange, form, texts, "texts")
+    pairs = [Pair(form.query, text) for text in texts]
+    found, result = await ranked(exchange, form, pairs, "texts")
     shown: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
         text = {"text": texts[one.index]} if form.return_text else {}
@@ -11437,7 +11649,7 @@ def _with_times(body: bytes, result: Done) -> Response:
 
 
 # ==============================================================================
-# 41. TOKENS - what texts are made of, and what a model can take
+# 42. TOKENS - what texts are made of, and what a model can take
 # ==============================================================================
 # text-embeddings-inference's /tokenize, /decode and /info. Nothing is computed; the work
 # is the tokeniser thread's, whose stack is made for the deepest text.
@@ -11700,7 +11912,7 @@ async def info(exchange: Exchange) -> Response:
 
 
 # ==============================================================================
-# 42. OLLAMA - its shapes
+# 43. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -11753,7 +11965,7 @@ class OllamaShowForm:
 
 OLLAMA_EMBED_REPLY: Final = an_object(
     model=STRING,
-    embeddings=VECTORS_REPLY,
+    embeddings=ROWS_OF_NUMBERS,
     total_duration=INTEGER,
     load_duration=INTEGER,
     prompt_eval_count=INTEGER,
@@ -11889,7 +12101,7 @@ def _details(one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 43. ADMIN - health, readiness, metrics, models
+# 44. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -12096,7 +12308,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 44. DESCRIPTION - the routes as an OpenAPI document
+# 45. DESCRIPTION - the routes as an OpenAPI document
 # ==============================================================================
 # Made of the rows that requests are routed and read by: what is described is what is
 # done. Reference: OpenAPI 3.1.
@@ -12231,7 +12443,7 @@ NEVER_CACHED: Final = "no-store"
 
 
 # ==============================================================================
-# 45. PAGES - the API's own documentation
+# 46. PAGES - the API's own documentation
 # ==============================================================================
 # One page without outside parts, for boxes that reach no network. It asks for
 # openapi.json and shows what that says. Names in there may be anybody's: they reach the
@@ -12533,7 +12745,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 46. ROUTES - the table, and everything derived from it
+# 47. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. From it come 404, 405 with Allow, HEAD, OPTIONS, what is
 # refused before a body is read, the OpenAPI document, and README's table.
@@ -12581,10 +12793,17 @@ ROUTES: Final = (
     Route("GET", "/v1/models", models, None, MODELS_REPLY, caching=CACHED),
     Route("GET", "/models", models, None, MODELS_REPLY, caching=CACHED),
     Route("GET", "/v1/models/{id}", model, None, MODEL_REPLY),
+    Route("GET", "/models/{id}", model, None, MODEL_REPLY),
     Route("POST", "/v1/rerank", rerank, RerankForm, RERANK_REPLY, group="Cohere, Jina"),
     Route("POST", "/v2/rerank", rerank, RerankForm, RERANK_REPLY, group="Cohere, Jina"),
+    Route("POST", "/v1/reranking", rerank, RerankForm, RERANK_REPLY, group="Cohere, Jina"),
+    Route("POST", "/reranking", rerank, RerankForm, RERANK_REPLY, group="Cohere, Jina"),
+    Route("POST", "/v1/embed", cohere_embed_v1, CohereEmbedForm, COHERE_REPLY, group="Cohere, Jina"),
+    Route("POST", "/v2/embed", cohere_embed, CohereEmbedForm, COHERE_REPLY, group="Cohere, Jina"),
+    Route("POST", "/v1/score", score, ScoreForm, SCORE_REPLY, group="vLLM"),
+    Route("POST", "/score", score, ScoreForm, SCORE_REPLY, group="vLLM"),
     Route("POST", "/rerank", rerank_any, AnyRerankForm, ANY_RERANK_REPLY, dialect=TEI, also=(OPENAI,), group="TEI"),
-    Route("POST", "/embed", embed, EmbedForm, VECTORS_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/embed", embed, EmbedForm, ROWS_OF_NUMBERS, dialect=TEI, group="TEI"),
     Route("POST", "/embed_all", embed_all, EmbedAllForm, TOKEN_VECTORS_REPLY, dialect=TEI, group="TEI"),
     Route("POST", "/similarity", similarity, SimilarityForm, NUMBERS, dialect=TEI, group="TEI"),
     Route("POST", "/tokenize", tokenize, TokenizeForm, TOKENS_REPLY, dialect=TEI, group="TEI"),
@@ -12738,7 +12957,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 47. DISPATCH - from a request to its response
+# 48. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are packed, and
 # where every answer gets its request id, its log line and its audit line.
@@ -13132,7 +13351,7 @@ def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
 
 
 # ==============================================================================
-# 48. WIRING - what the settings mean to each part
+# 49. WIRING - what the settings mean to each part
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
@@ -13511,7 +13730,7 @@ def limits_table() -> str:
 
 
 # ==============================================================================
-# 49. LOADING - a model's way into memory
+# 50. LOADING - a model's way into memory
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each ends the process. A first load is under the
 # parent, which says so. Where others are served already, a file that has not been loaded
@@ -13811,7 +14030,7 @@ class Loader:
 
 
 # ==============================================================================
-# 50. SUPERVISOR - a small parent that outlives the server
+# 51. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -14188,7 +14407,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 51. PHASES - the life of the server
+# 52. PHASES - the life of the server
 # ==============================================================================
 # What is no transition cannot happen: a KeyError, and a bug.
 
@@ -14287,7 +14506,7 @@ class Reloads:
 
 
 # ==============================================================================
-# 52. SERVICE - builds every object; loading, ready, draining, stopped
+# 53. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -14728,7 +14947,7 @@ def _free(served: Served, patience_s: float = _FREE_S) -> bool:
 
 
 # ==============================================================================
-# 53. TUNING - the settings that are fastest on this box
+# 54. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -14913,7 +15132,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 54. COMMAND LINE - flags in, exit code out
+# 55. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

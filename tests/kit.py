@@ -376,6 +376,12 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/rerank": {"model": RANKER, "query": "a", "documents": ["b", {"text": "c d"}]},
     "/v2/rerank": {"model": RANKER, "query": "a", "documents": ["b", "c d"]},
     "/rerank": {"model": RANKER, "query": "a", "texts": ["b", "c d"]},
+    "/v1/reranking": {"model": RANKER, "query": "a", "documents": ["b", "c d"]},
+    "/reranking": {"model": RANKER, "query": "a", "documents": ["b", "c d"]},
+    "/v1/embed": {"texts": ["a b"]},
+    "/v2/embed": {"texts": ["a b"], "input_type": "search_query"},
+    "/v1/score": {"model": RANKER, "text_1": "a", "text_2": ["b", "c d"]},
+    "/score": {"model": RANKER, "text_1": "a", "text_2": ["b", "c d"]},
     "/embed": {"inputs": "a b"},
     "/embed_all": {"inputs": "a b"},
     "/similarity": {"inputs": {"source_sentence": "a b", "sentences": ["c", "d"]}},
@@ -391,6 +397,11 @@ BODIES: dict[str, dict[str, Any]] = {
     "/admin/models/unload": {"model": "fake"},
     "/admin/models/default": {"model": "fake"},
 }
+
+
+def ranks(path: str) -> bool:
+    """Whether the route needs a reranker."""
+    return "rerank" in path or "score" in path
 
 
 def path_of(route: es.Route) -> str:

@@ -53,7 +53,7 @@ def bugs(client: both.Client) -> float:
 def body(path: str, inputs: Any, **more: Any) -> dict[str, Any]:
     """A request of a route, with inputs where it has some."""
     texts = inputs if isinstance(inputs, list) else [inputs]
-    if "rerank" in path:
+    if kit.ranks(path):
         return {"query": "q", "documents": texts, "model": "ranker", **more}
     if path == "/similarity":
         sentences = {"source_sentence": "a", "sentences": texts}

@@ -697,7 +697,7 @@ def test_info_lists_the_prompts(client: both.Client) -> None:
 
 # --- Cohere and Jina ---
 
-RERANKING = ("/v1/rerank", "/v2/rerank", "/rerank")
+RERANKING = ("/v1/rerank", "/v2/rerank", "/rerank", "/reranking", "/v1/reranking")
 DOCUMENTS = ["b", "c d", "e", "f g h", "b"]
 
 
@@ -1415,6 +1415,131 @@ def test_show_and_tags_say_what_the_clients_read(client: both.Client) -> None:
         kind = "rerank" if "ranker" in name else "embedding"
         assert shown["capabilities"] == [kind]
     assert client.get("/api/version").json == {"version": es.__version__}
+
+
+# --- Cohere's embeddings ---
+
+
+def by_type(client: both.Client, path: str, **said: Any) -> Any:
+    """The reply of a request for them."""
+    reply = client.post(path, {"model": "embedder"} | said)
+    assert reply.status == 200, reply.body
+    return reply.json
+
+
+TYPES: dict[str, Any] = {
+    "float": lambda row: row.tolist(),
+    "int8": lambda row: np.clip(np.rint(row * 127), -127, 127).tolist(),
+    "uint8": lambda row: np.clip(np.rint(row * 127.5 + 127.5), 0, 255).tolist(),
+    "ubinary": lambda row: np.packbits(row > 0).tolist(),
+    "binary": lambda row: (np.packbits(row > 0).astype(int) - 128).tolist(),
+    "base64": lambda row: base64.b64encode(row.astype("<f4")).decode(),
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/embed", "/v2/embed"])
+def test_cohere_s_embeddings_come_by_the_types_that_are_named(
+    client: both.Client, path: str
+) -> None:
+    found = by_type(client, path, texts=["a", "b c"], embedding_types=[*TYPES])
+    assert set(found["embeddings"]) == {*TYPES}
+    for kind, of in TYPES.items():
+        wanted = [of(vector(text)) for text in ("a", "b c")]
+        if kind in ("float", "base64"):
+            continue
+        assert found["embeddings"][kind] == wanted, kind
+    assert close(found["embeddings"]["float"], [vector("a"), vector("b c")])
+    raw = [base64.b64decode(text) for text in found["embeddings"]["base64"]]
+    assert close(
+        [np.frombuffer(one, "<f4") for one in raw], [vector("a"), vector("b c")]
+    )
+    assert found["response_type"] == "embeddings_by_type"
+    assert found["texts"] == ["a", "b c"]
+    assert found["id"]
+    assert found["meta"] == {
+        "api_version": {"version": path[2]},
+        "billed_units": {"input_tokens": 7},
+        "tokens": {"input_tokens": 7},
+    }
+
+
+def test_without_a_type_v1_is_a_list_and_v2_is_float(client: both.Client) -> None:
+    old = by_type(client, "/v1/embed", texts=["a"])
+    assert old["response_type"] == "embeddings_floats"
+    assert close(old["embeddings"], [vector("a")])
+    new = by_type(client, "/v2/embed", texts=["a"])
+    assert set(new["embeddings"]) == {"float"}
+    assert close(new["embeddings"]["float"], [vector("a")])
+
+
+def test_cohere_s_fields_do_what_they_say(client: both.Client) -> None:
+    def floats(**said: Any) -> Any:
+        return by_type(client, "/v2/embed", **said)["embeddings"]["float"]
+
+    asked_for = floats(texts=["a"], input_type="search_query")
+    assert close(asked_for, [vector("ask, a")])
+    assert close(floats(texts=["a"], input_type="clustering"), [vector("a")])
+    short = vector("a")[:5] / np.linalg.norm(vector("a")[:5])
+    assert close(floats(texts=["a"], output_dimension=5), [short])
+    long = " ".join(f"w{n}" for n in range(99))
+    words = long.split()
+    for truncate in ({}, {"truncate": "END"}):
+        assert close(floats(texts=[long], **truncate), [vector(" ".join(words[:30]))])
+    start = floats(texts=[long], truncate="START")
+    assert close(start, [vector(" ".join(words[-30:]))])
+    assert close(floats(texts=["a b c d"], max_tokens=4), [vector("a b")])
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert close(floats(inputs=[{"content": parts}]), [vector("a b")])
+    assert close(floats(texts=["a"], priority=5, images=None), [vector("a")])
+    for said, part in (
+        ({"texts": [long], "truncate": "NONE"}, "texts[0]"),
+        ({"texts": []}, "texts"),
+        ({"texts": ["a"], "embedding_types": ["float", "x"]}, "embedding_types[1]"),
+        ({"texts": ["a"], "output_dimension": 10**6}, "dimension"),
+        (
+            {"inputs": [{"content": [{"type": "image_url"}]}]},
+            "inputs[0].content[0].text",
+        ),
+        ({"inputs": ["a"]}, "inputs[0]"),
+        ({"inputs": [{"content": []}]}, "inputs[0].content"),
+        ({"images": ["data:"]}, "texts"),
+        ({}, "texts"),
+    ):
+        reply = client.post("/v2/embed", said)
+        assert reply.status == 400, said
+        assert part in reply.error["message"]
+    told = client.post("/embed", {"texts": ["a"]})
+    assert (told.status, "/v2/embed" in told.json["error"]) == (422, True)
+
+
+# --- vLLM's scores ---
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+def test_pairs_are_scored_in_their_order(ranker: both.Client, path: str) -> None:
+    cases: list[tuple[Any, Any, list[tuple[str, str]]]] = [
+        ("q", "a", [("q", "a")]),
+        ("q", ["a", "b c", "d"], [("q", "a"), ("q", "b c"), ("q", "d")]),
+        (["q"], ["a", ""], [("q", "a"), ("q", "")]),
+        (["q", "r"], ["a", "b"], [("q", "a"), ("r", "b")]),
+        ("q", [{"text": "a"}], [("q", "a")]),
+    ]
+    for text_1, text_2, pairs in cases:
+        reply = ranker.post(path, {"text_1": text_1, "text_2": text_2})
+        assert reply.status == 200, reply.body
+        rows = reply.json["data"]
+        assert [row["index"] for row in rows] == [*range(len(pairs))]
+        assert {row["object"] for row in rows} == {"score"}
+        wanted = [sigmoid(score(*pair)) for pair in pairs]
+        assert close([row["score"] for row in rows], wanted)
+        assert reply.json["object"] == "list"
+        assert reply.json["usage"]["prompt_tokens"] > 0
+    raw = {"text_1": "q", "text_2": "a", "raw_scores": True}
+    assert close(ranker.post(path, raw).json["data"][0]["score"], score("q", "a"))
+    for text_1, text_2 in ((["q", "r"], "a"), (["q", "r"], ["a", "b", "c"]), ("q", [])):
+        reply = ranker.post(path, {"text_1": text_1, "text_2": text_2})
+        assert reply.status == 400
+        assert "text_" in reply.error["message"]
 
 
 # --- errors, in four dialects ---

@@ -1165,7 +1165,10 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 # What is audited of the bodies that the kit sends: model, inputs, tokens.
 COUNTS: dict[str, tuple[str | None, int | None, int | None]] = {
     "/v1/rerank": (kit.RANKER, 2, 11),  # two pairs, with three special tokens each
-    "/v2/rerank": (kit.RANKER, 2, 11),
+    **dict.fromkeys(
+        ("/v2/rerank", "/reranking", "/v1/reranking", "/score", "/v1/score"),
+        (kit.RANKER, 2, 11),
+    ),
     "/rerank": (kit.RANKER, 2, 11),
     "/similarity": ("fake", 3, 10),
     "/tokenize": ("fake", 1, None),  # nothing is computed

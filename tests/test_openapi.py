@@ -277,7 +277,7 @@ def example_of(route: es.Route) -> dict[str, Any]:
         if "examples" in said
     }
     if "model" in properties:
-        body["model"] = "ranker" if "rerank" in route.path else "embedder"
+        body["model"] = "ranker" if kit.ranks(route.path) else "embedder"
     return body
 
 

@@ -9,6 +9,7 @@ of openai and huggingface_hub than the rest.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import os
@@ -769,6 +770,38 @@ def test_cohere_s_clients_rerank(ranker_url: str) -> None:
 
     results = asyncio.run(ask()).results
     check_ranking([item.model_dump() for item in results], ranker_url, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the 'model_fields'")  # its own
+def test_cohere_s_clients_embed(url: str, vectors: npt.NDArray[np.float32]) -> None:
+    import cohere
+
+    how: dict[str, Any] = {"model": MODEL, "input_type": "search_document"}
+    with cohere.ClientV2(api_key="any", base_url=url) as client:
+        kinds: list[Any] = ["float", "int8", "uint8", "binary", "ubinary", "base64"]
+        reply = client.embed(texts=TEXTS, embedding_types=kinds, truncate="END", **how)
+        assert same(reply.embeddings.float_, vectors)
+        for kind, length in (("int8", 384), ("uint8", 384), ("binary", 48)):
+            rows = getattr(reply.embeddings, kind)
+            assert [len(row) for row in rows] == [length] * len(TEXTS)
+        raw = [base64.b64decode(one) for one in reply.embeddings.base64 or []]
+        assert same([np.frombuffer(one, "<f4") for one in raw], vectors)
+        assert reply.texts == TEXTS
+        assert reply.meta is not None and reply.meta.billed_units is not None
+        assert reply.meta.billed_units.input_tokens == 24
+        parts = [{"content": [{"type": "text", "text": TEXTS[0]}]}]
+        short = client.embed(inputs=parts, output_dimension=64, **how)
+        assert np.shape(short.embeddings.float_) == (1, 64)
+    with cohere.Client(api_key="any", base_url=url) as old:
+        assert same(old.embed(texts=TEXTS, **how).embeddings, vectors)
+        typed = old.embed(texts=TEXTS, embedding_types=["float"], **how)
+        assert same(typed.embeddings.float_, vectors)
+
+    async def ask() -> Any:
+        async with cohere.AsyncClientV2(api_key="any", base_url=url) as client:
+            return await client.embed(texts=TEXTS, embedding_types=["float"], **how)
+
+    assert same(asyncio.run(ask()).embeddings.float_, vectors)
 
 
 def test_cohere_s_client_raises_its_own_errors(url: str, ranker_url: str) -> None:
