@@ -94,8 +94,8 @@ def test_each_child_holds_the_same_files() -> None:
     with supervised() as server:
         before = files(server.child)
         os.kill(server.child, signal.SIGKILL)
-        ready_again(server)
-        assert files(server.child) == before
+        ready_again(server)  # and listens a moment later
+        until(lambda: files(server.child) == before, "the same files")
 
 
 # --- signals ---
