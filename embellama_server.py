@@ -1355,10 +1355,9 @@ class Given:
 # of those that are called "embellama" or "embellama-ANYTHING": no setting of ours.
 _FROM_KUBERNETES: Final = re.compile(
     r"EMBELLAMA_(\w+_)?("
-    r"SERVICE_HOST=[0-9a-fA-F.:]+|SERVICE_PORT(_\w+)?=\d+"
-    r"|PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://.*"
-    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO=\w+|PORT=\d+|ADDR=[0-9a-fA-F.:]+))",
-    re.ASCII,
+    r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
+    r"|PORT=(tcp|udp|sctp)://.*)",
+    re.ASCII | re.DOTALL,
 )
 
 
@@ -15208,6 +15207,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         "`embellama_server.py tune --help`: find this box's best settings. "
         "`embellama_server.py openapi`: describe the API.",
         epilog="Each flag is also a variable, EMBELLAMA_PORT, and a TOML key, port. "
+        "A list in a variable has commas, or is a JSON array. "
         "Precedence: flag, environment, file, default.",
         allow_abbrev=False,
     )
