@@ -5325,6 +5325,9 @@ class Job:
     max_input_tokens: int = sys.maxsize  # what is too long, if not only to the model
     max_text_tokens: int = sys.maxsize  # of a pair's text, which is cut to it
     around: tuple[str, str] = ("", "")  # of each text: a prompt's halves, never cut
+    bad: Mapping[int, ApiError] = field(
+        default_factory=dict
+    )  # inputs that are none, if partial
     named: str = "input"  # what the request calls its inputs
     most_tokens: int = sys.maxsize  # of all its inputs together
     # set once, when it is submitted
@@ -5759,6 +5762,8 @@ class Reader:
 
     def _made(self, job: Job, index: int, raw: Input) -> Item | ApiError:
         """The input tokenised; what is wrong with it, if the job lives on without it."""
+        if index in job.bad:
+            return job.bad[index]
         try:
             return self._item(job, index, raw)
         except ApiError as error:
@@ -10134,6 +10139,22 @@ def _read_inputs(value: object, name: str) -> list[str | list[int]]:
     return [_read_input(item, f"{name}[{n}]") for n, item in enumerate(value)]
 
 
+def _read_some(value: object, name: str) -> list[str | list[int] | InvalidValue]:
+    """The same, but what is wrong with one of several is in its place."""
+    try:
+        return [*_read_inputs(value, name)]
+    except InvalidValue:
+        if not isinstance(value, list) or not value or type(value[0]) is int:
+            raise
+    found: list[str | list[int] | InvalidValue] = []
+    for n, item in enumerate(value):
+        try:
+            found.append(_read_input(item, f"{name}[{n}]"))
+        except InvalidValue as error:
+            found.append(error)
+    return found
+
+
 _A_TEXT: Final = {"type": "string", "minLength": 1}
 _IDS: Final = {
     "type": "array",
@@ -10165,6 +10186,7 @@ INPUTS: Final = Kind(
         ]
     },
 )
+SOME_INPUTS: Final = Kind(_read_some, INPUTS.schema)
 
 
 # --- answers ---
@@ -10257,6 +10279,7 @@ class Wish:
     input_type: str | None = None  # a key of INPUT_TYPES, or a prompt's name
     priority: str | None = None
     allow_partial: bool = False
+    bad: dict[int, ApiError] = field(default_factory=dict)  # what of them is none
 
     @property
     def is_ranking(self) -> bool:
@@ -10303,6 +10326,21 @@ def wish_of(
     return Wish(inputs=inputs, named=named, **(said | more))
 
 
+def apart(
+    read: Sequence[Any], *, is_partial: bool
+) -> tuple[Sequence[Input], dict[int, ApiError]]:
+    """Inputs, and what is wrong with some, from where both stand in one list.
+
+    Raises the first error, unless the others are to live.
+    """
+    if set(map(type, read)) <= {str, list}:
+        return read, {}
+    bad = {n: item for n, item in enumerate(read) if isinstance(item, ApiError)}
+    if not is_partial:
+        raise next(iter(bad.values()))
+    return ["" if n in bad else item for n, item in enumerate(read)], bad
+
+
 @functools.cache
 def _said_by(form: Any) -> list[str]:
     known = {row.name for row in dataclasses.fields(Wish)} - {"inputs"}
@@ -10340,22 +10378,27 @@ _KINDS_OF_MODEL: Final = (
 
 
 def _check_ids(wish: Wish, card: ModelCard, *, accepted: bool) -> None:
-    if not accepted:
-        raise TokenIdsRefused(
+    """Raise what is wrong with the first ids that are; if partial, keep it of each."""
+    for index, item in enumerate(wish.inputs):
+        name = f"{wish.named}[{index}]"
+        if not isinstance(item, list) or (accepted and max(item) < card.n_vocab):
+            continue
+        error: ApiError = TokenIdsRefused(
             f"{wish.named} holds token ids, which belong to another model's tokeniser "
             "and would give meaningless vectors: send strings. In LangChain's "
             "OpenAIEmbeddings set check_embedding_ctx_length=False. If they are this "
             "model's own ids, start the server with --accept-token-ids",
             param=wish.named,
         )
-    for index, item in enumerate(wish.inputs):
-        if isinstance(item, list) and max(item) >= card.n_vocab:
-            name = f"{wish.named}[{index}]"
-            raise InvalidValue(
+        if accepted:
+            error = InvalidValue(
                 f"{name} has {max(item)}: token ids of this model are 0 to "
                 f"{card.n_vocab - 1}",
                 param=name,
             )
+        if not wish.allow_partial:
+            raise error
+        wish.bad[index] = error
 
 
 def _prompt(wish: Wish, model: Model, served: Served) -> str:
@@ -10718,6 +10761,7 @@ async def _computed(
         truncates=bool(truncates),
         cuts_left=wish.cuts_left,
         around=around,
+        bad=wish.bad,
         max_input_tokens=most if most and most > 0 else sys.maxsize,
         max_text_tokens=wish.max_tokens_per_doc or sys.maxsize,
         named=wish.named,
@@ -10886,8 +10930,10 @@ def is_large_reply(result: Done) -> bool:
 class EmbeddingsForm:
     """The body of POST /v1/embeddings."""
 
-    input: list[str | list[int]] = needed(
-        INPUTS, "A string or a list of strings.", example=["The cat sleeps.", "Hello"]
+    input: list[Any] = needed(
+        SOME_INPUTS,
+        "A string or a list of strings.",
+        example=["The cat sleeps.", "Hello"],
     )
     model: str | None = wanted(
         MODEL_NAME, "Name, alias or name@version; none: the first that can."
@@ -10958,8 +11004,9 @@ async def embeddings(exchange: Exchange, form: EmbeddingsForm) -> Response:
             "bytes have no place for errors: leave out allow_partial",
             param="allow_partial",
         )
-    wanted_form = Form.UNIT if form.normalize else Form.RAW
-    result = await done(wish_of(form, form.input, form=wanted_form), exchange)
+    inputs, bad = apart(form.input, is_partial=form.allow_partial)
+    how = {"form": Form.UNIT if form.normalize else Form.RAW, "bad": bad}
+    result = await done(wish_of(form, inputs, **how), exchange)
     as_bytes = form.encoding_format == "bytes"
     write = embeddings_bytes if as_bytes else embeddings_body
     encode = functools.partial(write, form, result)

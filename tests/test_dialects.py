@@ -584,6 +584,39 @@ def test_an_input_that_fails_has_its_error_in_its_place(
     assert set(first) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("bad", "param"),
+    [
+        *(("", "input[1]"), ([], "input[1]"), (None, "input[1]"), (7, "input[1]")),
+        *((["a"], "input[1]"), ({}, "input[1].text"), ({"text": ""}, "input[1].text")),
+        *(([-1], "input[1]"), ([2**30], "input[1]")),
+    ],
+    ids=str,
+)
+def test_an_input_that_is_none_fails_alone_if_that_is_asked_for(
+    client: both.Client, bad: object, param: str
+) -> None:
+    body = {"input": ["a", bad, "b"], "allow_partial": True}
+    first, second, third = client.post("/v1/embeddings", body).json["data"]
+    assert close([first["embedding"], third["embedding"]], [vector("a"), vector("b")])
+    assert (second["object"], second["index"]) == ("error", 1)
+    assert second["error"]["code"] == "invalid_value"
+    assert second["error"]["param"] == param
+    del body["allow_partial"]
+    refused = client.post("/v1/embeddings", body)
+    assert (refused.status, refused.error) == (400, second["error"])
+
+
+def test_half_an_emoji_is_no_reason_to_refuse_a_text(client: both.Client) -> None:
+    raw = b'{"input": ["fine", "cut \\ud83d"], "inputs": ["fine", "cut \\ud83d"]}'
+    wanted = [vector("fine"), vector("cut \ufffd")]
+    for path in EMBEDDING:
+        sent = raw.replace(b"}", b', "model": "embedder"}')
+        assert close(EMBEDDING[path][1](client.post(path, sent)), wanted), path
+    with_mark = b"\xef\xbb\xbf" + raw
+    assert close(openai_vectors(client.post("/v1/embeddings", with_mark)), wanted)
+
+
 # --- prompts that a model brings, and default ones ---
 
 
