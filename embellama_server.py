@@ -10279,6 +10279,7 @@ class Wish:
     input_type: str | None = None  # a key of INPUT_TYPES, or a prompt's name
     priority: str | None = None
     allow_partial: bool = False
+    own_max_tokens: int = 0  # what the dialect's own server takes; 0: any
     bad: dict[int, ApiError] = field(default_factory=dict)  # what of them is none
 
     @property
@@ -10303,14 +10304,11 @@ def max_inputs(wish: Wish, settings: Settings) -> int:
     return _MAX_DOCUMENTS if wish.is_ranking and most == MAX_INPUTS else most
 
 
-def max_tokens(
-    wish: Wish, dialect: Dialect, card: ModelCard, settings: Settings
-) -> int:
+def max_tokens(wish: Wish, card: ModelCard, settings: Settings) -> int:
     """Of all its inputs together, likewise; and what a reply has room for."""
     most = settings.max_request_tokens
-    is_openais = dialect is OPENAI and not wish.is_ranking
-    if most == MAX_REQUEST_TOKENS and not is_openais:
-        most = 0
+    if most == MAX_REQUEST_TOKENS:
+        most = wish.own_max_tokens
     most = most or sys.maxsize
     if wish.form is Form.TOKENS:
         room = settings.max_buffered_mb << 20
@@ -10765,7 +10763,7 @@ async def _computed(
         max_input_tokens=most if most and most > 0 else sys.maxsize,
         max_text_tokens=wish.max_tokens_per_doc or sys.maxsize,
         named=wish.named,
-        most_tokens=max_tokens(wish, exchange.dialect, served.card, house.settings),
+        most_tokens=max_tokens(wish, served.card, house.settings),
     )
     bound = sum(most_tokens(item, served.card) for item in inputs)
     with charged(exchange, bound) as used:
@@ -11005,15 +11003,17 @@ async def embeddings(exchange: Exchange, form: EmbeddingsForm) -> Response:
             param="allow_partial",
         )
     inputs, bad = apart(form.input, is_partial=form.allow_partial)
-    how = {"form": Form.UNIT if form.normalize else Form.RAW, "bad": bad}
+    kind = Form.UNIT if form.normalize else Form.RAW
+    how = {"form": kind, "bad": bad, "own_max_tokens": MAX_REQUEST_TOKENS}
     result = await done(wish_of(form, inputs, **how), exchange)
     as_bytes = form.encoding_format == "bytes"
     write = embeddings_bytes if as_bytes else embeddings_body
     encode = functools.partial(write, form, result)
     body = await maybe_off_loop(encode, is_large=is_large_reply(result))
     if as_bytes:
-        kind, facts = "application/octet-stream", _bytes_fields(form, result)
-        return Response(200, body, content_type=kind, fields=(*result.fields, *facts))
+        fields = (*result.fields, *_bytes_fields(form, result))
+        octets = "application/octet-stream"
+        return Response(200, body, content_type=octets, fields=fields)
     pays = form.encoding_format == "float"
     return Response(200, body, fields=result.fields, is_compressible=pays)
 

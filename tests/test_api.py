@@ -377,10 +377,10 @@ def test_limits_are_the_dialect_s_own_unless_they_are_set(
     tokens: int | None,
 ) -> None:
     settings = kit.settings(**said)
-    wish = es.Wish(inputs=[es.Pair("q", "d") if ranks else "d"])
-    dialect = es.OPENAI if is_openai else es.TEI
+    own = es.MAX_REQUEST_TOKENS if is_openai and not ranks else 0
+    wish = es.Wish(inputs=[es.Pair("q", "d") if ranks else "d"], own_max_tokens=own)
     assert es.max_inputs(wish, settings) == inputs
-    found = es.max_tokens(wish, dialect, kit.FakeEngine().card, settings)
+    found = es.max_tokens(wish, kit.FakeEngine().card, settings)
     assert found == (tokens or sys.maxsize)
 
 
