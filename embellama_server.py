@@ -3496,9 +3496,8 @@ class WordPiece:
         strip_accents: bool,
     ) -> None:
         plain = {t: i for i, t in enumerate(tokens) if t and t not in specials}
-        self._first = {t[1:]: i for t, i in plain.items() if t[0] == "\u2581"}
-        self._later = {t: i for t, i in plain.items() if t[0] != "\u2581"}
-        self._longest = max(map(len, tokens))
+        first = {t[1:]: i for t, i in plain.items() if t[0] == "\u2581"}
+        later = {t: i for t, i in plain.items() if t[0] != "\u2581"}
         self._unknown = (unknown,)
         self._specials = specials
         longest_first = sorted(specials, key=len, reverse=True)
@@ -3506,7 +3505,11 @@ class WordPiece:
         self._special_pattern = re.compile(f"({alternatives})")
         self._code_points = CodePoints(lowercase=lowercase, strip_accents=strip_accents)
         self._lowercase = lowercase
-        self._pieces = functools.lru_cache(_PIECES_CACHED)(self._split_word)
+        # No method of ours: a cycle of megabytes would wait for its collector.
+        split = functools.partial(
+            _split_word, first, later, max(map(len, tokens)), self._unknown
+        )
+        self._pieces = functools.lru_cache(_PIECES_CACHED)(split)
 
     def ids(self, text: str) -> list[int]:
         """The token ids of ``text``, without [CLS] and [SEP] around them."""
@@ -3534,19 +3537,26 @@ class WordPiece:
             return _PLAIN_WORDS.findall(text.lower() if self._lowercase else text)
         return text.translate(self._code_points).split()
 
-    def _split_word(self, word: str) -> tuple[int, ...]:
-        """Longest match first; a word with any part unknown is one [UNK]."""
-        ids: list[int] = []
-        begin, pieces = 0, self._first
-        while begin < len(word):
-            end = min(len(word), begin + self._longest)
-            while end > begin and word[begin:end] not in pieces:
-                end -= 1
-            if end == begin:
-                return self._unknown
-            ids.append(pieces[word[begin:end]])
-            begin, pieces = end, self._later
-        return tuple(ids)
+
+def _split_word(
+    first: Mapping[str, int],
+    later: Mapping[str, int],
+    longest: int,
+    unknown: tuple[int, ...],
+    word: str,
+) -> tuple[int, ...]:
+    """Longest match first; a word with any part unknown is one [UNK]."""
+    ids: list[int] = []
+    begin, pieces = 0, first
+    while begin < len(word):
+        end = min(len(word), begin + longest)
+        while end > begin and word[begin:end] not in pieces:
+            end -= 1
+        if end == begin:
+            return unknown
+        ids.append(pieces[word[begin:end]])
+        begin, pieces = end, later
+    return tuple(ids)
 
 
 # ==============================================================================

@@ -217,6 +217,23 @@ def test_loads_that_fail_and_rounds_of_loading_leave_nothing_behind(
     assert len(os.listdir("/proc/self/fd")) == files
 
 
+def test_what_is_freed_does_not_wait_for_the_collector_of_cycles(bench: Bench) -> None:
+    # It comes when it likes: the vocabulary and the cache are many megabytes.
+    gc.collect()
+    gc.disable()
+    try:
+        served = bench.loader.load(bench.settings(cache_mb=1))
+        pool = served.pool
+        assert isinstance(pool.engine, es.LlamaEngine)
+        parts = (pool, pool.queue, pool.engine, pool.engine._vocabulary._word_piece)
+        kept = [weakref.ref(part) for part in parts]
+        assert es._free(served)
+        del served, pool, parts
+        assert [part() for part in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
+
+
 def resident_mib(pid: int) -> float:
     """Memory that a process has."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
