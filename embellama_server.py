@@ -12922,7 +12922,7 @@ def local_path(path: str, root_path: str) -> str:
     Clients put them there when they join a base URL and a path. Nothing else is changed:
     what a proxy forbids by name must not have a second spelling in dots, % or capitals.
     """
-    if path in _BY_PATH:
+    if path in _BY_PATH or not path:  # of a target that is none
         return path
     path = re.sub("/+", "/", f"/{path}").rstrip("/") or "/"
     prefix = root_path.rstrip("/")
