@@ -10146,7 +10146,11 @@ def _read_inputs(value: object, name: str) -> list[str | list[int]]:
         raise EmptyInput(f"{name} is an empty list: give at least one", param=name)
     if type(value[0]) is int:
         return [_read_input(value, f"{name}[0]")]
-    return [_read_input(item, f"{name}[{n}]") for n, item in enumerate(value)]
+    # The plain case at once: to name what is not wrong took most of the time.
+    return [
+        item if item and type(item) is str else _read_input(item, f"{name}[{n}]")
+        for n, item in enumerate(value)
+    ]
 
 
 def _read_some(value: object, name: str) -> list[str | list[int] | InvalidValue]:
@@ -10268,7 +10272,8 @@ TRUNCATE: Final = Kind(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: to fill that in took 5 us of the 100 that a cached text takes.
+@dataclass(slots=True, kw_only=True)
 class Wish:
     """What is wanted of some inputs. None: as the server or model has it.
 
@@ -10934,7 +10939,7 @@ def is_large_reply(result: Done) -> bool:
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: see Wish
 class EmbeddingsForm:
     """The body of POST /v1/embeddings."""
 
