@@ -2,6 +2,7 @@
 
 python -m tests                                 # everything but the clients
 python -m tests -m "not model and not slow"     # extra arguments go to pytest
+python -m tests -n 0 -s                         # one after another, all they print
 python -m tests docs                            # rewrite README's generated tables
 python -m tests clients                         # clients by others: '.[test,clients]'
 """
@@ -14,6 +15,9 @@ import sys
 from tests import docs
 from tests.kit import ROOT
 
+# Two processes, each with its half of the files until one has nothing left: what is set
+# up for a whole file is set up once. Most tests wait rather than compute.
+TOGETHER = ("-n", "2", "--dist", "worksteal")
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
@@ -44,7 +48,7 @@ def main(arguments: list[str]) -> int:
         at = arguments.index("-m")
         marks = f"({arguments[at + 1]}) and {marks}"
         arguments = arguments[:at] + arguments[at + 2 :]
-    return run("pytest", "-m", marks, *arguments)
+    return run("pytest", *TOGETHER, "-m", marks, *arguments)
 
 
 if __name__ == "__main__":
