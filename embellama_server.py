@@ -9060,24 +9060,32 @@ class Gate:
             ("access-control-max-age", "600"),
         )
 
+    def name_of(self, head: Head) -> str | None:
+        """Whose key it brings, for the audit of what was refused; None: nobody's."""
+        with contextlib.suppress(Unauthorized):
+            return self._presented(head, time.time())[0].name
+        return None
+
+    def _presented(self, head: Head, now: float) -> tuple[Key, Signed | None]:
+        mode = self._settings.signed_requests
+        is_signed = head.get("authorization").lower().startswith("signature ")
+        if is_signed and mode != "off":
+            signed = self._keys.signer(head, now)
+            return signed.key, signed
+        if mode == "require":
+            raise Unauthorized(
+                "requests must be signed here: Authorization: Signature ...",
+                headers=(("www-authenticate", "Signature"),),
+            )
+        return self._keys.holder(head, now), None
+
     def _identified(self, head: Head, peer: str, access: str) -> Caller:
-        settings, now = self._settings, time.time()
-        signed = None
+        now, signed = time.time(), None
         if not self._keys:
             name = self._check_keyless_admin(head, peer) if access == "admin" else ""
             caller = Caller(network_of(peer), name, self._allowance(None))
         else:
-            is_signed = head.get("authorization").lower().startswith("signature ")
-            if is_signed and settings.signed_requests != "off":
-                signed = self._keys.signer(head, now)
-                key = signed.key
-            elif settings.signed_requests == "require":
-                raise Unauthorized(
-                    "requests must be signed here: Authorization: Signature ...",
-                    headers=(("www-authenticate", "Signature"),),
-                )
-            else:
-                key = self._keys.holder(head, now)
+            key, signed = self._presented(head, now)
             if access == "admin" and not key.is_admin:
                 raise AdminOnly(f"key {key.name} is not an administrator's")
             caller = self._caller(key, signed.body_sha256 if signed else "")
@@ -13183,6 +13191,8 @@ class Dispatcher:
         route = maybe_route(path, head.method) if head else None
         answer = error_response(error, dialect_at(path, route))
         fields: dict[str, object] = {"code": error.code, "address": peer}
+        if self._audit is not None and head is not None:
+            fields["key"] = self._house.gate.name_of(head)
         if isinstance(error, _REFUSALS):
             self._count_refusal(error, answer.status, peer)
         else:
