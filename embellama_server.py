@@ -8844,6 +8844,8 @@ class Acceptor:
 
     def close(self) -> None:
         """Nobody more; who is connected goes on."""
+        if self._is_closed:  # and the listeners are, which then have no descriptor
+            return
         self._is_closed = True
         for listener in self._listeners:
             self._loop.remove_reader(listener)
