@@ -46,7 +46,8 @@ tokeniser-N   one thread, or as many as asked for: text -> ids; hands inputs to 
 worker-N      its own llama.cpp contexts; nobody else ever touches them, but to end a
               call; and, while it has its turn with it, the lane for long inputs
 loader        fetches, converts, re-encodes and loads the models, then ends; what is asked
-              for later is loaded by a thread of the event loop's pool, one at a time
+              for later is loaded by a thread of the event loop's pool, one at a time, and
+              tried by another process first, if it never was (LOADING)
 tracer        sends spans to a collector, if one is named
 Tokenisers, workers, queue and cache are each model's own. Queue and cache are guarded by
 the one lock (Queue._lock); the weights are read-only. All that is the child of a small
@@ -9452,6 +9453,9 @@ class LoopThreads(ThreadPoolExecutor):
     def __init__(self) -> None:
         """Raises StartupError when there cannot be two."""
         super().__init__(thread_name_prefix="loop")
+        # With the loader, and the one that asyncio starts to end the others.
+        if not has_room_for_threads(4):
+            raise StartupError(NO_THREADS)
         both = threading.Event()
         for _ in range(2):
             self.submit(both.wait)
@@ -15073,6 +15077,8 @@ class Tuner:
 
     def run(self, pack_tokens: int) -> Layout:
         """The best layout. Takes about ``seconds``, and the time to load and re-encode."""
+        if not has_room_for_threads(self._cores):
+            raise StartupError(NO_THREADS)
         try:
             self._load()
             begun = time.monotonic()

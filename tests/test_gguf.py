@@ -854,6 +854,17 @@ def test_a_split_model_is_the_whole_one(tmp_path: Path, count: int) -> None:
     np.testing.assert_array_equal(numbers_of(paths[0]), whole)
 
 
+def test_every_part_counts_for_memory_and_for_whether_a_model_has_changed(
+    tmp_path: Path,
+) -> None:
+    first, second = split(tmp_path)
+    whole = es.needed_bytes(kit.settings(), str(models.tiny_bert(tmp_path)))
+    assert abs(es.needed_bytes(kit.settings(), str(first)) - whole) < 1024
+    before = es.file_stamp(*es.part_paths(str(first)))
+    os.utime(second)
+    assert es.file_stamp(*es.part_paths(str(first))) != before
+
+
 def test_a_split_reranker_may_have_its_head_in_another_part(tmp_path: Path) -> None:
     path = split(tmp_path, models.tiny_cross_encoder)[0]
     names = [tensor.name for tensor in gguf.GGUFReader(path).tensors]

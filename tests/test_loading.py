@@ -151,6 +151,36 @@ def test_a_trial_ends_with_the_server(
     )
 
 
+def post(server: kit.Server, route: str, **body: object) -> tuple[int, str]:
+    """As the administrator: status and body."""
+    fields = {"content-type": "application/json", **server.admin_fields()}
+    raw = json.dumps(body).encode()
+    request = urllib.request.Request(server.url + route, raw, fields)
+    try:
+        with urllib.request.urlopen(request, timeout=kit.DEADLINE_S) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_a_server_outlives_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    path, other = models.tiny_bert(tmp_path), tmp_path / "other.gguf"
+    shutil.copy(path, other)
+    with kit.started("--model-path", str(path), module=(SCRIPT,)) as server:
+        child = server.child
+        other.write_bytes(path.read_bytes()[:-1])
+        status, said = post(server, "/admin/models/load", path=str(other))
+        assert status == 503
+        assert "is not a sound GGUF file" in said
+        shutil.copy(path, other)
+        assert post(server, "/admin/models/load", path=str(other))[0] == 200
+        server.wait_for_log(" tried model=other")
+        assert post(server, "/v1/embeddings", model="other", input="a")[0] == 200
+        assert server.child == child
+        assert server.stop() == 0
+
+
 def test_every_setting_survives_the_way_to_the_trial(tmp_path: Path) -> None:
     odd: dict[str, Any] = {
         "model_alias": ("a", "\udcff"),
@@ -256,19 +286,9 @@ def test_a_server_is_no_larger_after_many_loads(
     config.write_text("".join(tables))
     flags = ("--no-supervise", "--weights", "keep", "--config", str(config))
     with kit.started(*flags, module=(SCRIPT,)) as server:
-        key = server.admin_fields()
 
-        def asked(path: str, **body: object) -> int:
-            raw = json.dumps(body).encode()
-            request = urllib.request.Request(
-                server.url + path, raw, {"content-type": "application/json", **key}
-            )
-            try:
-                with urllib.request.urlopen(request, timeout=kit.DEADLINE_S) as reply:
-                    return int(reply.status)
-            except urllib.error.HTTPError as error:
-                error.close()
-                return error.code
+        def asked(route: str, **body: object) -> int:
+            return post(server, route, **body)[0]
 
         def round_of(count: int) -> float:
             for _ in range(count):
@@ -365,3 +385,17 @@ def test_a_load_without_room_for_its_threads_is_a_sentence() -> None:
         timeout=kit.DEADLINE_S,
     )
     assert ended.returncode == 0, (ended.returncode, ended.stderr)
+
+
+def test_the_loops_pool_goes_on_with_the_threads_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with es.LoopThreads() as pool:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        asked = [pool.submit(abs, -n) for n in range(20)]
+        assert [one.result(kit.DEADLINE_S) for one in asked] == list(range(20))
+    with pytest.raises(es.StartupError, match="so many threads"):
+        es.LoopThreads()
