@@ -9735,6 +9735,8 @@ class Models(Names):
             for model in fresh:
                 before = old.get(model.label)
                 if before and (before.loading or _can_stay(before, model.settings)):
+                    if (served := before.served) and not served.card.is_ranker:
+                        check_prompts(model.settings, served.prompts, "", self._log)
                     continue
                 if model.settings.preload or (before and before.served):
                     made[model.label] = await self._made(model.settings)
@@ -9796,6 +9798,26 @@ def _is_idle(served: Served) -> bool:
 
 
 _KEPT_S: Final = 0.25  # by _bring(), long enough for any queue of callbacks
+
+
+def check_prompts(
+    settings: Settings, known: Iterable[str], default: str, log: Log
+) -> str:
+    """The model's own ``default`` prompt, if it is among them; else there is none.
+
+    Raises StartupError if that of the settings is not.
+    """
+    known = {*known, *(prompt.partition("=")[0] for prompt in settings.prompt)}
+    there = f"is no prompt of this model; it has {', '.join(sorted(known)) or 'none'}"
+    said = settings.default_prompt_name
+    if said and said not in known:
+        raise StartupError(
+            f"default_prompt_name = {said!r} {there}: add one with --prompt"
+        )
+    if default and default not in known:
+        log("warning", f"default_prompt_name beside it, {default!r:.80}, {there}")
+        return ""
+    return default
 
 
 def _can_stay(before: Model | None, settings: Settings) -> bool:
@@ -13708,26 +13730,6 @@ def prompts_of(
     if not card.is_ranker:  # which has the default of all in vain
         default = check_prompts(settings, prompts, default, log)
     return prompts, default
-
-
-def check_prompts(
-    settings: Settings, known: Iterable[str], default: str, log: Log
-) -> str:
-    """The model's own ``default`` prompt, if it is among them; else there is none.
-
-    Raises StartupError if that of the settings is not.
-    """
-    known = {*known, *(prompt.partition("=")[0] for prompt in settings.prompt)}
-    there = f"is no prompt of this model; it has {', '.join(sorted(known)) or 'none'}"
-    said = settings.default_prompt_name
-    if said and said not in known:
-        raise StartupError(
-            f"default_prompt_name = {said!r} {there}: add one with --prompt"
-        )
-    if default and default not in known:
-        log("warning", f"default_prompt_name beside it, {default!r:.80}, {there}")
-        return ""
-    return default
 
 
 @dataclass(frozen=True, slots=True)

@@ -1743,7 +1743,7 @@ def test_after_a_reload_metrics_say_what_is_in_memory(
     run(check())
 
 
-@pytest.mark.parametrize("which", ["load", "names", "file"])
+@pytest.mark.parametrize("which", ["load", "names", "file", "prompt"])
 def test_a_reload_that_fails_has_changed_nothing(
     files: Callable[[str], str], which: str
 ) -> None:
@@ -1757,6 +1757,8 @@ def test_a_reload_that_fails_has_changed_nothing(
                 running.engines.problem["d"] = es.EngineError("cracked")
             elif which == "names":
                 new[2] = row(files("d"), alias=("c",))
+            elif which == "prompt":
+                new[0] = row(files("a"), default_prompt_name="nope")
             else:
                 new[2] = row(files("d"), sha256="0" * 64)
             running.written.rows = tuple(new)
