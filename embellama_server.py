@@ -179,6 +179,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -3381,10 +3382,12 @@ _MAX_WORD_CHARS: Final = 100  # longer words are [UNK]: BERT's max_input_chars_p
 _PIECES_CACHED: Final = 1 << 15  # words of 100 characters: some 50 MB at the very most
 _CODE_POINTS_CACHED: Final = 1 << 16  # of 1.1 million, which would take 190 MB
 # Regular expressions and str methods hold the interpreter until they are done: 1.8 s for
-# 30 MB, while nobody else runs. So texts are read in parts, cut before a character that
-# always begins a word or separates two.
-_PART_CHARS: Final = 1 << 16
-_CUT_BEFORE: Final = re.compile(r"[\t\n\r -/:-@\[-`{-~\u4e00-\u9fff]")
+# 30 MB, while nobody else runs. So texts are read in parts (2 ms each), and of one that
+# will be cut or refused no more than is needed.
+PART_CHARS: Final = 1 << 14
+_CUT_BEFORE: Final = (
+    r"\t\n\r -/:-@\[-`{-~\u4e00-\u9fff"  # each is a word, or between two
+)
 _PLAIN_TEXT: Final = re.compile(r"[\t\n\r -~]*")  # ASCII that needs no cleaning
 _PLAIN_WORDS: Final = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 # CJK as the reference has it; 2B920 is its own slip for 2B820, kept.
@@ -3469,15 +3472,25 @@ class CodePoints(dict[int, str | None]):
         return f" {char} " if is_han or is_punctuation else char
 
 
-def _parts(text: str) -> Iterator[str]:
-    """``text`` in parts of some _PART_CHARS, no word cut in two."""
-    begin = 0
-    while len(text) - begin > _PART_CHARS:
-        cut = _CUT_BEFORE.search(text, begin + _PART_CHARS)
-        end = cut.start() if cut else len(text)
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+def spans(
+    text: str, cut: re.Pattern[str] | None, *, from_end: bool
+) -> Iterator[tuple[int, int]]:
+    """A text's parts of some PART_CHARS, cut where ``cut`` matches, in either order."""
+    begin, end, size = 0, len(text), PART_CHARS
+    at = end - 2 * size if from_end else size
+    while cut is not None and 0 < at < end:
+        found = cut.search(text, at, at + size)
+        if found is None:
+            at += -size if from_end else size
+        elif from_end:
+            yield found.start(), end
+            end = found.start()
+            at = end - 2 * size
+        else:
+            yield begin, found.start()
+            begin = found.start()
+            at = begin + size
+    yield begin, end
 
 
 class WordPiece:
@@ -3504,6 +3517,11 @@ class WordPiece:
         longest_first = sorted(specials, key=len, reverse=True)
         alternatives = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._special_pattern = re.compile(f"({alternatives})")
+        self._most_special = max(map(len, specials), default=0)
+        # Where a text may be cut in two: not within what may be a special token.
+        inner = "".join(special[1:] for special in specials)
+        within = f"(?![{re.escape(inner)}])" if inner else ""
+        self.cut = re.compile(f"{within}[{_CUT_BEFORE}]")
         self._code_points = CodePoints(lowercase=lowercase, strip_accents=strip_accents)
         self._lowercase = lowercase
         # No method of ours: a cycle of megabytes would wait for its collector.
@@ -3514,29 +3532,52 @@ class WordPiece:
 
     def ids(self, text: str) -> list[int]:
         """The token ids of ``text``, without [CLS] and [SEP] around them."""
-        if not self._special_pattern.search(text):
-            return self._plain_ids(text)
+        return list(itertools.chain.from_iterable(self.parts(text)))
+
+    def parts(self, text: str) -> Iterator[list[int]]:
+        """The token ids of ``text``, some PART_CHARS at a time."""
+        begin, said_to, word = 0, 0, ""
         ids: list[int] = []
-        for part in self._special_pattern.split(text):
-            if part in self._specials:
-                ids.append(self._specials[part])
+        while begin < len(text):
+            end = begin + PART_CHARS
+            # One that begins before the end may end behind it.
+            special = self._special_pattern.search(
+                text, begin, end + self._most_special
+            )
+            if special is None or special.start() >= end:
+                special, is_end = None, end >= len(text)
             else:
-                ids += self._plain_ids(part)
-        return ids
-
-    def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in _parts(text):
-            for word in self._words(part):
+                end, is_end = special.start(), True
+            words, word = self._words(text[begin:end], word, is_end=is_end)
+            for each in words:
                 # Long words stay out of the cache, which holds words of any client.
-                is_long = len(word) > _MAX_WORD_CHARS
-                ids += self._unknown if is_long else self._pieces(word)
-        return ids
+                is_long = len(each) > _MAX_WORD_CHARS
+                ids += self._unknown if is_long else self._pieces(each)
+            begin = end
+            if special is not None:
+                ids.append(self._specials[special[0]])
+                begin = special.end()
+            if begin - said_to >= PART_CHARS:
+                yield ids
+                ids, said_to = [], begin
+        yield ids
 
-    def _words(self, text: str) -> list[str]:
+    def _words(self, text: str, begun: str, *, is_end: bool) -> tuple[list[str], str]:
+        """Its words, the first of which was begun before it, and what goes on after it."""
         if _PLAIN_TEXT.fullmatch(text):
-            return _PLAIN_WORDS.findall(text.lower() if self._lowercase else text)
-        return text.translate(self._code_points).split()
+            cleaned = text.lower() if self._lowercase else text
+            words = _PLAIN_WORDS.findall(cleaned)
+            goes_on = cleaned[:1].isalnum(), cleaned[-1:].isalnum()
+        else:
+            cleaned = text.translate(self._code_points)
+            words = cleaned.split()
+            goes_on = cleaned[:1] > " ", cleaned[-1:] > " "
+        if begun and (cleaned or is_end):
+            words[: goes_on[0]] = [begun + words[0] if goes_on[0] else begun]
+            begun = ""
+        if goes_on[1] and not is_end:
+            begun = words.pop()[: _MAX_WORD_CHARS + 1]  # more is [UNK] as well
+        return words, begun
 
 
 def _split_word(
@@ -3997,6 +4038,12 @@ class LlamaContext:
 TOKENISER_STACK_BYTES: Final = 256 << 20
 MAX_TOKENISER_CHARS: Final = TOKENISER_STACK_BYTES // 512
 _LONGEST_PIECE_BYTES: Final = 1024
+# A space as vocabularies spell it, after what is none.
+_GOES_ACROSS: Final = re.compile("[^ \u0120\u2581][ \u0120\u2581]")
+_MARGIN_TOKENS: Final = 1024
+_LIKE_A_WORD: Final = re.compile(r"^\w|\w$")
+_BETWEEN_WORDS: Final = re.compile(r"(?<=\w) (?=\w)")
+_CUT_SAMPLES: Final = (("a", "b"), ("One", "two"), ("x1", "2y"), ("\u00e9", "\u4e2d"))
 TOKENISERS: Final = {1: "SentencePiece", 2: "BPE", 3: "WordPiece", 4: "Unigram"}
 
 
@@ -4040,6 +4087,67 @@ class Vocabulary:
         if self._word_piece is not None:
             return self._word_piece.ids(text)
         return self._llama_tokenise(text, add_special=False)
+
+    def parts(
+        self, text: str, most: int, *, from_end: bool = False
+    ) -> Iterator[list[int]]:
+        """See Engine."""
+        if self._word_piece is None:
+            cut, dropped = self._cut
+            for begin, end in spans(text, cut, from_end=from_end):
+                span = text[begin + (dropped if begin else 0) : end]
+                yield from self._unbroken(span, most, from_end=from_end)
+        elif not from_end:
+            yield from self._word_piece.parts(text)
+        else:
+            for begin, end in spans(text, self._word_piece.cut, from_end=True):
+                ids: list[int] = []
+                for part in self._word_piece.parts(text[begin:end]):
+                    ids += part
+                    if end - begin > 2 * PART_CHARS:
+                        yield []  # there was no place to cut it, but that took a while
+                yield ids
+
+    def _unbroken(
+        self, text: str, most: int, *, from_end: bool
+    ) -> Iterator[list[int]]:
+        """The parts of a text without a place to cut it: one, and empty ones before.
+
+        Cut anywhere, it has other tokens there; they are left out, with a wide margin.
+        """
+        size = 2 * PART_CHARS
+        while size < len(text):
+            ids = self.tokenise(text[-size:] if from_end else text[:size])
+            if len(ids) > most + _MARGIN_TOKENS:
+                yield ids[_MARGIN_TOKENS:] if from_end else ids[:-_MARGIN_TOKENS]
+                return
+            yield []
+            size *= 2
+        yield self.tokenise(text)
+
+    @functools.cached_property
+    def _cut(self) -> tuple[re.Pattern[str] | None, int]:
+        """Where a text may be cut in two, and how many characters to leave out there.
+
+        Before the space between two words, if no token goes across it. What
+        SentencePiece puts before a text stands for that space.
+        """
+        llama, vocab = self._llama, self._vocab
+        marked = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_USER_DEFINED
+        for token in range(self.size):
+            raw: bytes = llama.llama_vocab_get_text(vocab, token) or b""
+            text = raw.decode("utf-8", "replace")
+            is_marked = bool(llama.llama_vocab_get_attr(vocab, token) & marked)
+            if _GOES_ACROSS.search(text) or (is_marked and _LIKE_A_WORD.search(text)):
+                return None, 0
+        for dropped in (0, 1):
+            if all(
+                self.tokenise(a + " " + b)
+                == self.tokenise(a) + self.tokenise(" "[dropped:] + b)
+                for a, b in _CUT_SAMPLES
+            ):
+                return _BETWEEN_WORDS, dropped
+        return None, 0
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """See Engine."""
@@ -4195,6 +4303,15 @@ class Engine(Protocol):
         """Token ids, without the card's head and tail. Any thread."""
         ...
 
+    def parts(
+        self, text: str, most: int, *, from_end: bool = False
+    ) -> Iterator[list[int]]:
+        """The same in parts, or the last one first, each of which takes little time.
+
+        When there were more than ``most``, what comes then need not be right.
+        """
+        ...
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each token stands for, e.g. " table"; a special one's name. Any thread."""
         ...
@@ -4345,6 +4462,7 @@ class LlamaEngine:
             made.callback(self.close)
             self._vocabulary = Vocabulary(llama_cpp, self._model)
             self.tokenise = self._vocabulary.tokenise
+            self.parts = self._vocabulary.parts
             self.pieces = self._vocabulary.pieces
             self.text = self._vocabulary.text
             head, tail = self._vocabulary.frame()
@@ -5028,9 +5146,11 @@ class Backlog:
 
     def tokenised(self, bound: int, tokens: int) -> None:
         """What had this upper bound needs so many tokens computed."""
+        if not bound:
+            return
         self.tokens -= bound - tokens
         self.bounds -= bound
-        self.used_part += (tokens / max(1, bound) - self.used_part) * 0.1
+        self.used_part += (tokens / bound - self.used_part) * 0.1
 
     def release(
         self,
@@ -5366,6 +5486,8 @@ class Job:
     asked: str = ""  # the query of its pairs, or of the last one; and of that
     query_ids: list[int] = field(default_factory=list)
     query: str | None = None  # as much as there is room for
+    reading: Iterator[Item | ApiError | int] | None = None  # of its inputs, under way
+    is_cut_short: bool = False  # the last text was not read whole: what is left is cut
     started_at: float = 0.0
     ended_at: float = 0.0
 
@@ -5738,6 +5860,8 @@ class Line:
 # The tokeniser threads' work. A slice is bounded, so that a large job lets others pass.
 
 _SLICE_INPUTS: Final = 32
+_SLICE_CHARS: Final = 2 * PART_CHARS  # some 5 ms
+Reading = Generator[int, None, T]  # yields how many characters were read, then gives T
 
 
 def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
@@ -5766,36 +5890,92 @@ class Reader:
         self._cache = cache
 
     def slice(self, job: Job) -> list[Item | ApiError]:
-        """The next inputs, or what is wrong with them. Raises what ends the job."""
-        begin = job.next_input
-        part = job.inputs[begin : begin + _SLICE_INPUTS]
-        return [self._made(job, begin + n, raw) for n, raw in enumerate(part)]
+        """The next inputs, or what is wrong with them; none: one is not yet read.
 
-    def _made(self, job: Job, index: int, raw: Input) -> Item | ApiError:
-        """The input tokenised; what is wrong with it, if the job lives on without it."""
-        if index in job.bad:
-            return job.bad[index]
-        try:
-            return self._item(job, index, raw)
-        except ApiError as error:
-            if job.allows_partial:
-                return error
-            raise
+        Raises what ends the job.
+        """
+        made: list[Item | ApiError] = []
+        chars = 0
+        reading = job.reading = job.reading or self._all(job)
+        for found in reading:
+            if isinstance(found, int):
+                chars += found
+            else:
+                made.append(found)
+            if chars >= _SLICE_CHARS or len(made) >= _SLICE_INPUTS:
+                break
+        return made
 
-    def _item(self, job: Job, index: int, raw: Input) -> Item:
+    def _all(self, job: Job) -> Iterator[Item | ApiError | int]:
+        for index, raw in enumerate(job.inputs):
+            if index in job.bad:
+                yield job.bad[index]
+                continue
+            try:
+                yield (yield from self._item(job, index, raw))
+            except ApiError as error:
+                if not job.allows_partial:
+                    raise
+                yield error
+
+    def _item(self, job: Job, index: int, raw: Input) -> Reading[Item]:
         import numpy as np
 
         card, name = self.engine.card, f"{job.named}[{index}]"
+        front, end = len(card.head), len(card.tail)
+        job.is_cut_short = False
         if isinstance(raw, Pair):
-            ids = self._pair_ids(job, name, raw)
+            ids = yield from self._pair_ids(job, name, raw)
         elif isinstance(raw, list):
-            ids = framed_once(raw, card)
-            ids = self._fitted(job, name, ids, len(card.head), len(card.tail))
+            yield len(raw)
+            if len(raw) > (most := card.max_input_tokens) + front + end:
+                if not job.truncates:
+                    raise _too_long(name, f"{len(raw)} tokens", most)
+                # What stays of it, and both ends, which may be framed already.
+                first, last = (front, most) if job.cuts_left else (most, end)
+                raw = [*raw[:first], *raw[len(raw) - last :]]
+            ids = self._fitted(job, name, framed_once(raw, card), front, end)
         else:
-            ids = self._text_ids(job, name, raw)
+            ids = yield from self._text_ids(job, name, raw)
         array = np.array(ids, np.int32)
         key = self._cache.key(array) + job.form.value
         return Item(array, key, [(job, index)], form=job.form)
+
+    def _read(
+        self, job: Job, text: str, most: int, front: int = 0, end: int = 0
+    ) -> Reading[list[int]]:
+        """A text's own ids; of more than ``most`` those that count when they are cut.
+
+        Then the first ``front`` or last ``end`` stay too, at the end that is cut off.
+        """
+        if len(text) <= PART_CHARS:
+            yield len(text)
+            return self.engine.tokenise(text)
+        left = job.cuts_left
+        ids, is_all = yield from self._some(text, most, from_end=left)
+        if is_all:
+            return ids
+        job.is_cut_short = True
+        if kept := front if left else end:
+            others, _ = yield from self._some(text, kept, from_end=not left)
+            ids = [*others[:kept], *ids] if left else [*ids, *others[-kept:]]
+        return ids
+
+    def _some(
+        self, text: str, most: int, *, from_end: bool
+    ) -> Reading[tuple[list[int], bool]]:
+        """The ids of a text until they are more than so many; whether those are all."""
+        parts: list[list[int]] = []
+        found = 0
+        for part in self.engine.parts(text, most, from_end=from_end):
+            yield PART_CHARS
+            parts.append(part)
+            found += len(part)
+            if found > most:
+                break
+        is_all = found <= most
+        ordered = reversed(parts) if from_end else parts
+        return list(itertools.chain.from_iterable(ordered)), is_all
 
     def _most(self, job: Job) -> int:
         return min(job.max_input_tokens, self.engine.card.max_input_tokens)
@@ -5808,23 +5988,26 @@ class Reader:
         if len(ids) <= most:
             return ids
         if not job.truncates:
-            raise _too_long(name, f"{len(ids)} tokens", most)
+            more = " or more" if job.is_cut_short else ""
+            raise _too_long(name, f"{len(ids)} tokens{more}", most)
         job.truncated += 1
         return truncated(ids, most, front, end, left=job.cuts_left)
 
-    def _text_ids(self, job: Job, name: str, text: str) -> list[int]:
+    def _text_ids(self, job: Job, name: str, text: str) -> Reading[list[int]]:
         """Of a text; its prompt and the special tokens stay when it is cut."""
-        card, tokenise = self.engine.card, self.engine.tokenise
+        card, tokenise, most = self.engine.card, self.engine.tokenise, self._most(job)
+        front, end, prompt = len(card.head), len(card.tail), (0, 0)
         before, after = job.around
-        room = card.max_chars - len(before) - len(after)
-        inner = self._cut(job, name, text[len(before) : len(text) - len(after)], room)
-        ids = framed(tokenise(f"{before}{inner}{after}"), card)
-        front, end = len(card.head), len(card.tail)
-        if before + after and job.truncates and len(ids) > self._most(job):
+        if len(text) > card.max_chars:
+            room = card.max_chars - len(before) - len(after)
+            inner = text[len(before) : len(text) - len(after)]
+            text = f"{before}{self._cut(job, name, inner, room)}{after}"
+        if before + after and job.truncates:
             prompt = len(tokenise(before)), len(tokenise(after))
-            if front + end + sum(prompt) < self._most(job):
-                front, end = front + prompt[0], end + prompt[1]
-        return self._fitted(job, name, ids, front, end)
+        if front + end + sum(prompt) < most:
+            front, end = front + prompt[0], end + prompt[1]
+        own = yield from self._read(job, text, most, *prompt)
+        return self._fitted(job, name, framed(own, card), front, end)
 
     @staticmethod
     def _cut(job: Job, name: str, text: str, most: int) -> str:
@@ -5835,14 +6018,14 @@ class Reader:
             raise _too_long(name, f"{len(text)} characters", max(0, most))
         return text[len(text) - most :] if job.cuts_left else text[:most]
 
-    def _pair_ids(self, job: Job, name: str, pair: Pair) -> list[int]:
+    def _pair_ids(self, job: Job, name: str, pair: Pair) -> Reading[list[int]]:
         """Of a query and a text, of which the text is cut before the query is."""
         if job.asked != pair.query:
             job.asked, job.query_ids, job.query = pair.query, [], None
         most = self._most(job)
         has_template = bool(self.engine.card.pair_template)
         made = self._templated if has_template else self._joined
-        ids, front, end = made(job, name, pair, most)
+        ids, front, end = yield from made(job, name, pair, most)
         if len(ids) - front - end > job.max_text_tokens:
             most = front + job.max_text_tokens + end
             ids = truncated(ids, most, front, end, left=job.cuts_left)
@@ -5850,30 +6033,31 @@ class Reader:
 
     def _joined(
         self, job: Job, name: str, pair: Pair, most: int
-    ) -> tuple[list[int], int, int]:
+    ) -> Reading[tuple[list[int], int, int]]:
         """The ids of a pair, and how many at both ends are not the text's."""
-        card, tokenise = self.engine.card, self.engine.tokenise
+        card = self.engine.card
         if not job.query_ids:
             query = self._cut(job, "query", pair.query, card.max_chars)
-            job.query_ids = tokenise(query)
-        text = tokenise(self._cut(job, name, pair.text, card.max_chars))
+            job.query_ids = yield from self._read(job, query, most)
+        text = self._cut(job, name, pair.text, card.max_chars)
+        ids = yield from self._read(job, text, most)
         query_ids, end = job.query_ids, len(card.after)
         special = len(framed_pair((), (), card))
         room = max(2, most - special)
-        if len(query_ids) + min(1, len(text)) > room:
+        if len(query_ids) + min(1, len(ids)) > room:
             if not job.truncates:
                 raise _too_long("query", f"{len(query_ids) + special} tokens", most)
             # As text-embeddings-inference does: the longer one of the two.
-            kept = room - min(len(text), room // 2)
+            kept = room - min(len(ids), room // 2)
             query_ids = query_ids[-kept:] if job.cuts_left else query_ids[:kept]
-        ids = framed_pair(query_ids, text, card)
-        return ids, len(ids) - len(text) - end, end
+        whole = framed_pair(query_ids, ids, card)
+        return whole, len(whole) - len(ids) - end, end
 
     def _templated(
         self, job: Job, name: str, pair: Pair, most: int
-    ) -> tuple[list[int], int, int]:
+    ) -> Reading[tuple[list[int], int, int]]:
         """Likewise, in the model's own template."""
-        card, tokenise = self.engine.card, self.engine.tokenise
+        card = self.engine.card
         before, _, after = card.pair_template.partition("{document}")
         query = pair.query if job.query is None else job.query
         while True:
@@ -5881,12 +6065,14 @@ class Reader:
             room = card.max_chars - len(front) - len(end)
             found, limit = f"{len(query)} characters", len(query) + room
             if room > 0:
+                first = yield from self._read(job, front, most)
+                last = yield from self._read(job, end, most)
+                sizes = len(first), len(last)
                 text = self._cut(job, name, pair.text, room)
                 # In one piece: tokens may go across the borders.
-                ids = tokenise(f"{front}{text}{end}")
+                ids = yield from self._read(job, f"{front}{text}{end}", most, *sizes)
                 if len(ids) <= most <= job.max_text_tokens:
                     return ids, 0, 0
-                sizes = len(tokenise(front)), len(tokenise(end))
                 if sum(sizes) < most:
                     return ids, *sizes
                 found, limit = f"{sum(sizes)} tokens with its template", most
@@ -6304,7 +6490,7 @@ class Queue:
         """The job is over: give back the room of what has not run."""
         if job not in self._jobs:  # over already, or never admitted
             return
-        job.is_over = True
+        job.is_over, job.reading = True, None
         job.ended_at = self.clock()
         self._jobs.discard(job)
         self._backlog.release(

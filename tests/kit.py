@@ -15,6 +15,7 @@ import dataclasses
 import http.client
 import io
 import os
+import re
 import signal
 import socket
 import struct
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = (
     60.0  # of every wait in the tests: long enough that it only ever means "never"
 )
+SPACE = re.compile(r"\s")
 NAN_WORD, BOOM_WORD = "nan", "boom"  # texts holding these words fail, see FakeEngine
 
 
@@ -124,6 +126,12 @@ class FakeEngine:
 
     def tokenise(self, text: str) -> list[int]:
         return [fake_id(word) for word in text.split()]
+
+    def parts(
+        self, text: str, most: int, *, from_end: bool = False
+    ) -> Iterator[list[int]]:
+        for begin, end in es.spans(text, SPACE, from_end=from_end):
+            yield self.tokenise(text[begin:end])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [f"<{token}>" for token in ids]

@@ -327,8 +327,8 @@ def test_a_long_text_has_the_ids_of_its_parts(
     # Texts are read in parts; where they are cut must not show.
     ours, _ = both(lowercase=True, strip_accents=None)
     text = glue.join(row["text"] for row in ROWS) + glue + "x" * 300
-    monkeypatch.setattr(es, "_PART_CHARS", 2 * len(text))
+    monkeypatch.setattr(es, "PART_CHARS", 2 * len(text))
     whole = ours.ids(text)
     for size in (1, 7, 64):
-        monkeypatch.setattr(es, "_PART_CHARS", size)
+        monkeypatch.setattr(es, "PART_CHARS", size)
         assert ours.ids(text) == whole

@@ -1,0 +1,307 @@
+"""Room READING: what is read in parts has the ids of what is read whole, and no slice
+takes long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+from tests.test_engine import Models, engines, models  # noqa: F401
+from tests.test_workers import Engine, desk
+
+NAMES = ("bert", "bpe", "spm")
+WHOLE = 1 << 40  # characters of a part: nothing is read in parts
+
+
+@contextmanager
+def parts_of(chars: int) -> Iterator[None]:
+    """Texts longer than so many characters are read in such parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(es, "PART_CHARS", chars)
+        patch.setattr(es, "_SLICE_CHARS", 2 * chars)
+        patch.setattr(es, "_MARGIN_TOKENS", 8)
+        yield
+
+
+@dataclasses.dataclass
+class Reading:
+    """An engine's tokeniser, for a model with another card."""
+
+    engine: Any
+    card: es.ModelCard
+
+    def tokenise(self, text: str) -> list[int]:
+        ids: list[int] = self.engine.tokenise(text)
+        return ids
+
+    def parts(
+        self, text: str, most: int, *, from_end: bool = False
+    ) -> Iterator[list[int]]:
+        yield from self.engine.parts(text, most, from_end=from_end)
+
+    def read(self, *inputs: es.Input, **wanted: Any) -> tuple[list[Any], int]:
+        """The ids of each input or the class of its error, and in how many slices."""
+        reader = es.Reader(self, es.VectorCache(0, ""))  # type: ignore[arg-type]
+        job = es.Job(inputs, lambda: None, allows_partial=True, **wanted)
+        found: list[Any] = []
+        slices = 0
+        while len(found) < len(inputs):
+            slices += 1
+            for made in reader.slice(job):
+                if isinstance(made, es.ApiError):
+                    found.append(type(made))
+                else:
+                    found.append(list(made.ids))
+        return [*found, job.truncated], slices
+
+
+# Words, what stands between them, marks, and what has no place to cut it.
+WORDS = st.sampled_from(
+    ["a", "ab", "hello", "x1", "é", "中文字", "</s>", "[SEP]", "<end>", "don't", "…"]
+)
+GAPS = st.sampled_from([" ", " ", " ", "  ", "\n", ", ", "", "_", "\u3000", "\u00ad"])
+RUNS = st.sampled_from(
+    [" " * 40, "a" * 70, "中" * 50, "ab " * 20, "\n" * 30, "- " * 20]
+)
+TEXTS = st.lists(st.one_of(st.tuples(WORDS, GAPS).map("".join), RUNS), max_size=25).map(
+    "".join
+)
+CUTS = st.fixed_dictionaries(
+    {"truncates": st.booleans(), "cuts_left": st.booleans()},
+    optional={"max_input_tokens": st.integers(4, 60)},
+)
+QUIET = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.differing_executors],
+)
+
+
+def in_parts_as_whole(reading: Reading, *inputs: es.Input, **wanted: Any) -> list[Any]:
+    """What is read is the same however small the parts are."""
+    with parts_of(WHOLE):
+        expected, _ = reading.read(*inputs, **wanted)
+    for chars in (3, 16):
+        with parts_of(chars):
+            found, _ = reading.read(*inputs, **wanted)
+        assert found == expected
+    return expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+@QUIET
+@given(text=TEXTS, most=st.integers(4, 40), wanted=CUTS)
+@example("a " * 50 + "中" * 40, 8, {"truncates": True, "cuts_left": True})
+@example("a" * 101 + "\u00ad" * 40 + "b c", 8, {"truncates": True, "cuts_left": False})
+def test_a_text_that_is_cut_has_the_ids_of_the_whole_one_cut(
+    engines: dict[str, es.LlamaEngine],  # noqa: F811
+    name: str,
+    text: str,
+    most: int,
+    wanted: dict[str, Any],
+) -> None:
+    engine = engines[name]
+    card = dataclasses.replace(engine.card, max_input_tokens=most)
+    found, cut = in_parts_as_whole(Reading(engine, card), text, **wanted)
+    limit = min(most, wanted.get("max_input_tokens", most))
+    front, end = len(card.head), len(card.tail)
+    ids = es.framed(engine.tokenise(text), card)
+    if len(ids) <= max(limit, front + end + 1):
+        assert (found, cut) == (ids, 0)
+    elif not wanted["truncates"]:
+        assert found is es.ContextLengthExceeded
+    else:
+        limit = max(limit, front + end + 1)
+        left = wanted["cuts_left"]
+        assert found == es.truncated(ids, limit, front, end, left=left)
+        assert cut == 1
+
+
+TEMPLATES = ("", "Q: {query} D: {document} end", "{document}{query}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@QUIET
+@given(
+    texts=st.lists(TEXTS, min_size=1, max_size=2),
+    query=TEXTS.filter(bool),
+    template=st.sampled_from(TEMPLATES),
+    most=st.integers(8, 40),
+    wanted=CUTS,
+    more=st.sampled_from([{}, {"max_text_tokens": 7}]),
+)
+def test_pairs_and_prompts_that_are_cut_have_the_ids_of_whole_ones(
+    engines: dict[str, es.LlamaEngine],  # noqa: F811
+    name: str,
+    texts: list[str],
+    query: str,
+    template: str,
+    most: int,
+    wanted: dict[str, Any],
+    more: dict[str, Any],
+) -> None:
+    engine = engines[name]
+    card = dataclasses.replace(
+        engine.card,
+        max_input_tokens=most,
+        between=(5,),
+        after=(6,),
+        pair_template=template,
+        n_scores=1,
+    )
+    reading = Reading(engine, card)
+    pairs = [es.Pair(query, text) for text in texts]
+    in_parts_as_whole(reading, *pairs, **(wanted | more))
+    around = (f"{query[:9]} ", " end")
+    wrapped = [f"{around[0]}{text}{around[1]}" for text in texts]
+    in_parts_as_whole(reading, *wrapped, around=around, **wanted)
+
+
+@given(
+    size=st.integers(1, 200),
+    framing=st.tuples(st.booleans(), st.booleans()),
+    left=st.booleans(),
+)
+def test_a_list_of_ids_is_cut_as_if_all_of_it_had_been_looked_at(
+    size: int, framing: tuple[bool, bool], left: bool
+) -> None:
+    card = kit.fake_card(max_input_tokens=20, head=(1, 8), tail=(2,))
+    ids = [*card.head * framing[0], *range(10, 10 + size), *card.tail * framing[1]]
+    whole = es.framed_once(ids, card)
+    expected = es.truncated(whole, 20, 2, 1, left=left) if len(whole) > 20 else whole
+    reading = Reading(kit.FakeEngine(), card)
+    assert reading.read(ids, truncates=True, cuts_left=left)[0][0] == expected
+
+
+# --- how much is read, and how much at a time ---
+
+WORD_PIECE = es.WordPiece(
+    ["[UNK]", "[SEP]", "\u2581a", "\u2581b", "a"],
+    {"[UNK]": 0, "[SEP]": 1},
+    0,
+    lowercase=True,
+    strip_accents=True,
+)
+
+
+def word_pieces(most: int = 16) -> Reading:
+    """BERT's tokeniser, which is ours, without a model."""
+    vocabulary = object.__new__(es.Vocabulary)
+    vocabulary._word_piece = WORD_PIECE
+    return Reading(vocabulary, kit.fake_card(max_input_tokens=most))
+
+
+MANY = 20 * es.PART_CHARS
+HUGE = {
+    "words": "a b " * (MANY // 4),
+    "blanks": " " * MANY,
+    "one word": "a" * MANY,
+    "Han": "中" * MANY,
+    "kana": "か" * MANY,
+    "marks": "[SEP]" * (MANY // 5),
+    "nothing": "\u00ad" * MANY,
+    "mixed": "a, か" * (MANY // 4),
+}
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_huge_text_is_read_a_little_at_a_time_and_only_as_far_as_needed(
+    kind: str, left: bool
+) -> None:
+    text = HUGE[kind]
+    reading = word_pieces()
+    ids = es.framed(WORD_PIECE.ids(text), reading.card)
+    found, slices = reading.read(text, truncates=True, cuts_left=left)
+    if len(ids) > 16:
+        assert found == [es.truncated(ids, 16, 1, 1, left=left), 1]
+        assert slices <= 2, "a few thousand characters are enough"
+    else:
+        assert found == [ids, 0]
+        assert slices >= MANY // (2 * es._SLICE_CHARS), "others have had their turns"
+    if not left and len(ids) > 16:
+        refused, slices = reading.read(text)
+        assert refused == [es.ContextLengthExceeded, 0]
+        assert slices <= 2, "what is too long is so after a few thousand, too"
+
+
+class Counting(Engine):
+    """Counts the characters that are tokenised."""
+
+    def __init__(self) -> None:
+        super().__init__(max_input_tokens=100)
+        self.chars = 0
+
+    def tokenise(self, text: str) -> list[int]:
+        ids = super().tokenise(text)
+        self.chars += len(text)
+        return ids
+
+
+@pytest.mark.parametrize(
+    ("inputs", "truncates"),
+    [
+        (["word " * 900_000] * 20, True),
+        (["w" * 15_000 + " x"] * 300, True),
+        (["short text"] * 1000, False),
+        ([" " * 4_000_000], False),
+        (["w" * 15_000 + " x"] * 300, False),
+    ],
+    ids=["huge, to be cut", "large", "many", "a huge one", "large, refused one by one"],
+)
+def test_a_line_waits_for_no_more_than_a_slice_of_each_other_client(
+    inputs: Sequence[str], truncates: bool
+) -> None:
+    engine = Counting()
+    engine.hold("held")
+    with desk(engine, max_tokens=10**9) as at:
+        at.submit("held", client="first")
+        engine.wait_until_tokenising("held")
+        jobs = [
+            at.submit(
+                *inputs, client="import", truncates=truncates, allows_partial=True
+            )
+            for _ in range(5)
+        ]
+        urgent = at.submit("urgent line", client="urgent", urgency=0)
+        line = at.submit("a line", client="line")
+        seen: list[int] = []
+        errand = es.Errand(lambda: seen.append(engine.chars), seen.append, "errand")  # type: ignore[arg-type]
+        at.pool.queue.send_errand(errand)
+        engine.chars = 0
+        engine.hold("held").set()
+        engine.wait_until_tokenising("a line")
+        assert engine.tokenised.index("urgent line") == 1, "before what is less urgent"
+        before = sum(map(len, engine.tokenised[1 : engine.tokenised.index("a line")]))
+        assert before <= es._SLICE_CHARS + 2 * es.PART_CHARS
+        at.wait_for(urgent, line)
+        for job in jobs:
+            at.pool.queue.cancel(job)
+        at.result("last", client="first")
+        assert seen
+        assert seen[0] <= 2 * (es._SLICE_CHARS + 2 * es.PART_CHARS)
+        assert at.room_taken() == (0, 0)
+
+
+@pytest.mark.model
+@QUIET
+@given(text=TEXTS, left=st.booleans())
+def test_the_default_models_texts_are_cut_as_if_they_had_been_read_whole(
+    engine: es.LlamaEngine, text: str, left: bool
+) -> None:
+    card = dataclasses.replace(engine.card, max_input_tokens=12)
+    whole = es.framed(engine.tokenise(text), card)
+    expected = es.truncated(whole, 12, 1, 1, left=left) if len(whole) > 12 else whole
+    found = in_parts_as_whole(
+        Reading(engine, card), text, truncates=True, cuts_left=left
+    )
+    assert found[0] == expected
