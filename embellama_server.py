@@ -4108,9 +4108,7 @@ class Vocabulary:
                         yield []  # there was no place to cut it, but that took a while
                 yield ids
 
-    def _unbroken(
-        self, text: str, most: int, *, from_end: bool
-    ) -> Iterator[list[int]]:
+    def _unbroken(self, text: str, most: int, *, from_end: bool) -> Iterator[list[int]]:
         """The parts of a text without a place to cut it: one, and empty ones before.
 
         Cut anywhere, it has other tokens there; they are left out, with a wide margin.
