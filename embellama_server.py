@@ -9885,7 +9885,9 @@ class Models(Names):
         try:
             served = await self._made(settings)
         except (StartupError, EngineError) as error:
-            raise ModelUnavailable(f"{model.label} cannot be loaded: {error}") from None
+            raise ModelUnavailable(
+                f"{model.label} cannot be loaded: {error}", retry_after_s=FIRST_PAUSE_S
+            ) from None
         finally:
             self._adding.discard(model.label)
         try:

@@ -119,7 +119,7 @@ def test_a_trial_that_dies_is_a_sentence_and_nothing_is_loaded_here(
             "file may be damaged, too large, or not for this llama.cpp"
         )
     assert bench.mappings() == 0
-    bench.loads_and_frees()  # and another time it does
+    assert not bench.loader._proven
 
 
 def test_no_process_to_try_it_in_is_a_sentence(

@@ -1513,7 +1513,7 @@ def test_a_load_that_this_box_has_no_memory_for_is_refused_with_both_numbers(
             said = f"take {needed} MiB of memory and 7 MiB are free"
             assert said in reply.error["message"]
             added = await running.admin("load", path=files("c"))
-            assert added.status == 503
+            assert (added.status, added.headers["retry-after"]) == (503, "10")
             assert "7 MiB are free" in added.error["message"]
             assert set(await running.states()) == {"a@1", "b@1"}
             assert running.engines.loads == ["a"]
