@@ -9541,6 +9541,13 @@ class Names:
             )
         return ModelNotFound(f"model {asked!r:.80} not found; {why}", param="model")
 
+    @property
+    def names(self) -> list[str]:
+        """What there is to ask for: names, aliases, and versions where there are more."""
+        names = dict.fromkeys(name for one in self._rows for name in one.names)
+        labels = (one.label for one in self._rows if self.has_versions(one))
+        return [*(names | dict.fromkeys(labels))]
+
     def has_versions(self, model: Model) -> bool:
         """Whether its name has others."""
         return len(self._versions[model.name]) > 1
@@ -11302,9 +11309,7 @@ async def models(exchange: Exchange) -> Response:
     house, client = exchange.house, exchange.caller.client
     house.check_open()
     known = house.models
-    names = dict.fromkeys(name for one in known.rows for name in one.names)
-    names |= dict.fromkeys(one.label for one in known.rows if known.has_versions(one))
-    found = [(name, known.find(name, client, any_model=False)) for name in names]
+    found = [(name, known.find(name, client, any_model=False)) for name in known.names]
     data = [_model_object(name, one) for name, one in found]
     body = json_codec().dumps({"object": "list", "data": data})
     return Response(200, body, is_compressible=True)
@@ -12246,6 +12251,13 @@ class OllamaShowForm:
     name: str | None = wanted(MODEL_NAME, "The same, as older clients call it.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OllamaPullForm(OllamaShowForm):
+    """The body of POST /api/pull."""
+
+    stream: bool = wanted(FLAG, "Lines of progress, as NDJSON.", True)
+
+
 OLLAMA_EMBED_REPLY: Final = an_object(
     model=STRING,
     embeddings=ROWS_OF_NUMBERS,
@@ -12258,6 +12270,7 @@ OLLAMA_TAGS_REPLY: Final = an_object(models=array(ANYTHING))
 OLLAMA_SHOW_REPLY: Final = an_object(
     details=ANYTHING, model_info=ANYTHING, capabilities=array(STRING)
 )
+OLLAMA_PULL_REPLY: Final = an_object(status=STRING)
 OLLAMA_VERSION_REPLY: Final = an_object(version=STRING)
 
 
@@ -12291,9 +12304,9 @@ async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
 
 
 async def ollama_embeddings(exchange: Exchange, form: OllamaEmbeddingsForm) -> Response:
-    """One text's vector, as Ollama gave it before /api/embed."""
+    """One text's vector, not scaled, as Ollama gave it before /api/embed."""
     inputs = [form.prompt] if form.prompt else ()
-    wish = wish_of(form, inputs, "prompt", truncate=True)
+    wish = wish_of(form, inputs, "prompt", truncate=True, form=Form.RAW)
     if not wish.inputs:
         await opened(wish, exchange)
         return Response(200, b'{"embedding":[]}')
@@ -12304,46 +12317,63 @@ async def ollama_embeddings(exchange: Exchange, form: OllamaEmbeddingsForm) -> R
 
 async def ollama_tags(exchange: Exchange) -> Response:
     """What is served, as Ollama lists it."""
-    exchange.house.check_open()
-    shown = [_listed(one) for one in exchange.house.models.rows]
+    house, client = exchange.house, exchange.caller.client
+    house.check_open()
+    await house.models.learn()
+    shown = []
+    for name in house.models.names:
+        one = house.models.find(name, client, any_model=False)
+        shown.append(_listed(name, one))
     return Response(200, json_codec().dumps({"models": shown}))
 
 
 async def ollama_show(exchange: Exchange, form: OllamaShowForm) -> Response:
-    """One model, as Ollama shows it."""
-    if not (name := form.model or form.name):
-        raise InvalidValue("model is missing: name one", param="model")
-    wish = Wish(inputs=(), model=name)
-    model, served = await opened(wish, exchange)
-    card = served.card
-    family = card.architecture
+    """One model, as Ollama shows it; it is not loaded for that."""
+    one = await _model_named(exchange, form)
+    facts, family = one.facts, one.facts.architecture
     info_of = {
         "general.architecture": family,
-        "general.parameter_count": card.n_params,
-        f"{family}.context_length": card.trained_tokens,
-        f"{family}.embedding_length": card.n_embd,
+        "general.parameter_count": facts.n_params,
+        f"{family}.context_length": facts.trained_tokens,
+        f"{family}.embedding_length": facts.n_embd,
     }
     shown = {
         "modelfile": "",
         "parameters": "",
         "template": "",
-        "details": _details(model),
+        "details": _details(one),
         "model_info": info_of,
-        "capabilities": ["rerank" if card.is_ranker else "embedding"],
-        "modified_at": _stamp(served.created),
+        "capabilities": ["rerank" if facts.is_ranker else "embedding"],
+        "modified_at": _stamp(facts.modified_at),
     }
     return Response(200, json_codec().dumps(shown))
 
 
+async def ollama_pull(exchange: Exchange, form: OllamaPullForm) -> Response:
+    """Success for a model that is served; none is fetched here."""
+    await _model_named(exchange, form)
+    words = ("pulling manifest", "success") if form.stream else ("success",)
+    lines = [json_codec().dumps({"status": word}) for word in words]
+    kind = NDJSON if form.stream else "application/json"
+    return Response(200, b"\n".join([*lines, b""]), content_type=kind)
+
+
 async def ollama_ps(exchange: Exchange) -> Response:
     """What is in memory, as Ollama lists it."""
-    exchange.house.check_open()
+    house = exchange.house
+    house.check_open()
     shown = []
-    for one in exchange.house.models.rows:
+    for one in house.models.rows:
         if one.served is not None:
-            more = {"expires_at": _stamp(0), "size_vram": 0}
+            ends_at, idle_s = _FOREVER, house.settings.idle_unload_s
+            if idle_s:
+                ends_at = _stamp(
+                    time.time() + idle_s - (time.monotonic() - one.used_at)
+                )
+            more = {"expires_at": ends_at, "size_vram": 0}
             length = one.served.card.max_input_tokens
-            shown.append(_listed(one) | more | {"context_length": length})
+            name = one.label if house.models.has_versions(one) else one.name
+            shown.append(_listed(name, one) | more | {"context_length": length})
     return Response(200, json_codec().dumps({"models": shown}))
 
 
@@ -12356,30 +12386,48 @@ def _stamp(unix_s: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_s))
 
 
-def _listed(one: Model) -> dict[str, object]:
-    name = one.name if one.version == 1 else one.label
-    served = one.served
+NDJSON: Final = "application/x-ndjson"
+_FOREVER: Final = "9999-12-31T23:59:59Z"
+
+
+async def _model_named(exchange: Exchange, form: OllamaShowForm) -> Model:
+    """The model that a form names, with all facts. Raises ModelNotFound."""
+    if not (name := form.model or form.name):
+        raise InvalidValue("model is missing: name one", param="model")
+    house, client = exchange.house, exchange.caller.client
+    house.check_open()
+    exchange.log_fields["model"] = name
+    any_model = house.settings.any_model
+    one = house.models.find(name, client, any_model=any_model)
+    if not one.facts.architecture:
+        await house.models.learn()
+    return one
+
+
+def _listed(name: str, one: Model) -> dict[str, object]:
+    # Its CLI takes the first 12 digits, and has no model without a tag.
+    tag = "" if ":" in name.rpartition("/")[2] else ":latest"
     return {
-        "name": name,
-        "model": name,
-        "modified_at": _stamp(served.created if served else 0),
-        "size": served.card.size_bytes if served else 0,
-        "digest": served.facts.sha256 if served else "",
+        "name": name + tag,
+        "model": name + tag,
+        "modified_at": _stamp(one.facts.modified_at),
+        "size": one.facts.size_bytes,
+        "digest": one.facts.sha256 or "0" * 64,
         "details": _details(one),
     }
 
 
 def _details(one: Model) -> dict[str, object]:
-    card = one.served.card if one.served else None
-    family = card.architecture if card else ""
-    millions = card.n_params / 1e6 if card else 0
+    family = one.facts.architecture
     return {
         "parent_model": "",
         "format": "gguf",
         "family": family,
         "families": [family],
-        "parameter_size": f"{millions:.0f}M",
-        "quantization_level": card.weights.upper() if card else "",
+        "parameter_size": f"{one.facts.n_params / 1e6:.0f}M",
+        "quantization_level": one.served.card.weights.upper()
+        if one.served
+        else "unknown",
     }
 
 
@@ -13100,6 +13148,7 @@ ROUTES: Final = (
     Route("GET", "/api/tags", ollama_tags, None, OLLAMA_TAGS_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("GET", "/api/ps", ollama_ps, None, OLLAMA_TAGS_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("POST", "/api/show", ollama_show, OllamaShowForm, OLLAMA_SHOW_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("POST", "/api/pull", ollama_pull, OllamaPullForm, OLLAMA_PULL_REPLY, dialect=OLLAMA, offers=(_JSON, NDJSON), group="Ollama"),
     Route("GET", "/api/version", ollama_version, None, OLLAMA_VERSION_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("GET", "/health", health, None, HEALTH_REPLY, "health", offers=_TEXT_TOO, caching=NEVER_CACHED, group="State"),
     Route("GET", "/ping", health, None, HEALTH_REPLY, "health", offers=_TEXT_TOO, caching=NEVER_CACHED, group="State"),

@@ -401,6 +401,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/embed": {"model": "fake", "input": "a b"},
     "/api/embeddings": {"model": "fake", "prompt": "a b"},
     "/api/show": {"model": "fake"},
+    "/api/pull": {"model": "fake", "stream": False},
     "/admin/models/load": {"model": "fake"},
     "/admin/models/unload": {"model": "fake"},
     "/admin/models/default": {"model": "fake"},

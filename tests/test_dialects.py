@@ -1408,20 +1408,26 @@ def test_no_input_only_loads_the_model(client: both.Client, said: object) -> Non
     assert (old.status, old.json) == (200, {"embedding": []})
 
 
-def test_ollama_s_old_route_gives_one_vector(client: both.Client) -> None:
+def test_ollama_s_old_route_gives_one_vector_as_the_model_does(
+    client: both.Client,
+) -> None:
+    def raw(text: str) -> Any:
+        return client.post("/embed", {"inputs": text, "normalize": False}).json[0]
+
     body = {"model": "embedder:latest", "prompt": "a b", "options": {}}
     reply = client.post("/api/embeddings", body)
     assert list(reply.json) == ["embedding"]
-    assert close(reply.json["embedding"], vector("a b"))
+    assert close(reply.json["embedding"], raw("a b"))
+    assert close(reply.json["embedding"], kit.RAW_LENGTH * vector("a b"))
     long = client.post("/api/embeddings", body | {"prompt": "w " * 99})
-    assert close(long.json["embedding"], vector("w " * 30)), "always cut"
+    assert close(long.json["embedding"], raw("w " * 30)), "always cut"
 
 
 def test_ollama_s_errors_are_a_sentence(client: both.Client) -> None:
     unknown = client.post("/api/embed", {"model": "nobody", "input": "a"})
     assert (unknown.status, list(unknown.json)) == (404, ["error"])
-    assert "nobody" in unknown.json["error"]
-    for path in ("/api/embed", "/api/embeddings", "/api/show"):
+    assert unknown.json["error"].startswith("model 'nobody' not found")
+    for path in ("/api/embed", "/api/embeddings", "/api/show", "/api/pull"):
         assert client.post(path, {}).status == 400
         assert client.post(path, {"model": 1}).status == 400
         assert client.post(path, {"model": "nobody"}).status == 404
@@ -1432,7 +1438,7 @@ def test_ollama_s_errors_are_a_sentence(client: both.Client) -> None:
 
 def test_show_and_tags_say_what_the_clients_read(client: both.Client) -> None:
     tags = client.get("/api/tags").json["models"]
-    assert [one["name"] for one in tags] == [*MODELS]
+    assert [one["name"] for one in tags] == [f"{name}:latest" for name in MODELS]
     for one in tags:
         assert one["model"] == one["name"]
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", one["modified_at"])
@@ -1448,6 +1454,29 @@ def test_show_and_tags_say_what_the_clients_read(client: both.Client) -> None:
         kind = "rerank" if "ranker" in name else "embedding"
         assert shown["capabilities"] == [kind]
     assert client.get("/api/version").json == {"version": es.__version__}
+    for one in client.get("/api/ps").json["models"]:
+        assert one["expires_at"] > "2100"
+
+
+def test_a_pull_of_what_is_served_succeeds_and_of_another_does_not(
+    client: both.Client,
+) -> None:
+    body: dict[str, Any]
+    for name in ("embedder", "Embedder:latest", "ranker"):
+        for body in ({"model": name}, {"name": name, "stream": True}):
+            reply = client.post("/api/pull", body)
+            assert reply.headers["content-type"] == "application/x-ndjson"
+            read = es.json_codec().loads
+            lines: list[Any] = [read(line) for line in reply.body.splitlines()]
+            assert lines[-1] == {"status": "success"}
+            assert all(list(line) == ["status"] for line in lines)
+        reply = client.post("/api/pull", {"model": name, "stream": False})
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.json == {"status": "success"}
+    for body in ({"model": "llama3"}, {"model": "llama3", "stream": False}):
+        reply = client.post("/api/pull", body)
+        assert (reply.status, list(reply.json)) == (404, ["error"])
+        assert "model 'llama3' not found" in reply.json["error"]
 
 
 # --- Cohere's embeddings ---

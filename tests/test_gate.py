@@ -1173,7 +1173,8 @@ COUNTS: dict[str, tuple[str | None, int | None, int | None]] = {
     "/similarity": ("fake", 3, 10),
     "/tokenize": ("fake", 1, None),  # nothing is computed
     "/decode": ("fake", 1, None),
-    "/api/show": ("fake", 0, None),
+    "/api/show": ("fake", None, None),
+    "/api/pull": ("fake", None, None),
 }
 
 

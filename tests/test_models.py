@@ -7,6 +7,7 @@ GGUFs, of a model with random weights, because they are looked at before they ar
 from __future__ import annotations
 
 import asyncio
+import calendar
 import collections
 import contextlib
 import dataclasses
@@ -20,6 +21,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -652,6 +654,64 @@ def test_the_kind_of_a_model_is_known_before_it_is_loaded(
             running.models.unload(running.model("a@1"))
             assert await running.answering() == "a@1"
             assert running.engines.loads == ["a", "ranker", "a"]
+
+    run(check())
+
+
+def test_ollama_s_listing_is_the_same_whether_a_model_is_in_memory_or_not(
+    files: Callable[[str], str],
+) -> None:
+    path = Path(files("b"))
+    os.utime(path, (1e9, 1e9))
+    rows = [row(files("a"), alias=("mini", "x/y:1b")), row(str(path), preload=False)]
+
+    async def listing(
+        running: Several, path: str = "/api/tags"
+    ) -> list[dict[str, Any]]:
+        found = (await running.ask("GET", path)).json["models"]
+        for one in found:
+            one["details"].pop("quantization_level")  # of what is computed with
+        return cast(list[dict[str, Any]], found)
+
+    async def check() -> None:
+        async with serving(*rows) as running:
+            before = await listing(running)
+            names = ["a:latest", "mini:latest", "x/y:1b", "b:latest"]
+            assert [one["name"] for one in before] == names
+            told = before[-1]
+            assert told["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            assert told["size"] == path.stat().st_size
+            assert told["modified_at"] == "2001-09-09T01:46:40Z"
+            assert told["details"]["family"] == "bert"
+            shown = (await running.ask("POST", "/api/show", {"model": "b"})).json
+            assert shown["model_info"]["bert.embedding_length"] == 32
+            assert shown["capabilities"] == ["embedding"]
+            pulled = await running.ask("POST", "/api/pull", {"model": "b"})
+            assert pulled.status == 200
+            assert running.engines.loads == ["a"]
+            assert await running.answering("b") == "b@1"
+            while_loaded = (await listing(running))[-1]
+            running.models.unload(running.model("b@1"))
+            after = (await listing(running))[-1]
+            for name in ("name", "digest", "size", "modified_at"):
+                assert told[name] == while_loaded[name] == after[name]
+            assert [one["name"] for one in await listing(running, "/api/ps")] == names[
+                :1
+            ]
+            for name in names:
+                assert (await running.embed(name)).status == 200
+
+    run(check())
+
+
+def test_ollama_s_ps_says_when_an_idle_model_goes(files: Callable[[str], str]) -> None:
+    async def check() -> None:
+        async with serving(row(files("a")), idle_unload_s=3600) as running:
+            (one,) = (await running.ask("GET", "/api/ps")).json["models"]
+            ends_at = calendar.timegm(
+                time.strptime(one["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
+            )
+            assert 0 < ends_at - time.time() <= 3601
 
     run(check())
 

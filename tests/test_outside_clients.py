@@ -704,6 +704,7 @@ def test_ollama_s_client_embeds(url: str, vectors: npt.NDArray[np.float32]) -> N
         ).embeddings
         assert len(short) == 128
         old = client.embeddings(model=MODEL, prompt=TEXTS[0])
+        assert not math.isclose(np.linalg.norm(old.embedding), 1, abs_tol=1e-3)
         direction = np.array(old.embedding) / np.linalg.norm(old.embedding)
         assert same(direction, vectors[0])
 
@@ -720,7 +721,8 @@ def test_ollama_s_client_lists_and_shows_models(url: str) -> None:
     with ollama.Client(host=url) as client:
         (listed,) = client.list().models
         assert listed.model is not None
-        assert listed.model.removesuffix(":latest") == MODEL
+        assert listed.model == f"{MODEL}:latest"
+        assert re.fullmatch("[0-9a-f]{64}", listed.digest or "")
         assert listed.size > 10**7
         assert listed.modified_at.tzinfo is not None
         assert listed.details.family == "bert"
@@ -728,6 +730,11 @@ def test_ollama_s_client_lists_and_shows_models(url: str) -> None:
         assert shown.modelinfo["general.architecture"] == "bert"
         assert shown.modelinfo["bert.embedding_length"] == 384
         assert shown.capabilities == ["embedding"]
+        assert client.pull(MODEL).status == "success"
+        assert [one.status for one in client.pull(MODEL, stream=True)][-1] == "success"
+        (running,) = client.ps().models
+        assert running.expires_at is not None
+        assert running.expires_at.year > 2100
 
 
 def test_ollama_s_client_raises_with_our_message(url: str) -> None:
@@ -738,11 +745,16 @@ def test_ollama_s_client_raises_with_our_message(url: str) -> None:
             (client.embed, {"model": "llama3", "input": "a"}),
             (client.embeddings, {"model": "llama3", "prompt": "a"}),
             (client.show, {"model": "llama3"}),
+            (client.pull, {"model": "llama3"}),
+            (lambda **said: [*client.pull(stream=True, **said)], {"model": "llama3"}),
         ):
             with pytest.raises(ollama.ResponseError) as unknown:
                 call(**asks)
             assert unknown.value.status_code == 404
-            assert "llama3" in unknown.value.error
+            assert "model 'llama3' not found" in unknown.value.error
+        with pytest.raises(ollama.ResponseError) as chat:
+            client.chat(model=MODEL, messages=[])
+        assert "there is no /api/chat here" in chat.value.error
         with pytest.raises(ollama.ResponseError) as long:
             client.embed(model=MODEL, input=TOO_LONG, truncate=False)
         assert long.value.status_code == 400
@@ -783,7 +795,7 @@ def test_cohere_s_clients_rerank(ranker_url: str) -> None:
     check_ranking([item.model_dump() for item in results], ranker_url, 4)
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the 'model_fields'")  # its own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own
 def test_cohere_s_clients_embed(url: str, vectors: npt.NDArray[np.float32]) -> None:
     import cohere
 

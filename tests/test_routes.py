@@ -31,7 +31,7 @@ WORK = [route for route in FORMS if route.takes_work]
 CACHED = {"/v1/models", "/models", "/openapi.json", "/docs"}
 NEVER_KEPT = {"/health", "/ping", "/ready", "/metrics"}
 # Those whose answer does not come from the engine's contexts.
-COMPUTES_NOTHING = {"/tokenize", "/decode", "/api/show"}
+COMPUTES_NOTHING = {"/tokenize", "/decode", "/api/show", "/api/pull"}
 KEY = "key-of-somebody-0123456789"
 URL = "/v1/embeddings"
 
@@ -412,7 +412,7 @@ def test_more_slashes_and_the_prefix_are_answered_as_none(route: es.Route) -> No
     with_service(check, root_path="/front/of/it/")
 
 
-COUNTING = {"/metrics", "/admin/models"}
+COUNTING = {"/metrics", "/admin/models"}  # what was asked
 
 
 def said_by(reply: kit.Reply) -> Any:
@@ -726,12 +726,11 @@ def test_the_statuses_of_a_full_queue_are_the_peers() -> None:
 def test_a_bug_is_told_in_the_route_s_dialect(
     route: es.Route, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("secret detail")
 
     async def check(running: RunningService) -> None:
-        monkeypatch.setattr(es, "opened", broken)
-        monkeypatch.setattr(es, "done", broken)
+        monkeypatch.setattr(es.Models, "find", broken)
         reply = await running.ask_route(route)
         assert reply.status == 500
         assert "secret" not in reply.error_in(route.dialect)
