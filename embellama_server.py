@@ -3475,12 +3475,16 @@ class CodePoints(dict[int, str | None]):
 def spans(
     text: str, cut: re.Pattern[str] | None, *, from_end: bool
 ) -> Iterator[tuple[int, int]]:
-    """A text's parts of some PART_CHARS, cut where ``cut`` matches, in either order."""
+    """A text's parts of some PART_CHARS, cut where ``cut`` matches, in either order.
+
+    Empty ones between them: looking for a place to cut takes time, too.
+    """
     begin, end, size = 0, len(text), PART_CHARS
     at = end - 2 * size if from_end else size
     while cut is not None and 0 < at < end:
         found = cut.search(text, at, at + size)
         if found is None:
+            yield at, at
             at += -size if from_end else size
         elif from_end:
             yield found.start(), end
@@ -4095,6 +4099,9 @@ class Vocabulary:
         if self._word_piece is None:
             cut, dropped = self._cut
             for begin, end in spans(text, cut, from_end=from_end):
+                if begin == end:
+                    yield []
+                    continue
                 span = text[begin + (dropped if begin else 0) : end]
                 yield from self._unbroken(span, most, from_end=from_end)
         elif not from_end:
