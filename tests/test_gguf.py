@@ -18,7 +18,7 @@ import struct
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -1007,22 +1007,28 @@ def with_weights_of(sound: Gguf, name: bytes, kind: int) -> Gguf:
     return replace(sound, tensors=tuple(tensors), data=data)
 
 
+@pytest.fixture(scope="module")
+def child() -> Iterator[mutants.Child]:
+    """A process that loads what may end it."""
+    made = mutants.Child()
+    yield made
+    made.end()
+
+
 @pytest.mark.parametrize("kind", [1, 30], ids=["f16", "bf16"])
-def test_what_is_added_or_a_norm_is_never_of_16_bits(tmp_path: Path, kind: int) -> None:
-    sound = mutants.parts_of(models.tiny_bert(tmp_path).read_bytes())
-    nobodys = replace(ARCHITECTURE, value=text(b"nobodys"))
-    only_tensors = replace(sound, entries=(nobodys,))  # nothing that could be loaded
-    multiplied = {b"token_embd.weight", b"position_embd.weight"}
-    multiplied |= {b"blk.0.%b.weight" % name for name in MATRICES}
+@pytest.mark.parametrize("model", KINDS)
+def test_no_tensor_of_16_bits_ends_llama_cpp_and_each_matrix_is_served(
+    tmp_path: Path, child: mutants.Child, model: str, kind: int
+) -> None:
+    sound = mutants.parts_of(KINDS[model](tmp_path).read_bytes())
+    path = tmp_path / "m.gguf"
     for tensor in sound.tensors:
-        made = with_weights_of(only_tensors, tensor.name, kind).pack()
-        if tensor.name in multiplied:
-            checked(made)
-        else:
-            assert f"of the type {kind} " in refusal(made)
-
-
-MATRICES = (b"attn_q", b"attn_k", b"attn_v", b"attn_output", b"ffn_up", b"ffn_down")
+        path.write_bytes(with_weights_of(sound, tensor.name, kind).pack())
+        how, says = child.load(path)
+        assert how in mutants.SOUND_ENDINGS, (tensor, says)
+        # Of zeros: a decoder has no vector then, which the engine says.
+        if tensor.kind == 1 and says != f"{path} gives vectors that are not numbers":
+            assert how == "served", (tensor, says)
 
 
 @pytest.mark.slow
@@ -1041,15 +1047,13 @@ def test_a_damaged_model_is_refused_or_served(
 
 
 @pytest.mark.slow
-def test_a_damaged_second_part_is_refused_or_served(tmp_path: Path) -> None:
+def test_a_damaged_second_part_is_refused_or_served(
+    tmp_path: Path, child: mutants.Child
+) -> None:
     first, second = split(tmp_path)
     sound = mutants.parts_of(second.read_bytes())
-    child = mutants.Child()
-    try:
-        for seed in range(SEEDS):
-            raw, what = mutants.mutant(sound, seed)
-            second.write_bytes(raw)
-            how, says = child.load(first)
-            assert how in mutants.SOUND_ENDINGS, (seed, what, says)
-    finally:
-        child.end()
+    for seed in range(SEEDS):
+        raw, what = mutants.mutant(sound, seed)
+        second.write_bytes(raw)
+        how, says = child.load(first)
+        assert how in mutants.SOUND_ENDINGS, (seed, what, says)
