@@ -596,6 +596,19 @@ def file_stamp(*paths: str) -> tuple[int, ...]:
     return stamp
 
 
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_MAPPED_BYTES: Final = 1 << 17
+
+
+def map_large_blocks() -> None:
+    """Have glibc give back each large block when it is freed, for good.
+
+    By itself it keeps blocks of up to 32 MB, once one was freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
 def trim_memory() -> None:
     """Let glibc return what it keeps of freed memory: 8 MB after loading MiniLM."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -7071,16 +7084,6 @@ class RequestParser:
         self._buffer = bytearray()
         self._searched = 0  # no LF before this index: no byte is searched twice
         self._at = _At.START
-        self._steps = {
-            _At.START: self._start,
-            _At.FIELDS: self._field,
-            _At.SIZED_BODY: self._sized_body,
-            _At.CHUNK_SIZE: self._chunk_size,
-            _At.CHUNK_DATA: self._chunk_data,
-            _At.CHUNK_END: self._chunk_end,
-            _At.TRAILERS: self._trailer,
-            _At.BROKEN: self._broken,
-        }
         self.refused: Head | None = None  # what is known of the head that was refused
         self._begin()
 
@@ -7108,7 +7111,7 @@ class RequestParser:
         """The next event. Raises ApiError for what is not a request we accept."""
         while True:
             try:
-                event = self._steps[self._at]()
+                event = self._STEPS[self._at](self)
             except ApiError:
                 if self._method:
                     self.refused = self._head or self._head_as_is(0)
@@ -7404,6 +7407,18 @@ class RequestParser:
         request = Request(self._head, body)
         self._begin()
         return request
+
+    # Not bound: a parser that holds itself would hold what it has read after its end.
+    _STEPS: Final = {
+        _At.START: _start,
+        _At.FIELDS: _field,
+        _At.SIZED_BODY: _sized_body,
+        _At.CHUNK_SIZE: _chunk_size,
+        _At.CHUNK_DATA: _chunk_data,
+        _At.CHUNK_END: _chunk_end,
+        _At.TRAILERS: _trailer,
+        _At.BROKEN: _broken,
+    }
 
 
 # ==============================================================================
@@ -8129,7 +8144,9 @@ class Capacity:
     places: int = 0  # taken
     per_address: collections.Counter[str] = field(default_factory=collections.Counter)
     held_bytes: int = 0
+    reserved_bytes: int = 0  # of these, for requests that are being answered
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # a large body
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a large reply
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def why_full(self, address: str) -> TooManyConnections | None:
@@ -8166,6 +8183,17 @@ class Capacity:
     def changed(self) -> None:
         """A connection has ended, or has answered."""
         self._changed.set()
+
+    async def room_for(self, size: int) -> None:
+        """Wait until there is room for a reply, or nothing is on its way any more.
+
+        What is on its way leaves whatever becomes of this reply; other requests may be
+        waiting for the same.
+        """
+        limit = self.limits.buffered_bytes
+        while self.reserved_bytes < self.held_bytes > limit - size:
+            self._changed.clear()
+            await self._changed.wait()
 
     def check_room(self, held: int, size: int) -> None:
         """Raise Overloaded if so many bytes more are too many, beside what others hold.
@@ -8209,8 +8237,9 @@ class Reservation:
         self.take(size - self.size)
 
     def take(self, size: int) -> None:
-        """Hold so many more, which are there already."""
+        """Hold so many more, whatever others hold."""
         self.capacity.held_bytes += size
+        self.capacity.reserved_bytes += size
         self.size += size
 
     def release(self, *_: object) -> None:
@@ -8264,6 +8293,8 @@ class ClientSocket(asyncio.Protocol):
 
     def _hold(self, held: int) -> None:
         self._capacity.held_bytes += held - self.held
+        if held < self.held:
+            self._capacity.changed()
         self.held = held
 
     # --- writing and closing ---
@@ -8524,6 +8555,11 @@ class Connection(ClientSocket):
         self._shared.let_go(self)
 
     def data_received(self, data: bytes) -> None:
+        if len(data) >= READ_AHEAD_BYTES:
+            # There is more. libuv would read 8 MB of each before another has its turn: of
+            # 60 that send as fast as they can half a gigabyte, in half a second or more.
+            self._transport.pause_reading()
+            self._shared.loop.call_soon(self._read_on)
         if self._is_refused:
             self._dropped_bytes += len(data)
             return
@@ -8535,6 +8571,13 @@ class Connection(ClientSocket):
             self._transport.pause_reading()
         if not self._is_refused:
             self._count_held()
+
+    def _read_on(self) -> None:
+        is_busy = self._task is not None or not self._is_writable
+        is_full = is_busy and self._parser.buffered_bytes > READ_AHEAD_BYTES
+        is_open = self._ends_at == math.inf and not self._transport.is_closing()
+        if is_open and not is_full:
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         if self._is_tls or self._is_refused:  # TLS has no half-close
@@ -10121,12 +10164,12 @@ def parsed_bytes_of_large(
         if containers > max_containers:
             raise InvalidJson(
                 f"the body is not JSON of a request: it holds {max_containers} lists "
-                "and objects or more (16 times --max-client-batch-size)"
+                "and objects or more (--max-client-batch-size)"
             )
         if values > max_values:
             raise TooManyTokens(
-                f"the body holds {max_values} values or more (--max-request-tokens and "
-                "16 times --max-client-batch-size): send several requests"
+                f"the body holds {max_values} values or more (--max-request-tokens, "
+                "--max-client-batch-size): send several requests"
             )
     return _VALUE_BYTES * (values + 3 * containers) + widest * chars
 
@@ -10545,14 +10588,14 @@ class Wish:
         return (self.truncate if is_said else self.truncation_direction) == "left"
 
 
-_MAX_DOCUMENTS: Final = 10_000  # Cohere's
-_TOKEN_NUMBER_BYTES: Final = 12  # of a reply, and of what makes it, on the average
+MAX_DOCUMENTS: Final = 10_000  # Cohere's
+_TOKEN_NUMBER_BYTES: Final = 16  # of a reply, and of what makes it, on the average
 
 
 def max_inputs(wish: Wish, settings: Settings) -> int:
     """Of a request: what the operator says, else what the dialect's own server takes."""
     most = settings.max_client_batch_size
-    return _MAX_DOCUMENTS if wish.is_ranking and most == MAX_INPUTS else most
+    return MAX_DOCUMENTS if wish.is_ranking and most == MAX_INPUTS else most
 
 
 def max_tokens(wish: Wish, card: ModelCard, settings: Settings) -> int:
@@ -10827,9 +10870,11 @@ async def form_of(exchange: Exchange, form: type[T], coding: str) -> T:
         room.resize(room.size + parsed_bytes(body))
         return filled(form, json_object(body))
     async with room.capacity.reading:
+        await off_loop(trim_memory)  # of what came before
         while not is_whole:
             is_whole = await _has_grown(grown, pieces, room, _GROWTH_BYTES)
-        most = 16 * settings.max_client_batch_size
+        most = settings.max_client_batch_size
+        most = 16 * (MAX_DOCUMENTS if most == MAX_INPUTS else most)
         max_values = (settings.max_request_tokens or _MAX_ANY_TOKENS) + most
         size = await off_loop(lambda: parsed_bytes_of_large(body, max_values, most))
         room.resize(len(body) + size)
@@ -11017,6 +11062,9 @@ async def _computed(
         most_tokens=max_tokens(wish, served.card, house.settings),
     )
     bound = sum(most_tokens(item, served.card) for item in inputs)
+    if wish.form is Form.TOKENS:
+        vectors = 4 * served.card.n_embd * min(bound, job.most_tokens)
+        exchange.room.resize(exchange.room.size + vectors)
     with charged(exchange, bound) as used:
         try:
             queue.submit(job)
@@ -11088,8 +11136,9 @@ def _record(result: Done, exchange: Exchange) -> None:
 # binary and ubinary: a bit a number, 1 where it is above 0, the first one highest;
 # ubinary as bytes 0 to 255, binary as these less 128 (Cohere's, and sentence-transformers').
 
-# Above this many numbers, writing JSON moves off the event loop.
-_LARGE_REPLY_FLOATS: Final = 1 << 14
+_NUMBER_BYTES: Final = 12  # in JSON, on the average
+# Larger replies are written off the event loop, one at a time: 2^14 numbers.
+_LARGE_REPLY_BYTES: Final = _NUMBER_BYTES << 14
 
 
 def _int8(vector: Any) -> Any:
@@ -11151,7 +11200,7 @@ def json_numbers(array: Any) -> bytes:
 
 
 async def vectors_body(
-    result: Done, dimensions: int | None, *, normalize: bool = True
+    exchange: Exchange, result: Done, dimensions: int | None, *, normalize: bool = True
 ) -> bytes:
     """All vectors as a JSON list of lists."""
 
@@ -11160,12 +11209,25 @@ async def vectors_body(
         rows = (final(v, dimensions, normalize=normalize) for v in vectors)
         return b"[%b]" % b",".join(map(json_numbers, rows))
 
-    return await maybe_off_loop(write, is_large=is_large_reply(result))
+    return await written(exchange, numbers_bytes(result), write)
 
 
-def is_large_reply(result: Done) -> bool:
-    """Whether to write its vectors off the event loop."""
-    return len(result.job.inputs) * result.card.row_length > _LARGE_REPLY_FLOATS
+def numbers_bytes(result: Done) -> int:
+    """About how long a reply is that has all vectors."""
+    is_by_token = result.job.form is Form.TOKENS
+    rows = result.job.tokens if is_by_token else len(result.job.inputs)
+    return rows * result.card.row_length * _NUMBER_BYTES
+
+
+async def written(exchange: Exchange, size: int, write: Callable[[], bytes]) -> bytes:
+    """The body of a reply of about ``size`` bytes."""
+    if size <= _LARGE_REPLY_BYTES:
+        return write()
+    capacity, most = exchange.room.capacity, 2 * size  # parts, and what joins them
+    async with capacity.writing:
+        await capacity.room_for(most)
+        exchange.room.take(most)
+        return await off_loop(write)
 
 
 # ==============================================================================
@@ -11260,7 +11322,7 @@ async def embeddings(exchange: Exchange, form: EmbeddingsForm) -> Response:
     as_bytes = form.encoding_format == "bytes"
     write = embeddings_bytes if as_bytes else embeddings_body
     encode = functools.partial(write, form, result)
-    body = await maybe_off_loop(encode, is_large=is_large_reply(result))
+    body = await written(exchange, numbers_bytes(result), encode)
     if as_bytes:
         fields = (*result.fields, *_bytes_fields(form, result))
         octets = "application/octet-stream"
@@ -11488,7 +11550,7 @@ async def _by_type(
         embeddings = b"{%b}" % named if kinds else found["float"]
         return b'{"embeddings":%b,%b' % (embeddings, dumps(rest)[1:])
 
-    body = await maybe_off_loop(write, is_large=is_large_reply(result))
+    body = await written(exchange, numbers_bytes(result), write)
     return Response(200, body, fields=result.fields, is_compressible=True)
 
 
@@ -11677,8 +11739,14 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
             "tokens": {"input_tokens": result.job.tokens, "output_tokens": 0},
         },
     }
-    body = json_codec().dumps(shown)
+    size = ranked_bytes(texts, with_text=form.return_documents)
+    body = await written(exchange, size, lambda: json_codec().dumps(shown))
     return Response(200, body, fields=result.fields, is_compressible=True)
+
+
+def ranked_bytes(texts: Sequence[str], *, with_text: bool) -> int:
+    """About how long a reply is that has a score for each text."""
+    return 64 * len(texts) + with_text * sum(map(sys.getsizeof, texts))
 
 
 async def score(exchange: Exchange, form: ScoreForm) -> Response:
@@ -11824,7 +11892,9 @@ async def embed(exchange: Exchange, form: EmbedForm) -> Response:
     """Vectors, one for each text, as text-embeddings-inference gives them."""
     kind = Form.UNIT if form.normalize else Form.RAW
     result = await done(wish_of(form, form.inputs, "inputs", form=kind), exchange)
-    body = await vectors_body(result, form.dimensions, normalize=form.normalize)
+    body = await vectors_body(
+        exchange, result, form.dimensions, normalize=form.normalize
+    )
     return _with_times(body, result)
 
 
@@ -11838,7 +11908,8 @@ async def embed_all(exchange: Exchange, form: EmbedAllForm) -> Response:
         texts = (b",".join(map(dumps, rows)) for rows in result.job.vectors)
         return b"[%b]" % b",".join(b"[%b]" % text for text in texts)
 
-    return _with_times(await maybe_off_loop(write, is_large=True), result)
+    body = await written(exchange, numbers_bytes(result), write)
+    return _with_times(body, result)
 
 
 async def similarity(exchange: Exchange, form: SimilarityForm) -> Response:
@@ -11866,7 +11937,9 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
     for one in found[: form.top_n or None]:
         text = {"text": texts[one.index]} if form.return_text else {}
         shown.append({"index": one.index, **text, "score": one.score, **one.failed})
-    return _with_times(json_codec().dumps(shown), result)
+    size = ranked_bytes(texts, with_text=form.return_text)
+    body = await written(exchange, size, lambda: json_codec().dumps(shown))
+    return _with_times(body, result)
 
 
 async def task(exchange: Exchange, form: TaskForm) -> Response:
@@ -11909,7 +11982,7 @@ async def seed_embed(exchange: Exchange, form: EmbedForm) -> Response:
             dumps(timings),
         )
 
-    body = await maybe_off_loop(write, is_large=is_large_reply(result))
+    body = await written(exchange, numbers_bytes(result), write)
     return _with_times(body, result)
 
 
@@ -11983,6 +12056,7 @@ class DecodeForm:
 _CHARS_A_TOKEN: Final = 250  # TEI's guess of the most there are
 _MOST_CHARS: Final = 1 << 18
 _TOKEN_BYTES: Final = 160  # of a reply, with what it is made of
+_PIECE_BYTES: Final = 40  # of a text that is put together, likewise
 _ROWS_AT_A_TIME: Final = 1000
 _OFFSET: Final[Schema] = {"type": ["integer", "null"]}
 TOKENS_REPLY: Final = array(
@@ -12099,7 +12173,7 @@ async def decode(exchange: Exchange, form: DecodeForm) -> Response:
     room, before, body = exchange.room, exchange.room.size, bytearray(b"[")
     with charged(exchange, total) as used:
         for ids in form.ids:  # one by one, as above
-            room.resize(before + len(body) + len(ids) * _TOKEN_BYTES)
+            room.resize(before + len(body) + len(ids) * _PIECE_BYTES)
             body += await errand(exchange, served, functools.partial(said, ids))
             body += b","
             used.tokens += len(ids)
@@ -12290,7 +12364,7 @@ async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
     loaded_at = begun
     if wish.inputs:
         result = await done(wish, exchange)
-        body = await vectors_body(result, wish.dimensions)
+        body = await vectors_body(exchange, result, wish.dimensions)
         tokens, fields = result.job.tokens, result.fields
         loaded_at = max(begun, int(result.job.arrived_at * 1e9))
     else:
@@ -13433,6 +13507,9 @@ class Dispatcher:
             said = self._said(error, head, request_id)
             response = error_response(said, exchange.dialect)
             exchange.log_fields["code"] = said.code
+            # Its frames hold the body and what it became, and they are held by it, and it
+            # by them: a circle, which would stay until somebody looks for such.
+            said.__traceback__ = said.__context__ = said.__cause__ = None
         fields = [*_openai_fields(route, time.monotonic() - begun)]
         if exchange.log_fields.get("code") != RateLimited.code:
             fields += self._house.gate.limit_fields(ticket.caller)
@@ -14908,6 +14985,7 @@ class Service:
         )
         self._loading = threading.Thread(target=self._load, name="loader", daemon=True)
         self._loop.set_default_executor(LoopThreads())
+        map_large_blocks()
         files = tls_files(settings)
         self._tls = Tls(files) if files else None
         self._stamps = file_stamp(*watched_files(self.settings))
