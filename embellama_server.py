@@ -9743,7 +9743,7 @@ class Models(Names):
         default_name: str,
         load: Callable[[Settings], Served],
         free: Callable[[Served], bool],
-        look: Callable[[Settings], ModelFacts],
+        look: Callable[..., ModelFacts],
         telemetry: Telemetry,
         log: Log,
     ) -> None:
@@ -9789,17 +9789,21 @@ class Models(Names):
     async def learn(self) -> None:
         """Return when all facts are known. To read a large file takes its time: once."""
         if self._learning is None or self._learning.done():
-            self._learning = asyncio.create_task(self._learn())
+            self._learning = asyncio.create_task(self._learn(with_sha256=True))
         await asyncio.shield(self._learning)  # others may wait too
 
-    async def _learn(self) -> None:
+    async def _learn(self, *, with_sha256: bool) -> None:
         loop = asyncio.get_running_loop()
         for model in self._rows:
             stamp = file_stamp(*part_paths(model.settings.model_path))
             known = model.known
-            if model.served or (known and known.stamp == stamp and known.sha256):
+            is_known = known is not None and known.stamp == stamp
+            if model.served or (is_known and (model.facts.sha256 or not with_sha256)):
                 continue
-            model.known = await loop.run_in_executor(None, self._look, model.settings)
+            look = functools.partial(
+                self._look, model.settings, with_sha256=with_sha256
+            )
+            model.known = await loop.run_in_executor(None, look)
 
     # --- in and out of memory ---
 
@@ -10025,6 +10029,7 @@ class Models(Names):
             elif model.served and not _can_stay(model, model.settings):
                 self._retire(model)  # somebody asked for it meanwhile
         self._chosen.clear()
+        await self._learn(with_sha256=False)  # which kinds they are
         return sorted(made)
 
 
@@ -14162,7 +14167,10 @@ def limits_table() -> str:
 
 def facts_of(settings: Settings, path: str) -> ModelFacts:
     """What its header says of a model, and the file system of its files."""
-    stats = [os.stat(one) for one in part_paths(path) if os.path.exists(one)]
+    stats: list[os.stat_result] = []
+    for one in part_paths(path):
+        with contextlib.suppress(OSError, ValueError):
+            stats.append(os.stat(one))
     values: Mapping[str, object] = {}
     with contextlib.suppress(StartupError, OSError), checked_model(path, "") as found:
         values = found[1]

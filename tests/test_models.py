@@ -654,6 +654,11 @@ def test_the_kind_of_a_model_is_known_before_it_is_loaded(
             running.models.unload(running.model("a@1"))
             assert await running.answering() == "a@1"
             assert running.engines.loads == ["a", "ranker", "a"]
+            await running.models.replace(
+                [*rows, row(str(path), name="new", preload=False)]
+            )
+            assert running.models.rows[-1].facts.is_ranker
+            assert running.engines.loads == ["a", "ranker", "a"]
 
     run(check())
 
