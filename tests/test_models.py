@@ -1283,7 +1283,7 @@ def test_what_cannot_be_loaded_leaves_nothing_behind(
         ({"path": str(tmp_path / "absent.gguf")}, 400, "", "No such file"),
         ({"path": str(tmp_path)}, 400, "", "Is a directory"),
         ({"path": str(no_model)}, 400, "", "GIF8"),
-        ({"path": "a\0b"}, 400, "", "null"),
+        ({"path": "a\0b"}, 400, "", "NUL"),
         ({"path": "A", "name": "a"}, 409, "name", "a@1 is served already"),
         ({"path": "A", "version": 1}, 409, "name", "a@1 is served already"),
         ({"path": "A", "name": "x"}, 409, "name", "two models"),

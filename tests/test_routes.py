@@ -31,6 +31,7 @@ WORK = [route for route in FORMS if route.takes_work]
 CACHED = {"/v1/models", "/models", "/openapi.json", "/docs"}
 NEVER_KEPT = {"/health", "/ping", "/ready", "/metrics"}
 # Those whose answer does not come from the engine's contexts.
+LOADS_NOTHING = {"/api/show", "/api/pull"}
 COMPUTES_NOTHING = {"/tokenize", "/decode", "/api/show", "/api/pull"}
 KEY = "key-of-somebody-0123456789"
 URL = "/v1/embeddings"
@@ -88,6 +89,7 @@ def without_time(reply: kit.Reply) -> Any:
     if isinstance(found, dict):
         for name in ("timings", "total_duration", "load_duration", "idle_s", "id"):
             found.pop(name, None)
+        found.pop("created", None)
     return found
 
 
@@ -885,9 +887,14 @@ class SlowThroughout(Slow):
 
 
 STAGES = {  # and the routes that go through it
-    "tokenise": [r for r in WORK if r.path != "/api/show"],
+    "tokenise": [r for r in WORK if r.path not in LOADS_NOTHING],
     "compute": [r for r in WORK if r.path not in COMPUTES_NOTHING],
-    "load": [r for r in es.ROUTES if r in WORK or r.path.endswith(("/info", "/load"))],
+    "load": [
+        r
+        for r in es.ROUTES
+        if (r in WORK or r.path.endswith(("/info", "/load")))
+        and r.path not in LOADS_NOTHING
+    ],
 }
 
 
