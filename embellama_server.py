@@ -3038,9 +3038,9 @@ _BLOCKS: Final = {
 _UNKNOWN_BLOCK: Final = (1, 0)  # newer: llama.cpp knows it, or says that it does not
 _NO_WEIGHTS: Final = (9, 15, 24, 25, 26, 27, 28)  # types of intermediate results
 _FLOAT32: Final = 0
-# What ggml adds, or multiplies number by number, must be f32, or it ends the process
-# (binary_op). Matrices may be of any type, also those of one row, which ggml writes back
-# without their second dimension: the head of one label stays f16 in a file made q8_0.
+# What ggml adds, or multiplies number by number, must be f32. Matrices may be of any
+# type, also those of one row, which ggml writes back without their second dimension: the
+# head of one label stays f16 in a file made q8_0.
 _EXACT: Final = re.compile(rb"\.bias$|norm|^token_types\.|rope_f|sinks|scale")
 Values = dict[str, Any]  # of metadata: numbers and short texts; () for other things
 
