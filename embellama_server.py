@@ -1728,6 +1728,10 @@ class StartupError(Exception):
     """The server cannot start here: what was tried and what to do, in one message."""
 
 
+class NoRoom(StartupError):
+    """This box lacks memory, threads or processes for it now, and may have them later."""
+
+
 NO_THREADS: Final = (
     "this process may not start so many threads: raise its limit (ulimit -u, or the "
     "container's limit of processes), or lower --workers and --threads"
@@ -1739,7 +1743,7 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError:
-        raise StartupError(NO_THREADS) from None
+        raise NoRoom(NO_THREADS) from None
 
 
 class ApiError(Exception):
@@ -9720,13 +9724,13 @@ class LoopThreads(ThreadPoolExecutor):
         super().__init__(thread_name_prefix="loop")
         # With the loader, and the one that asyncio starts to end the others.
         if not has_room_for_threads(4):
-            raise StartupError(NO_THREADS)
+            raise NoRoom(NO_THREADS)
         both = threading.Event()
         for _ in range(2):
             self.submit(both.wait)
         both.set()
         if len(self._threads) < 2:
-            raise StartupError(NO_THREADS)
+            raise NoRoom(NO_THREADS)
 
     def _adjust_thread_count(self) -> None:
         with contextlib.suppress(RuntimeError):
@@ -9970,9 +9974,10 @@ class Models(Names):
         try:
             served = await self._made(settings)
         except (StartupError, EngineError) as error:
-            raise ModelUnavailable(
-                f"{model.label} cannot be loaded: {error}", retry_after_s=FIRST_PAUSE_S
-            ) from None
+            said = f"{model.label} cannot be loaded: {error}"
+            if isinstance(error, StartupError) and not isinstance(error, NoRoom):
+                raise ModelConflict(said, param="path") from None  # it is the file
+            raise ModelUnavailable(said, retry_after_s=FIRST_PAUSE_S) from None
         finally:
             self._adding.discard(model.label)
         try:
@@ -14028,16 +14033,16 @@ def needed_bytes(settings: Settings, path: str) -> int:
 
 
 def check_memory(settings: Settings, path: str) -> None:
-    """Raise StartupError if loading a model might end with the kernel killing us."""
+    """Raise NoRoom if loading a model might end with the kernel killing us."""
     needed, free = needed_bytes(settings, path) >> 20, free_memory_bytes()
     if needed > free / (1 << 20):
-        raise StartupError(
+        raise NoRoom(
             f"it may take {needed} MiB of memory and {int(free) >> 20} MiB are free: "
             "unload another model, or give this one fewer --workers or --cache-mb"
         )
     used, ceiling = resident_bytes() >> 20, settings.max_memory_mb
     if ceiling and used + needed > ceiling:
-        raise StartupError(
+        raise NoRoom(
             f"it may take {needed} MiB of memory, {used} MiB are used and "
             f"--max-memory-mb is {ceiling}: unload another model"
         )
@@ -14195,7 +14200,7 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
 
 
 _TRIAL_S: Final = 600  # a trial may also fetch, re-encode and measure
-_REFUSED: Final = 3  # its exit code when it has said why
+_REFUSED, _NO_ROOM = 3, 4  # its exit codes when it has said why
 _TELLING: Final = ("ASSERT", "what():", "libgomp", "Fatal Python", "abort")
 _TRIAL: Final = """\
 import importlib.util, sys
@@ -14216,7 +14221,7 @@ class TrialLoad:
         self._is_cancelled = False
 
     def run(self, settings: Settings) -> None:
-        """Return if it loads and computes. Raises StartupError if not."""
+        """Return if it loads and computes. Raises StartupError or NoRoom if not."""
         path = settings.model_path
         command = [sys.executable, "-c", _TRIAL, os.path.abspath(__file__), *sys.path]
         pipe = subprocess.PIPE
@@ -14230,12 +14235,14 @@ class TrialLoad:
             )
         except OSError as error:
             why = f"no process to try it in: {error.strerror}"
-            raise StartupError(f"{path}: {why}") from None
+            raise NoRoom(f"{path}: {why}") from None
         with self._process as process:
             if self._is_cancelled:
                 process.kill()
             given = json.dumps(dataclasses.asdict(settings)).encode()
             said, noise = process.communicate(given)
+        if process.returncode == _NO_ROOM:
+            raise NoRoom(os.fsdecode(said))
         if process.returncode == _REFUSED:
             raise StartupError(os.fsdecode(said))
         if process.returncode:
@@ -14293,7 +14300,7 @@ def try_to_load() -> typing.NoReturn:
         _compute_by_all(served)
     except (StartupError, EngineError) as error:
         os.write(1, os.fsencode(str(error)))
-        os._exit(_REFUSED)
+        os._exit(_NO_ROOM if isinstance(error, NoRoom) else _REFUSED)
     os._exit(0)  # its threads end with it
 
 
@@ -14348,7 +14355,7 @@ class Loader:
             served = self._loaded(settings)
         except (OSError, MemoryError) as error:
             why = str(error) or "there is not enough memory"
-            raise StartupError(f"{name_of(settings)}: {why}") from None
+            raise NoRoom(f"{name_of(settings)}: {why}") from None
         self._proven.append(proof)
         return served
 
@@ -14451,7 +14458,7 @@ class Loader:
         """Inelastic if there is no room for more. Raises StartupError for too little."""
         own = options.workers * options.threads + options.tokenisers
         if not has_room_for_threads(own):
-            raise StartupError(NO_THREADS)
+            raise NoRoom(NO_THREADS)
         most = options.workers * usable_cores() + options.tokenisers
         if not options.is_elastic or most <= own or has_room_for_threads(most):
             return options
@@ -15432,7 +15439,7 @@ class Tuner:
     def run(self, pack_tokens: int) -> Layout:
         """The best layout. Takes about ``seconds``, and the time to load and re-encode."""
         if not has_room_for_threads(self._cores):
-            raise StartupError(NO_THREADS)
+            raise NoRoom(NO_THREADS)
         try:
             self._load()
             begun = time.monotonic()

@@ -171,7 +171,7 @@ def test_a_server_outlives_a_model_that_cannot_be_loaded(tmp_path: Path) -> None
         child = server.child
         other.write_bytes(path.read_bytes()[:-1])
         status, said = post(server, "/admin/models/load", path=str(other))
-        assert status == 503
+        assert status == 409
         assert "is not a sound GGUF file" in said
         shutil.copy(path, other)
         assert post(server, "/admin/models/load", path=str(other))[0] == 200

@@ -1294,7 +1294,7 @@ def test_what_cannot_be_loaded_leaves_nothing_behind(
         ({"path": "A", "name": "n", "workers": 1025}, 400, "workers", "1"),
         ({"path": "A", "name": "n", "pooling": "max"}, 400, "pooling", "mean"),
         ({"path": "A", "name": "n", "sha256": "0" * 63}, 400, "", "64 hexadecimal"),
-        ({"path": "A", "name": "n", "sha256": "0" * 64}, 503, "", "has the sha256"),
+        ({"path": "A", "name": "n", "sha256": "0" * 64}, 409, "path", "has the sha256"),
     ]
 
     async def check() -> None:
