@@ -8748,9 +8748,12 @@ class Connection(ClientSocket):
         if self._is_ending and self._parser.is_between_requests:
             self._close()
             return
-        if self._ends_at == math.inf:
-            self._transport.resume_reading()
         self._advance()
+        parser = self._parser
+        has_much = parser.buffered_bytes > READ_AHEAD_BYTES and not parser.is_in_body
+        # Of a pipeline first comes what is here: else each answer lets in more.
+        if not has_much and self._ends_at == math.inf:
+            self._transport.resume_reading()
         self._count_held()
 
     def _count_held(self) -> None:

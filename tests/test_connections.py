@@ -218,6 +218,22 @@ async def test_pipelined_requests_are_answered_in_order(room: Room) -> None:
     assert [r.headers.get("connection") for r in replies] == [None] * 6 + ["close"]
 
 
+@pytest.mark.parametrize("path", [b"/health", b"/nope"])
+@served()
+async def test_a_long_pipeline_is_read_only_as_fast_as_it_is_answered(
+    room: Room, path: bytes
+) -> None:
+    field = b"\r\nX-Padding: " + bytes(4000).replace(b"\0", b"x")
+    asked = b"GET " + path + b" HTTP/1.1\r\nHost: h" + field + b"\r\n\r\n"
+    count = (4 << 20) // len(asked)
+    client = await room.client(asked * count)
+    most_bytes = 0
+    for _ in range(count):
+        await client.reply()
+        most_bytes = max(most_bytes, room.service.connections.held_bytes)
+    assert most_bytes < 1 << 20  # what is read ahead, and what one read may bring
+
+
 @pytest.mark.parametrize(("at_once", "later"), [(HEALTH + BYE, b""), (HEALTH, BYE)])
 @served()
 async def test_a_quick_request_waits_for_the_slow_one_before_it(
