@@ -11587,7 +11587,8 @@ async def _by_type(
         embeddings = b"{%b}" % named if kinds else found["float"]
         return b'{"embeddings":%b,%b' % (embeddings, dumps(rest)[1:])
 
-    body = await written(exchange, numbers_bytes(result), write)
+    size = max(1, len(kinds)) * numbers_bytes(result) + sum(map(sys.getsizeof, texts))
+    body = await written(exchange, size, write)
     return Response(200, body, fields=result.fields, is_compressible=True)
 
 
