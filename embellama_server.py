@@ -7934,9 +7934,13 @@ def new_admin_key(path: Path) -> Key:
     unfinished = path.with_name(f".{path.name}.new")
     unfinished.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    with open(os.open(unfinished, flags, 0o600), "w", encoding="ascii") as file:
-        file.write(f"{text}\n")
-    os.replace(unfinished, path)
+    try:
+        with open(os.open(unfinished, flags, 0o600), "w", encoding="ascii") as file:
+            file.write(f"{text}\n")
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
     digest = hashlib.sha256(text.encode("ascii")).digest()
     return Key(ADMIN_KEY_NAME, digest, is_admin=True)
 
@@ -15087,7 +15091,7 @@ class Service:
         """
         self._loop.add_signal_handler(signal.SIGTERM, self.leave)
         self._loop.add_signal_handler(signal.SIGINT, self.stop)
-        self._loop.add_signal_handler(signal.SIGHUP, self._reloads.hang_up)
+        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         if self._notifier.channel is not None:
             self._loop.add_reader(self._notifier.channel, self._on_parent_gone)
@@ -15259,7 +15263,12 @@ class Service:
 
     async def reload(self) -> dict[str, object]:
         """See House."""
+        self._reopen_files()
         return await self._reloads.ask()
+
+    def _hang_up(self) -> None:
+        self._reopen_files()
+        self._reloads.hang_up()
 
     async def _reload_alone(self) -> dict[str, object]:
         """The models first: what fails must leave everything as it was."""
@@ -15308,6 +15317,9 @@ class Service:
         self.log.set_level(settings.log_level)
         for served in self.models.in_memory:
             served.pool.queue.set_room(*queue_room(settings))
+
+    def _reopen_files(self) -> None:
+        """Those that may have been moved away, whatever else comes of a reload."""
         for file in (self._audit, self._dead_letters):
             if file is not None:
                 file.reopen()

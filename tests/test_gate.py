@@ -896,6 +896,15 @@ def test_without_keys_a_request_from_this_machine_names_this_machine(
         assert gate(allowed_host=advised).admit(head(host=host), peer, "key")
 
 
+def test_a_key_of_the_administrator_s_that_finds_no_place_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "key").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        es.new_admin_key(tmp_path / "key")
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
 def test_a_name_of_its_own_is_this_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "GPU.example.com")
     assert gate().admit(head(host="gpu.example.com:80"), "127.0.0.1", "key")
@@ -1359,6 +1368,26 @@ def test_what_its_body_condemns_is_audited(tmp_path: Path) -> None:
         assert found == [("search", 400), ("search", 404)]
 
     with_service(check, api_key_file=key_file(tmp_path), audit_log=str(audit))
+
+
+def test_a_log_that_was_moved_goes_on_anew_whatever_comes_of_the_reload(
+    tmp_path: Path,
+) -> None:
+    audit = tmp_path / "audit"
+
+    async def check(running: RunningService) -> None:
+        service = running.service
+        running.configuration.now = es.BadSetting("file", "port", 0, "no")
+        for phase in ("ready", "leaving"):
+            assert service.phase.value == phase
+            audit.rename(tmp_path / phase)
+            service._hang_up()
+            await running.ask("GET", "/v1/models")
+            assert len(lines_of(audit)) == 1
+            service.leave()
+        assert "not reloaded" in running.log.getvalue()
+
+    with_service(check, audit_log=str(audit), drain_grace_s=600.0)
 
 
 def test_a_client_that_leaves_is_audited_with_499(tmp_path: Path) -> None:
