@@ -10473,20 +10473,24 @@ def _read_inputs(value: object, name: str) -> list[str | list[int]]:
     ]
 
 
-def _read_some(value: object, name: str) -> list[str | list[int] | InvalidValue]:
-    """The same, but what is wrong with one of several is in its place."""
-    try:
-        return [*_read_inputs(value, name)]
-    except InvalidValue:
-        if not isinstance(value, list) or not value or type(value[0]) is int:
-            raise
-    found: list[str | list[int] | InvalidValue] = []
-    for n, item in enumerate(value):
+def spared(kind: Kind, one: Kind) -> Kind:
+    """The same list of ``one``, but what is wrong with one of several is in its place."""
+
+    def read_one(value: object, name: str) -> Any:
         try:
-            found.append(_read_input(item, f"{name}[{n}]"))
+            return one.read(value, name)
         except InvalidValue as error:
-            found.append(error)
-    return found
+            return error
+
+    def read(value: object, name: str) -> list[Any]:
+        try:
+            return list(kind.read(value, name))
+        except InvalidValue:
+            if not isinstance(value, list) or {*map(type, value)} <= {int}:
+                raise
+        return [read_one(item, f"{name}[{n}]") for n, item in enumerate(value)]
+
+    return Kind(read, kind.schema)
 
 
 _A_TEXT: Final = {"type": "string", "minLength": 1}
@@ -10520,7 +10524,7 @@ INPUTS: Final = Kind(
         ]
     },
 )
-SOME_INPUTS: Final = Kind(_read_some, INPUTS.schema)
+SOME_INPUTS: Final = spared(INPUTS, Kind(_read_input, _AN_INPUT))
 
 
 # --- answers ---
@@ -10661,7 +10665,7 @@ def wish_of(
 
 def apart(
     read: Sequence[Any], *, is_partial: bool
-) -> tuple[Sequence[Input], dict[int, ApiError]]:
+) -> tuple[Sequence[Any], dict[int, ApiError]]:
     """Inputs, and what is wrong with some, from where both stand in one list.
 
     Raises the first error, unless the others are to live.
@@ -11630,11 +11634,12 @@ def _read_query(value: object, name: str) -> str:
 # An empty one has a score like any other; refusing it would fail all.
 DOCUMENT: Final = Kind(_read_document, any_of(STRING, schema_of(Document)))
 QUERY: Final = Kind(_read_query, DOCUMENT.schema)
-_DOCUMENTS: Final = Kind(
-    lambda value, name: listed(DOCUMENT).read(
+DOCUMENTS: Final = spared(listed(DOCUMENT), DOCUMENT)
+_SIDE: Final = Kind(
+    lambda value, name: DOCUMENTS.read(
         value if isinstance(value, list) else [value], name
     ),
-    any_of(DOCUMENT.schema, listed(DOCUMENT).schema),
+    any_of(DOCUMENT.schema, DOCUMENTS.schema),
 )
 
 
@@ -11658,14 +11663,19 @@ class _Scoring:
         COHERE_PRIORITY, "Who goes first; none: normal. A number changes nothing."
     )
 
+    @property
+    def allow_partial(self) -> bool:
+        """Whether a text that cannot be scored leaves the others alone."""
+        return self.truncate is not False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankForm(_Scoring):
     """The body of POST /v1/rerank."""
 
     query: str = needed(QUERY, "What is looked for.", example="cats")
-    documents: list[str] = needed(
-        listed(DOCUMENT),
+    documents: list[Any] = needed(
+        DOCUMENTS,
         "Strings, or objects with a text.",
         example=["The cat sleeps.", "Stocks fell."],
     )
@@ -11677,11 +11687,11 @@ class RerankForm(_Scoring):
 class ScoreForm(_Scoring):
     """The body of POST /score and /v1/score."""
 
-    text_1: list[str] = needed(
-        _DOCUMENTS, "A string, or a list as long as the other.", example="cats"
+    text_1: list[Any] = needed(
+        _SIDE, "A string, or a list as long as the other.", example="cats"
     )
-    text_2: list[str] = needed(
-        _DOCUMENTS, "A string or a list.", example=["The cat sleeps.", "Hello"]
+    text_2: list[Any] = needed(
+        _SIDE, "A string or a list.", example=["The cat sleeps.", "Hello"]
     )
 
 
@@ -11725,7 +11735,11 @@ class Ranked:
 
 
 async def ranked(
-    exchange: Exchange, form: _Scoring, inputs: Sequence[Pair], named: str
+    exchange: Exchange,
+    form: _Scoring,
+    inputs: Sequence[Pair],
+    bad: dict[int, ApiError],
+    named: str,
 ) -> tuple[list[Ranked], Done]:
     """The pairs of a form, best first; equal ones in the order they came.
 
@@ -11733,7 +11747,7 @@ async def ranked(
     to fall back to for the others.
     """
     truncate = True if form.truncate is None else form.truncate
-    how = {"truncate": truncate, "allow_partial": truncate is not False}
+    how = {"truncate": truncate, "allow_partial": form.allow_partial, "bad": bad}
     wish = wish_of(form, inputs, named, form=Form.RAW, **how)
     result = await done(wish, exchange)
     plain, errors = form.raw_scores or result.card.is_probability, result.job.errors
@@ -11761,9 +11775,9 @@ def sigmoid(score: float) -> float:
 
 async def rerank(exchange: Exchange, form: RerankForm) -> Response:
     """Texts by how well each answers a query; the model must be a reranker."""
-    texts = form.documents
+    texts, bad = apart(form.documents, is_partial=form.allow_partial)
     pairs = [Pair(form.query, text) for text in texts]
-    found, result = await ranked(exchange, form, pairs, "documents")
+    found, result = await ranked(exchange, form, pairs, bad, "documents")
     results: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
         entry: dict[str, object] = {"index": one.index, "relevance_score": one.score}
@@ -11802,8 +11816,10 @@ async def score(exchange: Exchange, form: ScoreForm) -> Response:
             "number, or as many of each",
             param="text_1",
         )
-    pairs = [Pair(*both) for both in zip(first, second, strict=True)]
-    found, result = await ranked(exchange, form, pairs, "text_2")
+    one, bad = apart(first, is_partial=form.allow_partial)
+    other, more = apart(second, is_partial=form.allow_partial)
+    pairs = [Pair(*both) for both in zip(one, other, strict=True)]
+    found, result = await ranked(exchange, form, pairs, bad | more, "text_2")
     rows = [
         {"index": one.index, "object": "score", "score": one.score} | one.failed
         for one in sorted(found, key=lambda one: one.index)
@@ -11888,10 +11904,10 @@ class AnyRerankForm(RerankForm):
     """The body of POST /rerank: ``texts`` as here, or ``documents`` as in /v1/rerank."""
 
     documents: list[Any] | None = wanted(  # type: ignore[assignment]
-        listed(DOCUMENT), "Answered as /v1/rerank does."
+        DOCUMENTS, "Answered as /v1/rerank does."
     )
-    texts: list[str] | None = wanted(
-        listed(DOCUMENT),
+    texts: list[Any] | None = wanted(
+        DOCUMENTS,
         "Strings to score, or objects with a text (LiteLLM sends them).",
         example=["The cat sleeps.", "Stocks fell."],
     )
@@ -11910,7 +11926,7 @@ class TaskForm(EmbedForm):
     )
     parameters: _Reading | None = wanted(part(_Reading), "As in /similarity.")
     query: str | None = wanted(QUERY, "As in /rerank.")
-    texts: list[Any] | None = wanted(listed(DOCUMENT), "As in /rerank.")
+    texts: list[Any] | None = wanted(DOCUMENTS, "As in /rerank.")
     raw_scores: bool = wanted(FLAG, "As in /rerank.", False)
     return_text: bool = wanted(FLAG, "As in /rerank.", False)
 
@@ -11972,9 +11988,9 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
         return await rerank(exchange, form)
     if form.texts is None:
         raise InvalidValue("texts (or documents) is missing", param="texts")
-    texts = form.texts
+    texts, bad = apart(form.texts, is_partial=form.allow_partial)
     pairs = [Pair(form.query, text) for text in texts]
-    found, result = await ranked(exchange, form, pairs, "texts")
+    found, result = await ranked(exchange, form, pairs, bad, "texts")
     shown: list[dict[str, object]] = []
     for one in found[: form.top_n or None]:
         text = {"text": texts[one.index]} if form.return_text else {}
@@ -12342,8 +12358,8 @@ _MAYBE_INPUTS: Final = Kind(
 class OllamaEmbedForm:
     """The body of POST /api/embed."""
 
-    model: str = needed(
-        MODEL_NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
     input: list[Any] | None = wanted(
         _MAYBE_INPUTS,
@@ -12360,8 +12376,8 @@ class OllamaEmbedForm:
 class OllamaEmbeddingsForm:
     """The body of POST /api/embeddings, which /api/embed supersedes."""
 
-    model: str = needed(
-        MODEL_NAME, "Name, alias or name@version.", example="all-MiniLM-L6-v2"
+    model: str | None = wanted(
+        MODEL_NAME, "Name, alias or name@version; none: the first that can."
     )
     prompt: str | None = wanted(TEXT, "The text; none: only load the model.")
 
@@ -12407,10 +12423,11 @@ async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
     if wish.inputs:
         result = await done(wish, exchange)
         body = await vectors_body(exchange, result, wish.dimensions)
-        tokens, fields = result.job.tokens, result.fields
+        name, tokens, fields = result.name, result.job.tokens, result.fields
         loaded_at = max(begun, int(result.job.arrived_at * 1e9))
     else:
-        await opened(wish, exchange)
+        model, _ = await opened(wish, exchange, is_ranker=False)
+        name = form.model or model.name
         loaded_at = time.monotonic_ns()
     numbers = {
         "total_duration": time.monotonic_ns() - begun,
@@ -12419,7 +12436,7 @@ async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
     }
     dumps = json_codec().dumps
     reply = b'{"model":%b,"embeddings":%b,%b' % (
-        dumps(form.model),
+        dumps(name),
         body,
         dumps(numbers)[1:],
     )
@@ -12431,7 +12448,7 @@ async def ollama_embeddings(exchange: Exchange, form: OllamaEmbeddingsForm) -> R
     inputs = [form.prompt] if form.prompt else ()
     wish = wish_of(form, inputs, "prompt", truncate=True, form=Form.RAW)
     if not wish.inputs:
-        await opened(wish, exchange)
+        await opened(wish, exchange, is_ranker=False)
         return Response(200, b'{"embedding":[]}')
     result = await done(wish, exchange)
     text = json_numbers(result.job.vectors[0])

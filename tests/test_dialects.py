@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import math
 import re
@@ -109,10 +110,7 @@ TEI_EMBEDDING = ("/embed", "/", "/invocations", "/api/v1/embed")
 def asked(client: both.Client, path: str, inputs: Any, **more: Any) -> kit.Reply:
     """A request for vectors."""
     name, _ = EMBEDDING[path]
-    body = {name: inputs, **more}
-    if path == "/api/embed":
-        body.setdefault("model", "embedder")
-    return client.post(path, body)
+    return client.post(path, {name: inputs, **more})
 
 
 def vectors(client: both.Client, path: str, inputs: Any, **more: Any) -> Any:
@@ -317,7 +315,6 @@ def test_a_field_of_a_wrong_type_is_refused_by_name_and_null_is_as_absent(
 ) -> None:
     route = next(r for r in es.ROUTES if (r.method, r.path) == ("POST", path))
     properties = es.schema_of(route.form)["properties"]  # type: ignore[arg-type]
-    is_needed = name == "model" and path == "/api/embed"
     for value in WRONG_FIELDS[name]:
         reply = asked(client, path, "a", **{name: value})
         if name not in properties:  # unknown fields are ignored
@@ -325,11 +322,7 @@ def test_a_field_of_a_wrong_type_is_refused_by_name_and_null_is_as_absent(
             continue
         assert reply.status == (422 if path in TEI_EMBEDDING else 400), value
         assert name.encode() in reply.body
-    reply = asked(client, path, "a", **{name: None})
-    if is_needed:
-        assert reply.status == 400
-    else:
-        assert close(EMBEDDING[path][1](reply), [vector("a")])
+    assert close(vectors(client, path, "a", **{name: None}), [vector("a")])
 
 
 @pytest.mark.parametrize("path", EMBEDDING)
@@ -605,6 +598,9 @@ def test_an_input_that_is_none_fails_alone_if_that_is_asked_for(
     del body["allow_partial"]
     refused = client.post("/v1/embeddings", body)
     assert (refused.status, refused.error) == (400, second["error"])
+    body = {"input": [bad, "b"], "allow_partial": True}  # a number begins a list of ids
+    first, second = client.post("/v1/embeddings", body).json["data"]
+    assert (first["object"], close(second["embedding"], vector("b"))) == ("error", True)
 
 
 def test_half_an_emoji_is_no_reason_to_refuse_a_text(client: both.Client) -> None:
@@ -928,6 +924,27 @@ def test_a_document_without_a_score_comes_last_and_leaves_the_others(
         "/rerank" if path == "texts" else path, body | {name: ["nan", "nan"]}
     )
     assert alone.status == (424 if path == "texts" else 500)
+
+
+@pytest.mark.parametrize("path", [*RERANKING, "texts"])
+def test_what_is_no_document_comes_last_and_leaves_the_others(
+    client: both.Client, path: str
+) -> None:
+    name = "texts" if path == "texts" else "documents"
+    texts = [None, "b", 5, {}, {"text": None}, {"title": "t"}, ["x"], True, "c"]
+    body = {"query": "q", name: texts, "return_documents": True, "return_text": True}
+    asking = functools.partial(client.post, "/rerank" if path == "texts" else path)
+    reply = asking(body)
+    found = scores(reply)
+    assert list(found)[2:] == [0, 2, 3, 4, 5, 6, 7]
+    assert found[1] == pytest.approx(sigmoid(score("q", "b")))
+    rows = reply.json if path == "texts" else reply.json["results"]
+    assert [
+        row["error"]["param"].startswith(f"{name}[{row['index']}]") for row in rows[2:]
+    ] == [True] * 7
+    refused = asking(body | {"truncate": False})
+    assert refused.status == (422 if path == "texts" else 400)
+    assert f"{name}[0] must be a string".encode() in refused.body
 
 
 @pytest.mark.parametrize("path", [*RERANKING, "texts"])
@@ -1428,7 +1445,8 @@ def test_ollama_s_errors_are_a_sentence(client: both.Client) -> None:
     assert (unknown.status, list(unknown.json)) == (404, ["error"])
     assert unknown.json["error"].startswith("model 'nobody' not found")
     for path in ("/api/embed", "/api/embeddings", "/api/show", "/api/pull"):
-        assert client.post(path, {}).status == 400
+        is_for_any = path.startswith("/api/embed")  # who names none gets the first
+        assert client.post(path, {}).status == (200 if is_for_any else 400)
         assert client.post(path, {"model": 1}).status == 400
         assert client.post(path, {"model": "nobody"}).status == 404
         assert client.post(path, b"{").json.keys() == {"error"}
@@ -1598,6 +1616,10 @@ def test_pairs_are_scored_in_their_order(ranker: both.Client, path: str) -> None
         assert reply.json["usage"]["prompt_tokens"] > 0
     raw = {"text_1": "q", "text_2": "a", "raw_scores": True}
     assert close(ranker.post(path, raw).json["data"][0]["score"], score("q", "a"))
+    body = {"text_1": ["q", None, "r"], "text_2": [5, "a", "b"]}
+    *bad, good = ranker.post(path, body).json["data"]
+    assert [row["error"]["param"] for row in bad] == ["text_2[0]", "text_1[1]"]
+    assert close(good["score"], sigmoid(score("r", "b")))
     for text_1, text_2 in ((["q", "r"], "a"), (["q", "r"], ["a", "b", "c"]), ("q", [])):
         reply = ranker.post(path, {"text_1": text_1, "text_2": text_2})
         assert reply.status == 400

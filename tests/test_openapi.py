@@ -301,14 +301,14 @@ def test_a_route_answers_the_document_s_own_example(
         b"1",
         b'"text"',
         b"\xff",
-        b"\xef\xbb\xbf{}",
+        b"\xef\xbb\xbf",
         b'{"inputs":NaN}',
         b"[" * 1000,
         b'{"a":' * 1000,
-        b'{"a":"\\ud800"}',
+        b'["\\ud800"]',
         b"1e999",
-        b'{"\\u0000":0}',
-        b"{}",
+        b'{"\\u0000":0',
+        b"{]",
         b"\0" * 100,
     ],
     ids=lambda raw: repr(raw[:16]),
@@ -386,6 +386,8 @@ def misfits(draw: st.DrawFn, route: es.Route) -> Any:
             return body
     if name == "input":  # one that is none would only fail alone
         body.pop("allow_partial", None)
+    elif name in ("documents", "texts", "text_1", "text_2"):  # and here unless told
+        body["truncate"] = False
     return body | {name: draw(st.sampled_from(wrong))}
 
 
