@@ -9586,7 +9586,7 @@ class Names:
         asked: str | None,
         client: str,
         *,
-        any_model: bool,
+        any_model: bool = False,
         is_ranker: bool | None = None,
     ) -> Model:
         """The model for a request: by name, alias or name@version.
@@ -9632,6 +9632,10 @@ class Names:
         names = dict.fromkeys(name for one in self._rows for name in one.names)
         labels = (one.label for one in self._rows if self.has_versions(one))
         return [*(names | dict.fromkeys(labels))]
+
+    def each(self, client: str) -> list[tuple[str, Model]]:
+        """All of these, and which version a client gets."""
+        return [(name, self.find(name, client)) for name in self.names]
 
     def has_versions(self, model: Model) -> bool:
         """Whether its name has others."""
@@ -10420,11 +10424,9 @@ def either(first: Kind, second: Kind) -> Kind:
 
 
 def _read_text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidValue(f"{name} must be a string", param=name)
-    if not value:
+    if not (text := _read_string(value, name)):
         raise EmptyInput(f"{name} is an empty string", param=name)
-    return value
+    return text
 
 
 def _read_input(value: object, name: str) -> str | list[int]:
@@ -10596,6 +10598,11 @@ TRUNCATE: Final = Kind(
 )
 
 
+def model_or_none() -> Any:
+    """A form's field for the model, where it need not be named."""
+    return wanted(MODEL_NAME, "Name, alias or name@version; none: the first that can.")
+
+
 # Not frozen: to fill that in took 5 us of the 100 that a cached text takes.
 @dataclass(slots=True, kw_only=True)
 class Wish:
@@ -10637,10 +10644,10 @@ MAX_DOCUMENTS: Final = 10_000  # Cohere's
 _TOKEN_NUMBER_BYTES: Final = 16  # of a reply, and of what makes it, on the average
 
 
-def max_inputs(wish: Wish, settings: Settings) -> int:
+def max_inputs(settings: Settings, *, is_ranking: bool) -> int:
     """Of a request: what the operator says, else what the dialect's own server takes."""
     most = settings.max_client_batch_size
-    return MAX_DOCUMENTS if wish.is_ranking and most == MAX_INPUTS else most
+    return MAX_DOCUMENTS if is_ranking and most == MAX_INPUTS else most
 
 
 def max_tokens(wish: Wish, card: ModelCard, settings: Settings) -> int:
@@ -10660,6 +10667,8 @@ def wish_of(
 ) -> Wish:
     """What a form says of ``inputs``, which it calls ``named``; and more of a Wish."""
     said = {name: getattr(form, name) for name in _said_by(form.__class__)}
+    if not getattr(form, "normalize", True):
+        said["form"] = Form.RAW
     return Wish(inputs=inputs, named=named, **(said | more))
 
 
@@ -10918,8 +10927,7 @@ async def form_of(exchange: Exchange, form: type[T], coding: str) -> T:
         await off_loop(trim_memory)  # of what came before
         while not is_whole:
             is_whole = await _has_grown(grown, pieces, room, _GROWTH_BYTES)
-        most = settings.max_client_batch_size
-        most = 16 * (MAX_DOCUMENTS if most == MAX_INPUTS else most)
+        most = 16 * max_inputs(settings, is_ranking=True)  # which may have the most
         max_values = (settings.max_request_tokens or _MAX_ANY_TOKENS) + most
         size = await off_loop(lambda: parsed_bytes_of_large(body, max_values, most))
         room.resize(len(body) + size)
@@ -10943,11 +10951,6 @@ async def _has_grown(
         return True
 
     return await off_loop(grow)
-
-
-def urgency_of(asked: str | None, name: str) -> int:
-    """Its index into URGENCIES; None is normal. Raises InvalidValue."""
-    return URGENCIES.index(PRIORITY.read(asked or "normal", name))
 
 
 def patience_s(head: Head, most_s: float) -> float:
@@ -10984,7 +10987,8 @@ async def opened(
     )
     exchange.inputs = wish.inputs
     exchange.log_fields.update(model=wish.model or model.name, inputs=len(wish.inputs))
-    if len(wish.inputs) > (most := max_inputs(wish, house.settings)):
+    most = max_inputs(house.settings, is_ranking=wish.is_ranking)
+    if len(wish.inputs) > most:
         raise InvalidValue(
             f"{len(wish.inputs)} items are in {wish.named} and at most {most} may be "
             "(--max-client-batch-size): send several requests",
@@ -11003,8 +11007,7 @@ async def loaded(model: Model, exchange: Exchange) -> Served:
 
 async def done(wish: Wish, exchange: Exchange) -> Done:
     """The wish fulfilled. Raises whatever ApiError says why not."""
-    is_ranker = isinstance(wish.inputs[0], Pair)
-    model, served = await opened(wish, exchange, is_ranker=is_ranker)
+    model, served = await opened(wish, exchange, is_ranker=wish.is_ranking)
     served.users += 1  # it stays in memory until we are done
     try:
         job = await _computed(wish, exchange, model, served)
@@ -11058,7 +11061,7 @@ async def errand(exchange: Exchange, served: Served, work: Callable[[], T]) -> T
 
     served.users += 1
     try:
-        give_up = functools.partial(_fail, found)
+        give_up = functools.partial(_set, found.set_exception, found)
         pool.queue.send_errand(Errand(run, give_up, client, urgency))
         return await found
     finally:
@@ -11070,10 +11073,6 @@ def _set(how: Callable[[Any], None], found: asyncio.Future[Any], value: Any) -> 
         how(value)
 
 
-def _fail(found: asyncio.Future[Any], error: ApiError) -> None:
-    _set(found.set_exception, found, error)
-
-
 async def _computed(
     wish: Wish, exchange: Exchange, model: Model, served: Served
 ) -> Job:
@@ -11081,17 +11080,12 @@ async def _computed(
     house, caller, queue = exchange.house, exchange.caller, served.pool.queue
     inputs, around = checked_inputs(wish, model, served, house.settings)
     finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def finish() -> None:
-        if not finished.done():
-            finished.set_result(None)
-
     truncates, most = wish.truncate, wish.truncate_prompt_tokens
     if truncates is None:
         truncates = house.settings.auto_truncate or most is not None
     job = Job(
         inputs,
-        finish,
+        functools.partial(_set, finished.set_result, finished, None),
         client=caller.client,
         urgency=_urgency(exchange, wish.priority),
         timeout_s=exchange.deadline_at - time.monotonic(),
@@ -11142,11 +11136,10 @@ def too_late(exchange: Exchange) -> RequestTimeout:
 
 def _urgency(exchange: Exchange, priority: str | None = None) -> int:
     """Of a request whose body says so much of it; its caller may have less than asked."""
-    by_header = exchange.request.head.get("x-priority").lower()
-    asked = urgency_of(by_header, "x-priority")
-    if not by_header:
-        asked = urgency_of(priority, "priority")
-    return max(asked, exchange.caller.most_urgent)
+    by_header = exchange.request.head.get("x-priority")
+    name = "x-priority" if by_header else "priority"
+    asked = PRIORITY.read(by_header or priority or "normal", name)
+    return max(URGENCIES.index(asked), exchange.caller.most_urgent)
 
 
 def _record(result: Done, exchange: Exchange) -> None:
@@ -11219,13 +11212,11 @@ DTYPES: Final[Mapping[str, Callable[[Any], Any]]] = {
 }
 
 
-def final(vector: Any, dimensions: int | None, *, normalize: bool = True) -> Any:
-    """The vector as long as is wanted (Matryoshka), its length 1 again if it was.
+def final(vector: Any, dimensions: int | None) -> Any:
+    """A vector of length 1 as long as is wanted (Matryoshka), its length 1 again.
 
     Raises NonFiniteVector where only zeros are left.
     """
-    if not normalize:
-        return vector[:dimensions]
     if dimensions is None or dimensions >= len(vector):
         return vector
     cut = shortened(vector, dimensions)
@@ -11237,6 +11228,16 @@ def final(vector: Any, dimensions: int | None, *, normalize: bool = True) -> Any
     return cut
 
 
+def final_vectors(result: Done, dimensions: int | None) -> Iterator[Any]:
+    """All of a reply as long as is wanted, scaled again if they were; None: it failed."""
+    is_unit = result.job.form is Form.UNIT
+    for index, vector in enumerate(result.job.vectors):
+        if index in result.job.errors:
+            yield None
+        else:
+            yield final(vector, dimensions) if is_unit else vector[:dimensions]
+
+
 def json_numbers(array: Any) -> bytes:
     """A vector as a JSON list; float16 as the shortest text of the same float32."""
     if array.dtype == "float16":
@@ -11245,13 +11246,12 @@ def json_numbers(array: Any) -> bytes:
 
 
 async def vectors_body(
-    exchange: Exchange, result: Done, dimensions: int | None, *, normalize: bool = True
+    exchange: Exchange, result: Done, dimensions: int | None
 ) -> bytes:
     """All vectors as a JSON list of lists."""
 
     def write() -> bytes:
-        vectors = result.job.vectors
-        rows = (final(v, dimensions, normalize=normalize) for v in vectors)
+        rows = final_vectors(result, dimensions)
         return b"[%b]" % b",".join(map(json_numbers, rows))
 
     return await written(exchange, numbers_bytes(result), write)
@@ -11291,9 +11291,7 @@ class EmbeddingsForm:
         "A string or a list of strings.",
         example=["The cat sleeps.", "Hello"],
     )
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
     encoding_format: str = wanted(
         one_of("float", "base64", "bytes"),
         "Numbers; little endian bytes in base64; or these bytes alone, one vector after "
@@ -11361,9 +11359,8 @@ async def embeddings(exchange: Exchange, form: EmbeddingsForm) -> Response:
             param="allow_partial",
         )
     inputs, bad = apart(form.input, is_partial=form.allow_partial)
-    kind = Form.UNIT if form.normalize else Form.RAW
-    how = {"form": kind, "bad": bad, "own_max_tokens": MAX_REQUEST_TOKENS}
-    result = await done(wish_of(form, inputs, **how), exchange)
+    wish = wish_of(form, inputs, bad=bad, own_max_tokens=MAX_REQUEST_TOKENS)
+    result = await done(wish, exchange)
     as_bytes = form.encoding_format == "bytes"
     write = embeddings_bytes if as_bytes else embeddings_body
     encode = functools.partial(write, form, result)
@@ -11380,13 +11377,12 @@ def embeddings_body(form: EmbeddingsForm, result: Done) -> bytes:
     """OpenAI's reply, vector by vector: no copy of all floats as Python objects."""
     dumps, as_dtype = json_codec().dumps, DTYPES[form.output_dtype]
     items = []
-    for index, vector in enumerate(result.job.vectors):
-        if index in result.job.errors:
-            failed = {"object": "error", "index": index}
+    for index, row in enumerate(final_vectors(result, form.dimensions)):
+        if row is None:
             error = error_object(result.job.errors[index])
-            items.append(dumps(failed | {"error": error}))
+            items.append(dumps({"object": "error", "index": index, "error": error}))
             continue
-        numbers = as_dtype(final(vector, form.dimensions, normalize=form.normalize))
+        numbers = as_dtype(row)
         if form.encoding_format == "base64":
             text = b'"' + base64.b64encode(numbers) + b'"'
         else:
@@ -11403,9 +11399,8 @@ def embeddings_body(form: EmbeddingsForm, result: Done) -> bytes:
 
 def embeddings_bytes(form: EmbeddingsForm, result: Done) -> bytes:
     """The numbers of all vectors, one after the other."""
-    as_dtype, how = DTYPES[form.output_dtype], form.normalize
-    rows = (final(v, form.dimensions, normalize=how) for v in result.job.vectors)
-    return b"".join(as_dtype(row).tobytes() for row in rows)
+    rows = map(DTYPES[form.output_dtype], final_vectors(result, form.dimensions))
+    return b"".join(row.tobytes() for row in rows)
 
 
 def _bytes_fields(form: EmbeddingsForm, result: Done) -> tuple[tuple[str, str], ...]:
@@ -11422,19 +11417,16 @@ async def models(exchange: Exchange) -> Response:
     """What is served."""
     house, client = exchange.house, exchange.caller.client
     house.check_open()
-    known = house.models
-    found = [(name, known.find(name, client, any_model=False)) for name in known.names]
-    data = [_model_object(name, one) for name, one in found]
+    data = [_model_object(*row) for row in house.models.each(client)]
     body = json_codec().dumps({"object": "list", "data": data})
     return Response(200, body, is_compressible=True)
 
 
 async def model(exchange: Exchange) -> Response:
     """One model, by name or alias."""
-    house = exchange.house
+    house, client = exchange.house, exchange.caller.client
     house.check_open()
-    client = exchange.caller.client
-    found = house.models.find(exchange.argument, client, any_model=False)
+    found = house.models.find(exchange.argument, client)
     return Response(200, json_codec().dumps(_model_object(exchange.argument, found)))
 
 
@@ -11480,11 +11472,9 @@ COHERE_PRIORITY: Final = Kind(_read_priority, {"anyOf": [PRIORITY.schema, INTEGE
 
 def _read_content(value: object, name: str) -> str:
     """The text of an input that is a list of parts."""
-    parts = (
-        filled(_Content, value, f"{name}.").content if isinstance(value, dict) else []
-    )
-    if not parts:
+    if not isinstance(value, dict):
         raise InvalidValue(f"{name} must be an object with a content", param=name)
+    parts = filled(_Content, value, f"{name}.").content
     return str(SOME_TEXT.read("\n".join(one.text for one in parts), name))
 
 
@@ -11515,17 +11505,14 @@ class CohereEmbedForm:
     inputs: list[str] | None = wanted(
         listed(Kind(_read_content, schema_of(_Content))), "Or objects with texts."
     )
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
     input_type: str | None = wanted(
         NAME,
         "The prompt of this name, if the model has one; search_query means query, "
         "search_document document.",
     )
     embedding_types: list[str] | None = wanted(
-        listed(one_of(*_TYPES)),
-        "Types of the numbers, one or more.",
+        listed(one_of(*_TYPES)), "Types of the numbers, one or more."
     )
     output_dimension: int | None = wanted(
         whole(1), "Keep so many, and scale to length 1."
@@ -11567,15 +11554,13 @@ async def _by_type(
     texts = form.inputs if form.texts is None else form.texts
     if texts is None:
         raise InvalidValue("texts (or inputs) is missing", param="texts")
-    more = {
-        "dimensions": form.output_dimension,
-        "truncate_prompt_tokens": form.max_tokens,
-    }
-    result = await done(wish_of(form, texts, "texts", **more), exchange)
+    most = {"truncate_prompt_tokens": form.max_tokens}
+    wish = wish_of(form, texts, "texts", dimensions=form.output_dimension, **most)
+    result = await done(wish, exchange)
 
     def write() -> bytes:
         dumps = json_codec().dumps
-        rows = [final(vector, form.output_dimension) for vector in result.job.vectors]
+        rows = [*final_vectors(result, form.output_dimension)]
         found = {
             kind: b"[%b]" % b",".join(_numbers(kind, row) for row in rows)
             for kind in kinds or ["float"]
@@ -11647,9 +11632,7 @@ _SIDE: Final = Kind(
 class _Scoring:
     """How pairs of texts are scored."""
 
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
     raw_scores: bool = wanted(FLAG, "As the model gives them, no sigmoid.", False)
     truncate: bool | str | None = wanted(
         TRUNCATE, "Cut what is too long, the query last; false: refuse it.", True
@@ -11863,9 +11846,7 @@ class EmbedAllForm(_Reading):
         "A string or a list of strings (Cohere's texts: /v2/embed).",
         example=["The cat sleeps.", "Hello"],
     )
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11894,9 +11875,7 @@ class SimilarityForm:
         example={"source_sentence": "A cat.", "sentences": ["A kitten.", "A bank."]},
     )
     parameters: _Reading | None = wanted(part(_Reading), "As in /embed.")
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11948,12 +11927,8 @@ SEED_REPLY: Final = an_object(
 
 async def embed(exchange: Exchange, form: EmbedForm) -> Response:
     """Vectors, one for each text, as text-embeddings-inference gives them."""
-    kind = Form.UNIT if form.normalize else Form.RAW
-    result = await done(wish_of(form, form.inputs, "inputs", form=kind), exchange)
-    body = await vectors_body(
-        exchange, result, form.dimensions, normalize=form.normalize
-    )
-    return _with_times(body, result)
+    result = await done(wish_of(form, form.inputs, "inputs"), exchange)
+    return _with_times(await vectors_body(exchange, result, form.dimensions), result)
 
 
 async def embed_all(exchange: Exchange, form: EmbedAllForm) -> Response:
@@ -12020,14 +11995,13 @@ def _narrowed(form: type[T], given: Mapping[str, Any]) -> T:
 
 async def seed_embed(exchange: Exchange, form: EmbedForm) -> Response:
     """Vectors, usage and timings, as the AI Embedding Inference Server gives them."""
-    kind = Form.UNIT if form.normalize else Form.RAW
-    result = await done(wish_of(form, form.inputs, "inputs", form=kind), exchange)
+    result = await done(wish_of(form, form.inputs, "inputs"), exchange)
 
     def write() -> bytes:
-        items = []
-        for index, vector in enumerate(result.job.vectors):
-            row = final(vector, form.dimensions, normalize=form.normalize)
-            items.append(b'{"embedding":%b,"index":%d}' % (json_numbers(row), index))
+        items = [
+            b'{"embedding":%b,"index":%d}' % (json_numbers(row), index)
+            for index, row in enumerate(final_vectors(result, form.dimensions))
+        ]
         timings = {
             "tokenization": duration_text(result.job.tokenise_s),
             "queue": duration_text(result.queue_s),
@@ -12092,9 +12066,7 @@ class TokenizeForm:
     )
     add_special_tokens: bool = wanted(FLAG, "With those around the text.", True)
     prompt_name: str | None = wanted(NAME, "Put this prompt before each text.")
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12105,9 +12077,7 @@ class DecodeForm:
         ID_LISTS, "Token ids, or lists of them.", example=[101, 7592, 102]
     )
     skip_special_tokens: bool = wanted(FLAG, "Leave out special tokens.", True)
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
 
 
 # A token is some 70 bytes of the reply, and "!" is one: 262,144 of them are 18 MB.
@@ -12306,7 +12276,7 @@ async def info(exchange: Exchange) -> Response:
     """What the first model is and takes, as text-embeddings-inference says it."""
     house = exchange.house
     house.check_open()
-    first = house.models.find(None, exchange.caller.client, any_model=False)
+    first = house.models.find(None, exchange.caller.client)
     served = await loaded(first, exchange)
     card, settings = served.card, house.settings
     kind: dict[str, object] = {"embedding": {"pooling": card.pooling}}
@@ -12419,7 +12389,6 @@ async def ollama_embed(exchange: Exchange, form: OllamaEmbedForm) -> Response:
     wish = wish_of(form, form.input or (), dimensions=form.dimensions or None)
     body, tokens = b"[]", 0
     fields: tuple[tuple[str, str], ...] = ()
-    loaded_at = begun
     if wish.inputs:
         result = await done(wish, exchange)
         body = await vectors_body(exchange, result, wish.dimensions)
@@ -12460,10 +12429,7 @@ async def ollama_tags(exchange: Exchange) -> Response:
     house, client = exchange.house, exchange.caller.client
     house.check_open()
     await house.models.learn()
-    shown = []
-    for name in house.models.names:
-        one = house.models.find(name, client, any_model=False)
-        shown.append(_listed(name, one))
+    shown = [_listed(*row) for row in house.models.each(client)]
     return Response(200, json_codec().dumps({"models": shown}))
 
 
@@ -12502,18 +12468,18 @@ async def ollama_ps(exchange: Exchange) -> Response:
     """What is in memory, as Ollama lists it."""
     house = exchange.house
     house.check_open()
-    shown = []
+    shown, idle_s = [], house.settings.idle_unload_s
     for one in house.models.rows:
-        if one.served is not None:
-            ends_at, idle_s = _FOREVER, house.settings.idle_unload_s
-            if idle_s:
-                ends_at = _stamp(
-                    time.time() + idle_s - (time.monotonic() - one.used_at)
-                )
-            more = {"expires_at": ends_at, "size_vram": 0}
-            length = one.served.card.max_input_tokens
-            name = one.label if house.models.has_versions(one) else one.name
-            shown.append(_listed(name, one) | more | {"context_length": length})
+        if (served := one.served) is None:
+            continue
+        name = one.label if house.models.has_versions(one) else one.name
+        ends_at = time.time() + idle_s - (time.monotonic() - one.used_at)
+        more = {
+            "expires_at": _stamp(ends_at) if idle_s else _FOREVER,
+            "size_vram": 0,
+            "context_length": served.card.max_input_tokens,
+        }
+        shown.append(_listed(name, one) | more)
     return Response(200, json_codec().dumps({"models": shown}))
 
 
@@ -12537,8 +12503,7 @@ async def _model_named(exchange: Exchange, form: OllamaShowForm) -> Model:
     house, client = exchange.house, exchange.caller.client
     house.check_open()
     exchange.log_fields["model"] = name
-    any_model = house.settings.any_model
-    one = house.models.find(name, client, any_model=any_model)
+    one = house.models.find(name, client, any_model=house.settings.any_model)
     if not one.facts.architecture:
         await house.models.learn()
     return one
@@ -12558,16 +12523,14 @@ def _listed(name: str, one: Model) -> dict[str, object]:
 
 
 def _details(one: Model) -> dict[str, object]:
-    family = one.facts.architecture
+    family, served = one.facts.architecture, one.served
     return {
         "parent_model": "",
         "format": "gguf",
         "family": family,
         "families": [family],
         "parameter_size": f"{one.facts.n_params / 1e6:.0f}M",
-        "quantization_level": one.served.card.weights.upper()
-        if one.served
-        else "unknown",
+        "quantization_level": served.card.weights.upper() if served else "unknown",
     }
 
 
@@ -12653,18 +12616,14 @@ async def metrics(exchange: Exchange) -> Response:
     telemetry = house.telemetry
     telemetry.set("embellama_http_connections", len(house.connections.open))
     telemetry.set("embellama_http_buffered_bytes", house.connections.held_bytes)
-    states = [
-        (served.pool, served.pool.queue.state()) for served in house.models.in_memory
-    ]
-    sums = {
-        "embellama_queue_inputs": sum(s.backlog.inputs for _, s in states),
-        "embellama_queue_tokens": sum(s.backlog.tokens for _, s in states),
-        "embellama_engine_broken": any(s.is_broken for _, s in states),
-    }
-    for name, value in sums.items():
-        telemetry.set(name, value)
-    busy, stuck = sum(s.busy for _, s in states), sum(s.stuck for _, s in states)
-    workers = sum(pool.options.workers for pool, _ in states)
+    pools = [served.pool for served in house.models.in_memory]
+    states = [pool.queue.state() for pool in pools]
+    backlogs = [state.backlog for state in states]
+    telemetry.set("embellama_queue_inputs", sum(b.inputs for b in backlogs))
+    telemetry.set("embellama_queue_tokens", sum(b.tokens for b in backlogs))
+    telemetry.set("embellama_engine_broken", any(s.is_broken for s in states))
+    busy, stuck = sum(s.busy for s in states), sum(s.stuck for s in states)
+    workers = sum(pool.options.workers for pool in pools)
     telemetry.set("embellama_workers", busy - stuck, "busy")
     telemetry.set("embellama_workers", workers - busy, "idle")
     telemetry.set("embellama_workers", stuck, "stuck")
@@ -12710,8 +12669,7 @@ async def load_model(exchange: Exchange, form: LoadForm) -> Response:
     """Bring a model into memory, or a file that is to be served too."""
     house = exchange.house
     house.check_open()
-    said = {row.name: getattr(form, row.name) for row in dataclasses.fields(form)}
-    given = {key: value for key, value in said.items() if value is not None}
+    given = {k: v for k, v in dataclasses.asdict(form).items() if v is not None}
     if ("path" in given) == ("model" in given):
         raise InvalidValue("give either model or path", param="model")
     if form.model is not None:
@@ -12746,7 +12704,7 @@ async def default_model(exchange: Exchange, form: ModelForm) -> Response:
 def _known(house: House, name: str) -> Model:
     if not name:
         raise InvalidValue("model is empty: name one", param="model")
-    return house.models.find(name, "", any_model=False)
+    return house.models.find(name, "")
 
 
 def _model_state(model: Model, models: Models) -> dict[str, object]:
@@ -14143,8 +14101,8 @@ LIMITS: Final = (
     Limit("its extensions, bytes", "chunk_extension_bytes", "Go refuses long ones", MalformedRequest),
     Limit("chunk lines beyond 16 bytes and twice the data", "chunk_overhead_bytes", "Go 16 KiB", MalformedRequest),
     Limit("body, bytes", "max_body_bytes", "TEI 2 MB, nginx 1 MB; 2048 texts need more", BodyTooLarge),
-    Limit("a large body, values", "300,000 (`--max-request-tokens`) and 16 for each of 8192 inputs", "-", TooManyTokens),
-    Limit("a large body, lists and objects", "16 for each of 8192 inputs (`--max-client-batch-size`)", "-", InvalidJson),
+    Limit("a large body, values", f"{MAX_REQUEST_TOKENS:,} (`--max-request-tokens`) and 16 for each of {MAX_DOCUMENTS:,} inputs", "-", TooManyTokens),
+    Limit("a large body, lists and objects", f"16 for each of {MAX_DOCUMENTS:,} inputs (`--max-client-batch-size`)", "-", InvalidJson),
     Limit("pipelined requests, bytes read ahead", str(READ_AHEAD_BYTES), "uvicorn 64 KiB", "reading stops until the answer is out"),
     Limit("requests and replies held, MiB", "max_buffered_mb", "Redis client-output-buffer-limit", Overloaded),
     Limit("connections", "max_connections", "Redis 10,000, nginx 512 a worker", TooManyConnections),

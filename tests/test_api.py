@@ -379,7 +379,7 @@ def test_limits_are_the_dialect_s_own_unless_they_are_set(
     settings = kit.settings(**said)
     own = es.MAX_REQUEST_TOKENS if is_openai and not ranks else 0
     wish = es.Wish(inputs=[es.Pair("q", "d") if ranks else "d"], own_max_tokens=own)
-    assert es.max_inputs(wish, settings) == inputs
+    assert es.max_inputs(settings, is_ranking=ranks) == inputs
     found = es.max_tokens(wish, kit.FakeEngine().card, settings)
     assert found == (tokens or sys.maxsize)
 
