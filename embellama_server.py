@@ -153,6 +153,7 @@ import os
 import platform
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -341,18 +342,9 @@ _U: Final = rb"\\u[dD]"  # in front of all, or looking for it takes ten times as
 _FIRST: Final = rb"[89abAB][0-9a-fA-F]{2}"
 _SECOND: Final = rb"[c-fC-F][0-9a-fA-F]{2}"
 _HALF: Final = re.compile(
-    _U + rb"(?:" + _FIRST + rb"(?!" + _U + _SECOND + rb")"
-    rb"|(?:(?<!"
-    + _U
-    + _FIRST
-    + _U
-    + rb")|(?<=\\"
-    + _U
-    + _FIRST
-    + _U
-    + rb"))"
-    + _SECOND
-    + rb")"
+    rb"%(u)b(?:%(first)b(?!%(u)b%(second)b)"
+    rb"|(?:(?<!%(u)b%(first)b%(u)b)|(?<=\\%(u)b%(first)b%(u)b))%(second)b)"
+    % {b"u": _U, b"first": _FIRST, b"second": _SECOND}
 )
 _HALF_BYTES: Final = 6
 _MOST_HALVES: Final = 1 << 16  # 50 ms; more are no accident
@@ -468,25 +460,29 @@ def usable_cores(root: Path = Path("/")) -> int:
         cores = float(len(os.sched_getaffinity(0)))
     else:
         cores = float(os.cpu_count() or 1)
-    return max(1, math.floor(min(cores, *_cgroup_quotas(root), cores)))
+    return max(1, math.floor(min([cores, *_cgroup_quotas(root)])))
+
+
+# Of versions 2 and 1: where it is mounted, and the files of quota and period.
+_CGROUP_CPU: Final = (
+    ("", ("cpu.max",)),
+    ("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
+)
 
 
 def _cgroup_quotas(root: Path) -> Iterator[float]:
-    """CPU quotas, in cores, of our cgroup and all its parents (v2 and v1)."""
-    for folder in _cgroup_folders(root, "cpu", ""):
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-            quota, period = (folder / "cpu.max").read_text().split()
-            if quota != "max" and int(quota) > 0:
-                yield int(quota) / int(period)
-    for folder in _cgroup_folders(root, "cpu", "cpu"):
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-            quota = (folder / "cpu.cfs_quota_us").read_text()
-            if int(quota) > 0:
-                yield int(quota) / int((folder / "cpu.cfs_period_us").read_text())
+    """CPU quotas, in cores, of our cgroup and all its parents."""
+    for mount, names in _CGROUP_CPU:
+        for folder in _cgroup_folders(root, mount):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                text = " ".join((folder / name).read_text() for name in names)
+                quota, period = map(int, text.split())  # no limit is "max", or -1
+                if quota > 0:
+                    yield quota / period
 
 
-def _cgroup_folders(root: Path, controller: str, mount: str) -> Iterator[Path]:
-    """Our group and its parents: version 2's, or under ``mount`` that of version 1."""
+def _cgroup_folders(root: Path, mount: str) -> Iterator[Path]:
+    """Our group and its parents: version 2's (no mount), or version 1's."""
     try:
         lines = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
     except OSError:
@@ -495,13 +491,13 @@ def _cgroup_folders(root: Path, controller: str, mount: str) -> Iterator[Path]:
         if line.count(":") < 2:
             continue
         _, controllers, path = line.split(":", 2)
-        if (controller in controllers.split(",")) if mount else not controllers:
+        if mount in controllers.split(","):  # version 2 names none
             group = Path(path.lstrip("/"))
             for folder in (group, *group.parents):
                 yield root / "sys/fs/cgroup" / mount / folder
 
 
-# Of version 2 and of version 1: where it is mounted, then the names of files and of a count.
+# Likewise: the files of limit and use, and what the cache is called in memory.stat.
 _CGROUP_MEMORY: Final = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -522,7 +518,7 @@ def free_memory_bytes(root: Path = Path("/")) -> float:
         found = re.search(r"MemAvailable:\s+([0-9]+) kB", meminfo)
         left.append(int(found[1]) * 1024 if found else math.inf)
     for mount, limit_name, used_name, cache_name in _CGROUP_MEMORY:
-        for folder in _cgroup_folders(root, "memory", mount):
+        for folder in _cgroup_folders(root, mount):
             with contextlib.suppress(OSError, ValueError):
                 limit = (folder / limit_name).read_text().strip()
                 used = int((folder / used_name).read_text())
@@ -590,23 +586,39 @@ def pin_this_thread(cpus: Sequence[int]) -> None:
 
 def raise_file_limit() -> float:
     """Let this process have as many open files as it may; how many those are."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return open_files_limit()
 
 
 def open_files_limit() -> float:
     """How many files this process may have open."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
 
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return math.inf if soft == resource.RLIM_INFINITY else soft
-    return math.inf
+
+def has_room_for_threads(count: int) -> bool:
+    """Whether so many more may run: they are started, and end at once.
+
+    Asked before native code starts some, which ends the process where it may not (libgomp
+    does). Limits of a user, a container and the system count, and are not all readable.
+    """
+    enough = threading.Event()
+    before, threads = threading.stack_size(1 << 18), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            threads.append(threading.Thread(target=enough.wait, daemon=True))
+            threads[-1].start()
+    except RuntimeError:
+        threads.pop()
+        return False
+    finally:
+        threading.stack_size(before)
+        enough.set()
+        for thread in threads:
+            thread.join()
+    return True
 
 
 def file_stamp(*paths: str) -> tuple[int, ...]:
@@ -614,9 +626,8 @@ def file_stamp(*paths: str) -> tuple[int, ...]:
     stamp: tuple[int, ...] = ()
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
-            found = os.stat(path)
-            stamp += found.st_dev, found.st_ino, found.st_mode, found.st_size
-            stamp += (found.st_mtime_ns,)
+            now = os.stat(path)
+            stamp += now.st_dev, now.st_ino, now.st_mode, now.st_size, now.st_mtime_ns
     return stamp
 
 
@@ -795,29 +806,6 @@ def open_plain(path: str | Path) -> io.BufferedReader:
             return file
         file.close()
     raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-
-
-def has_room_for_threads(count: int) -> bool:
-    """Whether so many more may run: they are started, and end at once.
-
-    Asked before native code starts some, which ends the process where it may not (libgomp
-    does). Limits of a user, a container and the system count, and are not all readable.
-    """
-    enough = threading.Event()
-    before, threads = threading.stack_size(1 << 18), list[threading.Thread]()
-    try:
-        for _ in range(count):
-            threads.append(threading.Thread(target=enough.wait, daemon=True))
-            threads[-1].start()
-    except RuntimeError:
-        threads.pop()
-        return False
-    finally:
-        threading.stack_size(before)
-        enough.set()
-        for thread in threads:
-            thread.join()
-    return True
 
 
 # ==============================================================================
@@ -14260,10 +14248,7 @@ def try_to_load() -> typing.NoReturn:
     Settings come as JSON on stdin; a sentence goes to stdout.
     """
     signal.alarm(_TRIAL_S)  # ends native code too
-    with contextlib.suppress(ImportError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     given: dict[str, Any] = json.load(sys.stdin.buffer)
