@@ -863,7 +863,7 @@ class ModelSettings:
         "NAME=TEXT, put before an input whose request says prompt_name NAME, or around it "
         "where TEXT has {text}; repeatable. Those in the file, and in a "
         "config_sentence_transformers.json beside it, are known without. In the variable "
-        "the next NAME= begins a line, or follows a comma; else commas are text.",
+        "a comma or a new line separates them; a comma without NAME= behind it is text.",
         pattern=r"(?s)[0-9A-Za-z_.-]{1,64}=.*",
         pattern_text="NAME=TEXT",
         # The name follows at once: ", retrieve passages" and ", where x = 1" are text.
@@ -887,14 +887,10 @@ class ModelSettings:
         choices=("auto", *POOLINGS),
     )
     gpu_layers: int = model_option(
-        0,
-        "Layers to put on the GPU; -1: all.",
-        at_least=-1,
-        at_most=1000,
+        0, "Layers to put on the GPU; -1: all.", at_least=-1, at_most=1000
     )
     gpu: bool = model_option(
-        False,
-        "Put every layer on the GPU; the same as --gpu-layers -1.",
+        False, "Put every layer on the GPU; the same as --gpu-layers -1."
     )
     weights: str = model_option(
         "keep",
@@ -906,9 +902,9 @@ class ModelSettings:
     )
     model_sha256: str = model_option(
         "",
-        "Refuse to load a file with another checksum; of a split one: that of all parts, "
-        "one after the other. Without it a SHA256SUMS beside the file counts, if it names "
-        "the file, or a part of it.",
+        "Refuse to load a file with another checksum (of a split model: of all parts, one "
+        "after the other). Without it, a SHA256SUMS beside the file counts, if it names the "
+        "file or a part of it.",
         pattern="([0-9a-fA-F]{64})?",
         pattern_text="64 hexadecimal digits",
     )
@@ -927,8 +923,7 @@ class ModelSettings:
         at_most=1024,
     )
     elastic: bool = model_option(
-        True,
-        "Let a call use the cores of idle workers when that measures faster.",
+        True, "Let a call use the cores of idle workers when that measures faster."
     )
     cpu_affinity: str = model_option(
         "off",
@@ -1008,21 +1003,21 @@ class Settings(ModelSettings):
     queue_size: int = option(
         0,
         "Inputs that may wait or run at once, of each model; 0: 8 times "
-        "--max-client-batch-size, and 65,536 at least.",
+        "--max-client-batch-size, at least 65,536.",
         at_least=0,
         at_most=1 << 24,
         also=("--max-concurrent-requests",),
     )
     max_client_batch_size: int = option(
         MAX_INPUTS,
-        "Most inputs in one request; unless it is set, 10,000 documents to rerank.",
+        "Most inputs in one request. Unless it is set, a rerank may have 10,000 documents.",
         at_least=1,
         at_most=1 << 20,
     )
     max_request_tokens: int = option(
         MAX_REQUEST_TOKENS,
-        "Most tokens in one request; 0: no limit. Unless it is set, only OpenAI's route "
-        "for embeddings has one, as OpenAI has.",
+        "Most tokens in one request; 0: no limit. Unless it is set, it counts only on "
+        "OpenAI's route for embeddings, as OpenAI's does.",
         at_least=0,
         at_most=1 << 30,
     )
@@ -1040,8 +1035,7 @@ class Settings(ModelSettings):
         at_most=1 << 20,
     )
     auto_truncate: bool = option(
-        False,
-        "Cut inputs that are too long instead of refusing them.",
+        False, "Cut inputs that are too long instead of refusing them."
     )
     accept_token_ids: bool = option(
         False, "Accept arrays of token ids as input; they must be this model's ids."
@@ -1098,7 +1092,7 @@ class Settings(ModelSettings):
     tls_cert: str = option(
         "",
         "Certificate chain, PEM: TCP listeners then speak TLS 1.2 or later. The files "
-        "are read anew when they change.",
+        "are read again when they change.",
         is_path=True,
         reload="never",
     )
@@ -1174,7 +1168,7 @@ class Settings(ModelSettings):
     api_key_file: str = option(
         "",
         "File of keys, each line: NAME KEY [rate=N] [burst=N] [tokens=N] [priority=low] "
-        "[not_after=YYYY-MM-DD] [admin]. KEY may be sha256:HEX. Read anew when it changes.",
+        "[not_after=YYYY-MM-DD] [admin]. KEY may be sha256:HEX. Read again when it changes.",
         is_path=True,
     )
     open_route: tuple[str, ...] = option(
@@ -1215,8 +1209,8 @@ class Settings(ModelSettings):
     )
     root_path: str = option(
         "",
-        "What a proxy in front puts before our paths, e.g. /embeddings/model-a. All that "
-        "is served answers with it and without.",
+        "Prefix that a proxy puts before our paths, e.g. /embeddings/model-a; every route "
+        "answers with it and without.",
         pattern=r"(/[0-9A-Za-z._~%-]+)*/?",
         pattern_text="a path that begins with /",
         also=("--api-prefix",),
@@ -1225,7 +1219,7 @@ class Settings(ModelSettings):
         (),
         "Origin whose pages may ask, beside those of this machine (http://localhost and "
         "such), e.g. https://app.example, app://obsidian.md, chrome-extension://*, *; "
-        "repeatable. null: every sandboxed frame and file.",
+        "repeatable. null: every sandboxed frame and local file.",
         pattern=ORIGIN,
         pattern_text="scheme://host[:port], with * for any part, null or *",
     )
@@ -1234,7 +1228,7 @@ class Settings(ModelSettings):
     )
     audit_log: str = option(
         "",
-        "File for one JSON line per request: who, what, how much. Opened anew on SIGHUP.",
+        "File for one JSON line per request: who, what, how much. Reopened on SIGHUP.",
         is_path=True,
         reload="never",
     )
@@ -1242,7 +1236,7 @@ class Settings(ModelSettings):
     # several models
     idle_unload_s: float = option(
         0.0,
-        "Free a model that nobody has asked for so long; the next request loads it "
+        "Free a model that nobody has asked for this long; the next request loads it "
         "again, and waits. 0: never.",
         at_least=0,
         at_most=1e7,
@@ -1262,7 +1256,7 @@ class Settings(ModelSettings):
     )
     watchdog_s: float = option(
         20.0,
-        "That child is ended when it has not said for so long that it is alive.",
+        "End that child when it has not said for this long that it is alive.",
         at_least=2,
         at_most=3600,
         reload="never",
@@ -1274,11 +1268,7 @@ class Settings(ModelSettings):
         in_file=False,
         reload="never",
     )
-    log_level: str = option(
-        "info",
-        "Least severe line logged.",
-        choices=LOG_LEVELS,
-    )
+    log_level: str = option("info", "Least severe line logged.", choices=LOG_LEVELS)
     log_format: str = option(
         "text", "Shape of log lines.", choices=("text", "json"), reload="never"
     )
@@ -3015,9 +3005,7 @@ _UINT16: Final = 2
 _NUMBERS: Final = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
 }
-# fmt: on
 # ggml_type: values in a block, bytes of a block (ggml.c, type_traits).
-# fmt: off
 _BLOCKS: Final = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
     9: (32, 36), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
@@ -3101,9 +3089,7 @@ PARAMETERS: Final = "numbers in all tensors"
 def check_gguf(files: Mapping[str, BinaryIO]) -> Values:
     """Read the whole header; its short values by name, and the two above.
 
-    Raises StartupError.
-
-    ``files`` are a model's parts in their order, open for reading in binary, by path.
+    ``files``: a model's parts, in order, by path. Raises StartupError.
     """
     path, *_ = files
     reader = _Reader(files[path], path)
@@ -3131,10 +3117,8 @@ def check_gguf(files: Mapping[str, BinaryIO]) -> Values:
         names |= _names_in_part(_Reader(file, path), number)
     values[HAS_HEAD] = _HEADS.get(architecture) in names
     values[PARAMETERS] = sum(names.values())
-    if (
-        values.get(f"{architecture}.pooling_type") == POOLING_RANK
-        and not values[HAS_HEAD]
-    ):
+    is_ranker = values.get(f"{architecture}.pooling_type") == POOLING_RANK
+    if is_ranker and not values[HAS_HEAD]:
         raise reader.bad("it is to score texts (rank) and has no head that does")
     return values
 
@@ -3294,9 +3278,7 @@ _DATA_ALIGNMENT: Final = 32  # what ggml asserts of the mapped data (TENSOR_ALIG
 
 
 def _check_tensors(reader: _Reader, count: int, alignment: int) -> dict[bytes, int]:
-    """Each tensor's place is within the file, aligned, and nobody else's; their names,
-    and how many numbers each has.
-    """
+    """Each tensor's place is within the file, aligned, and its own. Numbers by name."""
     places: list[tuple[int, int, str]] = []
     names: dict[bytes, int] = {}
     for index in range(count):
@@ -3309,9 +3291,8 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> dict[bytes, i
             raise reader.bad(f"tensor {shown} has {dimensions} dimensions")
         shape = [reader.number("Q", shown) for _ in range(dimensions)]
         kind = reader.number("I", shown)
-        is_exact = _EXACT.search(name) or not (
-            dimensions > 1 or name.endswith(b".weight")
-        )
+        is_matrix = dimensions > 1 or name.endswith(b".weight")
+        is_exact = not is_matrix or _EXACT.search(name)
         if kind in _NO_WEIGHTS or (is_exact and kind != _FLOAT32):
             raise reader.bad(f"tensor {shown} is of the type {kind}")
         per_block, block_bytes = _BLOCKS.get(kind, _UNKNOWN_BLOCK)
@@ -3414,9 +3395,8 @@ _CODE_POINTS_CACHED: Final = 1 << 16  # of 1.1 million, which would take 190 MB
 # 30 MB, while nobody else runs. So texts are read in parts (2 ms each), and of one that
 # will be cut or refused no more than is needed.
 PART_CHARS: Final = 1 << 14
-_CUT_BEFORE: Final = (
-    r"\t\n\r -/:-@\[-`{-~\u4e00-\u9fff"  # each is a word, or between two
-)
+# Each is a word, or stands between two.
+_CUT_BEFORE: Final = r"\t\n\r -/:-@\[-`{-~\u4e00-\u9fff"
 _PLAIN_TEXT: Final = re.compile(r"[\t\n\r -~]*")  # ASCII that needs no cleaning
 _PLAIN_WORDS: Final = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 # CJK as the reference has it; 2B920 is its own slip for 2B820, kept.
@@ -3473,11 +3453,9 @@ class CodePoints(dict[int, str | None]):
     def __missing__(self, code: int) -> str | None:
         # Decomposed one by one: normalising a whole text sorts its accents as well, in
         # more than linear time, and they are dropped anyway.
-        parts = (
-            unicodedata.normalize("NFD", chr(code))
-            if self._strip_accents
-            else chr(code)
-        )
+        parts = chr(code)
+        if self._strip_accents:
+            parts = unicodedata.normalize("NFD", parts)
         becomes = "".join(self._becomes(char) or "" for char in parts) or None
         if len(self) >= _CODE_POINTS_CACHED:
             self.clear()
@@ -3818,15 +3796,12 @@ class BriefOrFull:
         """See Context."""
         import numpy as np
 
-        missing = FLASH_TILE_TOKENS - sum(map(len, inputs))
-        if missing <= 0:
-            return self._full.embed(inputs, threads=threads, fresh=fresh, raw=raw)
-        if missing >= FLASH_TILE_TOKENS - _BRIEF_TOKENS:
-            return self._brief.embed(inputs, threads=threads, fresh=fresh, raw=raw)
-        filling = np.zeros(missing, np.int32)
-        return self._full.embed(
-            [*inputs, filling], threads=threads, fresh=fresh, raw=raw
-        )[:-1]
+        count, tokens = len(inputs), sum(map(len, inputs))
+        context = self._brief if tokens <= _BRIEF_TOKENS else self._full
+        if _BRIEF_TOKENS < tokens < FLASH_TILE_TOKENS:
+            filling = np.zeros(FLASH_TILE_TOKENS - tokens, np.int32)
+            inputs = [*inputs, filling]
+        return context.embed(inputs, threads=threads, fresh=fresh, raw=raw)[:count]
 
     def rearm(self) -> None:
         """See Context."""
@@ -4355,9 +4330,9 @@ class Engine(Protocol):
         ...
 
     def new_context(self, *, is_lane: bool = False, per_token: bool = False) -> Context:
-        """A context for a worker, or one for single inputs of any accepted length.
+        """A context for a worker, or (the lane) for single inputs of any accepted length.
 
-        ``per_token``: its rows are the vectors of an input's tokens, of any length.
+        ``per_token``: the rows of a lane are the vectors of an input's tokens.
         """
         ...
 
@@ -4499,19 +4474,17 @@ class LlamaEngine:
             self.parts = self._vocabulary.parts
             self.pieces = self._vocabulary.pieces
             self.text = self._vocabulary.text
-            head, tail = self._vocabulary.frame()
-            self.card = self._read_card(path, head, tail)
-            self._warm_up(path)
+            self.card = self._read_card()
+            self._warm_up()
             made.pop_all()  # kept
 
     def new_context(self, *, is_lane: bool = False, per_token: bool = False) -> Context:
         """See Engine. Raises StartupError when there is no room for it."""
         card = self.card
         with self._making, contextlib.ExitStack() as made:
-            if per_token:
-                return self._new_context(card.max_input_tokens, 1, per_token=True)
             if is_lane:
-                return self._new_context(card.max_input_tokens, 1)
+                longest = card.max_input_tokens
+                return self._new_context(longest, 1, per_token=per_token)
             # One input more than a pack has: what fills a tile up.
             full = self._new_context(card.context_tokens, card.pack_inputs + 1)
             made.callback(full.close)
@@ -4605,26 +4578,30 @@ class LlamaEngine:
         }
         return names.get(self._vocabulary.metadata("general.file_type"), "unknown")
 
-    def _read_card(
-        self, path: str, head: tuple[int, ...], tail: tuple[int, ...]
-    ) -> ModelCard:
+    def _read_card(self) -> ModelCard:
         llama, options = self._llama, self._options
+        head, tail = self._vocabulary.frame()
+        n_special = len(head) + len(tail)
         trained = llama.llama_model_n_ctx_train(self._model)
         context = options.context_size or min(trained, DEFAULT_CONTEXT_LIMIT)
         if context > trained:
             raise StartupError(
-                f"context_size = {context} is more than {path} was trained for "
+                f"context_size = {context} is more than {self._path} was trained for "
                 f"({trained} tokens): lower it, or leave it out"
             )
         longest = options.max_input_tokens or context
-        if not len(head) + len(tail) < longest <= context:
+        if not n_special < longest <= context:
             raise StartupError(
-                f"max_input_tokens = {longest} must be more than "
-                f"{len(head) + len(tail)} (special tokens) and at most {context}, "
-                "the context size"
+                f"max_input_tokens = {longest} must be more than {n_special} (special "
+                f"tokens) and at most {context}, the context size"
             )
         most = llama.llama_max_parallel_sequences() - 1  # one is kept for filling
-        pack_inputs = min(most, options.pack_tokens, options.pack_inputs or most)
+        prompts = (
+            (found[1], value)
+            for name, value in self._values.items()
+            if isinstance(value, str) and (found := _PROMPT_KEY.fullmatch(name))
+        )
+        common = min(longest, options.common_tokens)
         return ModelCard(
             architecture=self._vocabulary.metadata("general.architecture"),
             n_embd=llama.llama_model_n_embd_out(self._model),
@@ -4633,21 +4610,15 @@ class LlamaEngine:
             size_bytes=llama.llama_model_size(self._model),
             trained_tokens=trained,
             max_input_tokens=longest,
-            context_tokens=max(
-                options.pack_tokens, min(longest, options.common_tokens)
-            ),
-            pack_inputs=pack_inputs,
+            context_tokens=max(options.pack_tokens, common),
+            pack_inputs=min(most, options.pack_tokens, options.pack_inputs or most),
             pooling="",
             weights=self._weights(),
             tokeniser=self._vocabulary.kind,
             head=head,
             tail=tail,
             max_chars=self._vocabulary.max_chars,
-            prompts=tuple(
-                (found[1], value)
-                for name, value in self._values.items()
-                if isinstance(value, str) and (found := _PROMPT_KEY.fullmatch(name))
-            ),
+            prompts=tuple(prompts),
         )
 
     def _as_ranker(self) -> ModelCard:
@@ -4677,10 +4648,11 @@ class LlamaEngine:
             is_probability=is_probability,
         )
 
-    def _warm_up(self, path: str) -> None:
+    def _warm_up(self) -> None:
         """Make one context, learn its pooling, and see that it gives a vector."""
         import numpy as np
 
+        path = self._path
         tokens = min(self.card.context_tokens, FLASH_TILE_TOKENS)
         context = self._new_context(tokens, 1)
         try:
@@ -4967,7 +4939,7 @@ def _here() -> str:
 # ==============================================================================
 # A vector depends on the model and the token ids, on nothing else: not on what shared
 # its pack (tests/test_vectors.py), nor on the text's spelling, once tokenised. So ids are
-# the key, together with all that makes the model what it is. Guarded by the pool's lock.
+# the key, together with all that makes the model what it is. Guarded by the queue's lock.
 
 _ENTRY_BYTES: Final = 300  # of Python's objects around one vector, measured
 
