@@ -42,12 +42,12 @@ Which thread owns what
 ----------------------
 event loop    sockets, connections, requests, keys, models, metrics, phases; never
               tokenises or computes; looks after the others twice a second
-tokeniser-N   one thread, or as many as asked for: text -> ids; hands inputs to the queue
-worker-N      its own llama.cpp contexts; nobody else ever touches them, but to end a
-              call; and, while it has its turn with it, the lane for long inputs
-loader        fetches, converts, re-encodes and loads the models, then ends; what is asked
-              for later is loaded by a thread of the event loop's pool, one at a time, and
-              tried by another process first, if it never was (LOADING)
+tokeniser-N   text -> ids, for the queue; what /tokenize, /decode and such ask for
+worker-N      its own llama.cpp contexts, which others touch only to end a call; in turn,
+              the lane: the context for long inputs
+loader        fetches, converts, re-encodes and loads the models, then ends; later ones
+              are loaded by a thread of the event loop's pool, one at a time, and a file
+              that is new is tried in another process first (LOADING)
 tracer        sends spans to a collector, if one is named
 Tokenisers, workers, queue and cache are each model's own. Queue and cache are guarded by
 the one lock (Queue._lock); the weights are read-only. All that is the child of a small
@@ -1573,11 +1573,9 @@ _KINDS: Final = {
     "int": "a whole number,",
     "float": "a number,",
 }
-_WORDS: Final = {"true": True, "yes": True, "on": True, "1": True} | {
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
+_WORDS: Final = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 
 
@@ -2222,7 +2220,9 @@ class Telemetry:
 
     def exposition(self) -> str:
         """Everything, as Prometheus text 0.0.4."""
-        self._read_process()
+        times = os.times()
+        self.set("process_cpu_seconds_total", times.user + times.system)
+        self.set("process_resident_memory_bytes", resident_bytes())
         lines: list[str] = []
         for row in METRICS:
             lines += (f"# HELP {row.name} {row.help}", f"# TYPE {row.name} {row.kind}")
@@ -2248,11 +2248,6 @@ class Telemetry:
             yield f'{row.name}_bucket{{{first}le="{bound}"}} {running}'
         yield f"{row.name}_sum{alone} {_number(self._values[row.name, value])}"
         yield f"{row.name}_count{alone} {running}"
-
-    def _read_process(self) -> None:
-        times = os.times()
-        self.set("process_cpu_seconds_total", times.user + times.system)
-        self.set("process_resident_memory_bytes", resident_bytes())
 
 
 def _number(value: float) -> str:
@@ -2323,7 +2318,8 @@ class LineFile:
 
     def write(self, **fields: object) -> None:
         """Append one line; ``time`` is added."""
-        line = self._line(fields)
+        stamped = {"time": round(time.time(), 3), **fields}
+        line = json.dumps(stamped, default=str).encode("ascii") + b"\n"
         with self._lock:
             try:
                 self._append(b"\n" + line if self._is_cut else line)
@@ -2363,11 +2359,6 @@ class LineFile:
             file.seek(-1, os.SEEK_END)
             self._is_cut = file.read(1) != b"\n"
         return made
-
-    @staticmethod
-    def _line(fields: Mapping[str, object]) -> bytes:
-        stamped = {"time": round(time.time(), 3), **fields}
-        return json.dumps(stamped, default=str).encode("ascii") + b"\n"
 
 
 _PLAIN_VALUE: Final = re.compile(r"[!#-<>-~]+")
@@ -2907,11 +2898,9 @@ def _gguf_tensor_name(name: str) -> str:
     """The GGUF name of a safetensors one; empty for tensors we do not need."""
     stem, _, kind = name.rpartition(".")
     block = re.fullmatch(r"encoder\.layer\.([0-9]+)\.(.+)", stem)
-    if block:
-        found = _BERT_TENSORS.get(block[2])
-        return f"blk.{block[1]}.{found}.{kind}" if found else ""
-    found = _BERT_TENSORS.get(stem)
-    return f"{found}.{kind}" if found else ""
+    prefix, own = (f"blk.{block[1]}.", block[2]) if block else ("", stem)
+    found = _BERT_TENSORS.get(own)
+    return f"{prefix}{found}.{kind}" if found else ""
 
 
 def _bert_fields(
@@ -5414,7 +5403,7 @@ class Breaker:
 # ==============================================================================
 # 18. BATCHING - which waiting inputs share the next call
 # ==============================================================================
-# Pure: no clock, lock, thread or metric; the pool brings those.
+# Pure: no clock, lock, thread or metric; the queue brings those.
 # Clients take turns, and each client's jobs, one input each: so a line asked beside an
 # import of 2,048 texts is in the next pack, and a hundred jobs of one client cost another
 # no more than one does. There is no waiting for a pack to fill: it is whatever queued up
@@ -5462,9 +5451,8 @@ class Job:
     max_input_tokens: int = sys.maxsize  # what is too long, if not only to the model
     max_text_tokens: int = sys.maxsize  # of a pair's text, which is cut to it
     around: tuple[str, str] = ("", "")  # of each text: a prompt's halves, never cut
-    bad: Mapping[int, ApiError] = field(
-        default_factory=dict
-    )  # inputs that are none, if partial
+    # inputs that are none, if partial
+    bad: Mapping[int, ApiError] = field(default_factory=dict)
     named: str = "input"  # what the request calls its inputs
     most_tokens: int = sys.maxsize  # of all its inputs together
     # set once, when it is submitted
@@ -6191,8 +6179,7 @@ class Queue:
         with self._lock:
             jobs = tuple(self._jobs)
             for job in jobs:
-                job.error = error
-                self._end(job)
+                self._end(job, error)
             errands = self._unread.clear()
         for job in jobs:
             job.finished()
@@ -6204,9 +6191,7 @@ class Queue:
         """What is queued, computed and kept now."""
         with self._lock:
             return PoolState(
-                backlog=dataclasses.replace(
-                    self._backlog, clients=self._backlog.clients.copy()
-                ),
+                backlog=dataclasses.replace(self._backlog),
                 busy=len(self._calls),
                 stuck=sum(call.is_stuck for call in self._calls.values()),
                 is_broken=self.breaker.is_open,
@@ -6227,12 +6212,13 @@ class Queue:
         """The refusal of what has not been read: there is no room for the least."""
         return self._admission.overloaded(self.clock(), client)
 
-    def abort_overdue(self) -> list[Call]:
-        """End calls that take far too long; those that did not end are stuck: returned.
+    def end_overdue(self) -> list[Call]:
+        """End calls that take far too long, and the jobs of those that will not end.
 
-        Far too long is ``stuck_after_s``, or twenty times what such a call usually takes.
+        Too long: ``stuck_after_s``, and twenty times what such a call usually takes.
+        Returns the calls that have just turned out to be stuck.
         """
-        now, stuck = self.clock(), []
+        now, stuck = self.clock(), list[Call]()
         with self._lock:
             for call in self._calls.values():
                 tokens = sum(item.tokens for item in call.computing)
@@ -6245,17 +6231,13 @@ class Queue:
                 if over_s > _ABORT_S and not call.is_stuck:
                     call.is_stuck = True
                     stuck.append(call)
-        return stuck
-
-    def give_up(self, call: Call) -> None:
-        """End the jobs of a stuck call: it may never come back."""
-        with self._lock:
-            over = {job for item in call.items for job, _ in item.owners}
+            items = itertools.chain.from_iterable(call.items for call in stuck)
+            over = {job for item in items for job, _ in item.owners}
             for job in over:
-                job.error = EngineUnavailable(_STUCK, retry_after_s=1.0)
-                self._end(job)
+                self._end(job, EngineUnavailable(_STUCK, retry_after_s=1.0))
         for job in over:
             job.finished()
+        return stuck
 
     def stop(self) -> None:
         """Let next_untokenised() and next_call() return None from now on."""
@@ -6299,8 +6281,7 @@ class Queue:
                 return False
             job.tokens += sum(item.tokens for item in items)
             if job.tokens > job.most_tokens:
-                job.error = too_many_tokens(job)
-                self._end(job)
+                self._end(job, too_many_tokens(job))
                 return True
             job.next_input += len(made)
             job.untokenised_tokens -= bound
@@ -6324,8 +6305,7 @@ class Queue:
         with self._lock:
             if job.is_over:
                 return False
-            job.error = error
-            self._end(job)
+            self._end(job, error)
             return True
 
     def _awaited(self, job: Job, item: Item) -> Item | None:
@@ -6492,10 +6472,11 @@ class Queue:
         job.unfinished -= 1
         self._backlog.release(1, 0, job.client)
 
-    def _end(self, job: Job) -> None:
+    def _end(self, job: Job, error: Exception | None = None) -> None:
         """The job is over: give back the room of what has not run."""
         if job not in self._jobs:  # over already, or never admitted
             return
+        job.error = error or job.error
         job.is_over, job.reading = True, None
         job.ended_at = self.clock()
         self._jobs.discard(job)
@@ -6656,13 +6637,11 @@ class Pool:
         )
 
     def watch(self) -> list[Call]:
-        """To be called every second or so: end what takes too long, try what is broken.
+        """Twice a second: end what takes too long, try what is broken.
 
-        The calls that have just turned out to be stuck; their jobs are answered.
+        Returns the calls that have just turned out to be stuck; their jobs are answered.
         """
-        stuck = self.queue.abort_overdue()
-        for call in stuck:
-            self.queue.give_up(call)
+        stuck = self.queue.end_overdue()
         if self.queue.breaker.canary_is_due(self.queue.clock()):
             self._send_canary()
         return stuck
