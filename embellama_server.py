@@ -25,10 +25,11 @@ The life of one request
     GATE         who is asking (401, 403) and how much that one may (429)
  4. REQUESTS     the body completes: one Request; CODINGS unpacks it
  5. FORMS        JSON becomes a form: every field typed, or a 400 that names it
- 6. OPENAI, COHERE, RERANK, TEI, OLLAMA   whatever the dialect, the form becomes a Wish (INPUTS)
+ 6. OPENAI, COHERE, RERANK, TEI, OLLAMA
+                 whatever the dialect, the form becomes a Wish (INPUTS)
  7. NAMES        which model and version that is
     MODELS       loaded now if it is not in memory
- 8. QUEUE        submit(): room is reserved at once, or 503 at once
+ 8. QUEUE        submit(): room is reserved at once (ADMISSION), or 503 at once
  9. READING      the tokeniser thread turns texts into token ids, a slice at a time;
                  what is in the CACHE, or under way for another, is not computed
 10. BATCHING     a free worker takes a pack: inputs of several requests, up to a budget;
@@ -76,47 +77,48 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 14. ENGINE - a GGUF loaded by llama.cpp
 15. WEIGHTS - the same model, re-encoded for this CPU
 16. CACHE - vectors already computed
-17. PACE - how fast it goes, and what that lets in
-18. BATCHING - which waiting inputs share the next call
-19. READING - a job's inputs to token ids, slice by slice
-20. QUEUE - what is admitted, and what becomes of it
-21. WORKERS - the threads
+17. PACE - how fast calls are, and what the next one gets
+18. ADMISSION - what is let in, and when the rest should come back
+19. BATCHING - which waiting inputs share the next call
+20. READING - a job's inputs to token ids, slice by slice
+21. QUEUE - what is admitted, and what becomes of it
+22. WORKERS - the threads
 --- network wing ---
-22. MESSAGES - what is asked and answered
-23. REQUESTS - bytes to requests
-24. RESPONSES - responses to bytes
-25. CODINGS - what a body is packed in, and what a client accepts
-26. KEYS - who is asking
-27. RATES - how much each may ask for
-28. SOCKETS - how many, how much is held for them, how each ends
-29. CONNECTIONS - requests of one client, in order; back-pressure
-30. LISTENERS - where connections come from
+23. MESSAGES - what is asked and answered
+24. REQUESTS - bytes to requests
+25. RESPONSES - responses to bytes
+26. CODINGS - what a body is packed in, and what a client accepts
+27. KEYS - who is asking
+28. RATES - how much each may ask for
+29. SOCKETS - how many, how much is held for them, how each ends
+30. CONNECTIONS - requests of one client, in order; back-pressure
+31. LISTENERS - where connections come from
 --- hall ---
-31. GATE - who is let in
-32. NAMES - which model a request means
-33. MODELS - when each is in memory
-34. FORMS - what is asked and answered, declared once
-35. INPUTS - what is wanted of some texts, and whether a model can do it
-36. WORK - from what is wanted of some texts to their vectors
-37. VECTORS - numbers of a reply, in the types that clients ask for
-38. OPENAI - its shapes
-39. COHERE - its embeddings
-40. RERANK - Cohere's and Jina's shape, and vLLM's scores
-41. TEI - the shapes of text-embeddings-inference
-42. TOKENS - what texts are made of, and what a model can take
-43. OLLAMA - its shapes
-44. ADMIN - health, readiness, metrics, models
-45. DESCRIPTION - the routes as an OpenAPI document
-46. PAGES - the API's own documentation
-47. ROUTES - the table, and everything derived from it
-48. DISPATCH - from a request to its response
-49. WIRING - what the settings mean to each part
-50. LOADING - a model's way into memory
-51. SUPERVISOR - a small parent that outlives the server
-52. PHASES - the life of the server
-53. SERVICE - builds every object; loading, ready, draining, stopped
-54. TUNING - the settings that are fastest on this box
-55. COMMAND LINE - flags in, exit code out
+32. GATE - who is let in
+33. NAMES - which model a request means
+34. MODELS - when each is in memory
+35. FORMS - what is asked and answered, declared once
+36. INPUTS - what is wanted of some texts, and whether a model can do it
+37. WORK - from what is wanted of some texts to their vectors
+38. VECTORS - numbers of a reply, in the types that clients ask for
+39. OPENAI - its shapes
+40. COHERE - its embeddings
+41. RERANK - Cohere's and Jina's shape, and vLLM's scores
+42. TEI - the shapes of text-embeddings-inference
+43. TOKENS - what texts are made of, and what a model can take
+44. OLLAMA - its shapes
+45. ADMIN - health, readiness, metrics, models
+46. DESCRIPTION - the routes as an OpenAPI document
+47. PAGES - the API's own documentation
+48. ROUTES - the table, and everything derived from it
+49. DISPATCH - from a request to its response
+50. WIRING - what the settings mean to each part
+51. LOADING - a model's way into memory
+52. SUPERVISOR - a small parent that outlives the server
+53. PHASES - the life of the server
+54. SERVICE - builds every object; loading, ready, draining, stopped
+55. TUNING - the settings that are fastest on this box
+56. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -4999,13 +5001,10 @@ class VectorCache:
 
 
 # ==============================================================================
-# 17. PACE - how fast it goes, and what that lets in
+# 17. PACE - how fast calls are, and what the next one gets
 # ==============================================================================
-# Pure: the clock is the caller's. How fast a worker is gives Retry-After; how fast a
-# call was with one thread and with more says how many it gets.
-# Room in the queue is counted in inputs, tokens and bytes, and reserved when a job is
-# admitted, of tokens at an upper bound; tokenising it gives back the difference.
-
+# Pure: the clock is the caller's. How fast a call was with one thread and with more says
+# how many it gets; how much waits and how many are idle, how many tokens.
 
 _SLOWEST_TOKENS_PER_S: Final = 20.0  # believed until the first call was measured
 
@@ -5056,6 +5055,119 @@ def fair_budget(
         return min(most, max(share, _LEAST_PACK_TOKENS))
     return min(most, -(-waiting_tokens // idle))
 
+
+@dataclass(slots=True)
+class Trial:
+    """A few calls in a row with one number of threads."""
+
+    threads: int
+    calls_left: int
+
+
+class Stretch:
+    """How many threads a call gets while other workers have nothing to do.
+
+    On free cores two threads nearly halve the time of a lone call (0.62 at 24 tokens, 0.54
+    at 380); with a neighbour on one of them the same call is slower than with one thread.
+    Nothing tells which it is but the clock. So such calls are timed by size, the fastest
+    number of threads is used, and the others are tried again now and then: soon when
+    something has changed, ever more rarely while nothing has. What was learnt of one
+    size is believed of another until that is timed itself.
+    """
+
+    TRIAL_CALLS: ClassVar[int] = 3  # with more threads, of which the first wakes them
+    FIRST_RETRY_S: ClassVar[float] = 2.0
+    LAST_RETRY_S: ClassVar[float] = 60.0
+
+    def __init__(self, threads: int, others: int) -> None:
+        """``threads``: of a call that is not alone. ``others``: all workers but one."""
+        self._threads = threads
+        steps = (1 << n for n in range((1 + others).bit_length()))
+        self._counts = [threads * n for n in dict.fromkeys((*steps, 1 + others))]
+        self._calls_alone = 0  # in a row
+        self._waking: tuple[int, int] | None = None  # first call of a trial
+        self._speeds: dict[tuple[int, int], Speed] = {}  # by size class and threads
+        self._trials: dict[int, Trial] = {}  # under way, by size class
+        self._retries: dict[int, tuple[float, float]] = {}  # next at, wait before it
+        self._turn = 0
+
+    def threads(self, tokens: int, now: float, *, is_alone: bool) -> int:
+        """For a call of ``tokens``; alone: nobody else computes and nothing waits."""
+        self._calls_alone = self._calls_alone + 1 if is_alone else 0
+        # The first one alone may be the first of many.
+        if self._calls_alone < 2 or len(self._counts) == 1:
+            return self._threads
+        size = tokens.bit_length()
+        trial = self._trials.get(size) or self._due_trial(size, now)
+        if trial is None:
+            return self._best(size)
+        trial.calls_left -= 1
+        if not trial.calls_left:
+            del self._trials[size]
+        return trial.threads
+
+    def record(self, tokens: int, threads: int, seconds: float) -> None:
+        """What a call took that nothing disturbed from beginning to end."""
+        size = tokens.bit_length()
+        if (size, threads) == self._waking:
+            # It started or woke the threads: not what is asked. From the next one on
+            # what was measured before counts no more.
+            self._waking = None
+            self._speeds[size, threads] = Speed()
+            return
+        before = self._best(size)
+        speed = self._speeds.setdefault((size, threads), Speed())
+        speed.record(tokens, seconds, weight=0.3)
+        if self._best(size) != before:
+            self._retries.pop(size, None)  # something has changed: look again soon
+
+    def _due_trial(self, size: int, now: float) -> Trial | None:
+        if (size, self._threads) not in self._speeds:
+            self._believe_nearest(size)
+        unknown = [count for count in self._counts if (size, count) not in self._speeds]
+        if unknown:
+            return self._new_trial(size, unknown[0])
+        first = (now + self.FIRST_RETRY_S, self.FIRST_RETRY_S)
+        due, wait_s = self._retries.setdefault(size, first)
+        if now < due:
+            return None
+        wait_s = min(wait_s * 2, self.LAST_RETRY_S)
+        self._retries[size] = (now + wait_s, wait_s)
+        best = self._best(size)
+        others = [count for count in self._counts if count != best]
+        self._turn += 1
+        return self._new_trial(size, others[self._turn % len(others)])
+
+    def _new_trial(self, size: int, threads: int) -> Trial:
+        self._speeds.setdefault((size, threads), Speed())  # no longer unknown
+        calls = 1
+        if threads > self._threads:
+            self._waking, calls = (size, threads), self.TRIAL_CALLS
+        trial = self._trials[size] = Trial(threads, calls)
+        return trial
+
+    def _believe_nearest(self, size: int) -> None:
+        timed = {other for other, _ in self._speeds}
+        nearest = min(timed, key=lambda other: abs(other - size), default=size)
+        for count in self._counts:
+            if (nearest, count) in self._speeds:
+                speed = self._speeds[nearest, count]
+                self._speeds[size, count] = dataclasses.replace(speed)
+
+    def _best(self, size: int) -> int:
+        never = Speed()
+        rates = {
+            n: self._speeds.get((size, n), never).tokens_per_s for n in self._counts
+        }
+        return max(self._counts, key=rates.__getitem__)
+
+
+# ==============================================================================
+# 18. ADMISSION - what is let in, and when the rest should come back
+# ==============================================================================
+# Pure: the clock is the caller's. Room in the queue is counted in inputs, tokens and bytes,
+# and reserved when a job is admitted, of tokens at an upper bound; tokenising it gives back
+# the difference. How fast a worker is gives Retry-After.
 
 # Of the room of a queue, what there is beyond it for clients who have less than their
 # equal part: one client's import may fill it all and still not shut out another's line.
@@ -5247,112 +5359,6 @@ class Admission:
         return self.speed.drain_s(tokens, self._workers)
 
 
-@dataclass(slots=True)
-class Trial:
-    """A few calls in a row with one number of threads."""
-
-    threads: int
-    calls_left: int
-
-
-class Stretch:
-    """How many threads a call gets while other workers have nothing to do.
-
-    On free cores two threads nearly halve the time of a lone call (0.62 at 24 tokens, 0.54
-    at 380); with a neighbour on one of them the same call is slower than with one thread.
-    Nothing tells which it is but the clock. So such calls are timed by size, the fastest
-    number of threads is used, and the others are tried again now and then: soon when
-    something has changed, ever more rarely while nothing has. What was learnt of one
-    size is believed of another until that is timed itself.
-    """
-
-    TRIAL_CALLS: ClassVar[int] = 3  # with more threads, of which the first wakes them
-    FIRST_RETRY_S: ClassVar[float] = 2.0
-    LAST_RETRY_S: ClassVar[float] = 60.0
-
-    def __init__(self, threads: int, others: int) -> None:
-        """``threads``: of a call that is not alone. ``others``: all workers but one."""
-        self._threads = threads
-        steps = (1 << n for n in range((1 + others).bit_length()))
-        self._counts = [threads * n for n in dict.fromkeys((*steps, 1 + others))]
-        self._calls_alone = 0  # in a row
-        self._waking: tuple[int, int] | None = None  # first call of a trial
-        self._speeds: dict[tuple[int, int], Speed] = {}  # by size class and threads
-        self._trials: dict[int, Trial] = {}  # under way, by size class
-        self._retries: dict[int, tuple[float, float]] = {}  # next at, wait before it
-        self._turn = 0
-
-    def threads(self, tokens: int, now: float, *, is_alone: bool) -> int:
-        """For a call of ``tokens``; alone: nobody else computes and nothing waits."""
-        self._calls_alone = self._calls_alone + 1 if is_alone else 0
-        # The first one alone may be the first of many.
-        if self._calls_alone < 2 or len(self._counts) == 1:
-            return self._threads
-        size = tokens.bit_length()
-        trial = self._trials.get(size) or self._due_trial(size, now)
-        if trial is None:
-            return self._best(size)
-        trial.calls_left -= 1
-        if not trial.calls_left:
-            del self._trials[size]
-        return trial.threads
-
-    def record(self, tokens: int, threads: int, seconds: float) -> None:
-        """What a call took that nothing disturbed from beginning to end."""
-        size = tokens.bit_length()
-        if (size, threads) == self._waking:
-            # It started or woke the threads: not what is asked. From the next one on
-            # what was measured before counts no more.
-            self._waking = None
-            self._speeds[size, threads] = Speed()
-            return
-        before = self._best(size)
-        speed = self._speeds.setdefault((size, threads), Speed())
-        speed.record(tokens, seconds, weight=0.3)
-        if self._best(size) != before:
-            self._retries.pop(size, None)  # something has changed: look again soon
-
-    def _due_trial(self, size: int, now: float) -> Trial | None:
-        if (size, self._threads) not in self._speeds:
-            self._believe_nearest(size)
-        unknown = [count for count in self._counts if (size, count) not in self._speeds]
-        if unknown:
-            return self._new_trial(size, unknown[0])
-        first = (now + self.FIRST_RETRY_S, self.FIRST_RETRY_S)
-        due, wait_s = self._retries.setdefault(size, first)
-        if now < due:
-            return None
-        wait_s = min(wait_s * 2, self.LAST_RETRY_S)
-        self._retries[size] = (now + wait_s, wait_s)
-        best = self._best(size)
-        others = [count for count in self._counts if count != best]
-        self._turn += 1
-        return self._new_trial(size, others[self._turn % len(others)])
-
-    def _new_trial(self, size: int, threads: int) -> Trial:
-        self._speeds.setdefault((size, threads), Speed())  # no longer unknown
-        calls = 1
-        if threads > self._threads:
-            self._waking, calls = (size, threads), self.TRIAL_CALLS
-        trial = self._trials[size] = Trial(threads, calls)
-        return trial
-
-    def _believe_nearest(self, size: int) -> None:
-        timed = {other for other, _ in self._speeds}
-        nearest = min(timed, key=lambda other: abs(other - size), default=size)
-        for count in self._counts:
-            if (nearest, count) in self._speeds:
-                speed = self._speeds[nearest, count]
-                self._speeds[size, count] = dataclasses.replace(speed)
-
-    def _best(self, size: int) -> int:
-        never = Speed()
-        rates = {
-            n: self._speeds.get((size, n), never).tokens_per_s for n in self._counts
-        }
-        return max(self._counts, key=rates.__getitem__)
-
-
 class Breaker:
     """Whether the engine is given work: shut off while a canary fails.
 
@@ -5401,7 +5407,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 18. BATCHING - which waiting inputs share the next call
+# 19. BATCHING - which waiting inputs share the next call
 # ==============================================================================
 # Pure: no clock, lock, thread or metric; the queue brings those.
 # Clients take turns, and each client's jobs, one input each: so a line asked beside an
@@ -5849,7 +5855,7 @@ class Line:
 
 
 # ==============================================================================
-# 19. READING - a job's inputs to token ids, slice by slice
+# 20. READING - a job's inputs to token ids, slice by slice
 # ==============================================================================
 # The tokeniser threads' work. A slice is bounded, so that a large job lets others pass.
 
@@ -6076,7 +6082,7 @@ class Reader:
 
 
 # ==============================================================================
-# 20. QUEUE - what is admitted, and what becomes of it
+# 21. QUEUE - what is admitted, and what becomes of it
 # ==============================================================================
 # The one lock. The event loop submits and cancels, the tokeniser turns texts into items,
 # workers take packs and settle them; each sleeps on a condition of its own and never
@@ -6519,7 +6525,7 @@ _STUCK: Final = "the engine did not come back from this call; the server is repl
 
 
 # ==============================================================================
-# 21. WORKERS - the threads
+# 22. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that no other thread touches but to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per pack. An input that fails is
@@ -6854,7 +6860,7 @@ class Worker:
 
 # ==============================================================================
 # --- network wing ---
-# 22. MESSAGES - what is asked and answered
+# 23. MESSAGES - what is asked and answered
 # ==============================================================================
 # Values only; what is said of bytes and sockets comes in the next rooms.
 
@@ -6969,7 +6975,7 @@ def network_of(peer: str) -> str:
 
 
 # ==============================================================================
-# 23. REQUESTS - bytes to requests
+# 24. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: what is odd is refused by name and
 # the connection closed, because two readers of one odd request are how requests get
@@ -7389,7 +7395,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 24. RESPONSES - responses to bytes
+# 25. RESPONSES - responses to bytes
 # ==============================================================================
 # Pure. A field is never trusted to be one line: what a handler puts into it may come from
 # a client (uvicorn CVE-2020-7695).
@@ -7449,7 +7455,7 @@ def render_head(response: Response, *, kept_s: int | None, date: str) -> bytes:
 
 
 # ==============================================================================
-# 25. CODINGS - what a body is packed in, and what a client accepts
+# 26. CODINGS - what a body is packed in, and what a client accepts
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are packed for those who ask, requests
 # unpacked up to a limit and never beyond: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -7687,7 +7693,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 26. KEYS - who is asking
+# 27. KEYS - who is asking
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and found by a digest that is keyed anew in each
 # process: how long a look-up takes tells nothing about any key. Plain SHA-256 is enough
@@ -7947,7 +7953,7 @@ def _key_option(word: str, priorities: Sequence[str]) -> tuple[str, Any] | None:
 
 
 # ==============================================================================
-# 27. RATES - how much each may ask for
+# 28. RATES - how much each may ask for
 # ==============================================================================
 # Pure: the clock is the caller's. A bucket holds at most ``burst`` and fills at ``rate``;
 # a request takes one out of the first, its tokens out of the second. What a request
@@ -8095,7 +8101,7 @@ def _beyond(
 
 
 # ==============================================================================
-# 28. SOCKETS - how many, how much is held for them, how each ends
+# 29. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket has its place from accept() until it is closed, handshake and lingering
 # included. What is held for clients, in and out, is counted over all connections.
@@ -8339,7 +8345,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 29. CONNECTIONS - requests of one client, in order; back-pressure
+# 30. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # answered the bytes of the next ones wait unparsed, reading stops once a little has
@@ -8774,7 +8780,7 @@ def _too_slow(what: str) -> ReceiveTimeout:
 
 
 # ==============================================================================
-# 30. LISTENERS - where connections come from
+# 31. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by whoever stays: a parent hands them
 # to the child that serves, as systemd does (sd_listen_fds(3)), so that connections wait in
@@ -9138,7 +9144,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 31. GATE - who is let in
+# 32. GATE - who is let in
 # ==============================================================================
 # Decided from a request's head, before its body is read. With keys: who brings one, or
 # signs. Without: everybody who can reach us, but for browsers that another site sent here:
@@ -9399,7 +9405,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 32. NAMES - which model a request means
+# 33. NAMES - which model a request means
 # ==============================================================================
 # A name has one or more versions; who names none gets the default one, or the one that
 # its share says. What clients add to names or leave out never decides (see _spellings),
@@ -9657,7 +9663,7 @@ def check_names(models: Iterable[Model]) -> None:
 
 
 # ==============================================================================
-# 33. MODELS - when each is in memory
+# 34. MODELS - when each is in memory
 # ==============================================================================
 # Event-loop thread only; loading itself happens in a thread. One load however many
 # requests wait for it, and one at a time: each needs much for a moment.
@@ -10064,7 +10070,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 34. FORMS - what is asked and answered, declared once
+# 35. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the reader, which turns JSON into the dataclass or into a sentence that names the field,
@@ -10493,7 +10499,7 @@ USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 
 
 # ==============================================================================
-# 35. INPUTS - what is wanted of some texts, and whether a model can do it
+# 36. INPUTS - what is wanted of some texts, and whether a model can do it
 # ==============================================================================
 # Whatever the dialect a request was said in, it becomes a Wish here. What a model can do
 # is asked only here.
@@ -10728,7 +10734,7 @@ def prompted(
 
 
 # ==============================================================================
-# 36. WORK - from what is wanted of some texts to their vectors
+# 37. WORK - from what is wanted of some texts to their vectors
 # ==============================================================================
 # What a model made of a Wish comes back as Done.
 
@@ -11106,7 +11112,7 @@ def _record(result: Done, exchange: Exchange) -> None:
 
 
 # ==============================================================================
-# 37. VECTORS - numbers of a reply, in the types that clients ask for
+# 38. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # Each number of a vector of length 1 is between -1 and 1: that is what the scaling of
 # the small types relies on. int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded.
@@ -11215,7 +11221,7 @@ async def written(exchange: Exchange, size: int, write: Callable[[], bytes]) -> 
 
 
 # ==============================================================================
-# 38. OPENAI - its shapes
+# 39. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -11395,7 +11401,7 @@ def _model_object(name: str, one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 39. COHERE - its embeddings
+# 40. COHERE - its embeddings
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2" and "Embed v1". The first gives vectors by type, the
 # second a bare list of lists where no type is named.
@@ -11532,7 +11538,7 @@ def _numbers(kind: str, row: Any) -> bytes:
 
 
 # ==============================================================================
-# 40. RERANK - Cohere's and Jina's shape, and vLLM's scores
+# 41. RERANK - Cohere's and Jina's shape, and vLLM's scores
 # ==============================================================================
 # Reference: Cohere's API, "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as
 # theirs do, unless the model gives probabilities already or raw_scores is asked for.
@@ -11759,7 +11765,7 @@ async def score(exchange: Exchange, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 41. TEI - the shapes of text-embeddings-inference
+# 42. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed is a child of it.
@@ -11988,7 +11994,7 @@ def _with_times(body: bytes, result: Done) -> Response:
 
 
 # ==============================================================================
-# 42. TOKENS - what texts are made of, and what a model can take
+# 43. TOKENS - what texts are made of, and what a model can take
 # ==============================================================================
 # text-embeddings-inference's /tokenize, /decode and /info. Nothing is computed; the work
 # is the tokeniser thread's, whose stack is made for the deepest text.
@@ -12248,7 +12254,7 @@ async def info(exchange: Exchange) -> Response:
 
 
 # ==============================================================================
-# 43. OLLAMA - its shapes
+# 44. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -12474,7 +12480,7 @@ def _details(one: Model) -> dict[str, object]:
 
 
 # ==============================================================================
-# 44. ADMIN - health, readiness, metrics, models
+# 45. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: the event loop turns, nothing else, so that a busy or loading
 # server is not restarted for it. /ready says whether work is taken, and if not why;
@@ -12676,7 +12682,7 @@ def metrics_table() -> str:
 
 
 # ==============================================================================
-# 45. DESCRIPTION - the routes as an OpenAPI document
+# 46. DESCRIPTION - the routes as an OpenAPI document
 # ==============================================================================
 # Made of the rows that requests are routed and read by: what is described is what is
 # done. Reference: OpenAPI 3.1.
@@ -12811,7 +12817,7 @@ NEVER_CACHED: Final = "no-store"
 
 
 # ==============================================================================
-# 46. PAGES - the API's own documentation
+# 47. PAGES - the API's own documentation
 # ==============================================================================
 # One page without outside parts, for boxes that reach no network. It asks for
 # openapi.json and shows what that says. Names in there may be anybody's: they reach the
@@ -13113,7 +13119,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 47. ROUTES - the table, and everything derived from it
+# 48. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per path and method. From it come 404, 405 with Allow, HEAD, OPTIONS, what is
 # refused before a body is read, the OpenAPI document, and README's table.
@@ -13326,7 +13332,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 48. DISPATCH - from a request to its response
+# 49. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are packed, and
 # where every answer gets its request id, its log line and its audit line.
@@ -13725,7 +13731,7 @@ def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
 
 
 # ==============================================================================
-# 49. WIRING - what the settings mean to each part
+# 50. WIRING - what the settings mean to each part
 # ==============================================================================
 # The parts know nothing of Settings, or of each other's limits; here is who is told what.
 
@@ -14084,7 +14090,7 @@ def limits_table() -> str:
 
 
 # ==============================================================================
-# 50. LOADING - a model's way into memory
+# 51. LOADING - a model's way into memory
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each ends the process. A first load is under the
 # parent, which says so. Where others are served already, a file that has not been loaded
@@ -14386,7 +14392,7 @@ class Loader:
 
 
 # ==============================================================================
-# 51. SUPERVISOR - a small parent that outlives the server
+# 52. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can end a process, or hang in it. So a parent holds the listening sockets
 # and starts the server as its child: when that dies another one takes its place, and who
@@ -14763,7 +14769,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 52. PHASES - the life of the server
+# 53. PHASES - the life of the server
 # ==============================================================================
 # What is no transition cannot happen: a KeyError, and a bug.
 
@@ -14862,7 +14868,7 @@ class Reloads:
 
 
 # ==============================================================================
-# 53. SERVICE - builds every object; loading, ready, draining, stopped
+# 54. SERVICE - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -15312,7 +15318,7 @@ def _free(served: Served, patience_s: float = _FREE_S) -> bool:
 
 
 # ==============================================================================
-# 54. TUNING - the settings that are fastest on this box
+# 55. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the settings' defaults only assume: whole packs in a loop, as a busy
 # server computes them, for three lengths of text. First which weights, then how many
@@ -15499,7 +15505,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 55. COMMAND LINE - flags in, exit code out
+# 56. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
