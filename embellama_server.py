@@ -5916,7 +5916,7 @@ class Reader:
             except ApiError as error:
                 if not job.allows_partial:
                     raise
-                yield error
+                yield error.with_traceback(None)  # which knows the job
 
     def _item(self, job: Job, index: int, raw: Input) -> Reading[Item]:
         import numpy as np
@@ -6462,6 +6462,7 @@ class Queue:
                 over[job] = None
         for job in {job for job, _ in item.owners}:
             job.items.discard(item)  # done with: a job that ends leaves the rest
+        item.call = None  # both know each other: the collector would come for them
         for job in over:
             self._end(job)
         return list(over)
@@ -6684,17 +6685,21 @@ class Pool:
         while job := self.queue.next_untokenised():
             if isinstance(job, Errand):
                 job.run()
-                continue
-            begun = time.monotonic()
-            try:
-                made = self._reader.slice(job)
-            except Exception as error:
-                is_over = self.queue.fail(job, error)
             else:
-                job.tokenise_s += time.monotonic() - begun
-                is_over = self.queue.enqueue(job, made)
-            if is_over:
-                self.deliver(job.finished)
+                self._read(job)
+            del job  # or its texts would be there until the next one comes
+
+    def _read(self, job: Job) -> None:
+        begun = time.monotonic()
+        try:
+            made = self._reader.slice(job)
+        except Exception as error:
+            is_over = self.queue.fail(job, error)
+        else:
+            job.tokenise_s += time.monotonic() - begun
+            is_over = self.queue.enqueue(job, made)
+        if is_over:
+            self.deliver(job.finished)
 
 
 def _outcome(row: Any) -> Any:
@@ -6727,6 +6732,7 @@ class Worker:
         try:
             while call := self._pool.queue.next_call(self.number):
                 self._run(call)
+                del call  # and with it its jobs' texts
         finally:
             self._context.close()
 
@@ -10427,7 +10433,7 @@ def spared(kind: Kind, one: Kind) -> Kind:
         try:
             return one.read(value, name)
         except InvalidValue as error:
-            return error
+            return error.with_traceback(None)  # 10,000 of them took 20 MB
 
     def read(value: object, name: str) -> list[Any]:
         try:
@@ -11496,6 +11502,7 @@ async def cohere_embed_v1(exchange: Exchange, form: CohereEmbedForm) -> Response
 async def _by_type(
     exchange: Exchange, form: CohereEmbedForm, kinds: Sequence[str], version: str
 ) -> Response:
+    kinds = [*dict.fromkeys(kinds)]  # each once, however often it is named
     texts = form.inputs if form.texts is None else form.texts
     if texts is None:
         raise InvalidValue("texts (or inputs) is missing", param="texts")

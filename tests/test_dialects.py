@@ -1534,6 +1534,8 @@ def test_cohere_s_embeddings_come_by_the_types_that_are_named(
         [np.frombuffer(one, "<f4") for one in raw], [vector("a"), vector("b c")]
     )
     assert found["response_type"] == "embeddings_by_type"
+    often = by_type(client, path, texts=["a"], embedding_types=["int8"] * 100_000)
+    assert often["embeddings"] == {"int8": [TYPES["int8"](vector("a"))]}
     assert found["texts"] == ["a", "b c"]
     assert found["id"]
     assert found["meta"] == {

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import io
 import json
 import queue
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -243,6 +245,25 @@ def test_vectors_come_in_the_order_of_the_inputs() -> None:
         assert_vectors(job)
         assert job.tokens == 200 * 4
         assert job.ended_at >= job.started_at >= job.arrived_at > 0
+
+
+@pytest.mark.parametrize("words", ["a b", "nan", "boom", "w " * 99])
+def test_when_a_job_is_over_nothing_keeps_its_texts(words: str) -> None:
+    class Text(str):
+        """One that can be referred to weakly."""
+
+    over, gone = threading.Event(), threading.Event()
+    gc.disable()  # which would come some time
+    try:
+        with desk(kit.FakeEngine(), workers=2, tokenisers=2) as at:
+            text = Text(words)
+            weakref.finalize(text, gone.set)
+            at.pool.queue.submit(es.Job([text], over.set, allows_partial=True))
+            at.run_until(over.is_set)
+            del text
+            assert gone.wait(kit.DEADLINE_S)
+    finally:
+        gc.enable()
 
 
 def test_ids_are_taken_as_they_are_and_framed_once() -> None:
