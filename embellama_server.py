@@ -8135,19 +8135,15 @@ class Capacity:
     def why_full(self, address: str) -> TooManyConnections | None:
         """What somebody is told for whom there is no place; None: there is one."""
         limits = self.limits
+        neighbours = 0 if address == UNIX_PEER else self.per_address[address]
         if self.places >= limits.connections:
-            which, most = "--max-connections", limits.connections
-        elif address != UNIX_PEER and (
-            self.per_address[address] >= limits.connections_per_address
-        ):
-            which, most = (
-                "--max-connections-per-address",
-                limits.connections_per_address,
-            )
+            flag, most = "--max-connections", limits.connections
+        elif neighbours >= limits.connections_per_address:
+            flag, most = "--max-connections-per-address", limits.connections_per_address
         else:
             return None
         return TooManyConnections(
-            f"more than {most} connections ({which}): close some, or try again",
+            f"more than {most} connections ({flag}): close some, or try again",
             retry_after_s=random.uniform(1, 3),
         )
 
@@ -9167,6 +9163,7 @@ _PRIVATE_HOST: Final = re.compile(
 _LOCAL_ORIGIN: Final = (
     r"https?://(([a-z0-9.-]+\.)?localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?"
 )
+_PROXY_FIELDS: Final = ("forwarded", "via", "x-forwarded-", "x-real-ip")  # begin so
 
 
 @dataclass(frozen=True, slots=True)
@@ -9303,10 +9300,11 @@ class Gate:
         return self._keys.holder(head, now), None
 
     def _identified(self, head: Head, peer: str, access: str) -> Caller:
-        now, signed = time.time(), None
+        now, signed, settings = time.time(), None, self._settings
         if not self._keys:
             name = self._check_keyless_admin(head, peer) if access == "admin" else ""
-            caller = Caller(network_of(peer), name, self._allowance(None))
+            limits = (settings.rate_limit, settings.rate_burst, settings.token_limit)
+            caller = Caller(network_of(peer), name, Allowance(*limits))
         else:
             key, signed = self._presented(head, now)
             if access == "admin" and not key.is_admin:
@@ -9338,23 +9336,18 @@ class Gate:
         )
 
     def _caller(self, key: Key, body_sha256: str) -> Caller:
+        settings = self._settings
+        allowed = Allowance(
+            settings.rate_limit if key.rate is None else key.rate,
+            settings.rate_burst if key.burst is None else key.burst,
+            settings.token_limit if key.tokens is None else key.tokens,
+        )
         return Caller(
             client=f"key {key.name}",
             key_name=key.name,
-            allowed=self._allowance(key),
+            allowed=allowed,
             most_urgent=URGENCIES.index(key.priority) if key.priority else 0,
             body_sha256=body_sha256,
-        )
-
-    def _allowance(self, key: Key | None) -> Allowance:
-        settings = self._settings
-        rate = key.rate if key else None
-        burst = key.burst if key else None
-        tokens = key.tokens if key else None
-        return Allowance(
-            settings.rate_limit if rate is None else rate,
-            settings.rate_burst if burst is None else burst,
-            settings.token_limit if tokens is None else tokens,
         )
 
     def _check_browser(self, head: Head, peer: str) -> None:
@@ -9397,9 +9390,6 @@ def _why_refused(origin: str) -> str:
         f"requests from pages of {origin} are refused{whose}; --cors-origin {origin} "
         "allows them"
     )
-
-
-_PROXY_FIELDS: Final = ("forwarded", "via", "x-forwarded-", "x-real-ip")  # begin so
 
 
 def _bare_host(host: str) -> str:
@@ -9674,6 +9664,10 @@ def check_names(models: Iterable[Model]) -> None:
 # Event-loop thread only; loading itself happens in a thread. One load however many
 # requests wait for it, and one at a time: each needs much for a moment.
 
+FIRST_PAUSE_S: Final = 10.0  # after a load that failed; doubled each time, up to
+MOST_PAUSE_S: Final = 60.0
+_KEPT_S: Final = 0.25  # by _bring(), long enough for any queue of callbacks
+
 
 class LoopThreads(ThreadPoolExecutor):
     """The event loop's pool. Goes on with the threads it has where no more can be started.
@@ -9882,10 +9876,8 @@ class Models(Names):
             if not _is_idle(served):
                 continue
             counts = served.pool.queue.state().cache
-            self._past.hits += counts.hits
-            self._past.shared += counts.shared
-            self._past.misses += counts.misses
-            self._past.evictions += counts.evictions
+            gone = dataclasses.replace(counts, entries=0, bytes=0)
+            self._past = _sum_of((self._past, gone))
             self.retiring.remove(served)
             task = asyncio.get_running_loop().create_task(self._freed(served))
             self._freeing.add(task)
@@ -9905,13 +9897,8 @@ class Models(Names):
 
     def cache_counts(self) -> CacheCounts:
         """Of all models together; counters also of those that are gone."""
-        total = dataclasses.replace(self._past)
-        for served in (*self.in_memory, *self.retiring):
-            counts = served.pool.queue.state().cache
-            for row in dataclasses.fields(CacheCounts):
-                added = getattr(total, row.name) + getattr(counts, row.name)
-                setattr(total, row.name, added)
-        return total
+        pools = (served.pool for served in (*self.in_memory, *self.retiring))
+        return _sum_of((self._past, *(pool.queue.state().cache for pool in pools)))
 
     # --- other models than before ---
 
@@ -9972,16 +9959,17 @@ class Models(Names):
         try:
             for model in fresh:
                 before = old.get(model.label)
-                if before and (before.loading or _can_stay(before, model.settings)):
+                if before and (
+                    before.loading or _can_stay(before.served, model.settings)
+                ):
                     if (served := before.served) and not served.card.is_ranker:
                         check_prompts(model.settings, served.prompts, "", self._log)
                     continue
                 if model.settings.preload or (before and before.served):
                     made[model.label] = await self._made(model.settings)
             added = [m for m in self._rows if m.is_added and m.label not in labels]
-            old = {
-                model.label: model for model in self._rows
-            }  # also who came meanwhile
+            # Also who came meanwhile.
+            old = {model.label: model for model in self._rows}
             self._set_rows([*(old.get(m.label, m) for m in fresh), *added], fresh)
         except BaseException:
             self.retiring += made.values()
@@ -9993,7 +9981,7 @@ class Models(Names):
             model.is_added = model.label not in labels
             if model.label in made:
                 self.put(model, made[model.label])
-            elif model.served and not _can_stay(model, model.settings):
+            elif model.served and not _can_stay(model.served, model.settings):
                 self._retire(model)  # somebody asked for it meanwhile
         self._chosen.clear()
         await self._learn(with_sha256=False)  # which kinds they are
@@ -10004,10 +9992,6 @@ def _look_at(task: asyncio.Task[Served]) -> None:
     """Its error is told to whoever waits; if nobody does, that is no bug."""
     if not task.cancelled():
         task.exception()
-
-
-FIRST_PAUSE_S: Final = 10.0  # after a load that failed; doubled each time, up to
-MOST_PAUSE_S: Final = 60.0
 
 
 def _refuse_if_just_failed(model: Model) -> None:
@@ -10031,12 +10015,13 @@ def _let_go(served: Served) -> None:
     served.users -= 1
 
 
+def _sum_of(counts: Iterable[CacheCounts]) -> CacheCounts:
+    return CacheCounts(*map(sum, zip(*map(dataclasses.astuple, counts), strict=True)))
+
+
 def _is_idle(served: Served) -> bool:
     state = served.pool.queue.state()
     return not (served.users or state.backlog.inputs or state.busy)
-
-
-_KEPT_S: Final = 0.25  # by _bring(), long enough for any queue of callbacks
 
 
 def check_prompts(
@@ -10059,14 +10044,11 @@ def check_prompts(
     return default
 
 
-def _can_stay(before: Model | None, settings: Settings) -> bool:
+def _can_stay(served: Served | None, settings: Settings) -> bool:
     """Whether what is in memory is what these settings would bring there."""
-    if before is None or before.served is None:
+    if served is None or loaded_with(served.settings) != loaded_with(settings):
         return False
-    is_same_file = (
-        file_stamp(*part_paths(settings.model_path)) == before.served.facts.stamp
-    )
-    return is_same_file and loaded_with(before.served.settings) == loaded_with(settings)
+    return file_stamp(*part_paths(settings.model_path)) == served.facts.stamp
 
 
 def loaded_with(settings: Settings) -> tuple[object, ...]:
@@ -10836,13 +10818,6 @@ class Done:
     def fields(self) -> tuple[tuple[str, str], ...]:
         """Response fields: which model and version it was."""
         return self.model.fields
-
-
-async def maybe_off_loop(work: Callable[[], T], *, is_large: bool) -> T:
-    """Do ``work`` here, or in another thread when it would hold up the event loop."""
-    if not is_large:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 async def off_loop(work: Callable[[], T]) -> T:
@@ -12038,6 +12013,8 @@ _MOST_CHARS: Final = 1 << 18
 _TOKEN_BYTES: Final = 160  # of a reply, with what it is made of
 _PIECE_BYTES: Final = 40  # of a text that is put together, likewise
 _ROWS_AT_A_TIME: Final = 1000
+_UNKNOWN: Final = ("[UNK]", "<unk>")
+_MOST_SKIPPED: Final = 64  # characters that no piece stands for
 _OFFSET: Final[Schema] = {"type": ["integer", "null"]}
 TOKENS_REPLY: Final = array(
     array(
@@ -12080,17 +12057,30 @@ async def tokenize(exchange: Exchange, form: TokenizeForm) -> Response:
     head, tail = card.head, card.tail
     if not form.add_special_tokens:
         head = tail = ()
-    frame, body = 1 + len(head) + len(tail), bytearray(b"[")
+    frame = 1 + len(head) + len(tail)
     bounds = [frame + len(t) * (1 if t.isascii() else 4) for t in texts]
-    room, before = exchange.room, exchange.room.size
+    works = [functools.partial(_tokens, engine, text, head, tail) for text in texts]
+    return await _one_by_one(exchange, served, works, bounds, _TOKEN_BYTES)
+
+
+async def _one_by_one(
+    exchange: Exchange,
+    served: Served,
+    works: Sequence[Callable[[], tuple[bytes, int]]],
+    bounds: Sequence[int],
+    token_bytes: int,
+) -> Response:
+    """A list of what the tokeniser's thread gives: JSON, and how many tokens it has.
+
+    One by one, so that others have their turn. ``bounds``: of the tokens of each.
+    """
+    room, before, body = exchange.room, exchange.room.size, bytearray(b"[")
     with charged(exchange, sum(bounds)) as used:
-        for text, bound in zip(texts, bounds, strict=True):
-            # One by one, so that others have their turn.
-            room.resize(before + len(body) + bound * _TOKEN_BYTES)
-            work = functools.partial(_tokens, engine, text, head, tail)
-            rows, tokens = await errand(exchange, served, work)
+        for work, bound in zip(works, bounds, strict=True):
+            room.resize(before + len(body) + bound * token_bytes)
+            made, tokens = await errand(exchange, served, work)
             used.tokens += tokens
-            body += rows
+            body += made
             body += b","
     body[-1:] = b"]"
     return Response(200, body, is_compressible=True)
@@ -12119,6 +12109,10 @@ def _tokens(
     return b"[%b]" % bytes(out[:-1]), len(head) + len(ids) + len(tail)
 
 
+def _special(token: int, name: str) -> dict[str, object]:
+    return {"id": token, "text": name, "special": True, "start": None, "stop": None}
+
+
 def _plain(
     token: int, piece: str, start: int | None, stop: int | None
 ) -> dict[str, object]:
@@ -12145,24 +12139,14 @@ async def decode(exchange: Exchange, form: DecodeForm) -> Response:
         )
     with_special = not form.skip_special_tokens
 
-    def said(ids: Sequence[int]) -> bytes:
+    def said(ids: Sequence[int]) -> tuple[bytes, int]:
         # Tokenisers put a space before the first word.
         text = engine.text(ids, with_special=with_special).removeprefix(" ")
-        return json_codec().dumps(text)
+        return json_codec().dumps(text), len(ids)
 
-    room, before, body = exchange.room, exchange.room.size, bytearray(b"[")
-    with charged(exchange, total) as used:
-        for ids in form.ids:  # one by one, as above
-            room.resize(before + len(body) + len(ids) * _PIECE_BYTES)
-            body += await errand(exchange, served, functools.partial(said, ids))
-            body += b","
-            used.tokens += len(ids)
-    body[-1:] = b"]"
-    return Response(200, body, is_compressible=True)
-
-
-def _special(token: int, name: str) -> dict[str, object]:
-    return {"id": token, "text": name, "special": True, "start": None, "stop": None}
+    works = [functools.partial(said, ids) for ids in form.ids]
+    bounds = [*map(len, form.ids)]
+    return await _one_by_one(exchange, served, works, bounds, _PIECE_BYTES)
 
 
 def aligned(
@@ -12202,10 +12186,6 @@ def aligned(
         yield text[begin:end], begin, end
 
 
-_UNKNOWN: Final = ("[UNK]", "<unk>")
-_MOST_SKIPPED: Final = 64  # characters that no piece stands for
-
-
 def _end_of_unknown(text: str, begin: int) -> int:
     """Where what BERT takes for one word ends: at a blank, a sign, a Han character."""
     for end in range(begin + 1, len(text)):
@@ -12230,7 +12210,7 @@ async def info(exchange: Exchange) -> Response:
     house.check_open()
     first = house.models.find(None, exchange.caller.client)
     served = await loaded(first, exchange)
-    card, settings = served.card, house.settings
+    card, settings, weights = served.card, house.settings, served.card.weights
     kind: dict[str, object] = {"embedding": {"pooling": card.pooling}}
     if card.is_ranker:
         labels = {str(n): f"LABEL_{n}" for n in range(card.n_scores)}
@@ -12239,9 +12219,7 @@ async def info(exchange: Exchange) -> Response:
     shown = {
         "model_id": first.name,
         "model_sha": served.facts.sha256,
-        "model_dtype": {"f16": "float16", "f32": "float32"}.get(
-            card.weights, card.weights
-        ),
+        "model_dtype": {"f16": "float16", "f32": "float32"}.get(weights, weights),
         "served_model_name": first.name,
         "model_type": kind,
         "max_concurrent_requests": served.pool.queue.state().backlog.max_inputs,
@@ -12265,6 +12243,9 @@ async def info(exchange: Exchange) -> Response:
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
+
+NDJSON: Final = "application/x-ndjson"
+_FOREVER: Final = "9999-12-31T23:59:59Z"
 
 
 def _read_maybe_inputs(value: object, name: str) -> list[Any]:
@@ -12442,10 +12423,6 @@ async def ollama_version(exchange: Exchange) -> Response:
 
 def _stamp(unix_s: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_s))
-
-
-NDJSON: Final = "application/x-ndjson"
-_FOREVER: Final = "9999-12-31T23:59:59Z"
 
 
 async def _model_named(exchange: Exchange, form: OllamaShowForm) -> Model:
@@ -13282,8 +13259,7 @@ def find_route(path: str, method: str) -> tuple[Route, str]:
             return route, argument
     allow = allowed_methods(route for route, _ in found)
     raise MethodNotAllowed(
-        f"{path[:80]} takes {allow} only",
-        headers=(("allow", allow),),
+        f"{path[:80]} takes {allow} only", headers=(("allow", allow),)
     )
 
 
@@ -13632,7 +13608,7 @@ class Dispatcher:
             return response
         pack = functools.partial(packed, response.body, coding)
         is_large = len(response.body) > _OFF_LOOP_BYTES
-        body = await maybe_off_loop(pack, is_large=is_large)
+        body = await off_loop(pack) if is_large else pack()
         fields = (*fields, ("content-encoding", coding))
         return dataclasses.replace(response, body=body, fields=fields)
 
@@ -13699,9 +13675,8 @@ def _request_id(head: Head | None) -> str:
 
 async def _check_sha256(body: bytes | bytearray, signed: str) -> None:
     digest = functools.partial(hashlib.sha256, body)
-    is_large = len(body) > _OFF_LOOP_BYTES
-    found = (await maybe_off_loop(digest, is_large=is_large)).hexdigest()
-    if found != signed:
+    found = await off_loop(digest) if len(body) > _OFF_LOOP_BYTES else digest()
+    if found.hexdigest() != signed:
         raise unauthorized("the signature is of another body")
 
 
@@ -13939,6 +13914,12 @@ def may_pin() -> bool:
 _WORKER_BYTES: Final = 40 << 20
 
 
+def header_number(values: Mapping[str, object], name: str) -> int:
+    """A whole number that a GGUF's header has under this name, else 0."""
+    value = values.get(name)
+    return value if isinstance(value, int) else 0
+
+
 def needed_bytes(settings: Settings, path: str) -> int:
     """What a model will take of memory, at most, when it is loaded and its cache full.
 
@@ -13948,11 +13929,7 @@ def needed_bytes(settings: Settings, path: str) -> int:
     with checked_model(path, "") as (parts, values):
         size = sum(os.stat(part).st_size for part in parts)
     architecture = str(values["general.architecture"])
-
-    def number(name: str) -> int:
-        value = values.get(name)
-        return value if isinstance(value, int) else 0
-
+    number = functools.partial(header_number, values)
     width = number(f"{architecture}.embedding_length")
     logits = 0 if "bert" in architecture else 4 * number("tokenizer.ggml.tokens")
 
@@ -14115,17 +14092,12 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
     with contextlib.suppress(StartupError, OSError), checked_model(path, "") as found:
         values = found[1]
     architecture = str(values.get("general.architecture", ""))
-
-    def number(name: str) -> int:
-        value = values.get(name)
-        return value if isinstance(value, int) else 0
-
+    number = functools.partial(header_number, values)
     is_rank = number(f"{architecture}.pooling_type") == POOLING_RANK
     return ModelFacts(
         stamp=file_stamp(*part_paths(settings.model_path)),
         architecture=architecture,
-        is_ranker=settings.pooling == "rank"
-        or (settings.pooling == "auto" and is_rank),
+        is_ranker=is_rank if settings.pooling == "auto" else settings.pooling == "rank",
         n_embd=number(f"{architecture}.embedding_length"),
         n_params=number(PARAMETERS),
         trained_tokens=number(f"{architecture}.context_length"),
@@ -14135,6 +14107,7 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
 
 
 _TRIAL_S: Final = 600  # a trial may also fetch, re-encode and measure
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _REFUSED, _NO_ROOM = 3, 4  # its exit codes when it has said why
 _TELLING: Final = ("ASSERT", "what():", "libgomp", "Fatal Python", "abort")
 _TRIAL: Final = """\
@@ -14169,8 +14142,8 @@ class TrialLoad:
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # else it starts gdb
             )
         except OSError as error:
-            why = f"no process to try it in: {error.strerror}"
-            raise NoRoom(f"{path}: {why}") from None
+            why = f"{path}: no process to try it in: {error.strerror}"
+            raise NoRoom(why) from None
         with self._process as process:
             if self._is_cancelled:
                 process.kill()
@@ -14234,9 +14207,6 @@ def try_to_load() -> typing.NoReturn:
         os.write(1, os.fsencode(str(error)))
         os._exit(_NO_ROOM if isinstance(error, NoRoom) else _REFUSED)
     os._exit(0)  # its threads end with it
-
-
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def _compute_by_all(served: Served) -> None:
@@ -14326,8 +14296,9 @@ class Loader:
             if options.cpus and not may_pin():
                 why = "the system forbids it; workers run on any CPU"
                 self._log("warning", "--cpu-affinity is not done", reason=why)
-                unpinned = dataclasses.replace(settings, cpu_affinity="off")
-                options = pool_options(unpinned)
+                options = pool_options(
+                    dataclasses.replace(settings, cpu_affinity="off")
+                )
             pool = Pool(
                 engine,
                 self._with_room_for_threads(options),
@@ -14373,10 +14344,8 @@ class Loader:
         now = int(time.time())
         return Served(settings, facts, now, pool, prompts, default)
 
-    def look(self, settings: Settings, *, with_sha256: bool = True) -> ModelFacts:
-        """What its files say of a model. To read all of them takes time; for a kind of
-        model, the header is enough.
-        """
+    def look(self, settings: Settings, *, with_sha256: bool) -> ModelFacts:
+        """What a model's files say; the checksum takes time, as it reads all of them."""
         path = settings.model_path or str(self._fetch.target())
         facts, sha256 = facts_of(settings, path), ""
         if not settings.model_path:
@@ -14888,9 +14857,7 @@ class Reloads:
 
 # After the drain: for last answers to leave, and for native calls to return.
 _LEAVE_S: Final = 1.0
-_FREE_S: Final = (
-    30.0  # for idle threads to end; unmapping gigabytes of contexts takes long
-)
+_FREE_S: Final = 30.0  # for idle threads to end: unmapping gigabytes takes long
 _TICK_S: Final = 0.5
 _WAIT_IN_BACKLOG_S: Final = 30.0  # then clients are told 503: loading
 
@@ -14912,9 +14879,8 @@ class Service:
     ) -> None:
         """Takes over the listeners. Raises StartupError for files that are no use.
 
-        ``models``: the settings of each; none: there is one, as ``settings`` say.
-
-        A successor of a process that has died lets clients wait while it loads.
+        ``models``: the settings of each; none: there is one, as ``settings`` say. A
+        successor of a process that has died lets clients wait while it loads.
         """
         self.settings = settings
         self.telemetry = Telemetry()
@@ -15052,8 +15018,7 @@ class Service:
 
     def leave(self) -> None:
         """Finish what comes within the grace, then stop(). Any phase."""
-        has_grace = self.settings.drain_grace_s > 0
-        if self._phase is Phase.READY and has_grace:
+        if self._phase is Phase.READY and self.settings.drain_grace_s > 0:
             self.connections.is_closing = True
             self._move(Event.LEAVE)
         else:
