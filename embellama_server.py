@@ -8450,9 +8450,8 @@ class Connections(Capacity):
 
     def make_way(self) -> None:
         """Drop the oldest of those without a place, if there is one."""
-        for oldest in self.turned_away:
-            oldest.make_way()
-            break
+        if self.turned_away:
+            next(iter(self.turned_away)).make_way()
 
     def let_go(self, connection: Connection) -> None:
         """It has ended; again: no harm."""
@@ -9190,11 +9189,6 @@ class Gate:
         self._admin_key_path: Path | None = None
         self.renew(settings)
 
-    @property
-    def has_keys(self) -> bool:
-        """Whether somebody who asks must bring one."""
-        return bool(self._keys)
-
     def offer_admin_key(self, path: Path | None) -> None:
         """Without keys: let who can read ``path`` administer. A key is written once."""
         if self._keys or self._admin_key_path or path is None:
@@ -9561,10 +9555,7 @@ class Names:
             why = f"it may be {' or '.join(names):.400}: name one of them in full"
         else:
             known = ", ".join(sorted(self._by_name))
-            why = (
-                f"served: {known:.400}. (--model-alias adds a name, --any-model accepts "
-                "all)"
-            )
+            why = f"served: {known:.400} (--model-alias adds a name, --any-model takes any)"
         return ModelNotFound(f"model {asked!r:.80} not found; {why}", param="model")
 
     @property
@@ -10141,8 +10132,8 @@ def parsed_bytes_of_large(
         is_text ^= len(parts) % 2 == 0
         if containers > max_containers:
             raise InvalidJson(
-                f"the body is not JSON of a request: it holds {max_containers} lists "
-                "and objects or more (--max-client-batch-size)"
+                f"the body holds {max_containers} lists and objects or more "
+                "(--max-client-batch-size): send several requests"
             )
         if values > max_values:
             raise TooManyTokens(
@@ -10632,8 +10623,8 @@ def checked_inputs(
     """What prompted() gives, if this model can do with it what is wanted."""
     card = served.card
     if wish.is_ranking != card.is_ranker:
-        kinds = _KINDS_OF_MODEL if card.is_ranker else reversed(_KINDS_OF_MODEL)
-        have, need = kinds
+        kinds = _KINDS_OF_MODEL
+        have, need = kinds if card.is_ranker else reversed(kinds)
         raise WrongKindOfModel(
             f"model {model.name} is {have[0]}, and this takes {need[0]}: {need[1]}",
             param="model",
@@ -10644,8 +10635,7 @@ def checked_inputs(
             f"vectors, not {wish.dimensions}",
             param="dimensions",
         )
-    has_ids = any(isinstance(item, list) for item in wish.inputs)
-    if has_ids:
+    if any(isinstance(item, list) for item in wish.inputs):
         _check_ids(wish, card, accepted=settings.accept_token_ids)
     return prompted(wish, model, served)
 
@@ -11742,7 +11732,8 @@ async def score(exchange: Exchange, form: ScoreForm) -> Response:
         "data": rows,
         "usage": result.usage,
     }
-    body = json_codec().dumps(shown)
+    size = ranked_bytes(second, with_text=False)
+    body = await written(exchange, size, lambda: json_codec().dumps(shown))
     return Response(200, body, fields=result.fields, is_compressible=True)
 
 
@@ -12088,7 +12079,8 @@ async def _one_by_one(
 
 def _too_many_chars(name: str, found: int, most: int) -> ContextLengthExceeded:
     return ContextLengthExceeded(
-        f"{name} has {found} characters and at most {most} are read", param=name
+        f"{name} has {found} characters and at most {most} are read: send less",
+        param=name,
     )
 
 
@@ -12134,7 +12126,7 @@ async def decode(exchange: Exchange, form: DecodeForm) -> Response:
     if most and total > most:
         raise TooManyTokens(
             f"ids has {total} tokens and a request may have {most} "
-            "(--max-request-tokens): send several",
+            "(--max-request-tokens): send several requests",
             param="ids",
         )
     with_special = not form.skip_special_tokens
@@ -12496,13 +12488,15 @@ class LoadForm:
         MODEL_NAME, "One that is known: name, alias or name@version."
     )
     path: str | None = wanted(
-        short_text(4096), "Or a GGUF file on this machine, to be served too;"
+        short_text(4096), "Or a GGUF file on this machine, to be served too."
     )
-    name: str | None = wanted(NAME, "under this name,")
-    version: int | None = wanted(whole(1, 10**9), "as this version,")
-    sha256: str | None = wanted(NAME, "if it has this checksum.")
-    workers: int | None = wanted(whole(1, 1024), "With so many workers.")
-    pooling: str | None = wanted(one_of("auto", *POOLINGS), "With this pooling.")
+    name: str | None = wanted(NAME, "The file's: what clients call it.")
+    version: int | None = wanted(whole(1, 10**9), "The file's, of that name.")
+    sha256: str | None = wanted(
+        NAME, "The file's checksum; with another it is refused."
+    )
+    workers: int | None = wanted(whole(1, 1024), "How many the file's model gets.")
+    pooling: str | None = wanted(one_of("auto", *POOLINGS), "The file's pooling.")
 
 
 HEALTH_REPLY: Final = an_object(status=STRING)
@@ -12726,7 +12720,7 @@ def openapi_document(routes: Sequence[Route], server: str) -> dict[str, object]:
             "title": "embellama_server",
             "version": __version__,
             "description": "Embeddings and reranking from GGUF models. Dialects: OpenAI, "
-            "text-embeddings-inference, Cohere and Jina, Ollama.",
+            "Cohere and Jina, vLLM, text-embeddings-inference, Ollama.",
         },
         "servers": [{"url": server}],
         "paths": paths,
@@ -13298,8 +13292,9 @@ def maybe_route(path: str, method: str) -> Route | None:
 
 
 def dialect_at(path: str, route: Route | None) -> Dialect:
-    """That of errors at a local path; what is unknown under /api/ is asked for by
-    Ollama's clients, who can show nothing but their own shape.
+    """The dialect of errors at a local path.
+
+    Below /api/ it is Ollama's, also of unknown paths: its clients can show no other.
     """
     if route is not None:
         return route.dialect
@@ -13706,7 +13701,7 @@ def _cached(response: Response, ticket: Ticket, head: Head) -> Response:
     return dataclasses.replace(response, fields=tuple(fields))
 
 
-def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
+def error_response(error: ApiError, dialect: Dialect) -> Response:
     """An error as its dialect says it."""
     status, body = dialect.status_of(type(error)), dialect.body_of(error)
     return Response(status, body, fields=tuple(error_headers(error)))
@@ -15549,7 +15544,7 @@ _OWN_FLAGS: Final = ("print_config", "version", "seconds", "output")
 def _serve_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="embellama_server.py",
-        description="An OpenAI-compatible embedding server in one file. "
+        description="An embedding and reranking server in one file. "
         "`embellama_server.py tune --help`: find this box's best settings. "
         "`embellama_server.py openapi`: describe the API.",
         epilog="Each flag is also a variable, EMBELLAMA_PORT, and a TOML key, port. "

@@ -467,7 +467,10 @@ class RunningService:
 
         With the administrator's key on its routes, unless fields bring one.
         """
-        has_keys = self.service.gate.has_keys or "authorization" in fields
+        settings = self.service.settings
+        has_keys = (
+            settings.api_key or settings.api_key_file or "authorization" in fields
+        )
         if "/admin/" in path.replace("//", "/") and not has_keys:
             fields |= self.admin_fields()
         raw = body if isinstance(body, bytes) else es.json_codec().dumps(body)
