@@ -569,7 +569,7 @@ def test_one_input_that_fails_is_the_request_s_failure_if_nothing_is_said(
 def test_what_holds_no_inputs_is_400_also_where_partial_results_are_allowed() -> None:
     async def check(running: RunningService) -> None:
         inputs: Any
-        for inputs in ("", [], 5, {}, [5, "a"]):
+        for inputs in ("", [], 5, {}, [5, -1]):
             ask = {"input": inputs, "allow_partial": True}
             assert (await running.ask("POST", URL, ask)).status == 400
 
