@@ -1019,7 +1019,7 @@ class Settings(ModelSettings):
     max_request_tokens: int = option(
         MAX_REQUEST_TOKENS,
         "Most tokens in one request; 0: no limit. Unless it is set, it counts only on "
-        "OpenAI's route for embeddings, as OpenAI's does.",
+        "OpenAI's route for embeddings, as OpenAI's does, and for /decode.",
         at_least=0,
         at_most=1 << 30,
     )
@@ -12253,9 +12253,7 @@ _MAYBE_INPUTS: Final = Kind(
 class OllamaEmbedForm:
     """The body of POST /api/embed."""
 
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
     input: list[Any] | None = wanted(
         _MAYBE_INPUTS,
         "A string or a list of strings; none: only load the model.",
@@ -12271,9 +12269,7 @@ class OllamaEmbedForm:
 class OllamaEmbeddingsForm:
     """The body of POST /api/embeddings, which /api/embed supersedes."""
 
-    model: str | None = wanted(
-        MODEL_NAME, "Name, alias or name@version; none: the first that can."
-    )
+    model: str | None = model_or_none()
     prompt: str | None = wanted(TEXT, "The text; none: only load the model.")
 
 
@@ -14044,7 +14040,7 @@ LIMITS: Final = (
     Limit("memory of what waits or runs, MiB", "queue_mb", "Redis client-output-buffer-limit", Overloaded),
     Limit("beyond these, for clients with less than an equal part", f"1/{RESERVE_PART} more", "Netflix keeps partitions for others", Overloaded),
     Limit("inputs of one request", "max_client_batch_size", "OpenAI 2048, TEI 32; Cohere 10,000 documents, and so here unless set", InvalidValue),
-    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000; the others none, and so here unless set", TooManyTokens),
+    Limit("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000; others none, and so here unless set, but for /decode", TooManyTokens),
     Limit("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", ContextLengthExceeded),
     Limit("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", RequestTimeout),
     Limit("a llama.cpp call, seconds", "stuck_after_s", "gunicorn kills a worker after 30 s", EngineFailed),
