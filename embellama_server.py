@@ -11563,11 +11563,6 @@ class _Scoring:
         COHERE_PRIORITY, "Who goes first; none: normal. A number changes nothing."
     )
 
-    @property
-    def allow_partial(self) -> bool:
-        """Whether a text that cannot be scored leaves the others alone."""
-        return self.truncate is not False
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankForm(_Scoring):
@@ -11630,6 +11625,7 @@ class Ranked:
     """One text and its score, best first."""
 
     index: int
+    text: str
     score: float
     failed: dict[str, object]  # "error", if it could not be scored
 
@@ -11637,31 +11633,35 @@ class Ranked:
 async def ranked(
     exchange: Exchange,
     form: _Scoring,
-    inputs: Sequence[Pair],
-    bad: dict[int, ApiError],
+    queries: Sequence[Any],
+    texts: Sequence[Any],
     named: str,
 ) -> tuple[list[Ranked], Done]:
-    """The pairs of a form, best first; equal ones in the order they came.
+    """Texts as read, each with its query, best first; equal ones in the order they came.
 
     What cannot be scored comes last, and as low as the lowest: applications have nothing
-    to fall back to for the others.
+    to fall back to for the others. ``truncate: false`` refuses all for one instead.
     """
     truncate = True if form.truncate is None else form.truncate
-    how = {"truncate": truncate, "allow_partial": form.allow_partial, "bad": bad}
-    wish = wish_of(form, inputs, named, form=Form.RAW, **how)
+    queries, bad = apart(queries, is_partial=truncate is not False)
+    texts, more = apart(texts, is_partial=truncate is not False)
+    pairs = [Pair(*both) for both in zip(queries, texts, strict=True)]
+    how = {"truncate": truncate, "allow_partial": truncate is not False}
+    wish = wish_of(form, pairs, named, form=Form.RAW, bad=bad | more, **how)
     result = await done(wish, exchange)
     plain, errors = form.raw_scores or result.card.is_probability, result.job.errors
     for error in errors.values():
-        if error.is_transient or len(errors) == len(inputs):
+        if error.is_transient or len(errors) == len(pairs):
             raise error
     rows = enumerate(result.job.vectors)
     raw = {n: float(row[0]) for n, row in rows if n not in errors}
-    found = [Ranked(n, s if plain else sigmoid(s), {}) for n, s in raw.items()]
+    scores = {n: s if plain else sigmoid(s) for n, s in raw.items()}
+    found = [Ranked(n, texts[n], score, {}) for n, score in scores.items()]
     found.sort(key=lambda one: -one.score)
     lowest = found[-1].score if plain else 0.0
-    for index in sorted(errors):
-        failed: dict[str, object] = {"error": error_object(errors[index])}
-        found.append(Ranked(index, lowest, failed))
+    for n in sorted(errors):
+        failed: dict[str, object] = {"error": error_object(errors[n])}
+        found.append(Ranked(n, texts[n], lowest, failed))
     return found, result
 
 
@@ -11675,14 +11675,15 @@ def sigmoid(score: float) -> float:
 
 async def rerank(exchange: Exchange, form: RerankForm) -> Response:
     """Texts by how well each answers a query; the model must be a reranker."""
-    texts, bad = apart(form.documents, is_partial=form.allow_partial)
-    pairs = [Pair(form.query, text) for text in texts]
-    found, result = await ranked(exchange, form, pairs, bad, "documents")
+    texts = form.documents
+    queries = [form.query] * len(texts)
+    found, result = await ranked(exchange, form, queries, texts, "documents")
+    del found[form.top_n or len(found) :]
     results: list[dict[str, object]] = []
-    for one in found[: form.top_n or None]:
+    for one in found:
         entry: dict[str, object] = {"index": one.index, "relevance_score": one.score}
         if form.return_documents:
-            entry["document"] = {"text": texts[one.index]}
+            entry["document"] = {"text": one.text}
         results.append(entry | one.failed)
     shown = {
         "id": f"rerank-{random.getrandbits(128):032x}",
@@ -11695,14 +11696,14 @@ async def rerank(exchange: Exchange, form: RerankForm) -> Response:
             "tokens": {"input_tokens": result.job.tokens, "output_tokens": 0},
         },
     }
-    size = ranked_bytes(texts, with_text=form.return_documents)
+    size = ranked_bytes(found, with_text=form.return_documents)
     body = await written(exchange, size, lambda: json_codec().dumps(shown))
     return Response(200, body, fields=result.fields, is_compressible=True)
 
 
-def ranked_bytes(texts: Sequence[str], *, with_text: bool) -> int:
-    """About how long a reply is that has a score for each text."""
-    return 64 * len(texts) + with_text * sum(map(sys.getsizeof, texts))
+def ranked_bytes(found: Sequence[Ranked], *, with_text: bool) -> int:
+    """About how long a reply is that has a score for each of these."""
+    return 64 * len(found) + with_text * sum(sys.getsizeof(one.text) for one in found)
 
 
 async def score(exchange: Exchange, form: ScoreForm) -> Response:
@@ -11716,10 +11717,7 @@ async def score(exchange: Exchange, form: ScoreForm) -> Response:
             "number, or as many of each",
             param="text_1",
         )
-    one, bad = apart(first, is_partial=form.allow_partial)
-    other, more = apart(second, is_partial=form.allow_partial)
-    pairs = [Pair(*both) for both in zip(one, other, strict=True)]
-    found, result = await ranked(exchange, form, pairs, bad | more, "text_2")
+    found, result = await ranked(exchange, form, first, second, "text_2")
     rows = [
         {"index": one.index, "object": "score", "score": one.score} | one.failed
         for one in sorted(found, key=lambda one: one.index)
@@ -11732,7 +11730,7 @@ async def score(exchange: Exchange, form: ScoreForm) -> Response:
         "data": rows,
         "usage": result.usage,
     }
-    size = ranked_bytes(second, with_text=False)
+    size = ranked_bytes(found, with_text=False)
     body = await written(exchange, size, lambda: json_codec().dumps(shown))
     return Response(200, body, fields=result.fields, is_compressible=True)
 
@@ -11881,14 +11879,14 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
         return await rerank(exchange, form)
     if form.texts is None:
         raise InvalidValue("texts (or documents) is missing", param="texts")
-    texts, bad = apart(form.texts, is_partial=form.allow_partial)
-    pairs = [Pair(form.query, text) for text in texts]
-    found, result = await ranked(exchange, form, pairs, bad, "texts")
+    queries = [form.query] * len(form.texts)
+    found, result = await ranked(exchange, form, queries, form.texts, "texts")
+    del found[form.top_n or len(found) :]
     shown: list[dict[str, object]] = []
-    for one in found[: form.top_n or None]:
-        text = {"text": texts[one.index]} if form.return_text else {}
+    for one in found:
+        text = {"text": one.text} if form.return_text else {}
         shown.append({"index": one.index, **text, "score": one.score, **one.failed})
-    size = ranked_bytes(texts, with_text=form.return_text)
+    size = ranked_bytes(found, with_text=form.return_text)
     body = await written(exchange, size, lambda: json_codec().dumps(shown))
     return _with_times(body, result)
 
