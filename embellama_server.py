@@ -10132,8 +10132,8 @@ def parsed_bytes_of_large(
         is_text ^= len(parts) % 2 == 0
         if containers > max_containers:
             raise InvalidJson(
-                f"the body holds {max_containers} lists and objects or more "
-                "(--max-client-batch-size): send several requests"
+                f"the body is not JSON of a request: it holds {max_containers} lists "
+                "and objects or more (--max-client-batch-size)"
             )
         if values > max_values:
             raise TooManyTokens(

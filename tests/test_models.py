@@ -358,7 +358,9 @@ def test_a_model_is_found_by_name_alias_and_version(
 )
 def test_another_name_is_refused_and_told_which_there_are(asked: str) -> None:
     known = registry(row("f", name="a", alias=("one",)), row("f", name="a", version=2))
-    with pytest.raises(es.ModelNotFound, match=r"served: a, a@1, a@2, one\.") as caught:
+    with pytest.raises(
+        es.ModelNotFound, match=r"served: a, a@1, a@2, one \("
+    ) as caught:
         found(known, asked)
     assert caught.value.param == "model"
     assert f"model {asked!r} not found" in caught.value.message
