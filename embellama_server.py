@@ -13551,7 +13551,8 @@ class Dispatcher:
         self, exchange: Exchange, ticket: Ticket, status: int, request_id: str
     ) -> None:
         """Who, what, how much; the texts only if asked for."""
-        if self._audit is None or ticket.route is None:
+        is_preflight = ticket.route is None and status < 400
+        if self._audit is None or is_preflight:
             return
         head, fields = exchange.request.head, exchange.log_fields
         texts = exchange.inputs if self._house.settings.audit_text else ()

@@ -1254,6 +1254,7 @@ REFUSED: list[tuple[int, str, str, str, dict[str, str]]] = [
     (401, "invalid_api_key", "DELETE", "/admin/cache", {}),
     (403, "admin_only", "DELETE", "/admin/cache", bearer(PLAIN)),
     (404, "unknown_url", "GET", "/" + "n" * 999, {}),
+    (404, "unknown_url", "OPTIONS", "/nope", {}),
     (405, "method_not_allowed", "B" * 999, "/health", {}),
     (413, "body_too_large", "POST", URL, bearer(PLAIN) | {"content_length": "9" * 9}),
     (413, "body_too_large", "OPTIONS", URL, {"content_length": "9" * 9}),
