@@ -8821,6 +8821,10 @@ def inherited_sockets(environment: Mapping[str, str]) -> dict[str, list[socket.s
             if not is_stream or made.family not in (*_TCP_FAMILIES, socket.AF_UNIX):
                 raise ValueError(f"socket {index} is neither TCP nor a unix socket")
             is_listener = name not in PARENT_SOCKETS
+            if is_listener and not made.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+            ):
+                raise ValueError(f"socket {index} does not listen (is it Accept=yes?)")
             found.setdefault("" if is_listener else name, []).append(made)
     except (OSError, ValueError) as error:
         raise StartupError(f"LISTEN_FDS={count} cannot be used: {error}") from None
@@ -13551,7 +13555,7 @@ class Dispatcher:
         self, exchange: Exchange, ticket: Ticket, status: int, request_id: str
     ) -> None:
         """Who, what, how much; the texts only if asked for."""
-        is_preflight = ticket.route is None and status < 400
+        is_preflight = ticket.route is None and "code" not in exchange.log_fields
         if self._audit is None or is_preflight:
             return
         head, fields = exchange.request.head, exchange.log_fields

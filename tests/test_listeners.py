@@ -478,8 +478,17 @@ def test_a_socket_over_which_nobody_knows_who_comes_is_a_sentence() -> None:
         "es.inherited_sockets({**os.environ, 'LISTEN_PID': str(os.getpid())})\n"
     )
     code = f"import os\nos.dup2(int(os.environ['MADE']), 3)\n{said}"
-    for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET, socket.SOCK_STREAM):
+    other = "socket 0 is neither TCP nor a unix socket"
+    for kind, listens, refusal in (
+        (socket.SOCK_DGRAM, False, other),
+        (socket.SOCK_SEQPACKET, True, other),
+        (socket.SOCK_STREAM, False, "socket 0 does not listen"),
+        (socket.SOCK_STREAM, True, ""),
+    ):
         with socket.socket(socket.AF_UNIX, kind) as made:
+            if listens:
+                made.bind("")  # a name that the system finds
+                made.listen()
             environment = os.environ | {"LISTEN_FDS": "1", "MADE": str(made.fileno())}
             done = subprocess.run(
                 [sys.executable, "-c", code],
@@ -491,8 +500,8 @@ def test_a_socket_over_which_nobody_knows_who_comes_is_a_sentence() -> None:
                 timeout=kit.DEADLINE_S,
                 check=False,
             )
-        is_refused = "neither TCP nor a unix socket" in done.stderr
-        assert is_refused is (kind != socket.SOCK_STREAM), done.stderr
+        assert refusal in done.stderr
+        assert bool(refusal) is bool(done.stderr), done.stderr
 
 
 def test_a_count_that_is_no_number_is_a_sentence() -> None:
