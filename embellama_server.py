@@ -2017,28 +2017,18 @@ class Dialect:
         return kind.status, "Backend" if is_ours else "Validation"
 
 
+def _object(**fields: object) -> dict[str, object]:
+    """The schema of an object with these fields, always."""
+    return {"type": "object", "required": [*fields], "properties": fields}
+
+
 _STRING: Final = {"type": "string"}
 _MAYBE: Final = {"type": ["string", "null"]}
 OPENAI: Final = Dialect(
     "OpenAI",
     lambda error, _: {"error": error_object(error)},
     {},
-    {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {
-                    "message": _STRING,
-                    "type": _STRING,
-                    "param": _MAYBE,
-                    "code": _MAYBE,
-                },
-            }
-        },
-    },
+    _object(error=_object(message=_STRING, type=_STRING, param=_MAYBE, code=_MAYBE)),
 )
 # text-embeddings-inference 1.9 (From<&ErrorType> for StatusCode); before it 413 for 422.
 _TEI_OTHERS: Final[Mapping[type[ApiError], tuple[int, str]]] = {
@@ -2057,29 +2047,24 @@ _TEI_OTHERS: Final[Mapping[type[ApiError], tuple[int, str]]] = {
     EngineUnavailable: (503, "Unhealthy"),
     ModelUnavailable: (503, "Unhealthy"),
 }
-_TEI_SCHEMA: Final = {
-    "type": "object",
-    "required": ["error", "error_type"],
-    "properties": {"error": _STRING, "error_type": _STRING},
-}
 TEI: Final = Dialect(
     "TEI",
     lambda error, word: {"error": error.message, "error_type": word},
     _TEI_OTHERS,
-    _TEI_SCHEMA,
+    _object(error=_STRING, error_type=_STRING),
 )
 # The AI Embedding Inference Server: as TEI, but "inference failures: 500".
 SEED: Final = Dialect(
     "Seed",
     TEI.shape,
     {**_TEI_OTHERS, NonFiniteVector: (500, "Backend"), EngineFailed: (500, "Backend")},
-    _TEI_SCHEMA,
+    TEI.schema,
 )
 OLLAMA: Final = Dialect(
     "Ollama",
     lambda error, _: {"error": error.message},
     {},
-    {"type": "object", "required": ["error"], "properties": {"error": _STRING}},
+    _object(error=_STRING),
 )
 
 
@@ -2228,27 +2213,24 @@ class Telemetry:
         lines: list[str] = []
         for row in METRICS:
             lines += (f"# HELP {row.name} {row.help}", f"# TYPE {row.name} {row.kind}")
-            if row.buckets:
-                for value in row.values:
-                    lines += self._histogram(row, value)
-                continue
             for value in row.values or self._models:
-                shown = value.replace("\\", r"\\").replace('"', r"\"")
-                shown = shown.replace("\n", r"\n")
-                label = f'{{{row.label}="{shown}"}}' if row.label else ""
-                number = self._values[row.name, value]
-                lines.append(f"{row.name}{label} {_number(number)}")
+                lines += self._series(row, value)
         return "\n".join(lines) + "\n"
 
-    def _histogram(self, row: Metric, value: str) -> Iterator[str]:
-        running = 0
-        own = f'{row.label}="{value}"' if row.label else ""
+    def _series(self, row: Metric, value: str) -> Iterator[str]:
+        shown = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        own = f'{row.label}="{shown}"' if row.label else ""
         first, alone = (f"{own},", f"{{{own}}}") if own else ("", "")
+        number = _number(self._values[row.name, value])
+        if not row.buckets:
+            yield f"{row.name}{alone} {number}"
+            return
+        running = 0
         bounds = (*(f"{bound:g}" for bound in row.buckets), "+Inf")
         for bound, hits in zip(bounds, self._hits[row.name, value], strict=True):
             running += hits
             yield f'{row.name}_bucket{{{first}le="{bound}"}} {running}'
-        yield f"{row.name}_sum{alone} {_number(self._values[row.name, value])}"
+        yield f"{row.name}_sum{alone} {number}"
         yield f"{row.name}_count{alone} {running}"
 
 
@@ -3475,7 +3457,7 @@ def spans(
 ) -> Iterator[tuple[int, int]]:
     """A text's parts of some PART_CHARS, cut where ``cut`` matches, in either order.
 
-    Empty ones between them: looking for a place to cut takes time, too.
+    Yields empty ones in between, as looking for a place to cut takes time too.
     """
     begin, end, size = 0, len(text), PART_CHARS
     at = end - 2 * size if from_end else size
@@ -3565,7 +3547,7 @@ class WordPiece:
         yield ids
 
     def _words(self, text: str, begun: str, *, is_end: bool) -> tuple[list[str], str]:
-        """Its words, the first of which was begun before it, and what goes on after it."""
+        """A part's words, the first begun before it, and the one that goes on after it."""
         if _PLAIN_TEXT.fullmatch(text):
             cleaned = text.lower() if self._lowercase else text
             words = _PLAIN_WORDS.findall(cleaned)
@@ -3833,7 +3815,7 @@ class LlamaContext:
         inputs: int,
         on_gpu: bool,
         quietly: Callable[[], contextlib.AbstractContextManager[None]],
-        per_token: bool = False,
+        per_token: bool,
     ) -> None:
         """For at most so many tokens and inputs a call. ``per_token``: a row each.
 
@@ -5191,7 +5173,7 @@ class Backlog:
     bytes_of: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def set_room(self, max_inputs: int, max_tokens: int, max_bytes: int) -> None:
-        """Other limits."""
+        """Change the limits."""
         self.max_inputs, self.max_tokens = max_inputs, max_tokens
         self.max_bytes = max_bytes
 
@@ -5301,7 +5283,10 @@ class Returns:
 
 
 class Admission:
-    """What is let in: what it is answered that is not. Event loop, but for speed."""
+    """How long the admitted work takes, and what refused work is told.
+
+    Event loop only, but for ``speed``.
+    """
 
     def __init__(self, backlog: Backlog, workers: int) -> None:
         self.speed = Speed()
@@ -5994,7 +5979,7 @@ class Reader:
         return truncated(ids, most, front, end, left=job.cuts_left)
 
     def _text_ids(self, job: Job, name: str, text: str) -> Reading[list[int]]:
-        """Of a text; its prompt and the special tokens stay when it is cut."""
+        """The ids of a text; its prompt and the special tokens stay when it is cut."""
         card, tokenise, most = self.engine.card, self.engine.tokenise, self._most(job)
         front, end, prompt = len(card.head), len(card.tail), (0, 0)
         before, after = job.around
@@ -6011,7 +5996,7 @@ class Reader:
 
     @staticmethod
     def _cut(job: Job, name: str, text: str, most: int) -> str:
-        """At most so many characters of a text, if it may be cut."""
+        """A text, cut to ``most`` characters if it may be."""
         if len(text) <= most:
             return text
         if not job.truncates or most < 0:
@@ -6019,7 +6004,7 @@ class Reader:
         return text[len(text) - most :] if job.cuts_left else text[:most]
 
     def _pair_ids(self, job: Job, name: str, pair: Pair) -> Reading[list[int]]:
-        """Of a query and a text, of which the text is cut before the query is."""
+        """The ids of a query and a text; the text is cut before the query is."""
         if job.asked != pair.query:
             job.asked, job.query_ids, job.query = pair.query, [], None
         most = self._most(job)
@@ -6205,7 +6190,7 @@ class Queue:
             )
 
     def set_room(self, *room: int) -> None:
-        """Other limits, as a Backlog is made with; what is admitted stays."""
+        """Change the limits (see Backlog); what is admitted stays."""
         with self._lock:
             self._backlog.set_room(*room)
 
@@ -6789,14 +6774,10 @@ class Worker:
             rows: Any = context.embed(ids, threads=threads, fresh=fresh, raw=raw)
             if per_token:
                 return [_outcome(rows)]
-            return [
-                _outcome(
-                    normalised(rows[n : n + 1])[0]
-                    if raw and item.form is Form.UNIT
-                    else rows[n]
-                )
-                for n, item in enumerate(items)
-            ]
+            for n, item in enumerate(items):
+                if raw and item.form is Form.UNIT:
+                    rows[n] = normalised(rows[n : n + 1])[0]
+            return [_outcome(row) for row in rows]
         except CallAborted:
             if call.is_overdue:
                 self._pool.log("error", "a call took far too long", tokens=call.tokens)
