@@ -601,7 +601,7 @@ def open_files_limit() -> float:
 
 
 def has_room_for_threads(count: int) -> bool:
-    """Whether so many more may run: they are started, and end at once.
+    """Whether ``count`` more may run: they are started, and end at once.
 
     Asked before native code starts some, which ends the process where it may not (libgomp
     does). Limits of a user, a container and the system count, and are not all readable.
@@ -3034,7 +3034,7 @@ class _Reader:
         return found
 
     def text(self, what: str) -> bytes:
-        """A length and so many bytes."""
+        """A length and as many bytes."""
         size = self.number("Q", what)
         if size > _MOST_TEXT_BYTES:
             raise self.bad(f"{what} says it has {size} bytes")
@@ -4340,7 +4340,7 @@ def _llama_cpp() -> Any:
 
 
 class _Heard(threading.local):
-    """What llama.cpp says on this thread, of whichever model is in its hands."""
+    """What llama.cpp says on this thread, whichever model it is about."""
 
     def __init__(self) -> None:
         self.errors: collections.deque[str] = collections.deque(maxlen=3)
@@ -4659,7 +4659,7 @@ class LlamaEngine:
 # to 1.5 times (BERT-base) as fast as f16 and q8_0 slower; on other CPUs that is not
 # known. So it is measured on the box, once, and believed only where vectors stay
 # the same. What was made and found is kept in the cache directory under the checksum of
-# the file it comes from; another CPU or llama.cpp asks anew.
+# the file it comes from; another CPU or llama.cpp measures again.
 
 LEAST_SPEEDUP: Final = 1.10
 LEAST_COSINE: Final = 0.9999
@@ -5010,7 +5010,7 @@ class Speed:
         return tokens / rate if rate else 1.0
 
     def overdue_s(self, tokens: int) -> float:
-        """After which a call of so many has taken far too long: 20 times the usual."""
+        """After which a call has taken far too long: 20 times the usual."""
         return 20 * tokens / (self.tokens_per_s or _SLOWEST_TOKENS_PER_S)
 
 
@@ -5213,7 +5213,7 @@ class Backlog:
         return True
 
     def excess(self, inputs: int, tokens: int, held_bytes: int, client: str) -> float:
-        """The part of all that must be done before so much more fits; 0: it does."""
+        """The part of the backlog to be done before this much more fits; 0: it fits."""
         # As if one more client came; and one large input is not modest either.
         parts = len(self.clients.keys() | {client}) + 1
         is_modest = all(
@@ -5234,7 +5234,7 @@ class Backlog:
         return min(1.0, found)
 
     def tokenised(self, bound: int, tokens: int) -> None:
-        """What had this upper bound needs so many tokens computed."""
+        """Replace an upper bound with the tokens that must be computed."""
         if not bound:
             return
         self.tokens -= bound - tokens
@@ -5274,7 +5274,7 @@ class Returns:
         self._promised_until = 0.0
 
     def wait_s(self, now: float, room_in_s: float, work_s: float) -> float:
-        """For work that takes so long and will have room then, behind the others."""
+        """When work that has room in ``room_in_s`` comes back, behind the others."""
         begin_at = max(now + room_in_s, self._promised_until)
         self._promised_until = min(begin_at + work_s, now + LONGEST_WAIT_S)
         wait_s = (begin_at - now) * random.uniform(1.0, 1.25)
@@ -5308,7 +5308,7 @@ class Admission:
         tokens: int = 1,
         held_bytes: int = 0,
     ) -> Overloaded:
-        """The refusal of so much, with the time after which there is room for it."""
+        """The refusal of a job this large, and when there is room for it."""
         backlog = self._backlog
         excess = backlog.excess(inputs, tokens, held_bytes, client)
         return self._come_back(
@@ -5323,7 +5323,7 @@ class Admission:
     def too_late(
         self, now: float, timeout_s: float, ahead: int, tokens: int
     ) -> Overloaded | None:
-        """The refusal of what comes behind so many inputs, if that takes too long."""
+        """The refusal of a job behind ``ahead`` inputs, if they take too long."""
         part = min(1.0, ahead / max(1, self._backlog.inputs))
         late_s = self.wait_s * part - timeout_s
         if late_s <= 0:
@@ -5402,7 +5402,7 @@ class Breaker:
 # ones those that are less so, a few at a time; then what was passed has its turn.
 # Equal inputs, of one job or of several, are one item with several owners. It waits with
 # all of them and is computed in the first turn that comes to it.
-# Who has something to tokenise waits likewise: a turn is a slice of a job's inputs.
+# Tokenising takes turns in the same way: a turn is a slice of a job's inputs.
 
 
 class Form(enum.Enum):
@@ -5949,7 +5949,7 @@ class Reader:
     def _some(
         self, text: str, most: int, *, from_end: bool
     ) -> Reading[tuple[list[int], bool]]:
-        """The ids of a text until they are more than so many; whether those are all."""
+        """The ids of a text until they are more than ``most``; whether those are all."""
         parts: list[list[int]] = []
         found = 0
         for part in self.engine.parts(text, most, from_end=from_end):
@@ -5968,7 +5968,7 @@ class Reader:
     def _fitted(
         self, job: Job, name: str, ids: list[int], front: int, end: int
     ) -> list[int]:
-        """``ids`` cut if they are too long and may be, but for so many at both ends."""
+        """``ids`` cut if they are too long and may be; ``front`` and ``end`` stay."""
         most = max(self._most(job), front + end + 1)
         if len(ids) <= most:
             return ids
@@ -6041,7 +6041,7 @@ class Reader:
     def _templated(
         self, job: Job, name: str, pair: Pair, most: int
     ) -> Reading[tuple[list[int], int, int]]:
-        """Likewise, in the model's own template."""
+        """The same, in the model's own template."""
         card = self.engine.card
         before, _, after = card.pair_template.partition("{document}")
         query = pair.query if job.query is None else job.query
@@ -6110,9 +6110,7 @@ class Queue:
         self._admission = Admission(backlog, options.workers)
         self._speed = self._admission.speed
         self._stretch = Stretch(options.threads, options.workers - 1)
-        self._running_tokens = 0
         self._calls_begun = 0
-        self._lane_is_free = True
         self._stopping = False
 
     # --- event loop ---
@@ -6324,13 +6322,13 @@ class Queue:
 
     def next_call(self, number: int) -> Call | None:
         """Wait for work; None means stop."""
-        line, options = self._line, self.options
+        line, options, calls = self._line, self.options, self._calls
         with self._lock:
             while not self._stopping:
                 budget = fair_budget(
                     line.tokens,
-                    self._running_tokens,
-                    idle=options.workers - len(self._calls),
+                    sum(call.tokens for call in calls.values()),
+                    idle=options.workers - len(calls),
                     workers=options.workers,
                     most=options.pack_tokens,
                 )
@@ -6338,7 +6336,7 @@ class Queue:
                 items = line.take(
                     budget,
                     self.card.pack_inputs,
-                    lane_is_free=self._lane_is_free,
+                    lane_is_free=not any(call.is_lane for call in calls.values()),
                     now=now,
                 )
                 if items:
@@ -6365,9 +6363,7 @@ class Queue:
         over: list[Job] = []
         with self._lock:
             del self._calls[call.worker]
-            self._running_tokens -= call.tokens
             if call.is_lane:
-                self._lane_is_free = True
                 self._wake(1)  # another long input may wait for it
             if call.computing is call.items and not call.is_aborted:
                 if call.threads == self.options.threads:
@@ -6391,9 +6387,7 @@ class Queue:
         threads = self.options.threads
         if self.options.is_elastic and number == 0:
             threads = self._stretch.threads(tokens, now, is_alone=is_alone)
-        self._running_tokens += tokens
         self._calls_begun += 1
-        self._lane_is_free = self._lane_is_free and not is_lane
         call = self._calls[number] = Call(
             items,
             tokens,
@@ -6413,7 +6407,7 @@ class Queue:
         return call
 
     def _wake(self, workers: int) -> None:
-        """Wake so many, the lowest numbers first. Lock held.
+        """Wake this many, the lowest numbers first. Lock held.
 
         Not in turns: work that comes one by one stays with one worker, whose caches
         are warm and who alone may stretch. libgomp keeps a team of threads for every
