@@ -14665,7 +14665,8 @@ def become_parent(
 ) -> typing.NoReturn:
     """Replace this process by the parent. ``command`` starts this program anew.
 
-    ``uds`` is the file of a unix socket that we made, to be removed in the end.
+    ``uds`` is the file of a unix socket that we made, to be removed in the end. Raises
+    StartupError.
     """
     for listener in listeners:
         listener.set_inheritable(True)
@@ -14674,7 +14675,13 @@ def become_parent(
     own = [sys.executable, "-I", "-S", "-c", _LAUNCHER, os.path.abspath(__file__)]
     told = parent_settings(settings).split()
     uds = os.path.abspath(uds) if uds else ""
-    os.execv(sys.executable, [*own, numbers, *told, uds, *command])
+    try:
+        os.execv(sys.executable, [*own, numbers, *told, uds, *command])
+    except OSError as error:
+        raise StartupError(
+            f"{sys.executable} cannot be started, as the parent: {error.strerror}; "
+            "--no-supervise does without"
+        ) from None
 
 
 def parent_settings(settings: Settings) -> str:
@@ -15684,10 +15691,11 @@ def _serve(
     log = _log(settings)
     try:
         door = _open_door(settings)
+        is_first = door.parent is None and hasattr(os, "fork")
+        if settings.supervise and command and is_first:
+            become_parent(door.listeners, command, settings, door.uds)
     except StartupError as error:
         return _say(f"embellama_server: {error}", code=1)
-    if settings.supervise and command and door.parent is None and hasattr(os, "fork"):
-        become_parent(door.listeners, command, settings, door.uds)
 
     for sentence in substitutions():
         log("warning", "library replaced", reason=sentence)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import re
@@ -711,3 +712,14 @@ def test_nobody_else_is_told_of_systemd(tmp_path: Path) -> None:
         names = {line.partition(b"=")[0].decode() for line in seen}
         assert not names & set(environment)
         assert server.stop() == 0
+
+
+def test_a_parent_that_cannot_be_started_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "execv", refused)
+    with pytest.raises(es.StartupError, match="Permission denied; --no-supervise does"):
+        es.become_parent((), ("x",), kit.settings(), "")
