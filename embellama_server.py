@@ -6917,7 +6917,7 @@ class Head:
 
 @dataclass(slots=True)
 class Request:
-    """A complete request. Who has read its body lets go of that."""
+    """A complete request. Whoever reads its body takes it away: it may be large."""
 
     head: Head
     body: bytes | bytearray
@@ -8108,7 +8108,7 @@ class Capacity:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def why_full(self, address: str) -> TooManyConnections | None:
-        """What somebody is told for whom there is no place; None: there is one."""
+        """The refusal of one more connection from there; None: it has a place."""
         limits = self.limits
         neighbours = 0 if address == UNIX_PEER else self.per_address[address]
         if self.places >= limits.connections:
@@ -8150,10 +8150,10 @@ class Capacity:
             await self._changed.wait()
 
     def check_room(self, held: int, size: int) -> None:
-        """Raise Overloaded if so many bytes more are too many, beside what others hold.
+        """Raise Overloaded if ``size`` bytes more are too many, beside what others hold.
 
-        ``held``: by whoever wants more. Alone any request passes that is within its own
-        limit.
+        ``held``: by the one that wants more. Alone any request passes that is within its
+        own limit.
         """
         limit, others = self.limits.buffered_bytes, self.held_bytes - held
         if others and self.held_bytes + size > limit:
@@ -8176,7 +8176,7 @@ class Reservation:
     size: int = 0
 
     def resize(self, size: int) -> None:
-        """Hold so many bytes. Raises Overloaded, or BodyTooLarge if that can never be."""
+        """Hold ``size`` bytes. Raises Overloaded, or BodyTooLarge if it never could."""
         capacity = self.capacity
         if size > self.size:
             # Alone there is room for the largest body and its texts.
@@ -8191,7 +8191,7 @@ class Reservation:
         self.take(size - self.size)
 
     def take(self, size: int) -> None:
-        """Hold so many more, whatever others hold."""
+        """Hold ``size`` bytes more, whatever others hold."""
         self.capacity.held_bytes += size
         self.capacity.reserved_bytes += size
         self.size += size
@@ -8368,7 +8368,7 @@ class App(Protocol):
         ...
 
     def count_refusal(self, error: ApiError, peer: str) -> None:
-        """Of somebody who is told nothing."""
+        """Count a client that was dropped without an answer."""
         ...
 
     def is_probe(self, head: Head) -> bool:
@@ -9376,9 +9376,9 @@ def _bare_host(host: str) -> str:
 # ==============================================================================
 # 33. NAMES - which model a request means
 # ==============================================================================
-# A name has one or more versions; who names none gets the default one, or the one that
-# its share says. What clients add to names or leave out never decides (see _spellings),
-# unless two models differ in nothing else.
+# A name has one or more versions; a request without a version gets the default one, or
+# the one that the shares say. What clients add to names or leave out never decides (see
+# _spellings), unless two models differ in nothing else.
 
 
 @dataclass(frozen=True, slots=True)
@@ -9473,7 +9473,7 @@ class Model:
 
 
 class Names:
-    """Every model and what it is called; the first answers who names none."""
+    """Every model and its names; the first one answers where none is named."""
 
     def __init__(
         self,
@@ -9505,9 +9505,9 @@ class Names:
     ) -> Model:
         """The model for a request: by name, alias or name@version.
 
-        Who names none gets the first that is a ranker, or is not; with ``any_model``
-        also who names one that is not there. ``client`` keeps the version it gets where
-        shares decide. Raises ModelNotFound.
+        Without a name it is the first that is a ranker, or is none; with ``any_model``
+        also for an unknown name. ``client`` keeps the version it gets where shares
+        decide. Raises ModelNotFound.
         """
         found = self._meant(asked) if asked else []
         if len(found) == 1:
@@ -9604,10 +9604,10 @@ class Names:
 
 
 def _spellings(name: str) -> tuple[str, str, str]:
-    """Of what a name may be found by, if it is not there as it is, the closest first.
+    """What else a name may be found by, the closest first.
 
-    Ollama's clients add :latest, llama.cpp's have the file's name, and the hub's the
-    organisation before a slash.
+    Ollama's clients add :latest, llama.cpp's name the file, and those of Hugging Face's
+    hub put the organisation before a slash.
     """
     bare = name.removesuffix(":latest").removesuffix(".gguf")
     folded = name.lower().removesuffix(":latest").removesuffix(".gguf")
@@ -9717,7 +9717,7 @@ class Models(Names):
         raise queue.overloaded(client)
 
     async def learn(self) -> None:
-        """Return when all facts are known. To read a large file takes its time: once."""
+        """Return when all facts are known. Large files are read for them, but once."""
         if self._learning is None or self._learning.done():
             self._learning = asyncio.create_task(self._learn(with_sha256=True))
         await asyncio.shield(self._learning)  # others may wait too
@@ -10529,7 +10529,7 @@ class Wish:
     priority: str | None = None
     allow_partial: bool = False
     own_max_tokens: int = 0  # what the dialect's own server takes; 0: any
-    bad: dict[int, ApiError] = field(default_factory=dict)  # what of them is none
+    bad: dict[int, ApiError] = field(default_factory=dict)  # by index: what is no input
 
     @property
     def is_ranking(self) -> bool:
@@ -10916,14 +10916,14 @@ async def done(wish: Wish, exchange: Exchange) -> Done:
 
 @dataclass(slots=True)
 class Used:
-    """What of a charge was really used."""
+    """How much of a charge was used."""
 
     tokens: int = 0
 
 
 @contextlib.contextmanager
 def charged(exchange: Exchange, bound: int) -> Iterator[Used]:
-    """Take ``bound`` tokens from what a client may use, and give back what it does not.
+    """Take ``bound`` tokens from a client's allowance, and give back what is not used.
 
     Raises RateLimited.
     """
@@ -11020,7 +11020,7 @@ async def _computed(
 
 
 def too_late(exchange: Exchange) -> RequestTimeout:
-    """What is told to who waited until the deadline."""
+    """The error of a request that was not done by its deadline."""
     most_s = exchange.house.settings.request_timeout_s
     limit_s = patience_s(exchange.request.head, most_s)
     return RequestTimeout(
@@ -11030,7 +11030,7 @@ def too_late(exchange: Exchange) -> RequestTimeout:
 
 
 def _urgency(exchange: Exchange, priority: str | None = None) -> int:
-    """Of a request whose body says so much of it; its caller may have less than asked."""
+    """How urgent a request is: its header before its body, at most as its key allows."""
     by_header = exchange.request.head.get("x-priority")
     name = "x-priority" if by_header else "priority"
     asked = PRIORITY.read(by_header or priority or "normal", name)
@@ -11262,8 +11262,7 @@ async def embeddings(exchange: Exchange, form: EmbeddingsForm) -> Response:
     body = await written(exchange, numbers_bytes(result), encode)
     if as_bytes:
         fields = (*result.fields, *_bytes_fields(form, result))
-        octets = "application/octet-stream"
-        return Response(200, body, content_type=octets, fields=fields)
+        return Response(200, body, "application/octet-stream", fields)
     pays = form.encoding_format == "float"
     return Response(200, body, fields=result.fields, is_compressible=pays)
 
@@ -12657,7 +12656,7 @@ class Route:
 
     @property
     def is_probe(self) -> bool:
-        """Whether machines ask it all the time, and nobody wants to read of it."""
+        """Whether machines ask it all the time: the log shows that at debug only."""
         return self.access in ("health", "ready", "metrics")
 
     @property
@@ -12673,9 +12672,9 @@ def openapi_document(routes: Sequence[Route], server: str) -> dict[str, object]:
     for route in routes:
         operation = _operation(route)
         if route.form is not None:
-            forms[route.form.__name__] = schema_of(route.form)
-            reference = {"$ref": f"#/components/schemas/{route.form.__name__}"}
-            content = {"application/json": {"schema": reference}}
+            name = route.form.__name__
+            forms[name] = schema_of(route.form)
+            content = _json_of(_component(name))
             operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     dialects = {route.dialect.name: route.dialect for route in routes}
@@ -12722,25 +12721,30 @@ def _operation(route: Route) -> dict[str, object]:
 
 
 def _responses(route: Route) -> dict[str, object]:
-    content: dict[str, object] = {}
-    for kind in route.offers:
-        is_json = kind == "application/json"
-        schema = route.reply if is_json else {"type": "string"}
-        content[kind] = {"schema": schema}
-    done_well: dict[str, object] = {"description": "Done.", "content": content}
-    responses: dict[str, object] = {"200": done_well}
+    content = {kind: {"schema": STRING} for kind in route.offers}
+    if "application/json" in content:
+        content |= _json_of(route.reply)
+    responses: dict[str, object] = {"200": {"description": "Done.", "content": content}}
     for status in _statuses(route.dialect):
         name = f"{route.dialect.name}{status}"
         responses[str(status)] = {"$ref": f"#/components/responses/{name}"}
     for other in route.also:  # then any error may be in either
         names = (route.dialect.name, other.name)
-        schemas = [{"$ref": f"#/components/schemas/{name}Error"} for name in names]
-        failed = {"application/json": {"schema": {"anyOf": schemas}}}
+        schemas = [_component(f"{name}Error") for name in names]
+        failed = _json_of({"anyOf": schemas})
         for status in {**_statuses(route.dialect), **_statuses(other)}:
             responses[str(status)] = {"description": "An error.", "content": failed}
     if route.caching == CACHED:
         responses[str(NOT_MODIFIED)] = {"description": "As the If-None-Match says."}
     return responses
+
+
+def _component(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _json_of(schema: Schema) -> dict[str, dict[str, Schema]]:
+    return {"application/json": {"schema": schema}}
 
 
 def _statuses(dialect: Dialect) -> dict[int, str]:
@@ -12754,8 +12758,7 @@ def _statuses(dialect: Dialect) -> dict[int, str]:
 
 def _error_responses(dialect: Dialect) -> dict[str, object]:
     """What the routes of a dialect refer to, by its name and the status."""
-    reference = {"$ref": f"#/components/schemas/{dialect.name}Error"}
-    content = {"application/json": {"schema": reference}}
+    content = _json_of(_component(f"{dialect.name}Error"))
     return {
         f"{dialect.name}{status}": {"description": said, "content": content}
         for status, said in _statuses(dialect).items()
@@ -13083,12 +13086,8 @@ async def index(exchange: Exchange) -> Response:
         lines += [f"{route.method:6} {route.path}" for route in ROUTES]
         text = "\n".join(lines).encode() + b"\n"
         return Response(200, text, content_type=PLAIN_TEXT)
-    listed_routes = [f"{route.method} {route.path}" for route in ROUTES]
-    shown = {
-        "name": "embellama_server",
-        "version": __version__,
-        "routes": listed_routes,
-    }
+    routes = [f"{route.method} {route.path}" for route in ROUTES]
+    shown = {"name": "embellama_server", "version": __version__, "routes": routes}
     return Response(200, json_codec().dumps(shown))
 
 
@@ -13100,11 +13099,8 @@ async def openapi(exchange: Exchange) -> Response:
 
 async def docs(exchange: Exchange) -> Response:
     """This API as a page, from which one can try it."""
-    body = DOCS_PAGE.encode("utf-8")
-    kind = "text/html; charset=utf-8"
-    return Response(
-        200, body, content_type=kind, fields=DOCS_POLICY, is_compressible=True
-    )
+    body, kind = DOCS_PAGE.encode("utf-8"), "text/html; charset=utf-8"
+    return Response(200, body, kind, DOCS_POLICY, is_compressible=True)
 
 
 _JSON: Final = "application/json"
@@ -13192,7 +13188,7 @@ def local_path(path: str, root_path: str) -> str:
     Clients put them there when they join a base URL and a path. Nothing else is changed:
     what a proxy forbids by name must not have a second spelling in dots, % or capitals.
     """
-    if path in _BY_PATH or not path:  # of a target that is none
+    if path in _BY_PATH or not path:  # empty: the target was no path
         return path
     path = re.sub("/+", "/", f"/{path}").rstrip("/") or "/"
     prefix = root_path.rstrip("/")
@@ -13235,7 +13231,7 @@ _ALIKE: Final = 0.8  # difflib's ratio; at 0.7 /v1/completions is told of /v1/re
 
 
 def _instead_of(path: str) -> str:
-    """What whoever asked for an unknown path may have meant."""
+    """What a client that asked for an unknown path may have meant."""
     asked = path[:256].lower()
     within = sorted(one for one in _PATHS if one.startswith(f"{asked}/"))
     if within:
@@ -13961,7 +13957,7 @@ def prompts_of(
     """The prompts that come with a model, by name, and which one goes before all texts."""
     prompts, default = prompts_beside(path, log)
     prompts |= dict(card.prompts)
-    if not card.is_ranker:  # which has the default of all in vain
+    if not card.is_ranker:  # a reranker reads pairs, which take no prompt
         default = check_prompts(settings, prompts, default, log)
     return prompts, default
 
