@@ -10351,12 +10351,10 @@ def _read_ids(value: object, name: str) -> list[list[int]]:
     """A list of numbers is one list of ids."""
     if isinstance(value, list) and value and type(value[0]) is int:
         value = [value]
-    if not isinstance(value, list) or any(isinstance(ids, str) for ids in value):
-        raise InvalidValue(f"{name} must be a list of token ids", param=name)
+    if not isinstance(value, list) or not all(isinstance(ids, list) for ids in value):
+        raise InvalidValue(f"{name} must be a list of token ids, or lists", param=name)
     if not value:
         raise EmptyInput(f"{name} is an empty list: give at least one", param=name)
-    if not all(isinstance(ids, list) for ids in value):
-        raise InvalidValue(f"{name} must be lists of token ids", param=name)
     found = [_read_input(ids, f"{name}[{n}]") for n, ids in enumerate(value)]
     return [ids for ids in found if isinstance(ids, list)]
 
@@ -14256,7 +14254,8 @@ class Loader:
         with contextlib.ExitStack() as made:
             engine = cache.engine(file.path, settings.weights, file.sha256)
             made.callback(engine.close)
-            prompts, default = prompts_of(settings, file.path, engine.card, self._log)
+            card = engine.card
+            prompts, default = prompts_of(settings, file.path, card, self._log)
             options = pool_options(settings)
             if options.cpus and not may_pin():
                 why = "the system forbids it; workers run on any CPU"
@@ -14268,7 +14267,7 @@ class Loader:
                 engine,
                 self._with_room_for_threads(options),
                 Backlog(*queue_room(settings)),
-                VectorCache(settings.cache_mb << 20, f"{file.sha256} {engine.card}"),
+                VectorCache(settings.cache_mb << 20, f"{file.sha256} {card}"),
                 log=self._log,
                 deliver=self._deliver,
                 on_pack=self._on_pack,
@@ -14283,13 +14282,13 @@ class Loader:
             "loaded",
             model=name_of(settings) or DEFAULT_MODEL.name,
             version=settings.model_version,
-            architecture=engine.card.architecture,
-            n_embd=engine.card.n_embd,
-            max_input_tokens=engine.card.max_input_tokens,
-            pooling=engine.card.pooling,
-            weights=engine.card.weights,
+            architecture=card.architecture,
+            n_embd=card.n_embd,
+            max_input_tokens=card.max_input_tokens,
+            pooling=card.pooling,
+            weights=card.weights,
             sha256=file.sha256[:16],
-            tokeniser=engine.card.tokeniser,
+            tokeniser=card.tokeniser,
             workers=settings.workers,
             threads=settings.threads,
             prompts=",".join(prompts) or None,
@@ -14299,15 +14298,14 @@ class Loader:
         facts = dataclasses.replace(
             facts_of(settings, file.path),
             stamp=stamp,
-            architecture=engine.card.architecture,
-            is_ranker=engine.card.is_ranker,
-            n_embd=engine.card.n_embd,
-            n_params=engine.card.n_params,
-            trained_tokens=engine.card.trained_tokens,
+            architecture=card.architecture,
+            is_ranker=card.is_ranker,
+            n_embd=card.n_embd,
+            n_params=card.n_params,
+            trained_tokens=card.trained_tokens,
             sha256=file.sha256,
         )
-        now = int(time.time())
-        return Served(settings, facts, now, pool, prompts, default)
+        return Served(settings, facts, int(time.time()), pool, prompts, default)
 
     def look(self, settings: Settings, *, with_sha256: bool) -> ModelFacts:
         """What a model's files say; the checksum takes time, as it reads all of them."""
@@ -14869,9 +14867,7 @@ class Service:
         self._exit_code = 0
         self._reloads = Reloads(self._reload_alone, lambda: self._phase, log)
         self.is_clean = False  # whether all threads had ended when run() returned
-        self._audit = None
-        if settings.audit_log:
-            self._audit = LineFile(settings.audit_log, log)
+        self._audit = LineFile(settings.audit_log, log) if settings.audit_log else None
         self._dead_letters = None
         if settings.dead_letter:
             self._dead_letters = LineFile(settings.dead_letter, log, DEAD_LETTER_BYTES)
