@@ -10823,7 +10823,7 @@ async def form_of(exchange: Exchange, form: type[T], coding: str) -> T:
         most = 16 * max_inputs(settings, is_ranking=True)  # which may have the most
         max_values = (settings.max_request_tokens or _MAX_ANY_TOKENS) + most
         size = await off_loop(lambda: parsed_bytes_of_large(body, max_values, most))
-        room.resize(len(body) + size)
+        room.resize(2 * len(body) + size)  # orjson reads a copy
         found = await off_loop(lambda: filled(form, json_object(body)))
         room.resize(size)
     return found
