@@ -3792,7 +3792,7 @@ class BriefOrFull:
         self._full.close()
 
 
-_ALLOCATION_FAILED: Final = -2  # what llama_encode() and llama_decode() return of it
+_ALLOCATION_FAILED: Final = -2  # what llama_encode() and llama_decode() return then
 _ABORT_AT_ONCE: Final = ctypes.create_string_buffer(b"\1")
 
 
@@ -4177,12 +4177,10 @@ class Vocabulary:
         """
         llama, vocab = self._llama, self._vocab
         sep, eos = llama.llama_vocab_sep(vocab), llama.llama_vocab_eos(vocab)
+        begin = [llama.llama_vocab_bos(vocab)] * llama.llama_vocab_get_add_bos(vocab)
         end = [sep if eos == llama.LLAMA_TOKEN_NULL else eos]
-        end *= bool(llama.llama_vocab_get_add_eos(vocab))
-        begin = [llama.llama_vocab_bos(vocab)] * bool(
-            llama.llama_vocab_get_add_bos(vocab)
-        )
-        middle = [*end, *[sep] * bool(llama.llama_vocab_get_add_sep(vocab))]
+        end *= llama.llama_vocab_get_add_eos(vocab)
+        middle = [*end, *[sep] * llama.llama_vocab_get_add_sep(vocab)]
         if llama.LLAMA_TOKEN_NULL in (*begin, *middle, *end):
             raise StartupError("this model names no special tokens for pairs")
         return tuple(begin), tuple(middle), tuple(end)
@@ -4206,12 +4204,11 @@ class Vocabulary:
             has_capital = any(t[:1] == "\u2581" and t != t.lower() for t in tokens)
             lowercase = "false" if has_capital else "true"
         strip_accents = self.metadata(prefix + "normalizer.strip_accents") or lowercase
+        unknown = int(self.metadata(prefix + "unknown_token_id") or 100)
         return WordPiece(
             tokens,
             specials,
-            specials.get(
-                "[UNK]", int(self.metadata(prefix + "unknown_token_id") or 100)
-            ),
+            specials.get("[UNK]", unknown),
             lowercase=lowercase == "true",
             strip_accents=strip_accents == "true",
         )
@@ -5000,9 +4997,8 @@ class Speed:
     def record(self, tokens: int, seconds: float, weight: float = 0.1) -> None:
         """Add one pack; the first is believed, later ones by ``weight``."""
         now = tokens / max(seconds, 1e-6)
-        self.tokens_per_s += (now - self.tokens_per_s) * (
-            weight if self.tokens_per_s else 1.0
-        )
+        part = weight if self.tokens_per_s else 1.0
+        self.tokens_per_s += (now - self.tokens_per_s) * part
 
     def drain_s(self, tokens: float, workers: int) -> float:
         """How long ``workers`` need for ``tokens``; a second before any was measured."""
@@ -5199,10 +5195,8 @@ class Backlog:
 
         An idle server takes any valid request: the limits are for what piles up.
         """
-        is_idle = not self.inputs
-        if not (is_idle or is_forced) and self.excess(
-            inputs, tokens, held_bytes, client
-        ):
+        is_forced = is_forced or not self.inputs
+        if not is_forced and self.excess(inputs, tokens, held_bytes, client):
             return False
         self.inputs += inputs
         self.tokens += tokens
@@ -6521,7 +6515,6 @@ class PackReport:
 
     inputs: int
     tokens: int
-    threads: int
     is_stretched: bool  # with the threads of idle workers too
     seconds: float
     recovered: int
@@ -6739,7 +6732,6 @@ class Worker:
         report = PackReport(
             inputs=sum(map(is_vector, outcomes)),
             tokens=call.tokens,
-            threads=call.threads,
             is_stretched=call.threads > pool.options.threads,
             seconds=queue.clock() - call.began_at,
             recovered=max(0, retried - refused),
