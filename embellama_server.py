@@ -87,7 +87,7 @@ hall speaks to both. `grep -n '^# [0-9]*\\. ' embellama_server.py` prints this l
 23. MESSAGES - what is asked and answered
 24. REQUESTS - bytes to requests
 25. RESPONSES - responses to bytes
-26. CODINGS - what a body is packed in, and what a client accepts
+26. CODINGS - what a body is packed in, what its JSON becomes, what a client takes
 27. KEYS - who is asking
 28. RATES - how much each may ask for
 29. SOCKETS - how many, how much is held for them, how each ends
@@ -6371,6 +6371,7 @@ class Queue:
                 self.breaker.record(worked=worked)
             for item, outcome in zip(call.items, outcomes, strict=True):
                 over += self._settle_item(item, outcome)
+                item.call = None  # or they, and texts, would hold each other for long
         return over
 
     def _begin(self, items: list[Item], number: int, now: float) -> Call:
@@ -7428,7 +7429,7 @@ def render_head(response: Response, *, kept_s: int | None, date: str) -> bytes:
 
 
 # ==============================================================================
-# 26. CODINGS - what a body is packed in, and what a client accepts
+# 26. CODINGS - what a body is packed in, what its JSON becomes, what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are packed for those who ask, requests
 # unpacked up to a limit and never beyond: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -7641,6 +7642,162 @@ def _not_whole(coding: str) -> MalformedRequest:
         f"the body is not {coding} as its Content-Encoding says, not whole, or has "
         "something behind it"
     )
+
+
+# --- what JSON becomes ---
+
+# What JSON becomes: a value takes 8 bytes where it stands and up to 64 itself, an entry
+# of an object three times that, and so do an object or a list.
+_VALUE_BYTES: Final = 72
+_CHARACTER_BYTES: Final = 12  # of two escapes
+_FIRST_HALF: Final = re.compile(rb"\\u[dD][89abAB]..\Z", re.DOTALL)
+_SCANNED_BYTES: Final = 1 << 14  # at a time, or others would not have their turn
+_WIDEST: Final = re.compile(rb"[\xf0-\xf4]|\\u[dD][89abAB]")  # beyond U+FFFF
+
+
+def parsed_bytes(raw: bytes | bytearray) -> int:
+    """Memory that a brief body takes at most when it is parsed; in a microsecond.
+
+    Signs within its texts count too, as if they were structure.
+    """
+    widest = 1 if raw.isascii() and b"\\u" not in raw else 4
+    return _VALUE_BYTES * (_values(raw) + 3 * _containers(raw)) + widest * len(raw)
+
+
+def parsed_bytes_of_large(
+    raw: bytes | bytearray, max_values: int, max_containers: int
+) -> int:
+    """Memory that a body takes at most when it is parsed, at some 300 MB/s.
+
+    Raises TooManyTokens and InvalidJson for one that is hardly anything but structure: it
+    becomes 40 times as much, and parsing 32 MB of it would hold the interpreter lock for
+    seconds.
+    """
+    values = containers = chars = between = at = 0
+    widest, is_text = 1, False
+    while at < len(raw):
+        piece = raw[at : at + _SCANNED_BYTES]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # not between \ and "
+            piece = raw[at : at + _SCANNED_BYTES + 1]
+        at += len(piece)
+        if widest < 4 and not (piece.isascii() and b"\\u" not in piece):
+            widest = 4 if _WIDEST.search(piece) else 2
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        structure = b"".join(parts[is_text::2])
+        values += _values(structure)
+        containers += _containers(structure)
+        chars += sum(map(len, parts[not is_text :: 2]))
+        between += len(structure)
+        is_text ^= len(parts) % 2 == 0
+        if containers > max_containers:
+            raise InvalidJson(
+                f"the body is not JSON of a request: it holds {max_containers} lists "
+                "and objects or more (--max-client-batch-size)"
+            )
+        if values > max_values:
+            raise TooManyTokens(
+                f"the body holds {max_values} values or more (--max-request-tokens, "
+                "--max-client-batch-size): send several requests"
+            )
+    return _VALUE_BYTES * (values + 3 * containers) + widest * chars + between
+
+
+def _values(structure: bytes | bytearray) -> int:
+    return structure.count(b",") + 2 * structure.count(b":")
+
+
+def _containers(structure: bytes | bytearray) -> int:
+    return structure.count(b"[") + structure.count(b"{")
+
+
+def _parsed(raw: bytes | bytearray) -> object:
+    try:
+        return json_codec().loads(raw)
+    except ValueError as error:
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as invalid:
+            raise InvalidJson(
+                f"the body is not UTF-8: byte {invalid.start} is {raw[invalid.start]:#x}"
+            ) from None
+        raise InvalidJson(f"the body is not JSON: {error}") from None
+
+
+def json_object(raw: bytes | bytearray) -> dict[str, object]:
+    """The object that a body holds. Raises InvalidJson."""
+    body = _parsed(raw)
+    if not isinstance(body, dict):
+        raise InvalidJson("the body must be a JSON object, {...}")
+    return body
+
+
+def large_json_object(raw: bytearray) -> dict[str, object]:
+    """json_object() of a large body, which is used up on the way.
+
+    orjson works on a copy, and holds the interpreter lock for some 50 ms per 32 MB. So
+    texts are read piece by piece, and then what was around them.
+    """
+    structure, texts, parts = bytearray(), list[str](), list[str]()
+    is_text = False
+    while raw:
+        piece, at = raw[:_SCANNED_BYTES], 0
+        unescaped = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        *ended, _ = unescaped.split(b'"')
+        for part in ended:
+            begin, end, at = at, at + len(part), at + len(part) + 1
+            if is_text:
+                parts.append(_text(piece[begin:end]))
+                structure += b'%d"' % len(texts)
+                texts.append("".join(parts))
+                parts.clear()
+            else:
+                structure += piece[begin:at]
+            is_text = not is_text
+        if is_text:
+            text, size = _longest_text(piece[at:])
+            parts.append(text)
+            at += size
+        else:
+            structure += piece[at:]
+            at = len(piece)
+        if not at:
+            break  # it ends within a character
+        del raw[:at]
+    if is_text:
+        raise InvalidJson("the body is not JSON: it ends within a string")
+    try:
+        found = _with_texts(json_object(structure), texts)
+        return typing.cast(dict[str, object], found)
+    except RecursionError:
+        raise InvalidJson(
+            "the body is not JSON of a request: nested too deeply"
+        ) from None
+
+
+def _with_texts(value: object, texts: Sequence[str]) -> object:
+    """What was parsed, with texts where their indexes stand."""
+    if isinstance(value, str):
+        return texts[int(value)]
+    if isinstance(value, list):
+        return [_with_texts(item, texts) for item in value]
+    if isinstance(value, dict):
+        return {texts[int(k)]: _with_texts(v, texts) for k, v in value.items()}
+    return value
+
+
+def _text(raw: bytes | bytearray) -> str:
+    """What stands between quotes. Raises InvalidJson."""
+    return typing.cast(str, _parsed(b'"' + raw + b'"'))
+
+
+def _longest_text(raw: bytes | bytearray) -> tuple[str, int]:
+    """The text that begins here, up to the last whole character; and its bytes."""
+    for end in range(len(raw), max(len(raw) - _CHARACTER_BYTES, -1), -1):
+        is_half = _FIRST_HALF.search(raw, max(0, end - 6), end)
+        with contextlib.suppress(InvalidJson):
+            if not is_half:
+                return _text(raw[:end]), end
+    return _text(raw), 0  # raises why, if it is none
 
 
 # --- what a client has already ---
@@ -8098,6 +8255,8 @@ class Capacity:
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # a large body
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a large reply
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _freed_bytes: int = 0  # since memory was last trimmed
+    _trimming: asyncio.Future[None] | None = None
 
     def why_full(self, address: str) -> TooManyConnections | None:
         """The refusal of one more connection from there; None: it has a place."""
@@ -8129,6 +8288,24 @@ class Capacity:
     def changed(self) -> None:
         """A connection has ended, or has answered."""
         self._changed.set()
+
+    def hold(self, size: int) -> None:
+        """Hold so many bytes more, or fewer.
+
+        What is freed lies in gaps between what is not, and new blocks need not fit these:
+        without trimming there were twice as many bytes as there was room for.
+        """
+        self.held_bytes += size
+        if size < -READ_AHEAD_BYTES:
+            self._freed_bytes -= size
+            self._trim()
+
+    def _trim(self, *_: object) -> None:
+        is_due = self._freed_bytes > self.limits.buffered_bytes // 16
+        if is_due and (self._trimming is None or self._trimming.done()):
+            self._freed_bytes = 0
+            self._trimming = self.loop.run_in_executor(None, trim_memory)
+            self._trimming.add_done_callback(self._trim)  # of what came meanwhile
 
     async def room_for(self, size: int) -> None:
         """Wait until there is room for a reply, or nothing is on its way any more.
@@ -8171,9 +8348,7 @@ class Reservation:
         """Hold ``size`` bytes. Raises Overloaded, or BodyTooLarge if it never could."""
         capacity = self.capacity
         if size > self.size:
-            # Alone there is room for the largest body and its texts.
-            alone = 2 * capacity.http.body_bytes + _BESIDE_TEXTS_BYTES
-            if size > (most := max(capacity.limits.buffered_bytes, alone)):
+            if size > (most := capacity.limits.buffered_bytes + _BESIDE_TEXTS_BYTES):
                 raise BodyTooLarge(
                     f"the request takes {size >> 20} MiB of memory or more and "
                     f"{most >> 20} MiB are allowed (--max-buffered-mb): send fewer "
@@ -8186,6 +8361,7 @@ class Reservation:
         """Hold ``size`` bytes more, whatever others hold."""
         self.capacity.held_bytes += size
         self.capacity.reserved_bytes += size
+        self.capacity.hold(size)
         self.size += size
 
     def release(self, *_: object) -> None:
@@ -8238,7 +8414,7 @@ class ClientSocket(asyncio.Protocol):
         self._hold(0)
 
     def _hold(self, held: int) -> None:
-        self._capacity.held_bytes += held - self.held
+        self._capacity.hold(held - self.held)
         if held < self.held:
             self._capacity.changed()
         self.held = held
@@ -8620,7 +8796,8 @@ class Connection(ClientSocket):
             if self.full is not None and not self._shared.app.is_probe(head):
                 raise self.full
             self._ticket = self._shared.app.admit(head, self._peer)
-            self._shared.check_room(self.held, head.body_bytes or 0)
+            if head.has_body:  # nobody else needs room: a probe is answered
+                self._shared.check_room(self.held, head.body_bytes or 0)
         except ApiError as error:
             size = _SKIPPED_BYTES + 1 if head.body_bytes is None else head.body_bytes
             is_kept = head.keep_alive and not self._is_ending
@@ -10061,84 +10238,6 @@ def needed(kind: Kind, help: str, *, example: object = None) -> Any:
     return field(default=None, metadata={"wanted": Wanted(kind, help, True, example)})
 
 
-# What JSON becomes: a value takes 8 bytes where it stands and up to 64 itself, an entry
-# of an object three times that, and so do an object or a list.
-_VALUE_BYTES: Final = 72
-_SCANNED_BYTES: Final = 1 << 14  # at a time, or others would not have their turn
-_WIDEST: Final = re.compile(rb"[\xf0-\xf4]|\\u[dD][89abAB]")  # beyond U+FFFF
-
-
-def parsed_bytes(raw: bytes | bytearray) -> int:
-    """Memory that a brief body takes at most when it is parsed; in a microsecond.
-
-    Signs within its texts count too, as if they were structure.
-    """
-    widest = 1 if raw.isascii() and b"\\u" not in raw else 4
-    return _VALUE_BYTES * (_values(raw) + 3 * _containers(raw)) + widest * len(raw)
-
-
-def parsed_bytes_of_large(
-    raw: bytes | bytearray, max_values: int, max_containers: int
-) -> int:
-    """Memory that a body takes at most when it is parsed, at some 300 MB/s.
-
-    Raises TooManyTokens and InvalidJson for one that is hardly anything but structure: it
-    becomes 40 times as much, and parsing 32 MB of it would hold the interpreter lock for
-    seconds.
-    """
-    values = containers = chars = at = 0
-    widest, is_text = 1, False
-    while at < len(raw):
-        piece = raw[at : at + _SCANNED_BYTES]
-        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # not between \ and "
-            piece = raw[at : at + _SCANNED_BYTES + 1]
-        at += len(piece)
-        if widest < 4 and not (piece.isascii() and b"\\u" not in piece):
-            widest = 4 if _WIDEST.search(piece) else 2
-        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
-        structure = b"".join(parts[is_text::2])
-        values += _values(structure)
-        containers += _containers(structure)
-        chars += sum(map(len, parts[not is_text :: 2]))
-        is_text ^= len(parts) % 2 == 0
-        if containers > max_containers:
-            raise InvalidJson(
-                f"the body is not JSON of a request: it holds {max_containers} lists "
-                "and objects or more (--max-client-batch-size)"
-            )
-        if values > max_values:
-            raise TooManyTokens(
-                f"the body holds {max_values} values or more (--max-request-tokens, "
-                "--max-client-batch-size): send several requests"
-            )
-    return _VALUE_BYTES * (values + 3 * containers) + widest * chars
-
-
-def _values(structure: bytes | bytearray) -> int:
-    return structure.count(b",") + 2 * structure.count(b":")
-
-
-def _containers(structure: bytes | bytearray) -> int:
-    return structure.count(b"[") + structure.count(b"{")
-
-
-def json_object(raw: bytes | bytearray) -> dict[str, object]:
-    """The object that a body holds. Raises InvalidJson."""
-    try:
-        body = json_codec().loads(raw)
-    except ValueError as error:
-        try:
-            raw.decode("utf-8")
-        except UnicodeDecodeError as invalid:
-            raise InvalidJson(
-                f"the body is not UTF-8: byte {invalid.start} is {raw[invalid.start]:#x}"
-            ) from None
-        raise InvalidJson(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise InvalidJson("the body must be a JSON object, {...}")
-    return body
-
-
 def filled(form: type[T], body: Mapping[str, object], prefix: str = "") -> T:
     """The form that a JSON object fills in. Raises InvalidValue."""
     values: dict[str, Any] = {}
@@ -10689,6 +10788,7 @@ def prompted(
 # 50 us) costs more than the work.
 _LARGE_BODY_BYTES: Final = 1 << 16
 _GROWTH_BYTES: Final = 1 << 20
+_COPIED_BYTES: Final = 1 << 20  # of more, no copy is made to parse it
 _MAX_ANY_TOKENS: Final = 1 << 20  # where --max-request-tokens is 0
 # The OpenAI SDKs', and what proxies and everybody else may send; in seconds. The first
 # bounds each silence, and a reply that comes in one piece is one silence.
@@ -10809,7 +10909,6 @@ async def form_of(exchange: Exchange, form: type[T], coding: str) -> T:
         room.resize(room.size + parsed_bytes(body))
         return filled(form, json_object(body))
     async with room.capacity.reading:
-        await off_loop(trim_memory)  # of what came before
         while not is_whole:
             is_whole = await _has_grown(grown, pieces, room, _GROWTH_BYTES)
         most = 16 * max_inputs(settings, is_ranking=True)  # which may have the most

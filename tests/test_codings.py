@@ -1,4 +1,4 @@
-"""Room CODINGS: what a body is packed in, and what a client accepts."""
+"""Room CODINGS: what a body is packed in, what its JSON becomes, what a client takes."""
 
 from __future__ import annotations
 

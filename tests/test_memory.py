@@ -107,6 +107,66 @@ def test_one_wide_character_makes_all_of_its_text_wide() -> None:
             assert bound <= width * len(text) + 1000
 
 
+def parsed(read: Callable[[bytearray], object], raw: bytes) -> object:
+    """What was read, or that it was refused."""
+    try:
+        return read(bytearray(raw))
+    except es.InvalidJson:
+        return es.InvalidJson
+
+
+PIECES = [
+    b'"',
+    b"\\",
+    b'\\"',
+    b"\\\\",
+    b"\\n",
+    b"a",
+    b" ",
+    b",",
+    b"1",
+    b"[",
+    b"]",
+    b"\xc3\xa9",
+]
+PIECES += [
+    b"\\ud83d",
+    b"\\ude00",
+    "\U0001f600".encode(),
+    b"\xff",
+    b'":"',
+    b'"a":',
+    b"\n",
+]
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(st.sampled_from(PIECES)).map(b"".join),
+    st.integers(0, 40),
+    st.sampled_from([b'{"a":"%b"}', b'{"a":[%b]}', b"%b"]),
+)
+def test_a_large_body_is_read_as_a_brief_one_wherever_its_pieces_end(
+    middle: bytes, before: int, around: bytes
+) -> None:
+    raw = around % (b"a" * before + middle)
+    expected = parsed(es.json_object, raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(es, "_SCANNED_BYTES", 32)
+        assert parsed(es.large_json_object, raw) == expected
+    assert parsed(es.large_json_object, raw) == expected
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.text(max_size=3), JSON, max_size=4), st.booleans())
+def test_a_large_body_is_read_whole(body: dict[str, Any], is_ascii: bool) -> None:
+    raw = bytearray(json.dumps(body, ensure_ascii=is_ascii).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(es, "_SCANNED_BYTES", 24)
+        assert es.large_json_object(raw) == body
+    assert not raw
+
+
 def test_a_piece_never_ends_between_a_backslash_and_what_it_escapes() -> None:
     text = '\\"' * 100_000 + "[" * 100
     for before in range(4):
@@ -195,3 +255,35 @@ def test_a_body_that_could_never_be_held_is_413_not_try_again() -> None:
         assert "--max-buffered-mb" in reply.error["message"]
 
     with_service(check, max_body_bytes=BODY_BYTES, max_buffered_mb=1)
+
+
+def test_where_there_is_no_room_those_who_bring_no_body_are_answered() -> None:
+    async def check(running: RunningService) -> None:
+        room = es.Reservation(running.service.connections)
+        room.take(9 * MIB)
+        assert (await running.ask("GET", "/health")).status == 200
+        assert (await running.ask("GET", "/v1/models")).status == 200
+        assert (await running.ask("POST", URL, {"input": "a"})).status == 503
+        room.release()
+        assert (await running.ask("POST", URL, {"input": "a"})).status == 200
+
+    with_service(check, max_buffered_mb=1)
+
+
+@pytest.mark.parametrize("path", [URL, "/tokenize"])
+def test_nobody_holds_the_texts_of_a_request_that_is_answered(path: str) -> None:
+    text = "b" * MIB
+
+    async def check(running: RunningService) -> None:
+        key = "inputs" if path == "/tokenize" else "input"
+        tracemalloc.start()
+        try:
+            reply = await running.ask("POST", path, {key: text, "truncate": True})
+            async with asyncio.timeout(kit.DEADLINE_S):
+                while tracemalloc.get_traced_memory()[0] > len(text) // 2:
+                    await asyncio.sleep(0)
+        finally:
+            tracemalloc.stop()
+        assert reply.status in (200, 422)
+
+    with_service(check, cache_mb=0)
