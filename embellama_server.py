@@ -1632,7 +1632,7 @@ def _read(row: Row, text: Any) -> Any:
     if kind is int:
         return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
     if kind is float:
-        is_number = re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?", text, re.ASCII)
+        is_number = re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?", text)
         return float(text) if is_number else None
     return _typed(str, text)
 
@@ -2829,7 +2829,7 @@ _BERT_TENSORS: Final = {
 }
 _ALWAYS_F32: Final = ("position_embd", "token_types")  # llama.cpp adds them to floats
 _BERT_SPECIALS: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_GGUF_ALIGNMENT: Final = 32
+GGUF_ALIGNMENT: Final = 32
 _GGUF_TYPES: Final = {"f32": (0, "<f4"), "f16": (1, "<f2")}
 
 
@@ -2868,13 +2868,13 @@ def convert_bert(
         infos.append(
             _gguf_string(gguf_name) + dims + struct.pack("<IQ", type_id, offset)
         )
-        padding = -len(data) % _GGUF_ALIGNMENT
+        padding = -len(data) % GGUF_ALIGNMENT
         tensors.append(data + bytes(padding))
         offset += len(data) + padding
 
     head = GGUF_MAGIC + struct.pack("<IQQ", 3, len(infos), len(fields))
     head += b"".join(itertools.chain(fields, infos))
-    out.write(head + bytes(-len(head) % _GGUF_ALIGNMENT))
+    out.write(head + bytes(-len(head) % GGUF_ALIGNMENT))
     out.writelines(tensors)
 
 
@@ -3108,7 +3108,7 @@ def _checked_beginning(reader: _Reader) -> tuple[Values, int, int]:
     if max(tensors, entries) > MOST_GGUF_ENTRIES:
         raise reader.bad(f"{tensors} tensors and {entries} entries are too many")
     values = _metadata(reader, entries)
-    alignment = values.get("general.alignment", 32)
+    alignment = values.get("general.alignment", GGUF_ALIGNMENT)
     is_power = isinstance(alignment, int) and alignment & (alignment - 1) == 0
     if not is_power or not 8 <= alignment <= _MOST_ALIGNMENT:
         raise reader.bad(f"an alignment of {alignment!r}")
@@ -4533,8 +4533,7 @@ class LlamaEngine:
         self._llama.llama_model_free(self._model)
 
     def _pooling_types(self) -> dict[str, int]:
-        names = ("none", "mean", "cls", "last", "rank")
-        prefix = "LLAMA_POOLING_TYPE_"
+        prefix, names = "LLAMA_POOLING_TYPE_", ("none", *POOLINGS)
         return {n: getattr(self._llama, prefix + n.upper()) for n in names}
 
     def _weights(self) -> str:
