@@ -7792,11 +7792,14 @@ def _text(raw: bytes | bytearray) -> str:
 def _longest_text(raw: bytes | bytearray) -> tuple[str, int]:
     """The text that begins here, up to the last whole character; and its bytes."""
     for end in range(len(raw), max(len(raw) - _CHARACTER_BYTES, -1), -1):
-        is_half = _FIRST_HALF.search(raw, max(0, end - 6), end)
+        # Unless another one follows: runs of these would have no end.
+        is_half = _FIRST_HALF.match(raw, max(0, end - 6), end) and not (
+            _FIRST_HALF.match(raw, end, end + 6)
+        )
         with contextlib.suppress(InvalidJson):
             if not is_half:
                 return _text(raw[:end]), end
-    return _text(raw), 0  # raises why, if it is none
+    return _text(raw), len(raw)  # raises why it is none
 
 
 # --- what a client has already ---

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
@@ -141,6 +141,7 @@ PIECES += [
 
 
 @settings(max_examples=400)
+@example(rb"\\ud83d\ud83d\ud83d", 7, b'{"a":"%b"}')  # the last piece ends with a half
 @given(
     st.lists(st.sampled_from(PIECES)).map(b"".join),
     st.integers(0, 40),
