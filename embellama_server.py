@@ -5567,53 +5567,6 @@ class PoolState:
     cache: CacheCounts
 
 
-def most_tokens(item: Input, card: ModelCard) -> int:
-    """An upper bound of an input's tokens, without tokenising it.
-
-    Every token stands for at least a byte of the text, or a character of its canonical
-    decomposition; UTF-8 and decompositions are at most 4 times as long as the text.
-    The one on top is the space that SentencePiece puts before a text.
-    """
-    extra = 1 + len(card.head) + len(card.tail)
-    if isinstance(item, Pair):
-        extra += len(card.between) + len(card.after) + len(card.pair_template)
-        extra += _max_own_tokens(item.query) + _max_own_tokens(item.text)
-    else:
-        extra += _max_own_tokens(item)
-    return min(card.max_input_tokens, extra)
-
-
-def _max_own_tokens(item: str | list[int]) -> int:
-    return len(item) if isinstance(item, list) or item.isascii() else 4 * len(item)
-
-
-def max_tokens_of(inputs: Iterable[Input], card: ModelCard) -> list[int]:
-    """most_tokens() of each."""
-    return [most_tokens(item, card) for item in inputs]
-
-
-_ITEM_BYTES: Final = 700  # of Python's objects around one input, measured
-_ID_BYTES: Final = 40  # of a token id in a client's list
-
-
-def held_bytes(job: Job, card: ModelCard) -> int:
-    """Of memory, for a job's inputs and their vectors, until it is over."""
-    rows = sum(job.bounds) if job.form is Form.TOKENS else len(job.inputs)
-    return (
-        _ITEM_BYTES * len(job.inputs)
-        + 4 * card.row_length * rows
-        + sum(map(_own_bytes, job.inputs))
-    )
-
-
-def _own_bytes(item: Input) -> int:
-    if isinstance(item, str):
-        return sys.getsizeof(item)
-    if isinstance(item, list):
-        return _ID_BYTES * len(item)
-    return sys.getsizeof(item.query) + sys.getsizeof(item.text)
-
-
 def inputs_ahead(job: Job, others: Iterable[Job]) -> int:
     """Inputs of others that are computed before the last one of a job.
 
@@ -5867,6 +5820,53 @@ class Line:
 _SLICE_INPUTS: Final = 32
 _SLICE_CHARS: Final = 2 * PART_CHARS  # some 5 ms
 Reading = Generator[int, None, T]  # yields how many characters were read, then gives T
+
+
+def most_tokens(item: Input, card: ModelCard) -> int:
+    """An upper bound of an input's tokens, without tokenising it.
+
+    Every token stands for at least a byte of the text, or a character of its canonical
+    decomposition; UTF-8 and decompositions are at most 4 times as long as the text.
+    The one on top is the space that SentencePiece puts before a text.
+    """
+    extra = 1 + len(card.head) + len(card.tail)
+    if isinstance(item, Pair):
+        extra += len(card.between) + len(card.after) + len(card.pair_template)
+        extra += _max_own_tokens(item.query) + _max_own_tokens(item.text)
+    else:
+        extra += _max_own_tokens(item)
+    return min(card.max_input_tokens, extra)
+
+
+def _max_own_tokens(item: str | list[int]) -> int:
+    return len(item) if isinstance(item, list) or item.isascii() else 4 * len(item)
+
+
+def max_tokens_of(inputs: Iterable[Input], card: ModelCard) -> list[int]:
+    """most_tokens() of each."""
+    return [most_tokens(item, card) for item in inputs]
+
+
+_ITEM_BYTES: Final = 700  # of Python's objects around one input, measured
+_ID_BYTES: Final = 40  # of a token id in a client's list
+
+
+def held_bytes(job: Job, card: ModelCard) -> int:
+    """Of memory, for a job's inputs and their vectors, until it is over."""
+    rows = sum(job.bounds) if job.form is Form.TOKENS else len(job.inputs)
+    return (
+        _ITEM_BYTES * len(job.inputs)
+        + 4 * card.row_length * rows
+        + sum(map(_own_bytes, job.inputs))
+    )
+
+
+def _own_bytes(item: Input) -> int:
+    if isinstance(item, str):
+        return sys.getsizeof(item)
+    if isinstance(item, list):
+        return _ID_BYTES * len(item)
+    return sys.getsizeof(item.query) + sys.getsizeof(item.text)
 
 
 def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
