@@ -6416,7 +6416,6 @@ class Queue:
                 self.breaker.record(worked=worked)
             for item, outcome in zip(call.items, outcomes, strict=True):
                 over += self._settle_item(item, outcome)
-                item.call = None  # or they, and texts, would hold each other for long
         return over
 
     def _begin(self, items: list[Item], number: int, now: float) -> Call:
@@ -8407,7 +8406,6 @@ class Reservation:
 
     def take(self, size: int) -> None:
         """Hold ``size`` bytes more, whatever others hold."""
-        self.capacity.held_bytes += size
         self.capacity.reserved_bytes += size
         self.capacity.hold(size)
         self.size += size
@@ -10962,8 +10960,14 @@ async def form_of(exchange: Exchange, form: type[T], coding: str) -> T:
         most = 16 * max_inputs(settings, is_ranking=True)  # which may have the most
         max_values = (settings.max_request_tokens or _MAX_ANY_TOKENS) + most
         size = await off_loop(lambda: parsed_bytes_of_large(body, max_values, most))
-        room.resize(2 * len(body) + size)  # orjson reads a copy
-        found = await off_loop(lambda: filled(form, json_object(body)))
+        if len(body) <= _COPIED_BYTES:
+            read: Callable[[bytearray], dict[str, object]] = json_object
+            most = 2 * len(body)  # orjson reads a copy
+        else:  # while it is used up, then while the pieces of a text are joined
+            read, most = large_json_object, max(len(body), size)
+        room.resize(most + size)
+        whole = typing.cast(bytearray, body)
+        found = await off_loop(lambda: filled(form, read(whole)))
         room.resize(size)
     return found
 
