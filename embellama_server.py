@@ -634,7 +634,7 @@ def file_stamp(*paths: str) -> tuple[int, ...]:
 
 
 _M_MMAP_THRESHOLD: Final = -3  # malloc.h
-_MAPPED_BYTES: Final = 1 << 22  # less would be mapped anew for each reply
+_MAPPED_BYTES: Final = 1 << 20  # 64 vectors as JSON: 300 KB; bodies are what is large
 
 
 def map_large_blocks() -> None:
