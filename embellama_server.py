@@ -8351,8 +8351,9 @@ class Capacity:
         is_due = self._freed_bytes > self.limits.buffered_bytes // 16
         if is_due and (self._trimming is None or self._trimming.done()):
             self._freed_bytes = 0
-            self._trimming = self.loop.run_in_executor(None, trim_memory)
-            self._trimming.add_done_callback(self._trim)  # of what came meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop ends
+                self._trimming = self.loop.run_in_executor(None, trim_memory)
+                self._trimming.add_done_callback(self._trim)  # of what came meanwhile
 
     async def room_for(self, size: int) -> None:
         """Wait until there is room for a reply, or nothing is on its way any more.

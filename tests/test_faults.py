@@ -14,6 +14,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -1089,6 +1091,9 @@ def test_a_client_that_leaves_frees_its_worker_in_the_middle_of_a_call(
             head += f"Content-Length: {len(body)}\r\n\r\n"
             with kit.connected(server.url) as client:
                 client.sendall(head.encode() + body)
+                # A mere close looks like a client that still reads, for a second.
+                reset = struct.pack("ii", 1, 0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
                 begun = aborted()  # which also gives the call time to begin
             until(is_idle, "its end")
             if aborted() > begun:
