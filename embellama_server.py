@@ -12017,6 +12017,9 @@ async def task(exchange: Exchange, form: TaskForm) -> Response:
     given = {row.name: getattr(form, row.name) for row in dataclasses.fields(form)}
     if form.query is not None and form.texts is not None:
         return await rerank_any(exchange, _narrowed(AnyRerankForm, given))
+    for text in form.texts or ():
+        if isinstance(text, ApiError):  # spared only where it has a score to be last of
+            raise text
     if form.inputs is None:
         raise InvalidValue("inputs (or query and texts) is missing", param="inputs")
     if isinstance(form.inputs, _Sentences):

@@ -1090,3 +1090,14 @@ def test_no_answer_has_a_field_twice_but_vary(route: es.Route, tmp_path: Path) -
         "gzip": "all",
     }
     with_service(check, api_key_file=key_file(tmp_path), **changes)
+
+
+@pytest.mark.parametrize("path", ["/", "/invocations"])
+def test_texts_that_are_none_are_refused_where_nothing_is_ranked(path: str) -> None:
+    async def check(running: RunningService) -> None:
+        body = {"inputs": "a", "texts": [None, "b"]}
+        reply = await running.ask("POST", path, body)
+        assert reply.status == 422
+        assert "texts[0]" in reply.error_in(es.TEI)
+
+    with_service(check)
