@@ -634,7 +634,7 @@ def file_stamp(*paths: str) -> tuple[int, ...]:
 
 
 _M_MMAP_THRESHOLD: Final = -3  # malloc.h
-_MAPPED_BYTES: Final = 1 << 20  # 64 vectors as JSON: 300 KB; bodies are what is large
+_MAPPED_BYTES: Final = 1 << 22  # at 1 MiB each llama.cpp call took 2 % longer
 
 
 def map_large_blocks() -> None:
