@@ -11997,6 +11997,7 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
     """Texts by how well each answers a query; `documents`: answered as /v1/rerank."""
     if form.documents is not None:
         exchange.dialect = OPENAI
+        _check_unranked(form.texts)
         return await rerank(exchange, form)
     if form.texts is None:
         raise InvalidValue("texts (or documents) is missing", param="texts")
@@ -12012,14 +12013,19 @@ async def rerank_any(exchange: Exchange, form: AnyRerankForm) -> Response:
     return _with_times(body, result)
 
 
+def _check_unranked(texts: Iterable[object] | None) -> None:
+    """Raise what is wrong with texts that get no score: it is spared only among scores."""
+    for text in texts or ():
+        if isinstance(text, ApiError):
+            raise text
+
+
 async def task(exchange: Exchange, form: TaskForm) -> Response:
     """What the body looks like: /rerank, /similarity or /embed."""
     given = {row.name: getattr(form, row.name) for row in dataclasses.fields(form)}
     if form.query is not None and form.texts is not None:
         return await rerank_any(exchange, _narrowed(AnyRerankForm, given))
-    for text in form.texts or ():
-        if isinstance(text, ApiError):  # spared only where it has a score to be last of
-            raise text
+    _check_unranked(form.texts)
     if form.inputs is None:
         raise InvalidValue("inputs (or query and texts) is missing", param="inputs")
     if isinstance(form.inputs, _Sentences):

@@ -1092,12 +1092,16 @@ def test_no_answer_has_a_field_twice_but_vary(route: es.Route, tmp_path: Path) -
     with_service(check, api_key_file=key_file(tmp_path), **changes)
 
 
-@pytest.mark.parametrize("path", ["/", "/invocations"])
-def test_texts_that_are_none_are_refused_where_nothing_is_ranked(path: str) -> None:
+@pytest.mark.parametrize("path", ["/", "/invocations", "/rerank"])
+def test_texts_that_are_none_are_refused_where_they_are_not_ranked(path: str) -> None:
     async def check(running: RunningService) -> None:
         body = {"inputs": "a", "texts": [None, "b"]}
+        dialect = es.TEI
+        if path == "/rerank":
+            dialect = es.OPENAI
+            body |= {"model": kit.RANKER, "query": "a", "documents": ["b"]}
         reply = await running.ask("POST", path, body)
-        assert reply.status == 422
-        assert "texts[0]" in reply.error_in(es.TEI)
+        assert reply.status == dialect.status_of(es.InvalidValue)
+        assert "texts[0]" in reply.error_in(dialect)
 
     with_service(check)
