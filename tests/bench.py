@@ -5,7 +5,7 @@
     python -m tests.bench --peer-cmd 'NAME=program --model {model} --port {port}'
 
 Subjects: this server, with one or more sets of flags (--ours); the same engine in a
-loop without any server ("loop", the upper bound: texts already tokenised, packs always
+loop without any server ("loop", the upper bound: texts already tokenized, batches always
 full); llama-cpp-python's own server when its packages are installed (extra ``bench``);
 and every --peer or --peer-cmd that speaks /v1/embeddings. Machines drift, so nothing is
 compared across time: in each round every subject runs each cell once, in turn, and what
@@ -57,7 +57,7 @@ from tests.words import WORDS
 OURS, LOOP, BEST = "this server", "loop", "best peer"
 LENGTHS = {20: "short", 100: "medium", 350: "long"}  # words of a text
 WARM_UP_S = 0.3
-MOST_WORDS_PER_S = 20_000  # that a core could be asked for: this many are prepared
+MAX_WORDS_PER_S = 20_000  # that a core could be asked for: this many are prepared
 HEALTH_CONNECTIONS, HEALTH_EVERY_S = 1000, 0.02
 MB = 1e6
 
@@ -124,7 +124,7 @@ def inputs_of(cell: Cell, turn: int, seconds: float) -> list[list[str]]:
 
     A multiple of the connections: each walks its own part, also when it wraps around.
     """
-    words = MOST_WORDS_PER_S * es.usable_cores() * seconds
+    words = MAX_WORDS_PER_S * es.usable_cores() * seconds
     laps = math.ceil(words / (cell.words * cell.batch * cell.connections))
     count = max(2, laps) * cell.connections * cell.batch
     chance = random.Random(f"{cell}/{turn}")
@@ -144,7 +144,7 @@ def bodies_of(cell: Cell, turn: int, seconds: float) -> list[bytes]:
 Run = Callable[[Cell, int, float], Figures]
 
 
-def loop_subject(engine: es.Engine, cores: int, options: es.EngineOptions) -> Run:
+def loop_subject(engine: es.Engine, cores: int, options: es.ModelSettings) -> Run:
     """The engine without a server: a thread and a context for each worker.
 
     ``cores`` are those that nobody else keeps busy.
@@ -153,14 +153,17 @@ def loop_subject(engine: es.Engine, cores: int, options: es.EngineOptions) -> Ru
 
     def run(cell: Cell, turn: int, seconds: float) -> Figures:
         ids = [
-            np.array(es.framed(engine.tokenise(text), engine.card), np.int32)
+            np.array(
+                es.with_special_tokens(engine.tokenizer.encode(text), engine.card),
+                np.int32,
+            )
             for text in itertools.chain(*inputs_of(cell, turn, seconds))
         ]
         # As many inputs under way as the cell's clients have, spread evenly.
         waiting = cell.connections * cell.batch
         threads = min(workers, waiting)
-        per_pack = max(1, min(waiting // threads, options.pack_tokens // len(ids[0])))
-        packs = [ids[n : n + per_pack] for n in range(0, len(ids), per_pack)]
+        per_batch = max(1, min(waiting // threads, options.batch_tokens // len(ids[0])))
+        batches = [ids[n : n + per_batch] for n in range(0, len(ids), per_batch)]
         done: list[list[float]] = [[] for _ in range(threads)]
         start = threading.Barrier(threads + 1)
 
@@ -169,8 +172,8 @@ def loop_subject(engine: es.Engine, cores: int, options: es.EngineOptions) -> Ru
             start.wait()
             end = time.perf_counter() + seconds
             while (sent := time.perf_counter()) < end:
-                pack = packs[(number + len(done[number]) * threads) % len(packs)]
-                context.embed(pack, threads=max(1, cores // threads))
+                batch = batches[(number + len(done[number]) * threads) % len(batches)]
+                context.embed(batch, threads=max(1, cores // threads))
                 done[number].append(time.perf_counter() - sent)
             start.wait()
             context.close()
@@ -185,7 +188,7 @@ def loop_subject(engine: es.Engine, cores: int, options: es.EngineOptions) -> Ru
         for thread in running:
             thread.join()
         latencies = list(itertools.chain(*done))
-        return figures(latencies, len(latencies) * per_pack, took)
+        return figures(latencies, len(latencies) * per_batch, took)
 
     return run
 
@@ -253,8 +256,8 @@ class Bench:
             self._serve(
                 name, "ours", our_command(model, shlex.split(flags), is_cached=False)
             )
-        options = es.EngineOptions()
-        engine = es.LlamaEngine(model, options, es.Log("warning", "text", sys.stderr))
+        options = es.ModelSettings()
+        engine = es.Engine(model, options, es.Log("warning", "text", sys.stderr))
         self.stack.callback(engine.close)
         run = loop_subject(engine, workers - given.neighbour, options)
         self.subjects.append(Subject(LOOP, "loop", run))

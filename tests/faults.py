@@ -156,6 +156,7 @@ class Load:
         is_kept: bool = False,
         text: str = "slow",
         is_right: Callable[[Any], bool] | None = None,
+        client: type[Client] = Client,
     ) -> None:
         """``text`` stands before what makes each text another."""
         self.clients = clients
@@ -163,6 +164,7 @@ class Load:
         self.worst_s = 0.0
         self._url, self._is_kept = url, is_kept
         self._text, self._is_right = text, is_right
+        self._client = client
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._is_over = False
@@ -188,7 +190,7 @@ class Load:
         assert found, f"no more right answers: {self.outcomes}"
 
     def _run(self) -> None:
-        client = Client(self._url, is_kept=self._is_kept)
+        client = self._client(self._url, is_kept=self._is_kept)
         while not self._is_over:
             begun = time.monotonic()
             text = f"{self._text} text{next(self._numbers)}"
@@ -213,13 +215,13 @@ class Figures:
     wrong: int
     hung: int
     worst_s: float
-    most_told: int
-    most_lost: int
+    max_told: int
+    max_lost: int
 
     @property
     def is_fine(self) -> bool:
         """Whether it cost no more than it may."""
-        is_within = self.told <= self.most_told and self.lost <= self.most_lost
+        is_within = self.told <= self.max_told and self.lost <= self.max_lost
         return is_within and not (self.refused or self.wrong or self.hung)
 
     @classmethod

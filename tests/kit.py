@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import http.client
 import io
+import itertools
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,17 +55,20 @@ def fake_card(**changes: Any) -> es.ModelCard:
         "trained_tokens": 32,
         "max_input_tokens": 32,
         "context_tokens": 64,
-        "pack_inputs": 16,
+        "batch_inputs": 16,
         "pooling": "mean",
         "weights": "f16",
-        "tokeniser": "fake",
-        "head": (1,),
-        "tail": (2,),
+        "tokenizer": "fake",
+        "pre_tokenizer": "",
+        "prefix": (1,),
+        "suffix": (2,),
     }
+    if changes.get("n_scores"):
+        facts["kind"] = "rank"
     return es.ModelCard(**(facts | changes))
 
 
-RAW_LENGTH = 4.0  # of fake vectors that are not scaled: a power of 2, so exact
+RAW_LENGTH = 4.0  # of a fake model's rows: a power of 2, so exact
 
 
 def fake_id(word: str) -> int:
@@ -76,12 +81,25 @@ def fake_id(word: str) -> int:
 def fake_vector(ids: Sequence[int], n_embd: int = 8) -> Any:
     """The vector of token ids: another one for other ids, length 1."""
     seed = zlib.crc32(np.array(ids, np.int32).tobytes())
-    raw = np.random.default_rng(seed).standard_normal((1, n_embd))
-    return es.normalised(raw.astype(np.float32))[0]
+    raw = np.random.default_rng(seed).standard_normal(n_embd)
+    once = es.normalised(raw)
+    return es.normalised(once)  # which a third time would not change
 
 
-class FakeEngine:
-    """An Engine without a model: a word is a token, a vector a hash of the tokens.
+def fake_row(ids: Sequence[int], n_embd: int = 8) -> Any:
+    """What a fake model gives for token ids: their vector, not scaled to length 1."""
+    return fake_vector(ids, n_embd) * RAW_LENGTH
+
+
+def units(rows: Any) -> Any:
+    """Each row scaled to length 1."""
+    return np.array([es.normalised(row) for row in rows])
+
+
+class FakeEngine(es.Engine):
+    """An Engine without a model, and its own tokenizer.
+
+    A word is a token, a vector a hash of the tokens.
 
     block() makes every call wait until release() or Context.abort(), which ``aborts``
     counts; wait_until_computing() returns when a worker is inside one. ``failures`` counts down for each word: a call with the word
@@ -91,19 +109,23 @@ class FakeEngine:
     def __init__(
         self,
         path: str = "",
-        options: es.EngineOptions | None = None,
+        settings: es.ModelSettings | None = None,
         log: es.Log | None = None,
+        sha256: str = "",
         **card: Any,
     ) -> None:
         self.card = fake_card(**card)
-        self.calls: list[list[list[int]]] = []  # the packs, in order of completion
+        self.tokenizer: Any = self
+        self.adds_space = False
+        self.spelling = es.Spelling((), composes=False)
+        self.calls: list[list[list[int]]] = []  # the batches, in order of completion
         self.threads: list[int] = []  # of each call
         self.callers: list[str] = []  # the worker of each call
         self.contexts_open = 0
-        self.lanes_made = 0
+        self.long_contexts_made = 0
         self.aborts = 0
         self.is_deaf = False  # to aborts, as a GPU may be
-        self.is_closed = False
+        self.times_closed = 0  # twice would be a crash
         self.failures = {fake_id(NAN_WORD): 10**9, fake_id(BOOM_WORD): 10**9}
         self._gate = threading.Condition()
         self._is_open = True
@@ -124,35 +146,51 @@ class FakeEngine:
         """Return when one more call has begun."""
         assert self._entered.acquire(timeout=DEADLINE_S), "no worker began a call"
 
-    def tokenise(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return [fake_id(word) for word in text.split()]
 
-    def parts(
+    def encode_parts(
         self, text: str, most: int, *, from_end: bool = False
     ) -> Iterator[list[int]]:
-        for begin, end in es.spans(text, SPACE, from_end=from_end):
-            yield self.tokenise(text[begin:end])
+        places = [0]
+        while found := SPACE.search(text, places[-1] + es.PART_CHARS):
+            places.append(found.start())
+        parts = itertools.pairwise([*places, len(text)])
+        for begin, end in reversed([*parts]) if from_end else parts:
+            yield self.encode(text[begin:end])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [f"<{token}>" for token in ids]
 
-    def text(self, ids: Sequence[int], *, with_special: bool) -> str:
-        special = {*self.card.head, *self.card.tail} if not with_special else set()
+    def believe(self, template: str) -> None:
+        pass
+
+    def piece(self, token: int) -> bytes:
+        return f"<{token}>".encode()
+
+    def decode(self, ids: Sequence[int], *, with_special: bool) -> str:
+        special = {*self.card.prefix, *self.card.suffix} if not with_special else set()
         return " ".join(f"<{token}>" for token in ids if token not in special)
 
     def new_context(
-        self, *, is_lane: bool = False, per_token: bool = False
+        self, *, needs_long_context: bool = False, per_token: bool = False
     ) -> FakeContext:
         with self.lock:
             self.contexts_open += 1
-            self.lanes_made += is_lane
-        return FakeContext(self, is_lane=is_lane, per_token=per_token)
+            self.long_contexts_made += needs_long_context
+        return FakeContext(
+            self, needs_long_context=needs_long_context, per_token=per_token
+        )
 
     def reencode(self, target: str, weights: str) -> None:
         Path(target).write_bytes(es.GGUF_MAGIC + weights.encode())
 
+    @property
+    def is_closed(self) -> bool:
+        return self.times_closed > 0
+
     def close(self) -> None:
-        self.is_closed = True
+        self.times_closed += 1
 
     def enter(self, context: FakeContext) -> None:
         """Called by a context at the start of a call."""
@@ -182,20 +220,26 @@ class FakeEngine:
             return True
 
 
-class FakeContext:
-    """A Context of a FakeEngine; asserts that one thread uses it, the lane's at a time."""
+class FakeContext(es.Context):
+    """A Context of a FakeEngine; asserts that one thread uses it, the long-input context's at a time."""
 
     def __init__(
-        self, engine: FakeEngine, *, is_lane: bool = False, per_token: bool = False
+        self,
+        engine: FakeEngine,
+        *,
+        needs_long_context: bool = False,
+        per_token: bool = False,
     ) -> None:
         self._engine = engine
         self._per_token = per_token
-        self._thread = 0 if is_lane else threading.get_ident()
+        self._thread = 0 if needs_long_context else threading.get_ident()
         self._in_use = threading.Lock()
         self.is_aborted = False
         card = engine.card
-        self._most_tokens = card.max_input_tokens if is_lane else card.context_tokens
-        self._most_inputs = 1 if is_lane else card.pack_inputs
+        self._max_tokens = (
+            card.max_input_tokens if needs_long_context else card.context_tokens
+        )
+        self._max_inputs = 1 if needs_long_context else card.batch_inputs
 
     def embed(
         self,
@@ -203,33 +247,31 @@ class FakeContext:
         *,
         threads: int = 1,
         fresh: bool = False,
-        raw: bool = False,
     ) -> Any:
         mine = self._thread in (0, threading.get_ident())
         assert mine, "a context changed threads"
         assert self._in_use.acquire(blocking=False), "two threads in one context"
         try:
             rows = self._vectors(inputs, threads)
-            if self._engine.card.is_ranker:
-                assert raw, "scores are no vectors"
+            if self._engine.card.kind == "rank":
                 return rows[:, : self._engine.card.n_scores]
-            return rows * RAW_LENGTH if raw else rows
+            return rows * RAW_LENGTH
         finally:
             self._in_use.release()
 
     def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
         engine, card = self._engine, self._engine.card
         engine.enter(self)
-        packs = [[int(i) for i in ids] for ids in inputs]
-        assert sum(map(len, packs)) <= self._most_tokens
-        assert len(packs) <= self._most_inputs
-        computed = [[i] for i in packs[0]] if self._per_token else packs
+        batches = [[int(i) for i in ids] for ids in inputs]
+        assert sum(map(len, batches)) <= self._max_tokens
+        assert len(batches) <= self._max_inputs
+        computed = [[i] for i in batches[0]] if self._per_token else batches
         vectors = np.array([fake_vector(ids, card.n_embd) for ids in computed])
         with engine.lock:
-            engine.calls.append(packs)
+            engine.calls.append(batches)
             engine.threads.append(threads)
             engine.callers.append(threading.current_thread().name)
-        for row, ids in enumerate(packs):
+        for row, ids in enumerate(batches):
             if engine.fails(BOOM_WORD, ids):
                 raise es.EngineError("boom")
             if engine.fails(NAN_WORD, ids):
@@ -245,6 +287,234 @@ class FakeContext:
     def close(self) -> None:
         with self._engine.lock:
             self._engine.contexts_open -= 1
+
+
+class FakeTemplate:
+    """What was said, and nothing else. Words in angle brackets are not plain text."""
+
+    def __init__(self) -> None:
+        self.refusal: es.ApiError | None = None
+        self.asked: list[tuple[Sequence[es.Message], dict[str, Any]]] = []
+
+    def render(
+        self, messages: Sequence[es.Message], **options: Any
+    ) -> es.RenderedPrompt:
+        self.asked.append((messages, options))
+        if self.refusal is not None:
+            raise self.refusal
+        said = [str(message["content"]) for message in messages]
+        parts = [es.PromptPart(text, is_plain=True) for text in said]
+        return es.RenderedPrompt(parts)
+
+
+class Speaker:
+    """Says again what it is told, a word in each step.
+
+    A reply ends with "stop" after the last word of the prompt, which takes a token of its
+    own. By itself it takes a step whenever the event loop comes round; after pause() only
+    when step() is called. Event loop only, as the queue of an engine that generates.
+    """
+
+    def __init__(self, engine: FakeChatEngine) -> None:
+        self.engine = engine
+        self.generations: list[es.Generation] = []  # all there were
+        self._running: dict[es.Generation, None] = {}
+        self._rows = 0  # of a step
+        self.cancelled: list[es.Generation] = []
+        self.refusal: es.ApiError | None = None  # of all that are submitted
+        self.words: Sequence[str] | None = None  # instead of the prompt's
+        self.is_paused = False
+        self.submitted = asyncio.Event()
+
+    def pause(self) -> None:
+        """From now on it speaks only when told to."""
+        self.is_paused = True
+
+    @property
+    def running(self) -> list[es.Generation]:
+        """Those that are not over."""
+        return [*self._running]
+
+    async def heard(self, count: int = 1) -> es.Generation:
+        """The last of so many generations, once they have been submitted."""
+        async with asyncio.timeout(DEADLINE_S):
+            while len(self.generations) < count:
+                self.submitted.clear()
+                await self.submitted.wait()
+        return self.generations[count - 1]
+
+    def submit(self, generation: es.Generation) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        generation.arrived_at = time.monotonic()
+        self.generations.append(generation)
+        self._running[generation] = None
+        self._rows += generation.request.n
+        self.submitted.set()
+        if not self.is_paused:
+            asyncio.get_running_loop().call_soon(self._go_on, generation)
+
+    def cancel(self, generation: es.Generation) -> None:
+        if not generation.is_over:
+            self.end(generation)
+            self.cancelled.append(generation)
+
+    def _go_on(self, generation: es.Generation) -> None:
+        if not generation.is_over:
+            self._step(generation)
+            asyncio.get_running_loop().call_soon(self._go_on, generation)
+
+    def step(self, times: int = 1) -> None:
+        """Let every generation say its next word."""
+        for _ in range(times):
+            for generation in self.running:
+                self._step(generation)
+
+    def fail(self, error: es.ApiError) -> None:
+        """End every generation with an error."""
+        for generation in self.running:
+            generation.error = error
+            self.end(generation)
+            generation.changed()
+
+    def _step(self, generation: es.Generation) -> None:
+        request, now = generation.request, time.monotonic()
+        words = [self.engine.word(token) for token in request.ids]
+        if not generation.started_at:
+            generation.started_at = now
+            if request.echoes_logprobs:
+                generation.prompt_logprobs = [
+                    self._logprob(request, word, -0.25) for word in words[1:]
+                ]
+        said, others = generation.tokens // request.n, self.words
+        words = words if others is None else [*others]
+        is_last = said + 1 >= request.max_tokens
+        for index in range(request.n):
+            delta = es.Delta(index)
+            if said < request.max_tokens:
+                generation.tokens += 1
+                generation.step_rows += self._rows
+                delta.tokens = 1
+            if said < min(len(words), request.max_tokens):
+                delta.text = f" {words[said]}" if said else words[said]
+                delta.finish_reason = "length" if is_last else ""
+                if request.top_logprobs is not None:
+                    delta.logprobs = [self._logprob(request, delta.text, -0.5)]
+            else:
+                delta.finish_reason = "stop" if said < request.max_tokens else "length"
+            generation.put(delta)
+        generation.first_token_at = generation.first_token_at or now
+        if delta.finish_reason:
+            self.end(generation)
+        generation.changed()
+
+    @staticmethod
+    def _logprob(
+        request: es.GenerationRequest, text: str, logprob: float
+    ) -> es.TokenLogprob:
+        others = [(f"other{n}".encode(), -1.0 - n) for n in range(20)]
+        top = ((text.encode(), logprob), *others)[: request.top_logprobs or 0]
+        return es.TokenLogprob(fake_id(text.strip()), text.encode(), logprob, top)
+
+    def end(self, generation: es.Generation) -> None:
+        """End it as it is; the caller says so to whom it may concern."""
+        generation.is_over, generation.ended_at = True, time.monotonic()
+        del self._running[generation]
+        self._rows -= generation.request.n
+
+
+class FakeChatEngine(FakeEngine):
+    """An Engine that generates, its own tokenizer and chat template, see Speaker."""
+
+    def __init__(self, path: str = "", *rest: Any, **card: Any) -> None:
+        facts: dict[str, Any] = {"kind": "generate", "cells": 64}
+        facts |= {"prefix": (), "suffix": ()}
+        super().__init__(path, *rest, **(facts | card))
+        self.speaker = Speaker(self)
+        self.template = FakeTemplate()
+        self._words: dict[int, str] = {}
+
+    def encode(self, text: str) -> list[int]:
+        words = {fake_id(word): word for word in text.split()}
+        self._words |= words
+        return super().encode(text)
+
+    def encode_prompt(self, parts: Sequence[es.PromptPart]) -> list[int]:
+        return [token for part in parts for token in self.encode(part.text)]
+
+    def word(self, token: int) -> str:
+        """What the token stands for."""
+        return self._words.get(token, f"<{token}>")
+
+    def decode(self, ids: Sequence[int], *, with_special: bool) -> str:
+        return " ".join(map(self.word, ids))
+
+
+class SpeakingQueue(es.GenerationQueue):
+    """Whose generations are a speaker's."""
+
+    speaker: Speaker
+
+    def submit(self, generation: es.Generation, *, is_canary: bool = False) -> None:
+        self.speaker.submit(generation)
+
+    def cancel(self, generation: es.Generation) -> None:
+        self.speaker.cancel(generation)
+
+    def abandon_all(self, error: es.ApiError) -> int:
+        count = len(self.speaker.running)
+        self.speaker.fail(error)
+        return count
+
+
+class NoWorkers(es.Workers):
+    """Threads that wait for their end."""
+
+    def __init__(self, queue: es.GenerationQueue) -> None:
+        self._queue = queue
+
+    def run(self, number: int, started: Future[None]) -> None:
+        started.set_result(None)
+        while self._queue.wait(is_busy=False):
+            pass
+
+    def close(self) -> None:
+        pass
+
+
+def speaking_pool(
+    engine: FakeChatEngine, settings: es.ModelSettings | None = None
+) -> es.Pool[es.GenerationQueue]:
+    """A pool in which the engine's speaker replies, not yet started."""
+    chosen = dataclasses.replace(settings or es.ModelSettings(), workers=1)
+    queue = SpeakingQueue(engine.card, chosen, es.Backlog(LIMIT))
+    queue.speaker = engine.speaker
+    return es.Pool(engine, queue, NoWorkers(queue), hooks())
+
+
+class _Loader(es.Loader):
+    """Brings FakeChatEngines into memory as well."""
+
+    _real_load, _real_pool = es.Loader.load, es.Loader._pool
+
+    def load(self, settings: es.Settings) -> es.LoadedModel:
+        """Return it, with the template of such an engine."""
+        loaded = _Loader._real_load(self, settings)
+        engine: Any = loaded.pool.engine
+        if isinstance(engine, FakeChatEngine):
+            loaded.template = engine.template  # type: ignore[assignment]
+        return loaded
+
+    def _pool(
+        self, settings: es.Settings, engine: es.Engine, file: es.ModelFile
+    ) -> es.Pool[es.WorkQueue]:
+        if isinstance(engine, FakeChatEngine):
+            return speaking_pool(engine, settings)
+        return _Loader._real_pool(self, settings, engine, file)
+
+
+es.Loader.load = _Loader.load  # type: ignore[method-assign,assignment]
+es.Loader._pool = _Loader._pool  # type: ignore[method-assign,assignment]
 
 
 class FaultyEngine(FakeEngine):
@@ -273,10 +543,12 @@ class FaultyEngine(FakeEngine):
             self.misbehave(stem)
 
     def new_context(
-        self, *, is_lane: bool = False, per_token: bool = False
+        self, *, needs_long_context: bool = False, per_token: bool = False
     ) -> FaultyContext:
-        super().new_context(is_lane=is_lane)  # which counts it
-        return FaultyContext(self, is_lane=is_lane, per_token=per_token)
+        super().new_context(needs_long_context=needs_long_context)  # which counts it
+        return FaultyContext(
+            self, needs_long_context=needs_long_context, per_token=per_token
+        )
 
     def misbehave(self, word: str) -> None:
         """Do what the word says."""
@@ -300,9 +572,11 @@ class FaultyContext(FakeContext):
     """Of a FaultyEngine."""
 
     def __init__(
-        self, engine: FaultyEngine, *, is_lane: bool, per_token: bool = False
+        self, engine: FaultyEngine, *, needs_long_context: bool, per_token: bool = False
     ) -> None:
-        super().__init__(engine, is_lane=is_lane, per_token=per_token)
+        super().__init__(
+            engine, needs_long_context=needs_long_context, per_token=per_token
+        )
         self._faulty = engine
         self._aborted = threading.Event()
 
@@ -328,6 +602,52 @@ class FaultyContext(FakeContext):
 def wait(event: threading.Event) -> None:
     """Wait for an event, but not for ever."""
     assert event.wait(DEADLINE_S), "nobody set the event"
+
+
+_OF_REQUESTS = {row.name for row in dataclasses.fields(es.EmbedRequest)} - {"priority"}
+
+
+def job(
+    inputs: Sequence[es.Input],
+    finished: Callable[[], None] = lambda: None,
+    **wanted: Any,
+) -> es.Job:
+    """A job; ``wanted``: fields of it or of its request."""
+    asked = {name: wanted.pop(name) for name in [*wanted] if name in _OF_REQUESTS}
+    return es.Job(es.EmbedRequest(inputs=inputs, **asked), finished, **wanted)
+
+
+def token_bound(item: es.Input, card: es.ModelCard) -> int:
+    """What is reserved for an input until it is tokenized."""
+    return es.token_bounds(es.EmbedRequest(inputs=[item]), card)[0]
+
+
+def hooks(log: es.Log | None = None, **more: Any) -> es.PoolHooks:
+    """Of a pool that nobody hears of; ``more``: but this."""
+    nothing = {"deliver": lambda call: None, "on_call": lambda call: None}
+    return es.PoolHooks(log=log or quiet_log(), **(nothing | more))
+
+
+LIMIT = es.Size(10_000, 10**6, 1 << 40)
+
+
+def pool(
+    engine: FakeEngine,
+    *,
+    limit: es.Size = LIMIT,
+    cache_bytes: int = 0,
+    log: es.Log | None = None,
+    **wanted: Any,
+) -> es.Pool[es.BatchQueue]:
+    """A pool for an engine, not yet started; ``wanted``: of its settings or hooks."""
+    names = {row.name for row in dataclasses.fields(es.PoolHooks)}
+    heard = {name: wanted.pop(name) for name in [*wanted] if name in names}
+    told = hooks(log, **({"deliver": lambda call: call()} | heard))
+    settings = es.ModelSettings(**({"workers": 1, "batch_tokens": 64} | wanted))
+    cache = es.VectorCache(cache_bytes, "space")
+    backlog = es.Backlog(limit, settings.workers)
+    queue = es.BatchQueue(engine.card, settings, backlog, cache)
+    return es.Pool(engine, queue, es.BatchWorkers(engine, queue, told), told)
 
 
 def quiet_log() -> es.Log:
@@ -373,12 +693,19 @@ class Configuration:
 
 def bound(chosen: es.Settings) -> list[socket.socket]:
     """The listeners of these settings, as the command line binds them."""
-    return es.bind_all(es.listen_addresses(chosen), chosen.uds, int(chosen.uds_mode, 8))
+    return es.bind_all(chosen)
 
 
-RANKER = "ranker"  # the name of a model beside the first one, see all_routes()
+# The names of models beside the first one, see all_routes().
+RANKER, CHATTER = "ranker", "chatter"
 # What each route that takes a body answers with 200.
+SAID = [{"role": "user", "content": "a b"}]
 BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"model": CHATTER, "messages": SAID},
+    "/chat/completions": {"model": CHATTER, "messages": SAID},
+    "/v1/completions": {"model": CHATTER, "prompt": "a b"},
+    "/completions": {"model": CHATTER, "prompt": "a b"},
+    "/chat": {"model": CHATTER, "prompt": "a b"},
     "/v1/embeddings": {"input": "a b"},
     "/embeddings": {"input": "a b"},
     "/v1/rerank": {"model": RANKER, "query": "a", "documents": ["b", {"text": "c d"}]},
@@ -413,6 +740,18 @@ def ranks(path: str) -> bool:
     return "rerank" in path or "score" in path
 
 
+def generates(path: str) -> bool:
+    """Whether the route needs a model that generates."""
+    return "completions" in path or path == "/chat"
+
+
+def model_of(path: str) -> str:
+    """The model of all_routes() that the route needs."""
+    if generates(path):
+        return CHATTER
+    return RANKER if ranks(path) else "fake"
+
+
 def path_of(route: es.Route) -> str:
     """A path that the route takes."""
     return route.path.replace("{id}", "fake")
@@ -431,16 +770,22 @@ def spellings(path: str, root_path: str = "") -> list[str]:
     return found + (prefixed if root_path else [])
 
 
+def needed_bytes(chosen: es.Settings, path: str) -> int:
+    """What a model takes of memory, at most."""
+    return es.needed_bytes(chosen, es.facts_of(chosen, path))
+
+
 def all_routes() -> dict[str, Any]:
     """What running_service() needs for every route to answer 200."""
-    return {"beside": {RANKER: FakeEngine(n_scores=1, between=(5,), after=(6,))}}
+    ranker = FakeEngine(n_scores=1, pair_separator=(5,), pair_suffix=(6,))
+    return {"beside": {RANKER: ranker, CHATTER: FakeChatEngine()}}
 
 
 @dataclass
 class RunningService:
-    """A Service in this process, serving on the current event loop."""
+    """A Server in this process, serving on the current event loop."""
 
-    service: es.Service
+    server: es.Server
     log: WatchedLog
     engine: FakeEngine
     task: asyncio.Task[int]
@@ -449,16 +794,21 @@ class RunningService:
     configuration: Configuration
 
     @property
-    def served(self) -> es.Served:
+    def service(self) -> es.Service:
+        """What its handlers have at hand."""
+        return self.server.service
+
+    @property
+    def served(self) -> es.LoadedModel:
         """The first model, in memory."""
-        served = self.service.models.rows[0].served
+        served = self.service.models.entries[0].loaded
         assert served is not None, "not in memory"
         return served
 
     @property
     def backlog(self) -> es.Backlog:
         """What that model has admitted and not done."""
-        return self.served.pool.queue.state().backlog
+        return self.served.pool.queue.backlog
 
     async def ask(
         self, method: str, path: str, body: Any = None, **fields: str
@@ -518,7 +868,7 @@ async def running_service(
     beside: Mapping[str, FakeEngine] | None = None,
     **changes: Any,
 ) -> AsyncIterator[RunningService]:
-    """A Service with a FakeEngine; stopped at the end unless it already is.
+    """A Server with a FakeEngine; stopped at the end unless it already is.
 
     ``beside``: the engines of other models, by name. ``changes``: of the settings, and
     what _running() takes.
@@ -542,7 +892,7 @@ async def _running(
     is_successor: bool = False,
     **changes: Any,
 ) -> AsyncIterator[RunningService]:
-    """``before_load`` runs on the loader thread, in place of a slow or failing load.
+    """``before_load`` runs on the thread that loads, in place of a slow or failing load.
 
     ``later``: the engines of later loads, the first one's where there is none.
     ``folder`` is for the files of models, where there are others.
@@ -562,21 +912,20 @@ async def _running(
     models = [dataclasses.replace(chosen, model_path=path) for path in paths]
     listeners = bound(chosen)
     config = Configuration(chosen, models)
-    service = es.Service(
-        chosen,
+    server = es.Server(
+        config.read(),
         log,
         factory,
         listeners=listeners,
         notifier=notifier or es.Notifier(None, {}),
         read_settings=config.read,
-        models=config.models,
         is_successor=is_successor,
     )
     host, port = "", 0
     if es.is_tcp(listeners[0]):
         host, port = listeners[0].getsockname()[:2]
     announced: list[str] = []
-    task = asyncio.create_task(service.run(announced.append))
+    task = asyncio.create_task(server.run(announced.append))
     await asyncio.sleep(0)  # the administrator's key is written
     if wait_ready:
         async with asyncio.timeout(DEADLINE_S):
@@ -586,12 +935,12 @@ async def _running(
             if task.done():
                 task.result()
     try:
-        yield RunningService(service, stream, made, task, host, port, config)
+        yield RunningService(server, stream, made, task, host, port, config)
     finally:
         for each in (made, *others.values()):
             each.release()
         if not task.done():
-            service.stop()
+            server.stop()
         async with asyncio.timeout(DEADLINE_S):
             await task
 
@@ -621,12 +970,10 @@ class Reply:
         """Its sentence; asserts that it is said just as the dialect says errors."""
         assert self.headers["content-type"] == "application/json"
         assert self.headers["x-should-retry"] in ("true", "false")
-        if dialect is es.OPENAI:
-            assert set(self.json) == {"error"}
-            return str(self.error["message"])
         assert "x-request-id" in self.headers
-        has_type = dialect is not es.OLLAMA
-        assert set(self.json) == ({"error", "error_type"} if has_type else {"error"})
+        assert list(self.json) == dialect.schema["required"]
+        if isinstance(self.json["error"], dict):
+            return str(self.error["message"])
         sentence = self.json["error"]
         assert isinstance(sentence, str) and sentence
         return sentence
@@ -723,9 +1070,16 @@ class Server:
                 os.kill(self._last_child, signal.SIGKILL)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and return the exit code."""
+        """Send a signal and return the exit code; print the log if it is not 0.
+
+        It tells why, with the stack of every thread after a crash.
+        """
         self.process.send_signal(number)
-        return self.process.wait(DEADLINE_S)
+        if code := self.process.wait(DEADLINE_S):
+            with self._changed:
+                self._changed.wait_for(self._is_over, DEADLINE_S)
+            print(f"exit code {code}:\n{''.join(self.log)}")
+        return code
 
     def collect(self) -> None:
         """Thread: gather stderr."""

@@ -21,7 +21,6 @@ _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPREAD = 0.02  # what BERTs begin their training with
 _WIDE_SPREAD = 0.3  # so that other words give clearly other numbers
 _NORMS = ("attn_output_norm", "layer_output_norm")
-_CAUSAL = ("qwen3",)
 _MEAN, _LAST = gguf.PoolingType.MEAN, gguf.PoolingType.LAST
 _RANK = gguf.PoolingType.RANK
 # How models of the qwen3 kind are asked for a score, in short. The last words matter: the
@@ -44,7 +43,7 @@ def bert_base(
 ) -> Path:
     """A BERT, base size unless told otherwise, with another GGUF's vocabulary."""
     path = folder / "random-bert-base-f16.gguf"
-    maker = _Maker(path, "bert", layers, width, heads, feed_forward, context)
+    maker = Maker(path, "bert", layers, width, heads, feed_forward, context)
     maker.bert(maker.copy_vocabulary(vocabulary_from))
     return maker.write()
 
@@ -52,7 +51,7 @@ def bert_base(
 def tiny_bert(folder: Path) -> Path:
     """The smallest there is: a layer, 32 numbers, a token a letter; 20 KB."""
     path = folder / "random-tiny-bert.gguf"
-    maker = _Maker(path, "bert", 1, 32, 2, 32, 32)
+    maker = Maker(path, "bert", 1, 32, 2, 32, 32)
     maker.bert(maker.small_vocabulary(()))
     return maker.write()
 
@@ -72,7 +71,7 @@ def long_context_bert(
     Every one of ``words`` is a token; other words of a-z are a token a letter.
     """
     path = folder / "random-long-context-f16.gguf"
-    maker = _Maker(path, "nomic-bert", layers, width, heads, feed_forward, context)
+    maker = Maker(path, "nomic-bert", layers, width, heads, feed_forward, context)
     maker.writer.add_rope_freq_base(10_000)
     tokens = maker.small_vocabulary(words)
     maker.matrix("token_types.weight", 2, width, dtype=np.float32)
@@ -91,6 +90,7 @@ def tiny_cross_encoder(
     head: Sequence[str] = ("cls", "cls.output"),
     closing: bool = True,
     labels: Sequence[str] = (),
+    types: int = 2,
     context: int = 64,
 ) -> Path:
     """A BERT that scores a query and a document; 40 KB.
@@ -98,13 +98,14 @@ def tiny_cross_encoder(
     ``head``: the layers after it. RoBERTa's rerankers have these two, BERT's the second;
     with none or the first alone it says that it ranks, and llama.cpp's scores mean nothing.
     ``closing``: a pair ends with [SEP], as files say that are converted today; older ones
-    say nothing and end with the document. ``labels``: a score for each.
+    say nothing and end with the document. ``labels``: a score for each. ``types`` of
+    tokens: BERT's pairs have two, RoBERTa's and XLM-R's one.
     """
     path = folder / "random-tiny-cross-encoder.gguf"
-    maker = _Maker(
+    maker = Maker(
         path, "bert", 1, 32, 2, 32, context, spread=_WIDE_SPREAD, pooling=_RANK
     )
-    maker.bert(maker.small_vocabulary(WORDS))
+    maker.bert(maker.small_vocabulary(WORDS, types), types)
     if closing:
         maker.writer.add_eos_token_id(3)
         maker.writer.add_add_bos_token(True)
@@ -124,22 +125,26 @@ def tiny_causal(
     begin: bool = False,
     end: bool = True,
     byte_pairs: bool = True,
+    pre: str = "qwen2",
     context: int = 64,
 ) -> Path:
     """A decoder (qwen3) whose vector is that of the last token; 70 KB.
 
     ``begin`` and ``end``: whether a text's tokens stand between special ones. Its
-    tokeniser is one of byte pairs, or SentencePiece.
+    tokenizer is one of byte pairs (``pre``: its pre-tokenizer; empty: the file does not
+    say), or SentencePiece.
     """
     path = folder / "random-tiny-causal.gguf"
-    maker = _Maker(
+    maker = Maker(
         path, "qwen3", 1, 32, 2, 64, context, spread=_WIDE_SPREAD, pooling=_LAST
     )
-    make = maker.byte_pairs if byte_pairs else maker.sentence_pieces
-    tokens = make(WORDS)
+    if byte_pairs:
+        tokens = maker.byte_pairs(WORDS, pre=pre)
+    else:
+        tokens = maker.sentence_pieces(WORDS)
     maker.writer.add_add_bos_token(begin)
     maker.writer.add_add_eos_token(end)
-    maker.qwen3(tokens)
+    maker.qwen3(len(tokens))
     return maker.write()
 
 
@@ -155,7 +160,7 @@ def tiny_causal_reranker(
     ``template`` is how it is asked; empty: the file has none.
     """
     path = folder / "random-tiny-causal-reranker.gguf"
-    maker = _Maker(
+    maker = Maker(
         path, "qwen3", 1, 32, 2, 64, context, spread=_WIDE_SPREAD, pooling=_RANK
     )
     tokens = maker.byte_pairs(WORDS)
@@ -165,12 +170,12 @@ def tiny_causal_reranker(
         maker.writer.add_chat_template([{"name": "rerank", "template": template}])
     if labels:
         maker.writer.add_classifier_output_labels(labels)
-    maker.qwen3(tokens)
+    maker.qwen3(len(tokens))
     maker.linear("cls.output", len(labels) or 1, 32, with_bias=False)
     return maker.write()
 
 
-class _Maker:
+class Maker:
     """A GGUF in the making; the same bytes every time."""
 
     def __init__(
@@ -184,10 +189,13 @@ class _Maker:
         context: int,
         *,
         spread: float = _SPREAD,
-        pooling: gguf.PoolingType = _MEAN,
+        pooling: gguf.PoolingType | None = _MEAN,
+        dtype: npt.DTypeLike = np.float16,
+        kv_heads: int | Sequence[int] | None = None,
     ) -> None:
         self._path = path
         self._spread = spread
+        self._dtype = dtype
         self._width = width
         self._layers = layers
         self._heads = heads
@@ -197,23 +205,26 @@ class _Maker:
         self._unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         self.writer = gguf.GGUFWriter(self._unfinished, architecture)
         self.writer.add_name(path.stem)
-        self.writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+        kinds = gguf.LlamaFileType
+        is_half = np.dtype(dtype) == np.float16
+        self.writer.add_file_type(kinds.MOSTLY_F16 if is_half else kinds.ALL_F32)
         self.writer.add_block_count(layers)
         self.writer.add_context_length(context)
         self.writer.add_embedding_length(width)
         self.writer.add_feed_forward_length(feed_forward)
         self.writer.add_head_count(heads)
-        if architecture in _CAUSAL:
-            self.writer.add_head_count_kv(heads)
+        if "bert" not in architecture:
+            self.writer.add_head_count_kv(heads if kv_heads is None else kv_heads)
             self.writer.add_layer_norm_rms_eps(1e-6)
             self.writer.add_rope_freq_base(10_000)
         else:
             self.writer.add_layer_norm_eps(1e-12)
             self.writer.add_causal_attention(False)
-        self.writer.add_pooling_type(pooling)
+        if pooling is not None:
+            self.writer.add_pooling_type(pooling)
 
     def copy_vocabulary(self, source: Path) -> int:
-        """The tokeniser of another GGUF, whatever it says; how many tokens it has."""
+        """The tokenizer of another GGUF, whatever it says; how many tokens it has."""
         fields = gguf.GGUFReader(source).fields
         for name, entry in fields.items():
             if not name.startswith("tokenizer."):
@@ -225,7 +236,7 @@ class _Maker:
             )
         return len(fields["tokenizer.ggml.tokens"].data)
 
-    def small_vocabulary(self, words: Sequence[str]) -> int:
+    def small_vocabulary(self, words: Sequence[str], types: int = 2) -> int:
         """WordPiece of these words and of the letters; how many tokens it has.
 
         llama.cpp marks the start of a word where BERT marks its continuation.
@@ -237,83 +248,129 @@ class _Maker:
         self.writer.add_tokenizer_model("bert")
         self.writer.add_token_list(tokens)
         self.writer.add_token_types(kinds + [1] * (len(tokens) - len(kinds)))
-        self.writer.add_token_type_count(2)
+        self.writer.add_token_type_count(types)
         self.writer.add_pad_token_id(0)
         self.writer.add_unk_token_id(1)
         self.writer.add_bos_token_id(2)
         self.writer.add_sep_token_id(3)
         return len(tokens)
 
-    def byte_pairs(self, words: Sequence[str]) -> int:
-        """Bytes, and each of these words with a space before it; how many tokens.
+    def byte_pairs(
+        self,
+        words: Sequence[str],
+        *,
+        controls: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        marks: Sequence[str] = (),
+        pre: str = "qwen2",
+    ) -> list[str]:
+        """Bytes, and each of these words with a space before it; the tokens.
 
-        A word is merged letter by letter from its space on, so no two words compete.
+        A word is merged byte by byte from its space on, so no two words compete.
+        ``marks`` are tokens that a text may hold: the first control ends one.
         """
-        tokens = _byte_characters()
+        tokens = byte_characters()
+        of_byte = list(tokens)
         merges: list[str] = []
         for word in words:
-            for end in range(1, len(word) + 1):
-                piece = _SPACE + word[:end]
+            characters = "".join(of_byte[byte] for byte in word.encode())
+            for end in range(1, len(characters) + 1):
+                piece = _SPACE + characters[:end]
                 if piece not in tokens:
                     tokens.append(piece)
                     merges.append(f"{piece[:-1]} {piece[-1]}")
         plain = len(tokens)
-        tokens += ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        tokens += [*controls, *marks]
         self.writer.add_tokenizer_model("gpt2")
-        self.writer.add_tokenizer_pre("qwen2")
+        if pre:
+            self.writer.add_tokenizer_pre(pre)
         self.writer.add_token_list(tokens)
-        self.writer.add_token_types([1] * plain + [3] * 3)
+        self.writer.add_token_types(
+            [1] * plain + [3] * len(controls) + [4] * len(marks)
+        )
         self.writer.add_token_merges(merges)
         self.writer.add_bos_token_id(plain + 1)
         self.writer.add_eos_token_id(plain)
         self.writer.add_pad_token_id(plain)
-        return len(tokens)
+        return tokens
 
-    def sentence_pieces(self, words: Sequence[str]) -> int:
-        """Bytes, letters and these words; how many tokens."""
-        specials = ["<unk>", "<s>", "</s>"]
-        single = ["\u2581", *string.ascii_lowercase]
+    def sentence_pieces(
+        self,
+        words: Sequence[str],
+        *,
+        controls: Sequence[str] = ("<s>", "</s>"),
+        marks: Sequence[str] = (),
+        letters: Sequence[str] = string.ascii_lowercase,
+    ) -> list[str]:
+        """Bytes, letters and these words; the tokens.
+
+        The first two ``controls`` begin and end a text, which may hold ``marks``.
+        """
+        single = ["\u2581", *letters]
         byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
         pieces = (
             "\u2581" + word[: end + 1] for word in words for end in range(len(word))
         )
         longer = list(dict.fromkeys(pieces))
+        specials = ["<unk>", *controls, *marks]
         tokens = [*specials, *byte_tokens, *single, *longer]
         self.writer.add_tokenizer_model("llama")
         self.writer.add_token_list(tokens)
         # Higher goes first; a word is put together from its space on.
-        scores = [0.0] * 259 + [-1000.0] * len(single)
+        scores = [0.0] * (len(specials) + 256) + [-1000.0] * len(single)
         self.writer.add_token_scores(scores + [-float(n) for n in range(len(longer))])
-        kinds = [2, 3, 3] + [6] * 256  # unknown, control, bytes
+        # llama_token_type: unknown, control, what a text may hold, bytes
+        kinds = [2] + [3] * len(controls) + [4] * len(marks) + [6] * 256
         self.writer.add_token_types(kinds + [1] * (len(tokens) - len(kinds)))
         self.writer.add_unk_token_id(0)
         self.writer.add_bos_token_id(1)
         self.writer.add_eos_token_id(2)
-        return len(tokens)
+        return tokens
 
     def qwen3(self, tokens: int) -> None:
         """All tensors of a qwen3, but for a head of its own."""
-        inner, width = self._feed_forward, self._width
-        self.matrix("token_embd.weight", tokens, width)
-        self._vector("output_norm.weight", width, around=1)
+        self.matrix("token_embd.weight", tokens, self._width)
+        self.vector("output_norm.weight", self._width, around=1)
         for layer in range(self._layers):
-            for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-                self.linear(f"blk.{layer}.{name}", width, width, with_bias=False)
+            self.causal_attention(layer, with_head_norms=True)
+            for name in ("attn_norm", "ffn_norm"):
+                self.vector(f"blk.{layer}.{name}.weight", self._width, around=1)
+            self.gated(layer)
+
+    def causal_attention(
+        self,
+        layer: int,
+        *,
+        with_head_norms: bool = False,
+        with_biases: bool = False,
+        sharpness: float = 1,
+    ) -> None:
+        """A block's attention as decoders have it, and the norms of its heads.
+
+        ``sharpness``: above 1 they look at few tokens, and not at all alike.
+        """
+        width = self._width
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            biased = with_biases and name != "attn_output"
+            self.linear(f"blk.{layer}.{name}", width, width, with_bias=biased)
+        if with_head_norms:
             for name in ("attn_q_norm", "attn_k_norm"):
                 length = width // self._heads
-                self._vector(f"blk.{layer}.{name}.weight", length, around=1)
-            for name in ("attn_norm", "ffn_norm"):
-                self._vector(f"blk.{layer}.{name}.weight", width, around=1)
-            for name in ("ffn_up", "ffn_gate"):
-                self.linear(f"blk.{layer}.{name}", inner, width, with_bias=False)
-            self.linear(f"blk.{layer}.ffn_down", width, inner, with_bias=False)
+                self.vector(f"blk.{layer}.{name}.weight", length, sharpness)
 
-    def bert(self, tokens: int) -> None:
+    def gated(self, layer: int) -> None:
+        """A block's feed-forward network with a gate."""
+        inner, width = self._feed_forward, self._width
+        for name in ("ffn_up", "ffn_gate"):
+            self.linear(f"blk.{layer}.{name}", inner, width, with_bias=False)
+        self.linear(f"blk.{layer}.ffn_down", width, inner, with_bias=False)
+
+    def bert(self, tokens: int, types: int = 2) -> None:
         """All tensors of a BERT."""
         inner, width = self._feed_forward, self._width
         # llama.cpp adds these two to floats: they are f32 in every file.
         self.matrix("position_embd.weight", self._context, width, dtype=np.float32)
-        self.matrix("token_types.weight", 2, width, dtype=np.float32)
+        kinds = self._numbers(2, width)[:types]  # or other tensors would be others
+        self.writer.add_tensor("token_types.weight", kinds)
         self.embeddings(tokens)
         for layer in range(self._layers):
             self.attention(layer, with_biases=True)
@@ -338,16 +395,23 @@ class _Maker:
         """A matrix to multiply with, and what is added afterwards."""
         self.matrix(f"{name}.weight", rows, columns)
         if with_bias:
-            self._vector(f"{name}.bias", rows, around=0)
+            self.vector(f"{name}.bias", rows, around=0)
 
     def matrix(
-        self, name: str, rows: int, columns: int, dtype: npt.DTypeLike = np.float16
+        self, name: str, rows: int, columns: int, dtype: npt.DTypeLike | None = None
     ) -> None:
         """Small random numbers."""
-        values = (
-            self._chance.standard_normal((rows, columns), np.float32) * self._spread
-        )
-        self.writer.add_tensor(name, values.astype(dtype))
+        values = self._numbers(rows, columns)
+        self.writer.add_tensor(name, values.astype(dtype or self._dtype))
+
+    def _numbers(self, rows: int, columns: int) -> npt.NDArray[np.float32]:
+        return self._chance.standard_normal((rows, columns), np.float32) * self._spread
+
+    def vector(self, name: str, length: int, around: float) -> None:
+        """Small random numbers, and ``around`` added."""
+        noise = self._chance.standard_normal(length, np.float32) * self._spread
+        values = noise + around
+        self.writer.add_tensor(name, values.astype(np.float32))
 
     def write(self) -> Path:
         """Put it in its place at once: half a model is never found there."""
@@ -362,19 +426,14 @@ class _Maker:
         return self._path
 
     def _norm(self, name: str) -> None:
-        self._vector(f"{name}.weight", self._width, around=1)
-        self._vector(f"{name}.bias", self._width, around=0)
-
-    def _vector(self, name: str, length: int, around: float) -> None:
-        noise = self._chance.standard_normal(length, np.float32) * self._spread
-        values = noise + around
-        self.writer.add_tensor(name, values.astype(np.float32))
+        self.vector(f"{name}.weight", self._width, around=1)
+        self.vector(f"{name}.bias", self._width, around=0)
 
 
 _SPACE = "\u0120"  # what stands for a space among bytes
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The characters that stand for bytes in a vocabulary like GPT-2's."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))

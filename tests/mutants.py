@@ -34,7 +34,7 @@ import embellama_server as es
 from tests import kit, models
 
 LIMIT_S = 20.0  # for one file: a sound one takes 20 ms
-MOST_BYTES = 4 << 30  # of address space: what asks for more gets none
+MAX_BYTES = 4 << 30  # of address space: what asks for more gets none
 REFUSED = ("refused by the check", "refused by the engine", "refused by llama.cpp")
 ENDINGS = (*REFUSED, "served", "died", "hung", "bug")
 SOUND_ENDINGS = ENDINGS[:4]
@@ -103,9 +103,9 @@ class Gguf:
         if self.says_entries is not None:
             entries = self.says_entries
         counts = struct.pack("<IQQ", self.version, tensors, entries)
-        packed = [entry.pack() for entry in self.entries]
-        packed += [tensor.pack() for tensor in self.tensors]
-        return b"".join((self.magic, counts, *packed))
+        compressed = [entry.pack() for entry in self.entries]
+        compressed += [tensor.pack() for tensor in self.tensors]
+        return b"".join((self.magic, counts, *compressed))
 
     def pack(self) -> bytes:
         header = self.header()
@@ -483,17 +483,21 @@ def counted(found: Iterable[Ending]) -> dict[str, int]:
 
 def _serve_one(path: str) -> tuple[str, str]:
     try:
-        engine = es.LlamaEngine(path, es.EngineOptions(), kit.quiet_log())
+        engine = es.Engine(path, es.ModelSettings(), kit.quiet_log())
     except es.StartupError as error:
         says = str(error)
-        by_check, by_llama = "is not a sound GGUF" in says, "llama.cpp" in says
+        by_check, by_llama = "is not a valid GGUF" in says, "llama.cpp" in says
         return REFUSED[0 if by_check else 2 if by_llama else 1], says
     card = engine.card
-    own = engine.tokenise("a b")
-    whole = es.framed_pair(own, own, card) if card.is_ranker else es.framed(own, card)
+    own = engine.tokenizer.encode("a b")
+    whole = (
+        es.pair_with_special_tokens(own, own, card)
+        if card.kind == "rank"
+        else es.with_special_tokens(own, card)
+    )
     context = engine.new_context()
     ids = np.array(whole[: card.context_tokens], np.int32)
-    vectors = context.embed([ids], raw=card.is_ranker)
+    vectors = context.embed([ids])
     context.close()
     engine.close()
     return "served", f"{vectors.shape[1]} numbers"
@@ -501,7 +505,7 @@ def _serve_one(path: str) -> tuple[str, str]:
 
 def _work() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     for line in sys.stdin:
         try:
             ended = _serve_one(line.strip())

@@ -181,19 +181,19 @@ class Query:
     """What became of a lone text, and what the server did meanwhile."""
 
     seconds: float
-    packs: int  # that ended between the question and the answer, or a little later
+    batches: int  # that ended between the question and the answer, or a little later
     waiting: int  # inputs in the queue when it was asked
 
 
 def query(asker: httpx.Client, text: str) -> Query:
     """Ask for one text. Asserts that it is answered."""
     waiting = metric(asker, "embellama_queue_inputs")
-    packs = metric(asker, "embellama_packs_total")
+    batches = metric(asker, "embellama_batches_total")
     begun = time.perf_counter()
     assert embedded(asker, [text]).shape == (1, 384)
     seconds = time.perf_counter() - begun
-    packs = metric(asker, "embellama_packs_total") - packs
-    return Query(seconds, int(packs), int(waiting))
+    batches = metric(asker, "embellama_batches_total") - batches
+    return Query(seconds, int(batches), int(waiting))
 
 
 # --- the long form ---

@@ -29,6 +29,7 @@ class Server:
     name: str
     process: subprocess.Popen[bytes]
     url: str
+    trial: tuple[str, bytes] = ("/v1/embeddings", body(["the"]))
     pids: list[int] = field(default_factory=list)
     start_peak: float = 0.0  # all in bytes
     serving_peak: float = 0.0
@@ -37,19 +38,20 @@ class Server:
     def is_ready(self) -> bool:
         """Whether it serves; raises SystemExit when it has ended.
 
-        /health may be fine, or the models be listed, while the model still loads: so a
-        vector is asked for too.
+        /health may be fine, or the models be listed, while the model still loads: so its
+        work is asked for too.
         """
         if (code := self.process.poll()) is not None:
             raise SystemExit(f"{self.name} ended with {code} instead of serving")
         if not any(_answers(f"{self.url}/{path}") for path in ("health", "v1/models")):
             return False
         kind = {"Content-Type": "application/json"}
-        return _answers(Request(f"{self.url}/v1/embeddings", body(["the"]), kind))
+        path, asks = self.trial
+        return _answers(Request(self.url + path, asks, kind))
 
     def forget_start(self) -> None:
         """From now on the peak is that of serving. Linux only."""
-        self.pids = _group(self.process.pid)
+        self.pids = _session(self.process.pid)
         self.start_peak = self._sum("VmHWM")
         with contextlib.suppress(OSError):
             for pid in self.pids:
@@ -67,6 +69,9 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
             os.killpg(self.process.pid, signal.SIGKILL)
+        for left in _session(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
         self.process.wait(kit.DEADLINE_S)
 
     def _sum(self, name: str) -> float:
@@ -80,12 +85,12 @@ def _answers(ask: str | Request) -> bool:
     return False
 
 
-def _group(leader: int) -> list[int]:
-    """The processes of a process group; none where there is no /proc."""
+def _session(leader: int) -> list[int]:
+    """The processes of a session, in any group; none where there is no /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.getpgid(int(path.name)) == leader:
+            if os.getsid(int(path.name)) == leader:
                 found.append(int(path.name))
     return found
 
@@ -99,12 +104,18 @@ def _status_bytes(pid: int, name: str) -> float:
 
 
 @contextlib.contextmanager
-def started(name: str, command: Sequence[str], port: int, log: Any) -> Iterator[Server]:
-    """A server as the leader of a process group of its own, when it answers."""
+def started(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    log: Any,
+    trial: tuple[str, bytes] = Server.trial,
+) -> Iterator[Server]:
+    """A server as the leader of a session of its own, when it answers."""
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
     )
-    server = Server(name, process, f"http://127.0.0.1:{port}")
+    server = Server(name, process, f"http://127.0.0.1:{port}", trial)
     try:
         deadline = time.monotonic() + START_S
         while not server.is_ready():

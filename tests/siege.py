@@ -46,8 +46,11 @@ def memory_mb(pid: int) -> float:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     own = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmRSS:\s+([0-9]+) kB", own)
-    rest = sum(memory_mb(int(child)) for child in children)
-    return int(found[1]) / 1024 + rest if found else rest
+    total = int(found[1]) / 1024 if found else 0.0
+    for child in children:
+        with contextlib.suppress(OSError):  # it has ended since it was listed
+            total += memory_mb(int(child))
+    return total
 
 
 @dataclass

@@ -39,17 +39,18 @@ import embellama_server as es
 from tests import kit
 
 IN_FLIGHT = 32  # connections
-LEAST_COSINE = 0.999  # f16 weights against the float32 reference, see test_vectors.py
-MOST_REFUSALS = 100  # of one request in a row: about a minute
+MIN_COSINE = 0.999  # f16 weights against the float32 reference, see test_vectors.py
+MAX_REFUSALS = 100  # of one request in a row: about a minute
 FLAT_KB = 1.0  # a thousand requests
 KINDS = {"short": 70, "batch": 15, "reference": 8, "bad": 4, "gone": 3}  # percent
 SHARES = {"new": 55, "again": 25, "reference": 20}  # percent of inputs in short, batch
 POOL = 500  # other texts that come again
 SHORT_IDS = 40  # tokens of a reference text that may be one of these inputs
 
+REFERENCE = kit.ROOT / "tests/reference/all-MiniLM-L6-v2.jsonl"
 ROWS = [
     row
-    for line in (kit.ROOT / "tests/reference/all-MiniLM-L6-v2.jsonl").open("rb")
+    for line in REFERENCE.read_bytes().splitlines()
     if "truncated" not in (row := json.loads(line))["kind"]
 ]
 VECTORS = [np.frombuffer(base64.b64decode(row["vector"]), "<f4") for row in ROWS]
@@ -139,7 +140,7 @@ class Mix:
     def _text(self, row: int) -> str:
         if row >= 0:
             return ROWS[row]["text"] if row < len(ROWS) else self._pool[row - len(ROWS)]
-        # New by numbers which are few as words: soon the tokeniser has met all of them.
+        # New by numbers which are few as words: soon the tokenizer has met all of them.
         self._new += 1
         thousands, rest = divmod(self._new, 1000)
         return f"{self._sentence()} {self._mark} {thousands} {rest}"
@@ -195,7 +196,7 @@ class Tally:
             cut = known[: ask.dimensions]
             cosine = float(cut @ vector / np.linalg.norm(cut))
             self.worst[name] = min(cosine, self.worst.get(name, 1.0))
-            self.wrong[name] += not cosine >= LEAST_COSINE
+            self.wrong[name] += not cosine >= MIN_COSINE
         elif row >= 0 and ask.dimensions == SIZE:
             self._known[row] = vector
 
@@ -300,7 +301,7 @@ class Soak:
             await asyncio.sleep(chance.choice((0, 0, 0.003, 0.01)))
             client.close(abort=chance.random() < 0.5)
             return
-        for _ in range(MOST_REFUSALS):
+        for _ in range(MAX_REFUSALS):
             sent = time.perf_counter()
             try:
                 status, head, body = await client.exchange(ask.raw)

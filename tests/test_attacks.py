@@ -37,7 +37,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[both.Client]:
     """Of a server that takes token ids and has a prompt."""
     folder = tmp_path_factory.mktemp("models")
     flags = ("--accept-token-ids", "--prompt", "query=find ")
-    with both.asking(folder, *flags) as asked:
+    with both.asking(folder, *flags, has_chatter=True) as asked:
         yield asked
         assert asked.get("/ready").status == 200
         assert bugs(asked) == 0
@@ -53,6 +53,13 @@ def bugs(client: both.Client) -> float:
 def body(path: str, inputs: Any, **more: Any) -> dict[str, Any]:
     """A request of a route, with inputs where it has some."""
     texts = inputs if isinstance(inputs, list) else [inputs]
+    if path == "/chat":
+        return {"prompt": texts[0], "model": "chatter", **more}
+    if "chat" in path:
+        said = [{"role": "user", "content": text} for text in texts]
+        return {"messages": said, "model": "chatter", **more}
+    if kit.generates(path):
+        return {"prompt": inputs, "model": "chatter", **more}
     if "score" in path:
         return {"text_1": "q", "text_2": texts, "model": "ranker", **more}
     if path in ("/v1/embed", "/v2/embed"):
@@ -71,7 +78,7 @@ def body(path: str, inputs: Any, **more: Any) -> dict[str, Any]:
 
 
 def is_refused(reply: kit.Reply) -> bool:
-    """With a short sentence, and nothing in the header fields that was sent."""
+    """With a short sentence, and nothing in the headers that was sent."""
     assert reply.status < 500, reply.body[:300]
     if reply.status == 200:
         return False
@@ -83,10 +90,11 @@ def is_refused(reply: kit.Reply) -> bool:
 
 NAMING = ("/api/show", "/api/pull")  # a model, and nothing else
 ANY_NAME = [r.path for r in WORKING if r.dialect in (es.TEI, es.SEED)]
-TAKES_MANY = [path for path in PATHS if path not in (*NAMING, "/api/embeddings")]
+TAKES_ONE = (*NAMING, "/api/embeddings", *(path for path in PATHS if "chat" in path))
+TAKES_MANY = [path for path in PATHS if path not in TAKES_ONE]
 
 
-def most_of(path: str) -> int:
+def max_of(path: str) -> int:
     """How many inputs a request may have."""
     return {"/similarity": 8191}.get(path, 10_000 if kit.ranks(path) else 8192)
 
@@ -95,7 +103,7 @@ def most_of(path: str) -> int:
 def test_as_many_equal_inputs_as_may_be_are_an_answer_each(
     client: both.Client, path: str
 ) -> None:
-    many = ["same"] * most_of(path)
+    many = ["same"] * max_of(path)
     assert client.post(path, body(path, many)).status == 200
     assert is_refused(client.post(path, body(path, [*many, "x"])))
 
@@ -161,7 +169,8 @@ def test_an_odd_name_of_a_model_is_a_model_that_is_not_there(
     reply = client.post(path, body(path, "a") | {"model": name})
     means_one = name.upper() == "EMBEDDER" or (path in ANY_NAME and len(name) <= 512)
     if (means_one or not name) and path not in NAMING:
-        wrong = name and means_one and kit.ranks(path) and path not in ANY_NAME
+        is_other = kit.model_of(path) != "fake" and path not in ANY_NAME
+        wrong = name and means_one and is_other
         assert reply.status < 500
         assert is_refused(reply) or not wrong
     elif not means_one:
@@ -235,7 +244,10 @@ def test_a_model_s_own_name_cannot_break_the_head(tmp_path: Path, name: str) -> 
 def test_a_number_may_be_any_size_anywhere(
     client: both.Client, path: str, number: str
 ) -> None:
+    named: tuple[str, ...]
     named = ("dimensions", "top_n", "ids", "inputs", "input", "priority", "model")
+    if kit.generates(path):
+        named = ("temperature", "seed", "n", "stop", "logit_bias", "logprobs", "model")
     for name in (*named, "truncate", "parameters", "unknown"):
         sent = body(path, "a") | {name: "HERE"}
         for as_list in (number, f"[{number}]", f"[[{number}]]"):
@@ -257,9 +269,22 @@ def test_nesting_is_as_deep_as_it_likes(
 ) -> None:
     for opened, closed in (("[", "]"), ('{"a":', "}")):
         deep = opened * depth + "1" + closed * depth
-        for name in ("inputs", "input", "unknown", "documents", "ids", "model"):
+        names: tuple[str, ...]
+        names = ("inputs", "input", "unknown", "documents", "ids", "model")
+        if kit.generates(path):
+            names = ("messages", "prompt", "tools", "chat_template_kwargs", "stop")
+        for name in names:
             raw = json.dumps(body(path, "a") | {name: "HERE"})
             is_refused(client.post(path, raw.replace('"HERE"', deep).encode()))
+        if path.endswith("chat/completions"):
+            part = {"type": "HERE", "text": "HERE"}
+            said = [{"role": "user", "content": [part]}]
+            for field in ("role", "content", "name"):
+                said.append({"role": "user", "content": "x", field: "HERE"})
+            for one in said:
+                raw = json.dumps(body(path, "a") | {"messages": [one]})
+                raw = raw.replace('"HERE"', deep)
+                assert is_refused(client.post(path, raw.encode()))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -385,7 +410,7 @@ def test_a_token_without_a_vector_is_an_error_not_null(client: both.Client) -> N
 def test_a_vector_that_begins_with_zeros_cannot_be_shortened_to_them() -> None:
     row = np.array([0, 0, 1], np.float32)
     try:
-        short = es.final(row, 2)
+        short = es.unit_vector(row, 2)
     except es.ApiError:
         return
     assert np.isfinite(short).all()

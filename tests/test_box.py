@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,15 @@ def test_limits_of_cgroups_version_1_are_seen(
     assert es.free_memory_bytes(tmp_path) == free
 
 
+def test_the_memory_of_a_box_and_its_groups_is_told_with_its_limit(
+    tmp_path: Path,
+) -> None:
+    files = limits(a=("9000", "2000")) | {"proc/self/cgroup": "0::/a\n"}
+    tree(tmp_path, files | {"proc/meminfo": MEMINFO})
+    found = list(es.memory_bytes(tmp_path))
+    assert found == [(9000 * KIB, 8000 * KIB), (9000, 7000)]
+
+
 @pytest.mark.parametrize("meminfo", [None, "", "MemTotal: 1 kB\n", "\udcff\n"])
 def test_free_memory_without_an_estimate_is_the_groups_or_unlimited(
     tmp_path: Path, meminfo: str | None
@@ -148,7 +158,16 @@ def test_free_memory_without_an_estimate_is_the_groups_or_unlimited(
 
 
 TEXTS = st.binary(max_size=40) | st.sampled_from(
-    [b"max\n", b"-5", b"0::/\n", b"0::/../..\n", b"0::/a\0b\n", b"1" * 5000, b"1e9"]
+    [
+        b"max\n",
+        b"-5",
+        b"0::/\n",
+        b"0:/\n",
+        b"0::/../..\n",
+        b"0::/a\0b\n",
+        b"1" * 5000,
+        b"1e9",
+    ]
 )
 
 
@@ -188,7 +207,7 @@ def test_this_box_has_some_memory_left() -> None:
 def test_a_list_of_cpus_is_read_as_the_kernel_writes_it(
     text: str, cpus: list[int]
 ) -> None:
-    assert es.cpus_of(text) == cpus
+    assert es.parse_cpu_list(text) == cpus
 
 
 @given(st.sets(st.integers(0, 300)))
@@ -196,7 +215,7 @@ def test_a_list_of_cpus_in_runs_names_each_once(cpus: set[int]) -> None:
     starts = [cpu for cpu in sorted(cpus) if cpu - 1 not in cpus]
     ends = [cpu for cpu in sorted(cpus) if cpu + 1 not in cpus]
     runs = zip(starts, ends, strict=True)
-    assert es.cpus_of(",".join(f"{a}-{b}" for a, b in runs)) == sorted(cpus)
+    assert es.parse_cpu_list(",".join(f"{a}-{b}" for a, b in runs)) == sorted(cpus)
 
 
 def may_use(monkeypatch: pytest.MonkeyPatch, cpus: set[int]) -> None:
@@ -208,7 +227,7 @@ def topology(nodes: dict[int, str], cores: list[str]) -> dict[str, str]:
     system = "sys/devices/system"
     files = {f"{system}/node/node{n}/cpulist": cpus for n, cpus in nodes.items()}
     for threads in cores:
-        for cpu in es.cpus_of(threads):
+        for cpu in es.parse_cpu_list(threads):
             path = f"{system}/cpu/cpu{cpu}/topology/thread_siblings_list"
             files[path] = f"{threads}\n"
     return files
@@ -292,6 +311,65 @@ def test_a_cpu_that_is_not_there_cannot_be_pinned_to() -> None:
         es.pin_this_thread([4095])
 
 
+# --- cores ---
+
+CORES_V1 = "4:cpu,cpuacct:/x\n1:name=systemd:/x\n"
+CPU_V1 = "cpu/x/cpu.cfs_quota_us"
+PERIOD_V1 = {"cpu/x/cpu.cfs_period_us": "100000\n"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        (None, {}, 8),  # no /proc: macOS
+        ("0::/\n", {}, 8),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n"}, 8),
+        ("0::/a/b\n", {"a/b/cpu.max": "400000 100000\n"}, 4),
+        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n"}, 1),
+        ("0::/a/b\n", {"a/b/cpu.max": "50000 100000\n"}, 1),  # never below
+        ("0::/a/b\n", {"a/b/cpu.max": "1600000 100000\n"}, 8),  # never above affinity
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        ("0::/a/b\n", {"a/cpu.max": "600000 100000", "a/b/cpu.max": "3 1"}, 3),
+        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3),  # a container's own root
+        ("0::/docker/1:2\n", {"cpu.max": "300000 100000\n"}, 3),  # not namespaced
+        (CORES_V1, PERIOD_V1 | {CPU_V1: "200000\n"}, 2),
+        (CORES_V1, PERIOD_V1 | {CPU_V1: "-1\n"}, 8),
+        (CORES_V1, {CPU_V1: "200000\n"}, 8),  # no period
+        (CORES_V1 + "0::/x\n", PERIOD_V1 | {CPU_V1: "200000\n"}, 2),  # hybrid
+        ("3:cpuset:/x\n", PERIOD_V1 | {CPU_V1: "200000\n"}, 8),  # not the controller
+        # Malformed, each alone: what cannot be read limits nothing.
+        *(
+            ("0::/\n", {"cpu.max": bad}, 8)
+            for bad in ("", "max", "a b", "1 2 3", "-1 1")
+        ),
+        ("0::/\n", {"cpu.max": "200000 0\n"}, 8),
+        ("0::/\n", {"cpu.max": "\udcff 1\n"}, 8),
+        ("no colon\n\n0::/\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("\udcff\n", {}, 8),
+    ],
+)
+def test_cores_are_affinity_and_quota_rounded_down(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: str | None,
+    files: dict[str, str],
+    cores: int,
+) -> None:
+    may_use(monkeypatch, set(range(8)))
+    named = {f"{GROUP}/{name}": text for name, text in files.items()}
+    own = {} if groups is None else {"proc/self/cgroup": groups}
+    assert es.usable_cores(tree(tmp_path, named | own)) == cores
+
+
+@pytest.mark.parametrize(("counted", "cores"), [(6, 6), (None, 1)])
+def test_cores_are_counted_where_there_is_no_affinity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: int | None, cores: int
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: counted)
+    assert es.usable_cores(tmp_path) == cores
+
+
 # --- its name ---
 
 INTEL = "processor\t: {}\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu {}\n\n"
@@ -322,3 +400,69 @@ def test_a_cpu_has_a_name_wherever_it_is(tmp_path: Path) -> None:
     assert es.cpu_name(tmp_path)  # no /proc
     assert es.cpu_name(tree(tmp_path, {"proc/cpuinfo": "\udcff"}))
     assert es.cpu_name() == es.cpu_name(), "or what was measured is not remembered"
+
+
+# --- how much of the CPU time is used ---
+
+STAT = """cpu  999 999 999 999 999 999 999 999 0 0
+cpu0 10 1 5 70 4 0 0 10 3 0
+cpu1 20 0 0 80 0 0 0 0 0 0
+cpu7 5000 0 0 0 0 0 0 0 0 0
+intr 1 2 3
+"""
+
+
+def cpu_times(root: Path, **files: str) -> list[tuple[float, float]]:
+    """What is told of a tree with these files, in hundredths of a second."""
+    names = {name.replace("__", "/"): text for name, text in files.items()}
+    found = es.cpu_times_s(tree(root, names))
+    tick = os.sysconf("SC_CLK_TCK")
+    return [(round(used * tick), round(total * tick)) for used, total in found]
+
+
+def test_cpu_time_is_counted_of_the_cpus_we_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert cpu_times(tmp_path, proc__stat=STAT) == [(46, 200)]
+
+
+@pytest.mark.parametrize("text", ["", "cpu 1 2\n", "cpu0 1 2 3\n", "\udcff"])
+def test_cpu_time_that_the_kernel_does_not_tell_is_none_or_nothing(
+    tmp_path: Path, text: str
+) -> None:
+    assert not any(map(sum, cpu_times(tmp_path, proc__stat=text)))
+
+
+@pytest.mark.parametrize(
+    ("group", "files"),
+    [
+        ("0::/a", {"a/cpu.max": "150000 100000\n", "a/cpu.stat": "usage_usec 2500000\nuser_usec 1\n"}),
+        ("2:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "150000\n", "cpu/a/cpu.cfs_period_us": "100000\n", "cpu/a/cpuacct.usage": "2500000000\n"}),
+    ],
+    ids=["v2", "v1"],
+)  # fmt: skip
+def test_cpu_time_of_a_group_with_a_quota_is_counted_against_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    group: str,
+    files: dict[str, str],
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    placed = {f"{GROUP}/{name}": text for name, text in files.items()}
+    tree(tmp_path, placed | {"proc/self/cgroup": f"{group}\n"})
+    assert list(es.cpu_times_s(tmp_path)) == [(2.5, 150.0)]
+
+
+def test_a_quota_without_a_count_of_time_still_bounds_the_cores(
+    tmp_path: Path,
+) -> None:
+    files = {"proc/self/cgroup": "0::/a\n", f"{GROUP}/a/cpu.max": "100000 100000\n"}
+    root = tree(tmp_path, files)
+    assert (list(es.cpu_times_s(root)), es.usable_cores(root)) == ([], 1)
+
+
+def test_the_times_of_this_box_go_on(tmp_path: Path) -> None:
+    before, after = list(es.cpu_times_s()), list(es.cpu_times_s())
+    for (used, total), (used_after, total_after) in zip(before, after, strict=True):
+        assert 0 <= used <= total and used <= used_after and total <= total_after

@@ -1,4 +1,4 @@
-"""Room CACHE: the vectors used last, never more of them than there is room for."""
+"""Room READING, the cache: the vectors used last, never more of them than there is room for."""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ def openai_vectors(reply: Any) -> object:
 
 
 def openai_base64(reply: Any) -> object:
-    packed = by_index(reply["data"], "embedding")
-    return [np.frombuffer(base64.b64decode(text), "<f4") for text in packed]
+    compressed = by_index(reply["data"], "embedding")
+    return [np.frombuffer(base64.b64decode(text), "<f4") for text in compressed]
 
 
 def tei_vectors(reply: Any) -> object:

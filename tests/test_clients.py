@@ -52,10 +52,10 @@ def test_floats_and_base64_are_the_same_numbers(client: openai.OpenAI) -> None:
     plain = client.embeddings.create(
         model="short", input=TEXTS[0], encoding_format="float"
     )
-    packed = client.embeddings.create(
+    compressed = client.embeddings.create(
         model="short", input=TEXTS[0], encoding_format="base64"
     )
-    raw = base64.b64decode(str(packed.data[0].embedding))
+    raw = base64.b64decode(str(compressed.data[0].embedding))
     floats = np.array(plain.data[0].embedding, np.float32)
     assert np.array_equal(np.frombuffer(raw, "<f4"), floats)
 

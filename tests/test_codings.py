@@ -1,4 +1,4 @@
-"""Room CODINGS: what a body is packed in, what its JSON becomes, what a client takes."""
+"""Room CODINGS: what a body is compressed in, what its JSON becomes, what a client takes."""
 
 from __future__ import annotations
 
@@ -36,21 +36,24 @@ CODINGS = pytest.mark.parametrize("coding", ["gzip", WITH_ZSTD])
 MOST = 1 << 20
 
 
-def head(**fields: str) -> Head:
-    """A request's head; accept_encoding="gzip" is the field Accept-Encoding."""
-    pairs = tuple((name.replace("_", "-"), value) for name, value in fields.items())
+def head(**headers: str) -> Head:
+    """A request's head; accept_encoding="gzip" is the header Accept-Encoding."""
+    pairs = tuple((name.replace("_", "-"), value) for name, value in headers.items())
     return Head("POST", "/", "", 1, pairs, 0)
 
 
 @pytest.fixture(autouse=True)
 def _zstd_of_any_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codings, "_maybe_zstd", lambda: zstd)
+    monkeypatch.setattr(codings, "_ZSTD", zstd)
+    known = ("zstd", "gzip") if zstd else ("gzip",)
+    monkeypatch.setattr(codings, "KNOWN_CODINGS", known)
 
 
 @pytest.fixture
 def no_zstd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python before 3.14, or built without zstd."""
-    monkeypatch.setattr(codings, "_maybe_zstd", lambda: None)
+    monkeypatch.setattr(codings, "_ZSTD", None)
+    monkeypatch.setattr(codings, "KNOWN_CODINGS", ("gzip",))
 
 
 # --- Accept-Encoding ---
@@ -113,8 +116,8 @@ def test_zstd_before_gzip_unless_the_client_likes_gzip_better(
 
 
 def test_several_fields_are_one_list() -> None:
-    fields = (("accept-encoding", "br"), ("accept-encoding", "gzip"))
-    assert codings.accepted_coding(Head("GET", "/", "", 1, fields, 0)) == "gzip"
+    headers = (("accept-encoding", "br"), ("accept-encoding", "gzip"))
+    assert codings.accepted_coding(Head("GET", "/", "", 1, headers, 0)) == "gzip"
 
 
 # --- Accept ---
@@ -250,12 +253,12 @@ def test_zstd_is_known_where_python_has_it() -> None:
     assert caught.value.headers == (("accept-encoding", "zstd, gzip"),)
 
 
-# --- packing and unpacking ---
+# --- compressing and decompressing ---
 
 
-def unpacked(packed: bytes, coding: str, most_bytes: int) -> bytes:
+def decompressed(compressed: bytes, coding: str, max_bytes: int) -> bytes:
     """All pieces."""
-    return b"".join(codings.unpacked(packed, coding, most_bytes))
+    return b"".join(codings.decompressed(compressed, coding, max_bytes))
 
 
 # Also much longer than a piece, and of a piece exactly.
@@ -270,15 +273,15 @@ BODIES = st.binary(max_size=3000) | st.builds(
 
 @CODINGS
 @given(body=BODIES)
-def test_what_is_packed_unpacks_to_itself_at_any_limit(
+def test_what_is_compressed_decompresses_to_itself_at_any_limit(
     coding: str, body: bytes
 ) -> None:
-    packed = codings.packed(body, coding)
-    assert unpacked(packed, coding, MOST) == body
-    assert unpacked(packed, coding, len(body)) == body
+    compressed = codings.compressed(body, coding)
+    assert decompressed(compressed, coding, MOST) == body
+    assert decompressed(compressed, coding, len(body)) == body
     if body:
         with pytest.raises(BodyTooLarge, match=f"more than the {len(body) - 1} bytes"):
-            unpacked(packed, coding, len(body) - 1)
+            decompressed(compressed, coding, len(body) - 1)
 
 
 @CODINGS
@@ -286,8 +289,8 @@ def test_what_is_packed_unpacks_to_itself_at_any_limit(
 def test_members_one_after_another_are_one_body(
     coding: str, bodies: list[bytes]
 ) -> None:
-    packed = b"".join(codings.packed(body, coding) for body in bodies)
-    assert unpacked(packed, coding, MOST) == b"".join(bodies)
+    compressed = b"".join(codings.compressed(body, coding) for body in bodies)
+    assert decompressed(compressed, coding, MOST) == b"".join(bodies)
 
 
 @CODINGS
@@ -295,27 +298,29 @@ def test_members_one_after_another_are_one_body(
 def test_a_truncated_body_is_refused(
     coding: str, body: bytes, data: st.DataObject
 ) -> None:
-    packed = codings.packed(body, coding)
-    cut = data.draw(st.integers(0, len(packed) - 1))
+    compressed = codings.compressed(body, coding)
+    cut = data.draw(st.integers(0, len(compressed) - 1))
     with pytest.raises(MalformedRequest):
-        unpacked(packed[:cut], coding, MOST)
+        decompressed(compressed[:cut], coding, MOST)
 
 
 @CODINGS
 @pytest.mark.parametrize("garbage", [b"\0", b"x", b"{}", b"\x1f\x8b", b"\0" * 512])
-def test_what_follows_the_packed_body_is_refused(coding: str, garbage: bytes) -> None:
+def test_what_follows_the_compressed_body_is_refused(
+    coding: str, garbage: bytes
+) -> None:
     for size in (10, PIECE - 30, 3 * PIECE):
-        packed = codings.packed(bytes(range(256)) * (size // 256 + 1), coding)
+        compressed = codings.compressed(bytes(range(256)) * (size // 256 + 1), coding)
         with pytest.raises(MalformedRequest):
-            unpacked(packed + garbage, coding, MOST)
+            decompressed(compressed + garbage, coding, MOST)
 
 
 @pytest.mark.parametrize("at", [-1, -5, 15])  # the length, the checksum, the content
 def test_a_changed_byte_is_noticed(at: int) -> None:
-    packed = bytearray(codings.packed(b"some text, some more text", "gzip"))
-    packed[at] ^= 1
+    compressed = bytearray(codings.compressed(b"some text, some more text", "gzip"))
+    compressed[at] ^= 1
     with pytest.raises(MalformedRequest):
-        unpacked(bytes(packed), "gzip", MOST)
+        decompressed(bytes(compressed), "gzip", MOST)
 
 
 @CODINGS
@@ -325,43 +330,43 @@ def test_a_changed_byte_is_noticed(at: int) -> None:
 def test_random_bytes_raise_nothing_but_what_a_caller_is_told(
     coding: str, body: bytes, start: int
 ) -> None:
-    real = codings.packed(b"[0.1,0.2,0.3]" * 9, coding)
+    real = codings.compressed(b"[0.1,0.2,0.3]" * 9, coding)
     for attempt in (body, real[:start] + body, real + body):
         try:
-            assert len(unpacked(attempt, coding, 100)) <= 100
+            assert len(decompressed(attempt, coding, 100)) <= 100
         except ApiError as error:
             assert isinstance(error, BodyTooLarge | MalformedRequest)
 
 
-def peak_of(packed: bytes, coding: str, most_bytes: int) -> int:
-    """Bytes held at most while a body is unpacked, which must be too large."""
+def peak_of(compressed: bytes, coding: str, max_bytes: int) -> int:
+    """Bytes held at most while a body is decompressed, which must be too large."""
     tracemalloc.start()
     try:
         with pytest.raises(BodyTooLarge):
-            unpacked(packed, coding, most_bytes)
+            decompressed(compressed, coding, max_bytes)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
 @CODINGS
-@pytest.mark.parametrize("most_bytes", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("max_bytes", [1, 1000, 1 << 20])
 def test_too_large_a_body_takes_no_more_memory_than_the_limit_and_an_eighth(
-    coding: str, most_bytes: int
+    coding: str, max_bytes: int
 ) -> None:
-    packed = codings.packed(bytes(4 << 20), coding)
-    assert peak_of(packed, coding, most_bytes) < most_bytes * 9 / 8 + 100_000
+    compressed = codings.compressed(bytes(4 << 20), coding)
+    assert peak_of(compressed, coding, max_bytes) < max_bytes * 9 / 8 + 100_000
 
 
 @CODINGS
 def test_many_empty_members_are_refused(
     coding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    empty, most = codings.packed(b"", coding), 5
-    monkeypatch.setattr(codings, "_MOST_MEMBERS", most)
-    assert unpacked(empty * most, coding, MOST) == b""
+    empty, most = codings.compressed(b"", coding), 5
+    monkeypatch.setattr(codings, "_MAX_MEMBERS", most)
+    assert decompressed(empty * most, coding, MOST) == b""
     with pytest.raises(MalformedRequest, match="parts"):
-        unpacked(empty * (most + 1), coding, MOST)
+        decompressed(empty * (most + 1), coding, MOST)
 
 
 @pytest.mark.skipif(zstd is None, reason="no zstd for this Python")
@@ -372,21 +377,23 @@ def test_a_zstd_window_above_8_mib_is_refused() -> None:
         packer = zstd.ZstdCompressor(
             options={zstd.CompressionParameter.window_log: window_log}
         )
-        packed = packer.compress(b"abc") + packer.flush()  # of a length not foretold
+        compressed = (
+            packer.compress(b"abc") + packer.flush()
+        )  # of a length not foretold
         if is_accepted:
-            assert unpacked(packed, "zstd", MOST) == b"abc"
+            assert decompressed(compressed, "zstd", MOST) == b"abc"
         else:
             with pytest.raises(MalformedRequest):
-                unpacked(packed, "zstd", MOST)
+                decompressed(compressed, "zstd", MOST)
 
 
-def test_what_others_pack_is_unpacked() -> None:
+def test_what_others_compress_is_decompressed() -> None:
     body = b'{"input":"x"}' * 1000
-    assert unpacked(gzip.compress(body, 9), "gzip", MOST) == body
+    assert decompressed(gzip.compress(body, 9), "gzip", MOST) == body
     deflated = zlib.compress(body)  # not gzip, whatever it is called
     with pytest.raises(MalformedRequest):
-        unpacked(deflated, "gzip", MOST)
-    assert gzip.decompress(codings.packed(body, "gzip")) == body
+        decompressed(deflated, "gzip", MOST)
+    assert gzip.decompress(codings.compressed(body, "gzip")) == body
 
 
 # --- ETag ---

@@ -173,7 +173,7 @@ def llama(
 
 
 @dataclass
-class Models:
+class ModelPaths:
     """Paths."""
 
     bert: Path
@@ -186,9 +186,9 @@ NAMES = ("bert", "bpe", "spm")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def models(tmp_path_factory: pytest.TempPathFactory) -> ModelPaths:
     folder = tmp_path_factory.mktemp("models")
-    return Models(
+    return ModelPaths(
         bert=bert(folder / "bert.gguf"),
         bpe=llama(folder / "bpe.gguf", add_bpe),
         spm=llama(folder / "spm.gguf", add_spm),
@@ -197,8 +197,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @contextmanager
-def loaded(path: Path, **options: Any) -> Iterator[es.LlamaEngine]:
-    engine = es.LlamaEngine(str(path), es.EngineOptions(**options), kit.quiet_log())
+def loaded(path: Path, **options: Any) -> Iterator[es.Engine]:
+    engine = es.Engine(str(path), es.ModelSettings(**options), kit.quiet_log())
     yield engine
     engine.close()
 
@@ -210,7 +210,8 @@ def opened(path: Path, **options: Any) -> Iterator[tuple[es.ModelCard, Any]]:
         context = engine.new_context()
 
         def embed(*inputs: list[int]) -> Any:
-            return context.embed([np.array(ids, np.int32) for ids in inputs])
+            rows = context.embed([np.array(ids, np.int32) for ids in inputs])
+            return kit.units(rows)
 
         yield engine.card, embed
         context.close()
@@ -239,7 +240,7 @@ def run_python(code: str, *arguments: object) -> None:
 # --- small models, really computed ---
 
 
-def test_the_card_says_what_the_file_says(models: Models) -> None:
+def test_the_card_says_what_the_file_says(models: ModelPaths) -> None:
     cards = {}
     for name in NAMES:
         with loaded(getattr(models, name)) as engine:
@@ -252,15 +253,25 @@ def test_the_card_says_what_the_file_says(models: Models) -> None:
     assert cards["bert"].architecture == "bert"
     pooled = [cards[name].pooling for name in NAMES]
     assert pooled == ["mean", "last", "last"]
-    framing = [(cards[name].head, cards[name].tail) for name in NAMES]
-    assert framing == [((2,), (3,)), ((), (257,)), ((1,), (2,))]
-    kinds = [cards[name].tokeniser for name in NAMES]
+    special = [(cards[name].prefix, cards[name].suffix) for name in NAMES]
+    assert special == [((2,), (3,)), ((), (257,)), ((1,), (2,))]
+    kinds = [cards[name].tokenizer for name in NAMES]
     assert kinds == ["WordPiece", "BPE", "SentencePiece"]
 
 
+def test_an_exact_call_has_one_input(models: ModelPaths) -> None:
+    for options, most in (
+        ({}, 64),
+        ({"max_batch_requests": 5}, 5),
+        ({"exact": True}, 1),
+    ):
+        with loaded(models.bert, batch_tokens=64, **options) as engine:
+            assert engine.card.batch_inputs == most
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pack_gives_each_input_the_vector_it_has_alone(
-    models: Models, name: str
+def test_a_batch_gives_each_input_the_vector_it_has_alone(
+    models: ModelPaths, name: str
 ) -> None:
     chance = np.random.default_rng(2)
     with opened(getattr(models, name)) as (card, embed):
@@ -279,17 +290,17 @@ def test_a_pack_gives_each_input_the_vector_it_has_alone(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_many_inputs_as_the_card_says_fit_into_one_call(
-    models: Models, name: str
+    models: ModelPaths, name: str
 ) -> None:
     with opened(getattr(models, name)) as (card, embed):
-        inputs = [[5 + n % 20] for n in range(card.pack_inputs)]
+        inputs = [[5 + n % 16] for n in range(card.batch_inputs)]
         vectors = embed(*inputs)
-        assert np.einsum("ij,ij->i", vectors[:20], vectors[20:40]).min() >= 0.9999
+        assert np.einsum("ij,ij->i", vectors[:16], vectors[16:32]).min() >= 0.9999
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_leave_nothing_behind_that_changes_the_next(
-    models: Models, name: str
+    models: ModelPaths, name: str
 ) -> None:
     with opened(getattr(models, name)) as (_, embed):
         before = embed([5, 6, 7])
@@ -299,7 +310,7 @@ def test_calls_leave_nothing_behind_that_changes_the_next(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_no_context_can_take_is_an_engine_error_and_work_goes_on(
-    models: Models, name: str
+    models: ModelPaths, name: str
 ) -> None:
     with opened(getattr(models, name)) as (card, embed):
         expected = embed([5, 6])
@@ -311,10 +322,12 @@ def test_what_no_context_can_take_is_an_engine_error_and_work_goes_on(
         np.testing.assert_array_equal(embed([5, 6]), expected)
 
 
-def test_a_decoder_reads_the_final_token(models: Models) -> None:
+def test_a_decoder_reads_the_final_token(models: ModelPaths) -> None:
     # Its vector is the last token's: Llama.embed() of llama-cpp-python drops it.
     with opened(models.spm) as (card, embed):
-        long = es.truncated(es.framed([260] * 99, card), card.max_input_tokens, 1, 1)
+        long = es.truncated(
+            es.with_special_tokens([260] * 99, card), card.max_input_tokens, 1, 1
+        )
         assert len(long) == card.max_input_tokens
         assert long[-1] == 2
         one, other = embed(long, [*long[:-1], 260])
@@ -326,17 +339,17 @@ def test_a_decoder_reads_the_final_token(models: Models) -> None:
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 @example(text="~")
 @example(text="\U0001f600")
-def test_no_tokeniser_needs_more_room_than_is_reserved(
-    engines: dict[str, es.LlamaEngine], name: str, text: str
+def test_no_tokenizer_needs_more_room_than_is_reserved(
+    engines: dict[str, es.Engine], name: str, text: str
 ) -> None:
     engine = engines[name]
-    ids = es.framed(engine.tokenise(text), engine.card)
+    ids = es.with_special_tokens(engine.tokenizer.encode(text), engine.card)
     # What is longer than the model can read is refused or cut.
-    assert min(len(ids), TRAINED) <= es.most_tokens(text, engine.card)
+    assert min(len(ids), TRAINED) <= kit.token_bound(text, engine.card)
 
 
 @pytest.fixture(scope="module")
-def engines(models: Models) -> Iterator[dict[str, es.LlamaEngine]]:
+def engines(models: ModelPaths) -> Iterator[dict[str, es.Engine]]:
     with loaded(models.bert) as a, loaded(models.bpe) as b, loaded(models.spm) as c:
         yield dict(zip(NAMES, (a, b, c), strict=True))
 
@@ -355,7 +368,9 @@ def test_a_vocabulary_is_cased_when_the_file_says_so_or_has_capitals(
 ) -> None:
     path = bert(tmp_path / "cased.gguf", letters, lowercase=lowercase)
     with loaded(path) as engine:
-        assert (engine.tokenise("AB") != engine.tokenise("ab")) is is_cased
+        assert (
+            engine.tokenizer.encode("AB") != engine.tokenizer.encode("ab")
+        ) is is_cased
 
 
 # --- tokens, and back ---
@@ -367,96 +382,100 @@ def test_a_vocabulary_is_cased_when_the_file_says_so_or_has_capitals(
 @example(text=" leading, and  two ")
 @example(text="\U0001f600 \u4e16\u0301")
 def test_a_texts_tokens_say_the_text_again(
-    engines: dict[str, es.LlamaEngine], name: str, text: str
+    engines: dict[str, es.Engine], name: str, text: str
 ) -> None:
     engine = engines[name]
     if "\0" in text or any(mark in text for mark in ("<end>", "<s>", "</s>", "<unk>")):
         return
-    said = engine.text(engine.tokenise(text), with_special=False)
+    said = engine.tokenizer.decode(engine.tokenizer.encode(text), with_special=False)
     assert said.removeprefix(" ") == text.removeprefix(" ")
 
 
-def test_a_wordpiece_says_words_again(engines: dict[str, es.LlamaEngine]) -> None:
+def test_a_wordpiece_says_words_again(engines: dict[str, es.Engine]) -> None:
     engine = engines["bert"]
     for text in ("abc", "a b", "ab ba"):
-        said = engine.text(engine.tokenise(text), with_special=False)
+        said = engine.tokenizer.decode(
+            engine.tokenizer.encode(text), with_special=False
+        )
         assert said.strip() == text
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_special_tokens_have_names_that_are_left_out_unless_asked_for(
-    engines: dict[str, es.LlamaEngine], name: str
+    engines: dict[str, es.Engine], name: str
 ) -> None:
     engine = engines[name]
     card = engine.card
-    own = engine.tokenise("abc")
-    ids = es.framed(own, card)
-    frame = [*card.head, *card.tail]
-    assert frame, "the claim would say nothing"
-    bare = engine.text(own, with_special=False).strip()
-    assert engine.text(ids, with_special=False).strip() == bare
-    whole = engine.text(ids, with_special=True)
-    for piece in engine.pieces(frame):
+    own = engine.tokenizer.encode("abc")
+    ids = es.with_special_tokens(own, card)
+    special = [*card.prefix, *card.suffix]
+    assert special, "the claim would say nothing"
+    bare = engine.tokenizer.decode(own, with_special=False).strip()
+    assert engine.tokenizer.decode(ids, with_special=False).strip() == bare
+    whole = engine.tokenizer.decode(ids, with_special=True)
+    for piece in engine.tokenizer.pieces(special):
         assert piece
         assert piece in whole
         assert piece not in bare
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_token_has_a_piece(engines: dict[str, es.LlamaEngine], name: str) -> None:
+def test_every_token_has_a_piece(engines: dict[str, es.Engine], name: str) -> None:
     engine = engines[name]
     every = range(engine.card.n_vocab)
-    pieces = engine.pieces(every)
+    pieces = engine.tokenizer.pieces(every)
     assert len(pieces) == len(every)
-    assert engine.pieces([]) == []
-    assert engine.text([], with_special=True) == ""
-    assert len(engine.text(list(every) * 50, with_special=True)) > len(every)
+    assert engine.tokenizer.pieces([]) == []
+    assert engine.tokenizer.decode([], with_special=True) == ""
+    assert len(engine.tokenizer.decode(list(every) * 50, with_special=True)) > len(
+        every
+    )
 
 
-def test_pieces_together_are_the_text(engines: dict[str, es.LlamaEngine]) -> None:
+def test_pieces_together_are_the_text(engines: dict[str, es.Engine]) -> None:
     engine = engines["bpe"]
     text = "xxx is (not) 42"
-    assert "".join(engine.pieces(engine.tokenise(text))) == text
+    assert "".join(engine.tokenizer.pieces(engine.tokenizer.encode(text))) == text
 
 
 def test_tokens_with_long_texts_get_the_room_they_need(tmp_path: Path) -> None:
     # 16 bytes a token are what is tried first.
     path = models_of.long_context_bert(tmp_path, words=["w" * 100])
     with loaded(path) as engine:
-        (token,) = engine.tokenise("w" * 100)
-        said = engine.text([token] * 30, with_special=False)
+        (token,) = engine.tokenizer.encode("w" * 100)
+        said = engine.tokenizer.decode([token] * 30, with_special=False)
         assert said.split() == ["w" * 100] * 30
-        assert engine.pieces([token])[0].strip() == "w" * 100
+        assert engine.tokenizer.pieces([token])[0].strip() == "w" * 100
 
 
 LONG_INPUTS = """
 import numpy as np
-common, is_lane = int(sys.argv[2]), bool(int(sys.argv[3]))
-options = es.EngineOptions(common_tokens=common)
-engine = es.LlamaEngine(sys.argv[1], options, kit.quiet_log())
+common, is_long = int(sys.argv[2]), bool(int(sys.argv[3]))
+options = es.ModelSettings(common_tokens=common)
+engine = es.Engine(sys.argv[1], options, kit.quiet_log())
 assert engine.card.max_input_tokens == 1024
 assert engine.card.context_tokens == common
-context = engine.new_context(is_lane=is_lane)
+context = engine.new_context(needs_long_context=is_long)
 chance = np.random.default_rng(4)
 long = chance.integers(5, engine.card.n_vocab, 1024).astype(np.int32)
-one = context.embed([long])[0]
-parts = [long[:700]] if is_lane else [long[:700], long[:300]]
-assert context.embed(parts)[0] @ one < 0.9999
-assert context.embed([long])[0] @ one >= 0.9999
+one, again = (es.normalised(context.embed([long])[0]) for _ in range(2))
+parts = [long[:700]] if is_long else [long[:700], long[:300]]
+assert es.normalised(context.embed(parts)[0]) @ one < 0.9999
+assert again @ one >= 0.9999
 """
 
 
-@pytest.mark.parametrize(("common", "is_lane"), [(1024, 0), (512, 1)])
+@pytest.mark.parametrize(("common", "needs_long_context"), [(1024, 0), (512, 1)])
 @pytest.mark.parametrize(
     "make", [bert, functools.partial(llama, add_vocabulary=add_spm)]
 )
 def test_an_input_may_fill_a_whole_call_of_any_size(
-    tmp_path: Path, make: Callable[..., Path], common: int, is_lane: int
+    tmp_path: Path, make: Callable[..., Path], common: int, needs_long_context: int
 ) -> None:
     # More than llama.cpp's own n_ubatch (512), and than a decoder's share of memory were
     # it split among 256 inputs.
     path = make(tmp_path / "long.gguf", trained=1024)
-    run_python(LONG_INPUTS, path, common, is_lane)
+    run_python(LONG_INPUTS, path, common, needs_long_context)
 
 
 ODD_SIZES = """
@@ -464,28 +483,28 @@ import numpy as np
 chance = np.random.default_rng(5)
 
 def try_out(**sizes):
-    options = es.EngineOptions(**sizes)
+    options = es.ModelSettings(**sizes)
     print(options, file=sys.stderr, flush=True)  # if this is the end of the process
-    engine = es.LlamaEngine(sys.argv[1], options, kit.quiet_log())
+    engine = es.Engine(sys.argv[1], options, kit.quiet_log())
     card = engine.card
     assert card.max_input_tokens == (options.max_input_tokens or 511)
-    lane, context = engine.new_context(is_lane=True), engine.new_context()
+    long_context, context = engine.new_context(needs_long_context=True), engine.new_context()
     whole = [min(card.max_input_tokens, card.context_tokens)]
-    full = [1] * min(card.pack_inputs, options.pack_tokens)
-    full[0] += options.pack_tokens - len(full)
-    for used, sizes in ((lane, [card.max_input_tokens]), (context, whole), (context, full)):
+    full = [1] * min(card.batch_inputs, options.batch_tokens)
+    full[0] += options.batch_tokens - len(full)
+    for used, sizes in ((long_context, [card.max_input_tokens]), (context, whole), (context, full)):
         inputs = [chance.integers(5, card.n_vocab, n, np.int32) for n in sizes]
         assert np.isfinite(used.embed(inputs)).all()
-    for used in (lane, context):
+    for used in (long_context, context):
         used.close()
     engine.close()
 
 for longest in (0, 300, 63, 7):
-    for pack_tokens in (256, 64, 63, 7):
-        try_out(max_input_tokens=longest, pack_tokens=pack_tokens)
+    for batch_tokens in (256, 64, 63, 7):
+        try_out(max_input_tokens=longest, batch_tokens=batch_tokens)
 for _ in range(30):
-    longest, pack, common = map(int, chance.integers(3, 511, 3))
-    try_out(max_input_tokens=longest, pack_tokens=pack, common_tokens=common)
+    longest, batch, common = map(int, chance.integers(3, 511, 3))
+    try_out(max_input_tokens=longest, batch_tokens=batch, common_tokens=common)
 """
 
 
@@ -502,52 +521,60 @@ def test_sizes_need_be_multiples_of_nothing(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        pytest.param({}, 256, id="a pack, when all inputs are shorter"),
-        pytest.param({"pack_tokens": 16}, TRAINED, id="the longest input"),
+        pytest.param({}, 256, id="a batch, when all inputs are shorter"),
+        pytest.param({"batch_tokens": 16}, TRAINED, id="the longest input"),
         pytest.param(
-            {"pack_tokens": 16, "common_tokens": 40}, 40, id="or a common one"
+            {"batch_tokens": 16, "common_tokens": 40}, 40, id="or a common one"
         ),
         pytest.param(
-            {"pack_tokens": 48, "common_tokens": 40}, 48, id="never below a pack"
+            {"batch_tokens": 48, "common_tokens": 40}, 48, id="never below a batch"
         ),
-        pytest.param({"pack_tokens": 16, "max_input_tokens": 20}, 20, id="limited"),
+        pytest.param({"batch_tokens": 16, "max_input_tokens": 20}, 20, id="limited"),
     ],
 )
 def test_a_workers_context_holds(
-    models: Models, options: dict[str, int], expected: int
+    models: ModelPaths, options: dict[str, int], expected: int
 ) -> None:
     with loaded(models.bert, **options) as engine:
         assert engine.card.context_tokens == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_lane_holds_what_is_too_long_for_a_workers_context(
-    models: Models, name: str
+def test_the_long_context_holds_what_is_too_long_for_a_workers_context(
+    models: ModelPaths, name: str
 ) -> None:
     longest = np.arange(5, 5 + TRAINED, dtype=np.int32) % 20 + 5
     with loaded(getattr(models, name)) as engine:
         context = engine.new_context()
         expected = context.embed([longest])
+        short = kit.units(context.embed([longest[:9]]))
         context.close()
-    with loaded(getattr(models, name), pack_tokens=16, common_tokens=40) as engine:
-        context, lane = engine.new_context(), engine.new_context(is_lane=True)
+    with loaded(getattr(models, name), batch_tokens=16, common_tokens=40) as engine:
+        context, long_context = (
+            engine.new_context(),
+            engine.new_context(needs_long_context=True),
+        )
         with pytest.raises(es.EngineError):
             context.embed([longest])
-        np.testing.assert_allclose(lane.embed([longest]), expected, atol=1e-4)
+        np.testing.assert_allclose(long_context.embed([longest]), expected, atol=1e-4)
         # Neither harms the other, nor the model.
-        for used in (context, lane):
-            short = used.embed([longest[:9]])
-            np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
+        for used in (context, long_context):
+            found = kit.units(used.embed([longest[:9]]))
+            assert (found * short).sum() > 0.9999
             used.close()
 
 
 # --- what cannot be served ---
 
 
-def test_a_model_without_pooling_is_refused_until_told_how(models: Models) -> None:
-    said = refusal(models.unpooled)
-    assert "--pooling" in said
-    assert str(models.unpooled) in said
+def test_a_decoder_without_pooling_generates_unless_told_how_to_embed(
+    models: ModelPaths,
+) -> None:
+    with loaded(models.unpooled) as engine:
+        card = engine.card
+        assert (card.kind, card.pooling, card.max_input_tokens) == (
+            *("generate", "none", TRAINED),
+        )
     with opened(models.unpooled, pooling="last") as (card, embed):
         assert card.pooling == "last"
         vector = embed([1, 260, 261])
@@ -569,15 +596,15 @@ def test_a_model_without_pooling_is_refused_until_told_how(models: Models) -> No
     ],
 )
 def test_sizes_the_model_cannot_have_are_refused(
-    models: Models, options: dict[str, int], names: list[str]
+    models: ModelPaths, options: dict[str, int], names: list[str]
 ) -> None:
     said = refusal(models.bert, **options)
     assert all(name in said for name in names)
 
 
-def test_sizes_may_be_as_small_as_one_token_of_text(models: Models) -> None:
+def test_sizes_may_be_as_small_as_one_token_of_text(models: ModelPaths) -> None:
     for options in ({"max_input_tokens": 3}, {"context_size": 3}):
-        with opened(models.bert, pack_tokens=16, **options) as (card, embed):
+        with opened(models.bert, batch_tokens=16, **options) as (card, embed):
             assert (card.max_input_tokens, card.context_tokens) == (3, 16)
             assert np.isfinite(embed([2, 5, 3])).all()
 
@@ -587,7 +614,7 @@ def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
     assert "not numbers" in refusal(path)
 
 
-def test_a_path_may_hold_any_byte(models: Models, tmp_path: Path) -> None:
+def test_a_path_may_hold_any_byte(models: ModelPaths, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff\xe4 m.gguf")
     try:
         path.symlink_to(models.bert)
@@ -597,16 +624,14 @@ def test_a_path_may_hold_any_byte(models: Models, tmp_path: Path) -> None:
         assert engine.card.architecture == "bert"
 
 
-def test_a_gpu_that_is_not_there_is_refused(models: Models) -> None:
-    import llama_cpp
-
-    if llama_cpp.llama_supports_gpu_offload():
+def test_a_gpu_that_is_not_there_is_refused(models: ModelPaths) -> None:
+    if es._llama_cpp().llama_supports_gpu_offload():
         pytest.skip("there is one")
     assert "--gpu" in refusal(models.bert, gpu_layers=-1)
 
 
 def test_without_a_gpu_asked_for_no_device_is_touched(
-    models: Models, monkeypatch: pytest.MonkeyPatch
+    models: ModelPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = es._llama_cpp()
     given: list[Any] = []
@@ -627,7 +652,7 @@ def test_without_a_gpu_asked_for_no_device_is_touched(
         engine.new_context().close()
     model, *contexts = given
     assert model.split_mode == library.LLAMA_SPLIT_MODE_NONE
-    assert (model.main_gpu, model.n_gpu_layers, len(contexts)) == (-1, 0, 3)
+    assert (model.main_gpu, model.n_gpu_layers, len(contexts)) == (-1, 0, 4)
     for context in contexts:
         assert not context.op_offload
         assert not context.offload_kqv
@@ -635,12 +660,12 @@ def test_without_a_gpu_asked_for_no_device_is_touched(
 
 @pytest.mark.parametrize("cut", [4, 100, 5000, -1], ids="{} bytes".format)
 def test_a_file_that_ends_early_is_refused_in_a_sentence(
-    models: Models, tmp_path: Path, cut: int
+    models: ModelPaths, tmp_path: Path, cut: int
 ) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(models.bert.read_bytes()[:cut])
     said = refusal(path)
-    assert said.startswith(f"{path} is not a sound GGUF file: ")
+    assert said.startswith(f"{path} is not a valid GGUF file: ")
     assert "\n" not in said
 
 
@@ -649,7 +674,7 @@ def test_a_file_of_garbage_is_refused_in_a_sentence(tmp_path: Path, seed: int) -
     path = tmp_path / "garbage.gguf"
     path.write_bytes(es.GGUF_MAGIC + np.random.default_rng(seed).bytes(5000))
     said = refusal(path)
-    assert said.startswith(f"{path} is not a sound GGUF file: ")
+    assert said.startswith(f"{path} is not a valid GGUF file: ")
     assert "\n" not in said
 
 
@@ -669,38 +694,38 @@ def test_a_sound_file_that_llama_cpp_refuses_is_refused_with_its_reason(
 
 
 SMALL_STACK = """
-engine = es.LlamaEngine(sys.argv[1], es.EngineOptions(), kit.quiet_log())
+engine = es.Engine(sys.argv[1], es.ModelSettings(), kit.quiet_log())
 size = 2_000
 counts = []
-def tokenise():
+def tokenize():
     for piece in ("x", "X", " ", "1", "\\n", "'", "\\u4e2d", "x1", " \\n"):
-        counts.append(len(engine.tokenise((piece * size)[:size])))
-share = es.TOKENISER_STACK_BYTES // es.MAX_TOKENISER_CHARS
+        counts.append(len(engine.tokenizer.encode((piece * size)[:size])))
+share = es.TOKENIZER_STACK_BYTES // es.MAX_TOKENIZER_CHARS
 threading.stack_size(size * share // 4096 * 4096)
-thread = threading.Thread(target=tokenise)
+thread = threading.Thread(target=tokenize)
 thread.start()
 thread.join()
 assert len(counts) == 9 and all(counts)
 """
 
 
-def test_a_tokeniser_has_stack_enough_for_each_character(models: Models) -> None:
+def test_a_tokenizer_has_stack_enough_for_each_character(models: ModelPaths) -> None:
     # Texts that any stack has room for, on one as small as our limit makes their share.
     run_python(SMALL_STACK, models.bpe)
 
 
-def test_only_our_own_tokeniser_reads_texts_of_any_length(
-    engines: dict[str, es.LlamaEngine],
+def test_only_our_own_tokenizer_reads_texts_of_any_length(
+    engines: dict[str, es.Engine],
 ) -> None:
     most = {name: engine.card.max_chars for name, engine in engines.items()}
-    limit = es.MAX_TOKENISER_CHARS
+    limit = es.MAX_TOKENIZER_CHARS
     assert most == {"bert": sys.maxsize, "bpe": limit, "spm": limit}
 
 
 AFTER_A_FAILED_LOAD = """
-engine = es.LlamaEngine(sys.argv[1], es.EngineOptions(), kit.quiet_log())
+engine = es.Engine(sys.argv[1], es.ModelSettings(), kit.quiet_log())
 try:
-    es.LlamaEngine(sys.argv[2], es.EngineOptions(), kit.quiet_log())
+    es.Engine(sys.argv[2], es.ModelSettings(), kit.quiet_log())
 except es.StartupError:
     pass
 else:
@@ -711,7 +736,7 @@ for _ in range(20):
 
 
 def test_a_load_that_failed_does_not_take_the_log_sink_with_it(
-    models: Models, tmp_path: Path
+    models: ModelPaths, tmp_path: Path
 ) -> None:
     # llama.cpp has one sink a process and goes on calling it: it must never be freed.
     garbage = tmp_path / "garbage.gguf"
@@ -735,32 +760,33 @@ from tests import models
 
 path = models.tiny_bert(Path(sys.argv[1]))
 loaded = weakref.WeakSet()
-real = es.LlamaEngine.__init__
+real = es.Engine.__init__
 def noted(self, *arguments):
     loaded.add(self)
     real(self, *arguments)
-es.LlamaEngine.__init__ = noted
+es.Engine.__init__ = noted
 
 def refused(**options):
     try:
-        es.LlamaEngine(str(path), es.EngineOptions(**options), kit.quiet_log())
+        es.Engine(str(path), es.ModelSettings(**options), kit.quiet_log())
     except es.StartupError as error:
         return str(error)
     sys.exit("loaded")
 
-def failing(name):
-    whole = getattr(es.LlamaContext, name)
+def failing(name, owner=es.Context):
+    whole = getattr(owner, name)
     def fails(*_, **__):
         raise es.EngineError("no room")
-    setattr(es.LlamaContext, name, fails)
-    return lambda: setattr(es.LlamaContext, name, whole)
+    setattr(owner, name, fails)
+    return lambda: setattr(owner, name, whole)
 
 for _ in range(3):
-    engine = es.LlamaEngine(str(path), es.EngineOptions(), kit.quiet_log())
+    engine = es.Engine(str(path), es.ModelSettings(), kit.quiet_log())
     engine.new_context().close()
     assert mappings(path)
-    for name in ("make_room", "_give_back_logits", "_new_batch"):
-        undo = failing(name)
+    places = ("make_room", es.Context), ("_give_back_logits", es.Context)
+    for name, owner in (*places, ("__init__", es.TokenBatch)):
+        undo = failing(name, owner)
         try:
             engine.new_context()
         except (es.StartupError, es.EngineError):
@@ -789,7 +815,7 @@ def test_an_engine_that_is_closed_or_refused_leaves_nothing_behind(
 
 
 def test_what_llama_cpp_says_is_told_of_the_call_that_failed(
-    models: Models, tmp_path: Path
+    models: ModelPaths, tmp_path: Path
 ) -> None:
     def unknown(name: str) -> str:
         path = tmp_path / f"{name}.gguf"
@@ -809,17 +835,17 @@ def test_what_llama_cpp_says_is_told_of_the_call_that_failed(
 
 
 def test_a_comparison_without_room_for_both_contexts_keeps_neither(
-    models: Models, monkeypatch: pytest.MonkeyPatch
+    models: ModelPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[es.Context] = []
-    whole = es.BriefOrFull.close
+    whole = es.Context.close
 
-    def noted(context: es.BriefOrFull) -> None:
+    def noted(context: es.Context) -> None:
         closed.append(context)
         whole(context)
 
-    monkeypatch.setattr(es.BriefOrFull, "close", noted)
     with loaded(models.bert) as own, loaded(models.bert) as other:
+        monkeypatch.setattr(es.Context, "close", noted)
 
         def fails() -> es.Context:
             raise es.StartupError("no room for another context")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
+from tests import docs
 
 every_error = pytest.mark.parametrize("kind", es.API_ERRORS, ids=lambda k: k.__name__)
 
@@ -72,7 +73,9 @@ def test_no_two_errors_share_a_code() -> None:
 @every_error
 def test_an_error_is_a_line_of_the_readme(kind: type[es.ApiError]) -> None:
     assert kind.__doc__ not in (None, es.ApiError.__doc__)
-    rows = [line for line in es.errors_table().splitlines() if f"`{kind.code}`" in line]
+    rows = [
+        line for line in docs.errors_table().splitlines() if f"`{kind.code}`" in line
+    ]
     assert rows == [f"| {kind.status} | `{kind.code}` | {kind.__doc__} |"]
     assert rows[0].count("|") == 4, "a bar in the text would be another column"
 

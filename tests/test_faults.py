@@ -1,6 +1,6 @@
 """Faults and changes in a running server: what clients see, and what is left afterwards.
 
-Rooms SERVICE, SUPERVISOR and CONTEXTS. tests/faults.py has the faults that are injected
+Rooms SERVER, SUPERVISOR and CONTEXTS. tests/faults.py has the faults that are injected
 under load, and prints their figures; here they are judged.
 """
 
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,6 @@ from tests import faults, kit
 from tests.faults import EMBED, Client, supervised, until
 
 SCRIPT = str(kit.ROOT / "embellama_server.py")
-
-
-def run(check: Awaitable[None]) -> None:
-    """Run a coroutine."""
-    asyncio.run(check)  # type: ignore[arg-type]
 
 
 async def eventually(condition: Callable[[], object], what: str) -> None:
@@ -129,132 +124,113 @@ def changed(running: kit.RunningService, **changes: Any) -> None:
 NOTHING: dict[str, object] = {"changed": [], "model": "kept", "loaded": []}
 
 
-def test_a_reload_that_changes_nothing_says_so() -> None:
-    async def check() -> None:
-        async with kit.running_service() as running:
-            reply = await running.ask("POST", "/admin/reload")
-            assert (reply.status, reply.json) == (200, NOTHING)
-
-    run(check())
+async def test_a_reload_that_changes_nothing_says_so() -> None:
+    async with kit.running_service() as running:
+        reply = await running.ask("POST", "/admin/reload")
+        assert (reply.status, reply.json) == (200, NOTHING)
 
 
-def test_another_name_for_a_model_takes_no_load() -> None:
-    async def check() -> None:
-        async with kit.running_service() as running:
-            served = running.served
-            changed(running, model_alias=("other",), prompt=("query=q: ",))
-            reply = await running.ask("POST", "/admin/reload")
-            names = ["model_alias", "prompt"]
-            said = {"changed": names, "model": "kept", "loaded": []}
-            assert (reply.status, reply.json) == (200, said)
-            assert running.served is served
-            asked = {"input": "a", "model": "other", "prompt_name": "query"}
-            found = await running.ask("POST", EMBED, asked)
-            assert found.status == 200
-            vector = found.json["data"][0]["embedding"]
-            assert np.allclose(vector, faults.expected("q: a"), atol=1e-6)
-
-    run(check())
+async def test_another_name_for_a_model_takes_no_load() -> None:
+    async with kit.running_service() as running:
+        served = running.served
+        changed(running, model_alias=("other",), prompt=("query=q: ",))
+        reply = await running.ask("POST", "/admin/reload")
+        names = ["model_alias", "prompt"]
+        said = {"changed": names, "model": "kept", "loaded": []}
+        assert (reply.status, reply.json) == (200, said)
+        assert running.served is served
+        asked = {"input": "a", "model": "other", "prompt_name": "query"}
+        found = await running.ask("POST", EMBED, asked)
+        assert found.status == 200
+        vector = found.json["data"][0]["embedding"]
+        assert np.allclose(vector, faults.expected("q: a"), atol=1e-6)
 
 
-def test_limits_log_level_and_keys_count_at_once() -> None:
-    async def check() -> None:
-        async with kit.running_service() as running:
-            big = {"input": "word " * 300}
-            assert (await running.ask("POST", EMBED, big)).status == 400  # too long
-            key = "a-key-of-some-length"
-            changed(running, max_body_bytes=1024, log_level="error", api_key=key)
-            reply = await running.ask("POST", "/admin/reload")
-            names = ["max_body_bytes", "api_key", "log_level"]
-            assert (reply.json["changed"], reply.json["model"]) == (names, "kept")
-            said = len(running.log.getvalue())
-            small = {"input": "a"}
-            assert (await running.ask("POST", EMBED, small)).status == 401
-            bearer = f"Bearer {key}"
-            reply = await running.ask("POST", EMBED, small, authorization=bearer)
-            assert reply.status == 200
-            reply = await running.ask("POST", EMBED, big, authorization=bearer)
-            assert reply.status == 413
-            assert len(running.log.getvalue()) == said  # all that was info
-
-    run(check())
+async def test_limits_log_level_and_keys_count_at_once() -> None:
+    async with kit.running_service() as running:
+        big = {"input": "word " * 300}
+        assert (await running.ask("POST", EMBED, big)).status == 400  # too long
+        key = "a-key-of-some-length"
+        changed(running, max_body_bytes=1024, log_level="error", api_key=key)
+        reply = await running.ask("POST", "/admin/reload")
+        names = ["max_body_bytes", "api_key", "log_level"]
+        assert (reply.json["changed"], reply.json["model"]) == (names, "kept")
+        said = len(running.log.getvalue())
+        small = {"input": "a"}
+        assert (await running.ask("POST", EMBED, small)).status == 401
+        bearer = f"Bearer {key}"
+        reply = await running.ask("POST", EMBED, small, authorization=bearer)
+        assert reply.status == 200
+        reply = await running.ask("POST", EMBED, big, authorization=bearer)
+        assert reply.status == 413
+        assert len(running.log.getvalue()) == said  # all that was info
 
 
-def test_a_smaller_queue_counts_at_once_and_what_is_in_it_stays() -> None:
-    async def check() -> None:
-        engine = kit.FakeEngine()
-        engine.block()
-        async with kit.running_service(engine) as running:
-            first = await asking(running, engine)
-            changed(running, queue_size=1)
-            assert (await running.ask("POST", "/admin/reload")).status == 200
-            refused = await running.ask("POST", EMBED, {"input": "b"})
-            assert refused.status == 503
-            engine.release()
-            assert (await first).status == 200
-
-    run(check())
+async def test_a_smaller_queue_counts_at_once_and_what_is_in_it_stays() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+    async with kit.running_service(engine) as running:
+        first = await asking(running, engine)
+        changed(running, queue_size=1)
+        assert (await running.ask("POST", "/admin/reload")).status == 200
+        refused = await running.ask("POST", EMBED, {"input": "b"})
+        assert refused.status == 503
+        engine.release()
+        assert (await first).status == 200
 
 
-def test_another_model_takes_what_is_new_and_the_old_one_ends_what_it_has() -> None:
-    async def check() -> None:
-        old, new = kit.FakeEngine(), kit.FakeEngine(n_embd=6)
-        old.block()
-        async with kit.running_service(old, later=[new]) as running:
-            first = await asking(running, old)
-            changed(running, cache_mb=1)
-            reply = await running.ask("POST", "/admin/reload")
-            said = {"changed": ["cache_mb"], "model": "replaced", "loaded": ["fake@1"]}
-            assert reply.json == said
-            second = await running.ask("POST", EMBED, {"input": "a"})
-            assert len(second.json["data"][0]["embedding"]) == 6
-            assert not old.is_closed
-            old.release()
-            reply = await first
-            found = reply.json["data"][0]["embedding"]
-            assert np.allclose(found, faults.expected("a"), atol=1e-6)
-            await eventually(lambda: old.is_closed, "the old engine's end")
-            assert (old.contexts_open, new.contexts_open) == (0, 1)
-        assert new.is_closed
+async def test_another_model_takes_what_is_new_and_the_old_one_ends_what_it_has() -> (
+    None
+):
+    old, new = kit.FakeEngine(), kit.FakeEngine(n_embd=6)
+    old.block()
+    async with kit.running_service(old, later=[new]) as running:
+        first = await asking(running, old)
+        changed(running, cache_mb=1)
+        reply = await running.ask("POST", "/admin/reload")
+        said = {"changed": ["cache_mb"], "model": "replaced", "loaded": ["fake@1"]}
+        assert reply.json == said
+        second = await running.ask("POST", EMBED, {"input": "a"})
+        assert len(second.json["data"][0]["embedding"]) == 6
+        assert not old.is_closed
+        old.release()
+        reply = await first
+        found = reply.json["data"][0]["embedding"]
+        assert np.allclose(found, faults.expected("a"), atol=1e-6)
+        await eventually(lambda: old.is_closed, "the old engine's end")
+        assert (old.contexts_open, new.contexts_open) == (0, 1)
+    assert new.is_closed
 
-    run(check())
 
-
-def test_a_stop_ends_the_old_model_as_well() -> None:
-    async def check() -> None:
-        old, new = kit.FakeEngine(), kit.FakeEngine(n_embd=6)
-        old.block()
-        async with kit.running_service(old, later=[new]) as running:
-            first = await asking(running, old)
-            changed(running, cache_mb=1)
-            assert (await running.ask("POST", "/admin/reload")).status == 200
-            running.service.stop()
-            assert not running.task.done()
-            old.release()
-            assert (await first).status == 200
-            assert await running.task == 0
-        assert old.is_closed
-        assert new.is_closed
-
-    run(check())
+async def test_a_stop_ends_the_old_model_as_well() -> None:
+    old, new = kit.FakeEngine(), kit.FakeEngine(n_embd=6)
+    old.block()
+    async with kit.running_service(old, later=[new]) as running:
+        first = await asking(running, old)
+        changed(running, cache_mb=1)
+        assert (await running.ask("POST", "/admin/reload")).status == 200
+        running.server.stop()
+        assert not running.task.done()
+        old.release()
+        assert (await first).status == 200
+        assert await running.task == 0
+    assert old.is_closed
+    assert new.is_closed
 
 
 @pytest.mark.slow
-def test_a_call_that_hangs_in_the_old_model_is_ended_as_any_other() -> None:
-    async def check() -> None:
-        old = kit.FakeEngine()
-        async with kit.running_service(
-            old, later=[kit.FakeEngine()], stuck_after_s=0.1
-        ) as running:
-            await warm(running, old)
-            first = await asking(running, old)
-            changed(running, cache_mb=1)
-            assert (await running.ask("POST", "/admin/reload")).status == 200
-            await asyncio.wait((first,), timeout=5)
-            assert first.done()
-            assert (await first).status == 500
-
-    run(check())
+async def test_a_call_that_hangs_in_the_old_model_is_ended_as_any_other() -> None:
+    old = kit.FakeEngine()
+    async with kit.running_service(
+        old, later=[kit.FakeEngine()], stuck_after_s=0.1
+    ) as running:
+        await warm(running, old)
+        first = await asking(running, old)
+        changed(running, cache_mb=1)
+        assert (await running.ask("POST", "/admin/reload")).status == 200
+        await asyncio.wait((first,), timeout=5)
+        assert first.done()
+        assert (await first).status == 500
 
 
 @pytest.mark.parametrize(
@@ -271,24 +247,21 @@ def test_a_call_that_hangs_in_the_old_model_is_ended_as_any_other() -> None:
         ({"cpu_affinity": "4095"}, "cpu_affinity = 4095"),
     ],
 )
-def test_a_configuration_that_is_no_use_changes_nothing(
+async def test_a_configuration_that_is_no_use_changes_nothing(
     changes: dict[str, Any], said: str
 ) -> None:
-    async def check() -> None:
-        async with kit.running_service() as running:
-            before = running.service.settings
-            served = running.served
-            changed(running, queue_size=7, **changes)
-            reply = await running.ask("POST", "/admin/reload")
-            assert (reply.status, reply.error["code"]) == (409, "reload_refused")
-            assert said in reply.error["message"]
-            assert running.service.settings is before
-            assert running.served is served
-            await logged(running, "not reloaded, nothing has changed")
-            assert said in running.log.getvalue()
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-
-    run(check())
+    async with kit.running_service() as running:
+        before = running.service.settings
+        served = running.served
+        changed(running, queue_size=7, **changes)
+        reply = await running.ask("POST", "/admin/reload")
+        assert (reply.status, reply.error["code"]) == (409, "reload_refused")
+        assert said in reply.error["message"]
+        assert running.service.settings is before
+        assert running.served is served
+        await logged(running, "not reloaded, nothing has changed")
+        assert said in running.log.getvalue()
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
 
 
 @pytest.mark.parametrize(
@@ -301,61 +274,55 @@ def test_a_configuration_that_is_no_use_changes_nothing(
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("asked_by", ["route", "signal"])
-def test_a_model_that_does_not_load_changes_nothing(
+async def test_a_model_that_does_not_load_changes_nothing(
     error: Exception, asked_by: str
 ) -> None:
-    async def check() -> None:
-        failures: list[Exception] = []
+    failures: list[Exception] = []
 
-        def load() -> None:
-            if failures:
-                raise failures.pop()
+    def load() -> None:
+        if failures:
+            raise failures.pop()
 
-        engine = kit.FakeEngine()
-        async with kit.running_service(engine, before_load=load) as running:
-            changed(running, cache_mb=1)
-            if isinstance(error, es.BadSetting):
-                running.configuration.now = error
-            else:
-                failures.append(error)
-            if asked_by == "route":
-                reply = await running.ask("POST", "/admin/reload")
-                assert (reply.status, reply.error["code"]) == (409, "reload_refused")
-                assert str(error) in reply.error["message"]
-            else:
-                os.kill(os.getpid(), signal.SIGHUP)
-                await logged(running, "not reloaded, nothing has changed")
-            assert str(error) in running.log.getvalue()
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-            assert not engine.is_closed
-            # And it is no obstacle to the next one.
-            running.configuration.now = running.service.settings
-            assert (await running.ask("POST", "/admin/reload")).status == 200
-
-    run(check())
-
-
-def test_a_load_that_fails_in_another_way_is_logged_too() -> None:
-    async def check() -> None:
-        failures: list[Exception] = []
-
-        def load() -> None:
-            if failures:
-                raise failures.pop()
-
-        async with kit.running_service(before_load=load) as running:
-            changed(running, cache_mb=1)
-            failures.append(KeyError("a bug"))
+    engine = kit.FakeEngine()
+    async with kit.running_service(engine, before_load=load) as running:
+        changed(running, cache_mb=1)
+        if isinstance(error, es.BadSetting):
+            running.configuration.now = error
+        else:
+            failures.append(error)
+        if asked_by == "route":
+            reply = await running.ask("POST", "/admin/reload")
+            assert (reply.status, reply.error["code"]) == (409, "reload_refused")
+            assert str(error) in reply.error["message"]
+        else:
             os.kill(os.getpid(), signal.SIGHUP)
-            await eventually(lambda: not failures, "the load")
-            async with asyncio.timeout(3):
-                await logged(running, "not reloaded: a bug")
-            assert "KeyError" in running.log.getvalue()
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-            # And it is no obstacle to the next one.
-            assert (await running.ask("POST", "/admin/reload")).status == 200
+            await logged(running, "not reloaded, nothing has changed")
+        assert str(error) in running.log.getvalue()
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
+        assert not engine.is_closed
+        # And it is no obstacle to the next one.
+        running.configuration.now = running.service.settings
+        assert (await running.ask("POST", "/admin/reload")).status == 200
 
-    run(check())
+
+async def test_a_load_that_fails_in_another_way_is_logged_too() -> None:
+    failures: list[Exception] = []
+
+    def load() -> None:
+        if failures:
+            raise failures.pop()
+
+    async with kit.running_service(before_load=load) as running:
+        changed(running, cache_mb=1)
+        failures.append(KeyError("a bug"))
+        os.kill(os.getpid(), signal.SIGHUP)
+        await eventually(lambda: not failures, "the load")
+        async with asyncio.timeout(3):
+            await logged(running, "not reloaded: a bug")
+        assert "KeyError" in running.log.getvalue()
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
+        # And it is no obstacle to the next one.
+        assert (await running.ask("POST", "/admin/reload")).status == 200
 
 
 class Told(es.Notifier):
@@ -369,92 +336,80 @@ class Told(es.Notifier):
         self.names += [name for name in lines if name != "WATCHDOG"]
 
 
-def test_a_reload_that_is_overtaken_by_a_stop_does_not_say_ready() -> None:
-    async def check() -> None:
-        gate, told = threading.Event(), Told()
+async def test_a_reload_that_is_overtaken_by_a_stop_does_not_say_ready() -> None:
+    gate, told = threading.Event(), Told()
+    gate.set()
+    old, new = kit.FakeEngine(), kit.FakeEngine()
+    old.block()
+    async with kit.running_service(
+        old, later=[new], before_load=lambda: kit.wait(gate), notifier=told
+    ) as running:
+        first = await asking(running, old)
+        gate.clear()
+        changed(running, cache_mb=1)
+        reload = asyncio.create_task(running.ask("POST", "/admin/reload"))
+        await eventually(lambda: "RELOADING" in told.names, "a reload")
+        running.server.stop()
         gate.set()
-        old, new = kit.FakeEngine(), kit.FakeEngine()
-        old.block()
-        async with kit.running_service(
-            old, later=[new], before_load=lambda: kit.wait(gate), notifier=told
-        ) as running:
-            first = await asking(running, old)
-            gate.clear()
-            changed(running, cache_mb=1)
-            reload = asyncio.create_task(running.ask("POST", "/admin/reload"))
-            await eventually(lambda: "RELOADING" in told.names, "a reload")
-            running.service.stop()
-            gate.set()
-            assert (await reload).status == 409
-            old.release()
-            assert (await first).status == 200
-            assert await running.task == 0
-        assert told.names == ["READY", "RELOADING", "MONOTONIC_USEC", "STOPPING"]
-
-    run(check())
+        assert (await reload).status == 409
+        old.release()
+        assert (await first).status == 200
+        assert await running.task == 0
+    assert told.names == ["READY", "RELOADING", "MONOTONIC_USEC", "STOPPING"]
 
 
-def test_of_two_reloads_at_once_the_second_is_refused() -> None:
-    async def check() -> None:
-        gate = threading.Event()
+async def test_of_two_reloads_at_once_the_second_is_refused() -> None:
+    gate = threading.Event()
+    gate.set()
+    async with kit.running_service(before_load=lambda: kit.wait(gate)) as running:
+        gate.clear()
+        changed(running, cache_mb=1)
+        first = asyncio.create_task(running.ask("POST", "/admin/reload"))
+        second = asyncio.create_task(running.ask("POST", "/admin/reload"))
+        done, _ = await asyncio.wait(
+            (first, second), return_when=asyncio.FIRST_COMPLETED
+        )
+        (refused,) = (task.result() for task in done)
+        assert (refused.status, refused.error["code"]) == (409, "reload_refused")
+        # Work goes on meanwhile.
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
         gate.set()
-        async with kit.running_service(before_load=lambda: kit.wait(gate)) as running:
-            gate.clear()
-            changed(running, cache_mb=1)
-            first = asyncio.create_task(running.ask("POST", "/admin/reload"))
-            second = asyncio.create_task(running.ask("POST", "/admin/reload"))
-            done, _ = await asyncio.wait(
-                (first, second), return_when=asyncio.FIRST_COMPLETED
-            )
-            (refused,) = (task.result() for task in done)
-            assert (refused.status, refused.error["code"]) == (409, "reload_refused")
-            # Work goes on meanwhile.
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-            gate.set()
-            replies = await asyncio.gather(first, second)
-            assert sorted(reply.status for reply in replies) == [200, 409]
-            assert running.service.settings.cache_mb == 1
-
-    run(check())
+        replies = await asyncio.gather(first, second)
+        assert sorted(reply.status for reply in replies) == [200, 409]
+        assert running.service.settings.cache_mb == 1
 
 
-def test_a_reload_while_it_stops_is_refused() -> None:
-    async def check() -> None:
-        engine = kit.FakeEngine()
-        engine.block()
-        async with kit.running_service(engine) as running:
-            first = await asking(running, engine)
-            running.service.stop()
-            reply = await running.ask("POST", "/admin/reload")
-            assert (reply.status, reply.error["code"]) == (409, "reload_refused")
-            engine.release()
-            assert (await first).status == 200
-
-    run(check())
+async def test_a_reload_while_it_stops_is_refused() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+    async with kit.running_service(engine) as running:
+        first = await asking(running, engine)
+        running.server.stop()
+        reply = await running.ask("POST", "/admin/reload")
+        assert (reply.status, reply.error["code"]) == (409, "reload_refused")
+        engine.release()
+        assert (await first).status == 200
 
 
 @pytest.mark.slow
-def test_a_stop_during_a_reload_goes_first() -> None:
-    async def check() -> None:
-        gate, new = threading.Event(), kit.FakeEngine(n_embd=6)
+async def test_a_stop_during_a_reload_goes_first() -> None:
+    gate, new = threading.Event(), kit.FakeEngine(n_embd=6)
+    gate.set()
+    async with kit.running_service(
+        before_load=lambda: kit.wait(gate), later=[new], drain_timeout_s=0.1
+    ) as running:
+        gate.clear()
+        changed(running, cache_mb=1)
+        reload = asyncio.create_task(running.ask("POST", "/admin/reload"))
+        await eventually(lambda: running.server._reloading, "a reload")
+        running.server.stop()
+        async with asyncio.timeout(kit.DEADLINE_S):
+            assert await running.task == 0
+        assert running.engine.times_closed == 1
+        assert not running.server.is_clean  # so the program leaves at once
         gate.set()
-        async with kit.running_service(
-            before_load=lambda: kit.wait(gate), later=[new], drain_timeout_s=0.1
-        ) as running:
-            gate.clear()
-            changed(running, cache_mb=1)
-            reload = asyncio.create_task(running.ask("POST", "/admin/reload"))
-            await eventually(lambda: running.service._reloads._task, "a reload")
-            running.service.stop()
-            async with asyncio.timeout(kit.DEADLINE_S):
-                assert await running.task == 0
-            gate.set()
-            with contextlib.suppress(Exception):
-                await reload
-            await eventually(lambda: new.contexts_open == 0, "the new model's end")
-        assert running.served.pool.engine is running.engine
-
-    run(check())
+        with contextlib.suppress(Exception):
+            await reload
 
 
 def is_longer(calls: list[Any], than: int) -> bool:
@@ -489,107 +444,94 @@ def test_a_stop_of_the_program_does_not_wait_for_a_load(tmp_path: Path) -> None:
             thread.join(kit.DEADLINE_S)
 
 
-def test_a_certificate_that_is_no_use_refuses_the_reload(tmp_path: Path) -> None:
+async def test_a_certificate_that_is_no_use_refuses_the_reload(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
     command += f" -nodes -days 2 -subj /CN=localhost -keyout {key} -out {cert}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-
-    async def check() -> None:
-        async with kit.running_service(tls_cert=str(cert), tls_key=str(key)) as running:
-            before = running.service.settings
-            good = cert.read_text()
-            cert.write_text("rubbish")
-            changed(running, queue_size=7)
-            with pytest.raises(es.ReloadRefused, match=re.escape(str(cert))):
-                await running.service.reload()
-            assert running.service.settings is before
-            cert.write_text(good)
-            assert (await running.service.reload())["changed"] == ["queue_size"]
-
-    run(check())
+    await asyncio.to_thread(
+        subprocess.run, command.split(), check=True, capture_output=True
+    )
+    async with kit.running_service(tls_cert=str(cert), tls_key=str(key)) as running:
+        before = running.service.settings
+        good = cert.read_text()
+        cert.write_text("rubbish")
+        changed(running, queue_size=7)
+        with pytest.raises(es.ReloadRefused, match=re.escape(str(cert))):
+            await running.service.reload()
+        assert running.service.settings is before
+        cert.write_text(good)
+        assert (await running.service.reload())["changed"] == ["queue_size"]
 
 
-def test_many_reloads_under_load_lose_nothing() -> None:
-    async def check() -> None:
-        engines = [kit.FakeEngine() for _ in range(9)]
-        async with kit.running_service(
-            engines[0], later=engines[1:], workers=2
-        ) as running:
-            is_over = False
+async def test_many_reloads_under_load_lose_nothing() -> None:
+    engines = [kit.FakeEngine() for _ in range(9)]
+    async with kit.running_service(engines[0], later=engines[1:], workers=2) as running:
+        is_over = False
 
-            async def client(name: str) -> None:
-                number = 0
-                while not is_over:
-                    text = f"{name} {(number := number + 1)}"
-                    reply = await running.ask("POST", EMBED, {"input": text})
-                    assert reply.status == 200, reply
-                    found = reply.json["data"][0]["embedding"]
-                    assert np.allclose(found, faults.expected(text), atol=1e-6)
+        async def client(name: str) -> None:
+            number = 0
+            while not is_over:
+                text = f"{name} {(number := number + 1)}"
+                reply = await running.ask("POST", EMBED, {"input": text})
+                assert reply.status == 200, reply
+                found = reply.json["data"][0]["embedding"]
+                assert np.allclose(found, faults.expected(text), atol=1e-6)
 
-            clients = [asyncio.create_task(client(f"c{n}")) for n in range(8)]
-            for number in range(1, 9):
-                changed(running, cache_mb=number)
-                reply = await running.ask("POST", "/admin/reload")
-                assert reply.json["model"] == "replaced"
-                calls = engines[number].calls
-                computed = len(calls)
-                use = functools.partial(is_longer, calls, computed)
-                await eventually(use, "its use")
-            is_over = True
-            await asyncio.gather(*clients)
-            await eventually(
-                lambda: all(engine.is_closed for engine in engines[:-1]), "old ends"
-            )
-
-    run(check())
+        clients = [asyncio.create_task(client(f"c{n}")) for n in range(8)]
+        for number in range(1, 9):
+            changed(running, cache_mb=number)
+            reply = await running.ask("POST", "/admin/reload")
+            assert reply.json["model"] == "replaced"
+            calls = engines[number].calls
+            computed = len(calls)
+            use = functools.partial(is_longer, calls, computed)
+            await eventually(use, "its use")
+        is_over = True
+        await asyncio.gather(*clients)
+        await eventually(
+            lambda: all(engine.is_closed for engine in engines[:-1]), "old ends"
+        )
 
 
 @pytest.mark.parametrize("when", ["loading", "reloading"])
-def test_hangups_that_come_too_early_are_one_reload_later(when: str) -> None:
-    async def check() -> None:
-        gate = threading.Event()
+async def test_hangups_that_come_too_early_are_one_reload_later(when: str) -> None:
+    gate = threading.Event()
+    if when == "reloading":
+        gate.set()
+    async with kit.running_service(
+        before_load=lambda: kit.wait(gate),
+        wait_ready=when == "reloading",
+        later=[kit.FakeEngine(), kit.FakeEngine()],
+    ) as running:
         if when == "reloading":
-            gate.set()
-        async with kit.running_service(
-            before_load=lambda: kit.wait(gate),
-            wait_ready=when == "reloading",
-            later=[kit.FakeEngine(), kit.FakeEngine()],
-        ) as running:
-            if when == "reloading":
-                gate.clear()
-                changed(running, cache_mb=1)
-                os.kill(os.getpid(), signal.SIGHUP)
-                await eventually(lambda: running.service._reloads._task, "a reload")
-            for size in (11, 12, 13):
-                changed(running, queue_size=size)
-                os.kill(os.getpid(), signal.SIGHUP)
-                await logged(running, "SIGHUP: will reload when this is done")
-            gate.set()
-            newest = lambda: running.service.settings.queue_size == 13
-            await eventually(newest, "the newest settings")
-            await eventually(lambda: not running.service._reloads._task, "its end")
-            done = running.log.getvalue().count(" reloaded ")
-            assert done == (1 if when == "loading" else 2)
-
-    run(check())
-
-
-def test_a_hangup_while_the_server_stops_is_said_to_change_nothing() -> None:
-    async def check() -> None:
-        engine = kit.FakeEngine()
-        engine.block()
-        async with kit.running_service(engine) as running:
-            first = await asking(running, engine)
-            running.service.stop()
-            changed(running, queue_size=11)
+            gate.clear()
+            changed(running, cache_mb=1)
             os.kill(os.getpid(), signal.SIGHUP)
-            await logged(running, "SIGHUP: not reloaded, the server is stopping")
-            engine.release()
-            assert (await first).status == 200
-        assert " reloaded " not in running.log.getvalue()
+            await eventually(lambda: running.server._reloading, "a reload")
+        for size in (11, 12, 13):
+            changed(running, queue_size=size)
+            os.kill(os.getpid(), signal.SIGHUP)
+            await logged(running, "SIGHUP: will reload when this is done")
+        gate.set()
+        newest = lambda: running.service.settings.queue_size == 13
+        await eventually(newest, "the newest settings")
+        await eventually(lambda: not running.server._reloading, "its end")
+        done = running.log.getvalue().count(" reloaded ")
+        assert done == (1 if when == "loading" else 2)
 
-    run(check())
+
+async def test_a_hangup_while_the_server_stops_is_said_to_change_nothing() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+    async with kit.running_service(engine) as running:
+        first = await asking(running, engine)
+        running.server.stop()
+        changed(running, queue_size=11)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await logged(running, "SIGHUP: not reloaded, the server is stopping")
+        engine.release()
+        assert (await first).status == 200
+    assert " reloaded " not in running.log.getvalue()
 
 
 @pytest.mark.parametrize("flag", ["--supervise", "--no-supervise"])
@@ -642,71 +584,59 @@ def test_a_model_file_that_was_replaced_is_another_model_after_a_hangup(
 # --- leaving and draining ---
 
 
-def test_during_the_grace_all_goes_on_but_ready_and_kept_connections() -> None:
-    async def check() -> None:
-        async with kit.running_service(drain_grace_s=0.5) as running:
-            begun = time.monotonic()
-            running.service.leave()
-            ready = await running.ask("GET", "/ready")
-            assert (ready.status, ready.error["code"]) == (503, "not_ready")
-            assert "shutting down" in ready.error["message"]
-            raw = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            health = kit.parse_reply(await running.exchange(raw))
-            assert (health.status, health.headers["connection"]) == (200, "close")
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-            assert await running.task == 0
-            assert time.monotonic() - begun >= 0.5
-
-    run(check())
+async def test_during_the_grace_all_goes_on_but_ready_and_kept_connections() -> None:
+    async with kit.running_service(drain_grace_s=0.5) as running:
+        begun = time.monotonic()
+        running.server.leave()
+        ready = await running.ask("GET", "/ready")
+        assert (ready.status, ready.error["code"]) == (503, "not_ready")
+        assert "shutting down" in ready.error["message"]
+        raw = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        health = kit.parse_reply(await running.exchange(raw))
+        assert (health.status, health.headers["connection"]) == (200, "close")
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
+        assert await running.task == 0
+        assert time.monotonic() - begun >= 0.5
 
 
-def test_work_of_the_grace_is_finished_after_it() -> None:
-    async def check() -> None:
-        engine = kit.FakeEngine()
-        engine.block()
-        async with kit.running_service(engine, drain_grace_s=0.2) as running:
-            running.service.leave()
-            task = await asking(running, engine)
-            await logged(running, " draining ")
-            refused = await running.ask("POST", EMBED, {"input": "b"})
-            assert (refused.status, refused.error["code"]) == (503, "not_ready")
-            engine.release()
-            assert (await task).status == 200
-            assert await running.task == 0
-
-    run(check())
+async def test_work_of_the_grace_is_finished_after_it() -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+    async with kit.running_service(engine, drain_grace_s=0.2) as running:
+        running.server.leave()
+        task = await asking(running, engine)
+        await logged(running, " draining ")
+        refused = await running.ask("POST", EMBED, {"input": "b"})
+        assert (refused.status, refused.error["code"]) == (503, "not_ready")
+        engine.release()
+        assert (await task).status == 200
+        assert await running.task == 0
 
 
 @pytest.mark.parametrize("grace_s", [0, 3600])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_signal_ends_it_at_once(grace_s: int, second: int) -> None:
-    async def check() -> None:
-        engine = kit.FakeEngine()
-        engine.block()
-        async with kit.running_service(
-            engine, drain_grace_s=grace_s, drain_timeout_s=3600
-        ) as running:
-            task = await asking(running, engine)
-            first = " leaving " if grace_s else " draining "
-            for number, phase in ((signal.SIGTERM, first), (second, " stopped ")):
-                os.kill(os.getpid(), number)
-                await logged(running, phase)
-            assert (await task).status == 503
-            assert (" draining " in running.log.getvalue()) is (grace_s == 0)
-            engine.release()
-            assert await running.task == 0
-
-    run(check())
+async def test_the_second_signal_ends_it_at_once(grace_s: int, second: int) -> None:
+    engine = kit.FakeEngine()
+    engine.block()
+    async with kit.running_service(
+        engine, drain_grace_s=grace_s, drain_timeout_s=3600
+    ) as running:
+        task = await asking(running, engine)
+        first = " leaving " if grace_s else " draining "
+        for number, phase in ((signal.SIGTERM, first), (second, " stopped ")):
+            os.kill(os.getpid(), number)
+            await logged(running, phase)
+        assert (await task).status == 503
+        assert (" draining " in running.log.getvalue()) is (grace_s == 0)
+        engine.release()
+        assert await running.task == 0
 
 
-def test_sigint_leaves_the_grace_out() -> None:
-    async def check() -> None:
-        async with kit.running_service(drain_grace_s=3600) as running:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert await running.task == 0
-            assert " leaving " not in running.log.getvalue()
-
-    run(check())
+async def test_sigint_leaves_the_grace_out() -> None:
+    async with kit.running_service(drain_grace_s=3600) as running:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert await running.task == 0
+        assert " leaving " not in running.log.getvalue()
 
 
 def test_grace_and_drain_of_the_program() -> None:
@@ -733,59 +663,52 @@ def test_grace_and_drain_of_the_program() -> None:
 # --- the engine ---
 
 
-def test_an_abortable_call_that_hangs_is_told_and_its_worker_goes_on() -> None:
-    async def check() -> None:
-        engine = kit.FakeEngine()
-        async with kit.running_service(engine, stuck_after_s=0.1) as running:
-            await warm(running, engine)
-            reply = await (await asking(running, engine))
-            assert (reply.status, reply.error["code"]) == (500, "engine_failed")
-            assert engine.aborts == 1
-            engine.release()
-            assert (await running.ask("POST", EMBED, {"input": "b"})).status == 200
-            assert (await running.ask("GET", "/ready")).status == 200
-
-    run(check())
+async def test_an_abortable_call_that_hangs_is_told_and_its_worker_goes_on() -> None:
+    engine = kit.FakeEngine()
+    async with kit.running_service(engine, stuck_after_s=0.1) as running:
+        await warm(running, engine)
+        reply = await (await asking(running, engine))
+        assert (reply.status, reply.error["code"]) == (500, "engine_failed")
+        assert engine.aborts == 1
+        engine.release()
+        assert (await running.ask("POST", EMBED, {"input": "b"})).status == 200
+        assert (await running.ask("GET", "/ready")).status == 200
 
 
-def test_a_call_that_is_deaf_is_told_and_ends_the_process_with_1(
+async def test_a_call_that_is_deaf_is_told_and_ends_the_process_with_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(es, "_ABORT_S", 0.5)
-
-    async def check() -> None:
-        engine = kit.FakeEngine()
-        engine.is_deaf = True
-        async with kit.running_service(
-            engine, stuck_after_s=0.1, drain_timeout_s=0.1
-        ) as running:
-            await warm(running, engine)
-            first = await asking(running, engine)
-            waits = asyncio.create_task(running.ask("POST", EMBED, {"input": "b"}))
-            reply = await first
-            assert (reply.status, reply.error["code"]) == (503, "engine_unavailable")
-            assert reply.headers["retry-after"] == "1"
-            assert (await waits).status == 503
-            assert await running.task == 1
-            assert not running.service.is_clean
-            assert "replacing this process" in running.log.getvalue()
-
-    run(check())
+    monkeypatch.setattr(es, "ABORT_S", 0.5)
+    engine = kit.FakeEngine()
+    engine.is_deaf = True
+    async with kit.running_service(
+        engine, stuck_after_s=0.1, drain_timeout_s=0.1
+    ) as running:
+        await warm(running, engine)
+        first = await asking(running, engine)
+        waits = asyncio.create_task(running.ask("POST", EMBED, {"input": "b"}))
+        reply = await first
+        assert (reply.status, reply.error["code"]) == (503, "engine_unavailable")
+        assert reply.headers["retry-after"] == "1"
+        assert (await waits).status == 503
+        assert await running.task == 1
+        assert not running.server.is_clean
+        assert "replacing this process" in running.log.getvalue()
 
 
 class Quitting(kit.FakeEngine):
     """Ends the thread that calls it, as if of a bug of ours, at the word "quit"."""
 
-    def __init__(self, *, in_tokeniser: bool) -> None:
+    def __init__(self, *, in_tokenizer: bool) -> None:
         super().__init__()
-        self._in_tokeniser = in_tokeniser
+        self._in_tokenizer = in_tokenizer
         self._is_asked = False
 
-    def tokenise(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         self._is_asked |= text == "quit"
-        if self._is_asked and self._in_tokeniser:
+        if self._is_asked and self._in_tokenizer:
             raise SystemExit
-        return super().tokenise(text)
+        return super().encode(text)
 
     def enter(self, context: kit.FakeContext) -> None:
         super().enter(context)
@@ -795,20 +718,17 @@ class Quitting(kit.FakeEngine):
 
 # Threads end with SystemExit in silence, but pytest would say it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("in_tokeniser", [True, False])
-def test_a_thread_that_ends_of_a_bug_ends_the_process_with_1(
-    in_tokeniser: bool,
+@pytest.mark.parametrize("in_tokenizer", [True, False])
+async def test_a_thread_that_ends_of_a_bug_ends_the_process_with_1(
+    in_tokenizer: bool,
 ) -> None:
-    async def check() -> None:
-        engine = Quitting(in_tokeniser=in_tokeniser)
-        async with kit.running_service(engine, drain_timeout_s=0.1) as running:
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-            reply = await running.ask("POST", EMBED, {"input": "quit"})
-            assert (reply.status, reply.error["code"]) == (503, "not_ready")
-            assert await running.task == 1
-            assert "replacing this process" in running.log.getvalue()
-
-    run(check())
+    engine = Quitting(in_tokenizer=in_tokenizer)
+    async with kit.running_service(engine, drain_timeout_s=0.1) as running:
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
+        reply = await running.ask("POST", EMBED, {"input": "quit"})
+        assert (reply.status, reply.error["code"]) == (503, "not_ready")
+        assert await running.task == 1
+        assert "replacing this process" in running.log.getvalue()
 
 
 class Broken(kit.FakeEngine):
@@ -830,81 +750,64 @@ async def broken(running: kit.RunningService, times: int = 5) -> None:
 
 
 @pytest.mark.slow
-def test_a_broken_engine_is_said_and_comes_back_by_itself() -> None:
-    async def check() -> None:
-        engine = Broken()
-        async with kit.running_service(engine) as running:
-            await broken(running)
-            await logged(running, "canary worked=False")
-            refused = await running.ask("POST", EMBED, {"input": "a"})
-            code = "engine_unavailable"
-            assert (refused.status, refused.error["code"]) == (503, code)
-            assert 1 <= int(refused.headers["retry-after"]) <= 60
-            ready = await running.ask("GET", "/ready")
-            assert (ready.status, ready.error["message"]) == (503, es.ENGINE_BROKEN)
-            assert (await running.ask("GET", "/health")).status == 200
-            text = (await running.ask("GET", "/metrics")).body.decode()
-            assert "\nembellama_engine_broken 1\n" in text
-            engine.is_broken = False
-            await logged(running, "canary worked=True")
-            assert (await running.ask("GET", "/ready")).status == 200
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-
-    run(check())
+async def test_a_broken_engine_is_said_and_comes_back_by_itself() -> None:
+    engine = Broken()
+    async with kit.running_service(engine) as running:
+        await broken(running)
+        await logged(running, "canary worked=False")
+        refused = await running.ask("POST", EMBED, {"input": "a"})
+        code = "engine_unavailable"
+        assert (refused.status, refused.error["code"]) == (503, code)
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        ready = await running.ask("GET", "/ready")
+        assert (ready.status, ready.error["message"]) == (503, es.ENGINE_BROKEN)
+        assert (await running.ask("GET", "/health")).status == 200
+        text = (await running.ask("GET", "/metrics")).body.decode()
+        assert "\nembellama_engine_broken 1\n" in text
+        engine.is_broken = False
+        await logged(running, "canary worked=True")
+        assert (await running.ask("GET", "/ready")).status == 200
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
 
 
 def test_a_refused_job_gives_back_no_room_of_others() -> None:
-    pool = es.Pool(  # never started: nothing is computed
-        kit.FakeEngine(),
-        es.PoolOptions(workers=1),
-        es.Backlog(4, 1000),
-        es.VectorCache(0, ""),
-        log=kit.quiet_log(),
-        deliver=lambda call: call(),
-        on_pack=lambda _: None,
-    )
-    pool.queue.submit(es.Job(["a"], lambda: None))
-    refused = es.Job(list("bcdef"), lambda: None)
+    pool = kit.pool(kit.FakeEngine(), limit=es.Size(4, 1000, 1 << 30))  # never started
+    pool.queue.submit(kit.job(["a"]))
+    refused = kit.job(list("bcdef"))
     with pytest.raises(es.Overloaded):
         pool.queue.submit(refused)
     with contextlib.suppress(AssertionError):
         pool.queue.cancel(refused)  # as room API does
-    assert pool.queue.state().backlog.inputs == 1
+    assert pool.queue.backlog.inputs == 1
 
 
-def test_one_client_s_poison_shuts_nobody_else_out() -> None:
-    async def check() -> None:
-        async with kit.running_service() as running:
-            for number in range(20):
-                poison = {"input": f"{kit.BOOM_WORD} {number}"}
-                assert (await running.ask("POST", EMBED, poison)).status == 500
-            await logged(running, "canary worked=True")
-            assert "worked=False" not in running.log.getvalue()
-            assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
-
-    run(check())
+async def test_one_client_s_poison_shuts_nobody_else_out() -> None:
+    async with kit.running_service() as running:
+        for number in range(20):
+            poison = {"input": f"{kit.BOOM_WORD} {number}"}
+            assert (await running.ask("POST", EMBED, poison)).status == 500
+        await logged(running, "canary worked=True")
+        assert "worked=False" not in running.log.getvalue()
+        assert (await running.ask("POST", EMBED, {"input": "a"})).status == 200
 
 
 @pytest.mark.slow
-def test_a_full_queue_keeps_no_canary_away_for_good() -> None:
-    async def check() -> None:
-        engine = Broken()
-        async with kit.running_service(engine, queue_size=1) as running:
-            await broken(running, 4)
-            engine.block()
-            fifth = await asking(running, engine)
-            engine.release()
-            assert (await fifth).status == 500  # suspicious from now on
-            engine.block()
-            task = await asking(running, engine)  # and full until the next tick
-            tick = time.monotonic() + 2.5
-            await eventually(lambda: time.monotonic() > tick, "two ticks")
-            engine.release()
-            assert (await task).status == 500
-            async with asyncio.timeout(5):
-                await logged(running, "canary ")
-
-    run(check())
+async def test_a_full_queue_keeps_no_canary_away_for_good() -> None:
+    engine = Broken()
+    async with kit.running_service(engine, queue_size=1) as running:
+        await broken(running, 4)
+        engine.block()
+        fifth = await asking(running, engine)
+        engine.release()
+        assert (await fifth).status == 500  # suspicious from now on
+        engine.block()
+        task = await asking(running, engine)  # and full until the next tick
+        tick = time.monotonic() + 2.5
+        await eventually(lambda: time.monotonic() > tick, "two ticks")
+        engine.release()
+        assert (await task).status == 500
+        async with asyncio.timeout(5):
+            await logged(running, "canary ")
 
 
 # --- what the machine runs out of ---
@@ -946,22 +849,21 @@ def test_too_many_connections_for_its_files_harm_nobody_later(files: int) -> Non
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("setting", ["audit_log", "dead_letter"])
-def test_a_full_disk_fails_no_request_and_the_loss_is_counted(setting: str) -> None:
-    async def check() -> None:
-        changes: dict[str, Any] = {setting: "/dev/full"}
-        async with kit.running_service(**changes) as running:
-            word = kit.BOOM_WORD if setting == "dead_letter" else "a"
-            for number in range(5):
-                body = {"input": f"{word} {number}"}
-                reply = await running.ask("POST", EMBED, body)
-                assert reply.status == (500 if setting == "dead_letter" else 200)
-            text = running.log.getvalue()
-            for lost in (1, 2, 4):
-                assert f"lost={lost} " in text
-            assert "No space left on device" in text
-            assert (await running.ask("POST", EMBED, {"input": "b"})).status == 200
-
-    run(check())
+async def test_a_full_disk_fails_no_request_and_the_loss_is_counted(
+    setting: str,
+) -> None:
+    changes: dict[str, Any] = {setting: "/dev/full"}
+    async with kit.running_service(**changes) as running:
+        word = kit.BOOM_WORD if setting == "dead_letter" else "a"
+        for number in range(5):
+            body = {"input": f"{word} {number}"}
+            reply = await running.ask("POST", EMBED, body)
+            assert reply.status == (500 if setting == "dead_letter" else 200)
+        text = running.log.getvalue()
+        for lost in (1, 2, 4):
+            assert f"lost={lost} " in text
+        assert "No space left on device" in text
+        assert (await running.ask("POST", EMBED, {"input": "b"})).status == 200
 
 
 @pytest.mark.slow
@@ -996,7 +898,7 @@ def test_a_child_that_has_no_memory_to_start_does_not_take_the_parent_along() ->
 
 
 @pytest.mark.parametrize("jump_s", [-86400.0 * 365, -1.0, 86400.0 * 365])
-def test_a_clock_that_jumps_breaks_nothing(
+async def test_a_clock_that_jumps_breaks_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jump_s: float
 ) -> None:
     real = time.time
@@ -1006,27 +908,24 @@ def test_a_clock_that_jumps_breaks_nothing(
     keys.write_text(f"one {key} not_after={tomorrow}\ntwo {key}-of-another\n")
     keys.chmod(0o600)
 
-    async def check() -> None:
-        async with kit.running_service(api_key_file=str(keys)) as running:
+    async with kit.running_service(api_key_file=str(keys)) as running:
 
-            async def ask(text: str, key: str) -> kit.Reply:
-                bearer = f"Bearer {key}"
-                body = {"input": text}
-                return await running.ask("POST", EMBED, body, authorization=bearer)
+        async def ask(text: str, key: str) -> kit.Reply:
+            bearer = f"Bearer {key}"
+            body = {"input": text}
+            return await running.ask("POST", EMBED, body, authorization=bearer)
 
-            assert (await ask("a", key)).status == 200
-            monkeypatch.setattr(time, "time", lambda: real() + jump_s)
-            reply = await ask("b", f"{key}-of-another")
-            assert reply.status == 200
-            year = time.gmtime(real() + jump_s).tm_year
-            assert str(year) in reply.headers["date"]
-            expired = await ask("c", key)
-            assert expired.status == (401 if jump_s > 86400 else 200)
-            monkeypatch.setattr(time, "time", real)
-            assert (await ask("d", key)).status == 200
-            assert str(time.gmtime().tm_year) in (await ask("e", key)).headers["date"]
-
-    run(check())
+        assert (await ask("a", key)).status == 200
+        monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+        reply = await ask("b", f"{key}-of-another")
+        assert reply.status == 200
+        year = time.gmtime(real() + jump_s).tm_year
+        assert str(year) in reply.headers["date"]
+        expired = await ask("c", key)
+        assert expired.status == (401 if jump_s > 86400 else 200)
+        monkeypatch.setattr(time, "time", real)
+        assert (await ask("d", key)).status == 200
+        assert str(time.gmtime().tm_year) in (await ask("e", key)).headers["date"]
 
 
 # --- real calls ---
@@ -1035,7 +934,7 @@ def test_a_clock_that_jumps_breaks_nothing(
 @pytest.mark.model
 @pytest.mark.slow
 def test_a_real_call_ends_soon_after_it_is_told_and_the_next_one_is_whole(
-    engine: es.LlamaEngine,
+    engine: es.Engine,
 ) -> None:
     rng = np.random.default_rng(0)
     short = rng.integers(1000, 20000, 20).astype(np.int32)
@@ -1078,7 +977,7 @@ def test_a_client_that_leaves_frees_its_worker_in_the_middle_of_a_call(
 
         def aborted() -> int:
             text = faults.metrics(server.url)
-            found = re.findall(r"(?m)^embellama_packs_aborted_total ([0-9]+)$", text)
+            found = re.findall(r"(?m)^embellama_batches_aborted_total ([0-9]+)$", text)
             return int(found[0])
 
         def is_idle() -> bool:

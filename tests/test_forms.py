@@ -27,6 +27,8 @@ VALUES: tuple[Any, ...] = (
 NOT_AS_PYDANTIC: dict[type, tuple[Any, ...]] = {
     bool: ("yes", "no", "on", "off", "y", "n", "t", "f"),
     int: (True, False),
+    # Where a fraction is meant, a number in a string is a mistake too.
+    float: (True, False, *(value for value in VALUES if isinstance(value, str))),
 }
 
 
@@ -39,11 +41,11 @@ def parts(schema: Any) -> Iterator[Any]:
 
 def fields() -> Iterator[Any]:
     """Every truth value and bounded number of every form, and of the forms within."""
-    forms: set[type] = {es._Reading, es._Sentences}
+    forms: set[type] = {es.CutForm, es.SentencesForm}
     forms |= {route.form for route in es.ROUTES if route.form is not None}
     for form in sorted(forms, key=lambda one: one.__name__):
         for row in dataclasses.fields(form):
-            kind: es.Kind = row.metadata["wanted"].kind
+            kind: es.Kind = row.metadata["row"].kind
             for schema in parts(kind.schema):
                 if schema.get("type") == "boolean" or "minimum" in schema:
                     yield pytest.param(kind, schema, id=f"{form.__name__}.{row.name}")
@@ -68,14 +70,15 @@ def test_there_are_such_fields() -> None:
 def test_truth_values_and_numbers_are_read_as_pydantic_does(
     kind: es.Kind, schema: Any
 ) -> None:
-    type_ = bool if schema["type"] == "boolean" else int
-    reference = pydantic.TypeAdapter(type_).validate_python
+    type_ = {"boolean": bool, "integer": int, "number": float}[schema["type"]]
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(type_)
+    reference = adapter.validate_python
     judge = jsonschema.Draft202012Validator(kind.schema)
     for value in VALUES:
         wanted = None
         if repr(value) not in map(repr, NOT_AS_PYDANTIC[type_]):
             wanted = outcome(reference, value)
-        if type_ is int and wanted is not None:
+        if type_ is not bool and wanted is not None:
             is_within = schema["minimum"] <= wanted <= schema["maximum"]
             wanted = wanted if is_within else None
         found = outcome(lambda given: kind.read(given, "field"), value)
@@ -87,4 +90,4 @@ def test_truth_values_and_numbers_are_read_as_pydantic_does(
 def test_digits_without_end_are_refused_at_once() -> None:
     for digits in ("9" * 10**6, " " * 10**6 + "1", "1" + "_1" * 10**6):
         with pytest.raises(es.InvalidValue):
-            es.whole(1).read(digits, "field")
+            es.integer(1).read(digits, "field")

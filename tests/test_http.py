@@ -20,13 +20,17 @@ import pytest
 import embellama_server as es
 from tests import kit
 
-Fields = tuple[tuple[str, str], ...]
+Headers = tuple[tuple[str, str], ...]
 
 LIMITS = es.HttpLimits(
-    request_line_bytes=64, head_bytes=160, fields=6, chunk_line_bytes=20, body_bytes=40
+    request_line_bytes=64,
+    head_bytes=160,
+    max_headers=6,
+    chunk_line_bytes=20,
+    body_bytes=40,
 )
-HOST: Fields = (("host", "h"),)
-CHUNKED: Fields = (*HOST, ("transfer-encoding", "chunked"))
+HOST: Headers = (("host", "h"),)
+CHUNKED: Headers = (*HOST, ("transfer-encoding", "chunked"))
 
 
 @dataclass(frozen=True)
@@ -92,23 +96,23 @@ def means(
     path: str = "/",
     *,
     query: str = "",
-    fields: Fields = HOST,
+    headers: Headers = HOST,
     minor: int = 1,
     body: bytes = b"",
 ) -> es.Request:
-    """A request; chunked if the fields say so."""
-    size = None if ("transfer-encoding", "chunked") in fields else len(body)
-    return es.Request(es.Head(method, path, query, minor, fields, size), body)
+    """A request; chunked if the headers say so."""
+    size = None if ("transfer-encoding", "chunked") in headers else len(body)
+    return es.Request(es.Head(method, path, query, minor, headers, size), body)
 
 
-def get(*fields: bytes, line: bytes = b"GET / HTTP/1.1") -> bytes:
-    """A GET with these fields after its Host."""
-    return b"\r\n".join((line, b"Host: h", *fields, b"", b""))
+def get(*headers: bytes, line: bytes = b"GET / HTTP/1.1") -> bytes:
+    """A GET with these headers after its Host."""
+    return b"\r\n".join((line, b"Host: h", *headers, b"", b""))
 
 
-def post(*fields: bytes, body: bytes = b"") -> bytes:
-    """A POST with these fields after its Host."""
-    return get(*fields, line=b"POST / HTTP/1.1") + body
+def post(*headers: bytes, body: bytes = b"") -> bytes:
+    """A POST with these headers after its Host."""
+    return get(*headers, line=b"POST / HTTP/1.1") + body
 
 
 def chunked(body: bytes) -> bytes:
@@ -121,19 +125,19 @@ def lined(line: bytes) -> bytes:
     return get(line=line)
 
 
-def with_fields(*pairs: tuple[str, str]) -> Fields:
-    """Fields after the Host."""
+def with_headers(*pairs: tuple[str, str]) -> Headers:
+    """Headers after the Host."""
     return (*HOST, *pairs)
 
 
 def meant(body: bytes, *, path: str = "/") -> es.Request:
     """What a chunked POST means."""
-    return means("POST", path, fields=CHUNKED, body=body)
+    return means("POST", path, headers=CHUNKED, body=body)
 
 
 LONG_PATH = b"/" + b"a" * (64 - len("GET / HTTP/1.1"))  # its line has 64 bytes
 WIDE = b"X: " + b"v" * (160 - len("Host: h\r\n") - len("X: \r\n"))  # 160 with the Host
-FIVE = tuple(b"F%d: v" % n for n in range(5))  # 6 fields with the Host
+FIVE = tuple(b"F%d: v" % n for n in range(5))  # 6 headers with the Host
 FIVE_MEANT = tuple((f"f{n}", "v") for n in range(5))
 
 # fmt: off
@@ -150,25 +154,25 @@ CASES = (
     Case("any token is a method", lined(b"M-!#$%&'*+.^_`|~9 / HTTP/1.1"), means("M-!#$%&'*+.^_`|~9")),
     Case("methods are case-sensitive", lined(b"get / HTTP/1.1"), means("get")),
     Case("HTTP/1.0", b"GET / HTTP/1.0\r\nHost: h\r\n\r\n", means(minor=0)),
-    Case("HTTP/1.0 needs no Host", b"GET / HTTP/1.0\r\n\r\n", means(minor=0, fields=())),
-    Case("HTTP/1.0 with a body", b"PUT / HTTP/1.0\r\nContent-Length: 2\r\n\r\nab", means("PUT", minor=0, fields=(("content-length", "2"),), body=b"ab")),
+    Case("HTTP/1.0 needs no Host", b"GET / HTTP/1.0\r\n\r\n", means(minor=0, headers=())),
+    Case("HTTP/1.0 with a body", b"PUT / HTTP/1.0\r\nContent-Length: 2\r\n\r\nab", means("PUT", minor=0, headers=(("content-length", "2"),), body=b"ab")),
     Case("an empty line first (RFC 9112, 2.2)", b"\r\n" + get(), means()),
     Case("an empty line before each", b"\r\n" + get() + b"\r\n" + get(), means(), means()),
-    Case("no space after the colon", get(b"X:v"), means(fields=with_fields(("x", "v")))),
-    Case("spaces and tabs around a value", get(b"X: \t v \t w\t "), means(fields=with_fields(("x", "v \t w")))),
-    Case("an empty value", get(b"X:", b"Y: \t"), means(fields=with_fields(("x", ""), ("y", "")))),
-    Case("colons in a value", get(b"X: a:b: c"), means(fields=with_fields(("x", "a:b: c")))),
-    Case("obs-text in a value", get(b"X: \xff\x80\xc3\xa9"), means(fields=with_fields(("x", "\xff\x80\xc3\xa9")))),
-    Case("a field twice", get(b"X: 1", b"x: 2"), means(fields=with_fields(("x", "1"), ("x", "2")))),
-    Case("any token is a name", get(b"!#$%&'*+-.^_`|~: v"), means(fields=with_fields(("!#$%&'*+-.^_`|~", "v")))),
-    Case("Host with a port", b"GET / HTTP/1.1\r\nHost: a-b_c.example:8080\r\n\r\n", means(fields=(("host", "a-b_c.example:8080"),))),
-    Case("Host IPv6", b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", means(fields=(("host", "[::1]:80"),))),
-    Case("sized body", post(b"Content-Length: 5", body=b"a\r\n\0b"), means("POST", fields=with_fields(("content-length", "5")), body=b"a\r\n\0b")),
-    Case("length with spaces around", post(b"Content-Length: \t5 ", body=b"abcde"), means("POST", fields=with_fields(("content-length", "5")), body=b"abcde")),
-    Case("18 digits", post(b"Content-Length: 000000000000000002", body=b"ab"), means("POST", fields=with_fields(("content-length", "0" * 17 + "2")), body=b"ab")),
-    Case("body of no bytes", post(b"Content-Length: 0"), means("POST", fields=with_fields(("content-length", "0")))),
+    Case("no space after the colon", get(b"X:v"), means(headers=with_headers(("x", "v")))),
+    Case("spaces and tabs around a value", get(b"X: \t v \t w\t "), means(headers=with_headers(("x", "v \t w")))),
+    Case("an empty value", get(b"X:", b"Y: \t"), means(headers=with_headers(("x", ""), ("y", "")))),
+    Case("colons in a value", get(b"X: a:b: c"), means(headers=with_headers(("x", "a:b: c")))),
+    Case("obs-text in a value", get(b"X: \xff\x80\xc3\xa9"), means(headers=with_headers(("x", "\xff\x80\xc3\xa9")))),
+    Case("a header twice", get(b"X: 1", b"x: 2"), means(headers=with_headers(("x", "1"), ("x", "2")))),
+    Case("any token is a name", get(b"!#$%&'*+-.^_`|~: v"), means(headers=with_headers(("!#$%&'*+-.^_`|~", "v")))),
+    Case("Host with a port", b"GET / HTTP/1.1\r\nHost: a-b_c.example:8080\r\n\r\n", means(headers=(("host", "a-b_c.example:8080"),))),
+    Case("Host IPv6", b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", means(headers=(("host", "[::1]:80"),))),
+    Case("sized body", post(b"Content-Length: 5", body=b"a\r\n\0b"), means("POST", headers=with_headers(("content-length", "5")), body=b"a\r\n\0b")),
+    Case("length with spaces around", post(b"Content-Length: \t5 ", body=b"abcde"), means("POST", headers=with_headers(("content-length", "5")), body=b"abcde")),
+    Case("18 digits", post(b"Content-Length: 000000000000000002", body=b"ab"), means("POST", headers=with_headers(("content-length", "0" * 17 + "2")), body=b"ab")),
+    Case("body of no bytes", post(b"Content-Length: 0"), means("POST", headers=with_headers(("content-length", "0")))),
     Case("POST without a length", post(), means("POST")),
-    Case("GET with a body", get(b"Content-Length: 2") + b"ab", means(fields=with_fields(("content-length", "2")), body=b"ab")),
+    Case("GET with a body", get(b"Content-Length: 2") + b"ab", means(headers=with_headers(("content-length", "2")), body=b"ab")),
     Case("one chunk", chunked(b"3\r\nabc\r\n0\r\n\r\n"), meant(b"abc")),
     Case("several chunks", chunked(b"1\r\na\r\n00000000000000A\r\n0123456789\r\n0\r\n\r\n"), meant(b"a0123456789")),
     Case("a chunk that looks like framing", chunked(b"7\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n"), meant(b"\r\n0\r\n\r\n")),
@@ -177,21 +181,21 @@ CASES = (
     Case("hexadecimal in both cases", chunked(b"a\r\n0123456789\r\nB\r\n0123456789a\r\n0\r\n\r\n"), meant(b"01234567890123456789a")),
     Case("chunk extensions", chunked(b'1;a;b=c\r\nx\r\n1;d="\xff"\r\ny\r\n0;e\r\n\r\n'), meant(b"xy")),
     Case("space before an extension (RFC 9112, 7.1.1)", chunked(b"1 \t; a\r\nx\r\n0\r\n\r\n"), meant(b"x")),
-    # Merged, they would overwrite fields that were judged.
+    # Merged, they would overwrite headers that were judged.
     Case("trailers are dropped", chunked(b"1\r\nx\r\n0\r\nHost: evil\r\nContent-Length: 9\r\n\r\n"), meant(b"x")),
     Case("upper-case CHUNKED", post(b"TRANSFER-ENCODING: CHUNKED", body=b"1\r\nx\r\n0\r\n\r\n"),
-         es.Request(es.Head("POST", "/", "", 1, with_fields(("transfer-encoding", "CHUNKED")), None), b"x")),
+         es.Request(es.Head("POST", "/", "", 1, with_headers(("transfer-encoding", "CHUNKED")), None), b"x")),
     Case("pipelined", post(b"Content-Length: 1", body=b"a") + chunked(b"1\r\nb\r\n0\r\n\r\n") + lined(b"GET /c HTTP/1.1"),
-         means("POST", fields=with_fields(("content-length", "1")), body=b"a"), meant(b"b"), means(path="/c")),
-    Case("Expect", post(b"Expect: 100-Continue", b"Content-Length: 1", body=b"x"), means("POST", fields=with_fields(("expect", "100-Continue"), ("content-length", "1")), body=b"x")),
+         means("POST", headers=with_headers(("content-length", "1")), body=b"a"), meant(b"b"), means(path="/c")),
+    Case("Expect", post(b"Expect: 100-Continue", b"Content-Length: 1", body=b"x"), means("POST", headers=with_headers(("expect", "100-Continue"), ("content-length", "1")), body=b"x")),
     # At the limits: what is not longer than them is taken.
     Case("longest first line", lined(b"GET " + LONG_PATH + b" HTTP/1.1"), means(path=LONG_PATH.decode())),
-    Case("longest head in one line", get(WIDE), means(fields=with_fields(("x", "v" * (len(WIDE) - 3))))),
-    Case("most fields", get(*FIVE), means(fields=with_fields(*FIVE_MEANT))),
+    Case("longest head in one line", get(WIDE), means(headers=with_headers(("x", "v" * (len(WIDE) - 3))))),
+    Case("most headers", get(*FIVE), means(headers=with_headers(*FIVE_MEANT))),
     Case("head and trailers share the limits", chunked(b"0\r\nA: b\r\nC: d\r\nE: f\r\nG: h\r\n\r\n"), meant(b"")),
-    Case("limits begin anew", get(*FIVE) + get(*FIVE), *[means(fields=with_fields(*FIVE_MEANT))] * 2),
+    Case("limits begin anew", get(*FIVE) + get(*FIVE), *[means(headers=with_headers(*FIVE_MEANT))] * 2),
     Case("longest chunk line", chunked(b"1;" + b"e" * 18 + b"\r\nx\r\n0\r\n\r\n"), meant(b"x")),
-    Case("largest sized body", post(b"Content-Length: 40", body=b"b" * 40), means("POST", fields=with_fields(("content-length", "40")), body=b"b" * 40)),
+    Case("largest sized body", post(b"Content-Length: 40", body=b"b" * 40), means("POST", headers=with_headers(("content-length", "40")), body=b"b" * 40)),
     Case("largest chunked body", chunked(b"1e\r\n%b\r\nA\r\n%b\r\n0\r\n\r\n" % (b"b" * 30, b"b" * 10)), meant(b"b" * 40)),
 )
 # fmt: on
@@ -227,7 +231,7 @@ class SecondOpinion:
     method: bytes
     target: bytes
     version: bytes
-    fields: tuple[tuple[bytes, bytes], ...]
+    headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
 
 
@@ -245,10 +249,10 @@ def h11_reads(data: bytes) -> list[SecondOpinion]:
             body += event.data
         elif isinstance(event, h11.EndOfMessage):
             assert request is not None
-            fields = tuple((bytes(k), bytes(v)) for k, v in request.headers)
+            headers = tuple((bytes(k), bytes(v)) for k, v in request.headers)
             found.append(
                 SecondOpinion(
-                    request.method, request.target, request.http_version, fields, body
+                    request.method, request.target, request.http_version, headers, body
                 )
             )
             connection.send(h11.Response(status_code=400, headers=[]))
@@ -264,8 +268,8 @@ def agrees(request: es.Request, second: SecondOpinion) -> bool:
     """Whether both readings are the same request."""
     head = request.head
     target = second.target.decode("ascii")
-    fields = [(k.decode(), v.decode("latin-1")) for k, v in second.fields]
-    host = dict(fields).get("host", "")
+    headers = [(k.decode(), v.decode("latin-1")) for k, v in second.headers]
+    host = dict(headers).get("host", "")
     # RFC 9112, 3.2.2: absolute-form; what follows the authority is the target, and
     # the authority counts instead of the Host.
     if found := re.match(r"https?://([^/?]*)", target, re.IGNORECASE):
@@ -281,9 +285,9 @@ def agrees(request: es.Request, second: SecondOpinion) -> bool:
             second.body,
         )
         and head.host in (host, "")  # which rows written by hand leave out
-    ) and fields == [
+    ) and headers == [
         (k, v.lower() if k == "transfer-encoding" else v)  # as h11 does
-        for k, v in head.fields
+        for k, v in head.headers
     ]
 
 
@@ -336,8 +340,8 @@ def test_h11_reads_the_same_request(case: Case) -> None:
 
 
 def test_what_a_head_says_of_its_connection() -> None:
-    def head(minor: int, *fields: tuple[str, str]) -> es.Head:
-        return dataclasses.replace(means(minor=minor).head, fields=fields)
+    def head(minor: int, *headers: tuple[str, str]) -> es.Head:
+        return dataclasses.replace(means(minor=minor).head, headers=headers)
 
     assert head(1).keep_alive
     assert head(1, ("connection", "Keep-Alive, Upgrade")).keep_alive
@@ -441,20 +445,20 @@ REFUSALS = (
     # Line ends
     *rows("bytes", bytes, CRLF_ONLY, b"GET / HTTP/1.1\nHost: h\r\n\r\n", b"GET / HTTP/1.1\r\nHost: h\n\r\n", b"GET / HTTP/1.1\r\nHost: h\r\n\n"),
     *rows("bytes", bytes, CRLF_ONLY, b"GET / HTTP/1.1\rHost: h\r\n\r\n", b"\n" + get(), b"\r" + get(), b"GET / HTTP/1.1\r\r\nHost: h\r\n\r\n"),
-    *rows("field", get, CRLF_ONLY, b"X: a\nY: b", b"X: a\rY: b", b"X: a\r", b"X\r: a", b"X: a\n\nGET /evil HTTP/1.1"),
+    *rows("header", get, CRLF_ONLY, b"X: a\nY: b", b"X: a\rY: b", b"X: a\r", b"X\r: a", b"X: a\n\nGET /evil HTTP/1.1"),
     *rows("chunk line", one_chunk, CRLF_ONLY, b"5\nhello", b"5\r", b"5;a\rb", b"5;a\nhello"),  # TERM.EXT: lines in extensions
     *rows("chunks", chunked, ONE_ENDING, b"5\r\nhello\n0\r\n\r\n", b"5\r\nhello\rX0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n"),
     *rows("chunks", chunked, ONE_ENDING, b"4\r\nhello\r\n0\r\n\r\n", b"6\r\nhello\r\n0\r\n\r\n"),
     *rows("trailers", chunked, CRLF_ONLY, b"0\r\nA: b\n\r\n", b"0\r\n\n", b"0\r\n\r\r\n", b"0\r\nA: b\rc\r\n\r\n"),
     *rows("trailers", chunked, TOKEN, b"0\r\n: b\r\n\r\n", b"0\r\nA : b\r\n\r\n", b"0\r\nA\r\n\r\n"),
     Refusal("two empty lines first", b"\r\n\r\n" + get(), BAD, "RFC 9112, 2.2: at least one is skipped; without an end nothing is ever read"),
-    # Fields
-    *rows("field", get, "RFC 9112, 5.2: folded lines are refused", b"X: a\r\n b", b"X: a\r\n\tb", b"X: a\r\n ", b" ", b"\t", b" X: a"),
+    # Headers
+    *rows("header", get, "RFC 9112, 5.2: folded lines are refused", b"X: a\r\n b", b"X: a\r\n\tb", b"X: a\r\n ", b" ", b"\t", b" X: a"),
     *rows("bytes", bytes, "RFC 9112, 2.2: white space before the first field", b"GET / HTTP/1.1\r\n Host: h\r\n\r\n", b"GET / HTTP/1.1\r\n\tHost: h\r\n\r\n"),
     *rows("trailers", chunked, "RFC 9112, 5.2: folded lines are refused", b"0\r\nA: b\r\n c\r\n\r\n"),
-    *rows("field", get, TOKEN, b"X : a", b"X\t: a", b"X", b": a", b":", b"X Y: a", b"X[: a", b"X\0: a", b"\xe9: a", b"X\x7f: a"),
-    *rows("field", get, VALUE, b"X: a\0b", b"X: a\x01b", b"X: \x1b[2J", b"X: \x7f", b"X: \x0ca", b"X: a\x0b"),
-    *rows("fields", get, "RFC 9110, 5.3: not a list, so which?", b"Content-Type: a/b\r\nContent-Type: a/b", b"Authorization: a\r\nauthorization: b", b"Expect: 100-continue\r\nExpect: 100-continue"),
+    *rows("header", get, TOKEN, b"X : a", b"X\t: a", b"X", b": a", b":", b"X Y: a", b"X[: a", b"X\0: a", b"\xe9: a", b"X\x7f: a"),
+    *rows("header", get, VALUE, b"X: a\0b", b"X: a\x01b", b"X: \x1b[2J", b"X: \x7f", b"X: \x0ca", b"X: a\x0b"),
+    *rows("headers", get, "RFC 9110, 5.3: not a list, so which?", b"Content-Type: a/b\r\nContent-Type: a/b", b"Authorization: a\r\nauthorization: b", b"Expect: 100-continue\r\nExpect: 100-continue"),
     Refusal("other expectation", get(b"Expect: 200-ok"), es.ExpectationFailed, "RFC 9110, 10.1.1"),
     Refusal("two in one expectation", get(b"Expect: 100-continue, x"), es.ExpectationFailed, "RFC 9110, 10.1.1"),
     # The first line
@@ -485,9 +489,9 @@ REFUSALS = (
     Refusal("first line one too long", lined(b"GET " + LONG_PATH + b"a HTTP/1.1"), LONG, "RFC 9112, 3: 414"),
     Refusal("first line without an end", b"G" * 999, LONG, LIMITED),
     Refusal("head one too large", get(WIDE + b"v"), LARGE, LIMITED),
-    Refusal("field without an end", b"GET / HTTP/1.1\r\nX: " + b"v" * 999, LARGE, LIMITED),
+    Refusal("header without an end", b"GET / HTTP/1.1\r\nX: " + b"v" * 999, LARGE, LIMITED),
     Refusal("large head of many lines", get(*[b"X: " + b"v" * 35] * 4), LARGE, LIMITED),
-    Refusal("one field too many", get(*FIVE, b"G: v"), LARGE, LIMITED),
+    Refusal("one header too many", get(*FIVE, b"G: v"), LARGE, LIMITED),
     Refusal("one trailer too many", chunked(b"0\r\n" + b"a: b\r\n" * 5 + b"\r\n"), LARGE, LIMITED),
     Refusal("trailers too large", chunked(b"0\r\nA: %b\r\n\r\n" % (b"b" * 130)), LARGE, LIMITED),
     Refusal("chunk line one too long", chunked(b"1;" + b"e" * 19 + b"\r\nx\r\n0\r\n\r\n"), BAD, "RFC 9112, 7.1.1: extensions nobody reads"),
@@ -531,10 +535,11 @@ def test_the_rows_differ_from_accepted_requests_only_by_what_they_name() -> None
 # --- what is sent ---
 
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
+NOW = 784111777.5
 
 
 def rendered(response: es.Response, *, close: bool = False) -> bytes:
-    return es.render_head(response, kept_s=None if close else 95, date=DATE)
+    return es.render_head(response, kept_s=None if close else 95, now=NOW)
 
 
 def h11_replies(raw: bytes, methods: Sequence[str]) -> list[kit.Reply]:
@@ -552,9 +557,9 @@ def h11_replies(raw: bytes, methods: Sequence[str]) -> list[kit.Reply]:
         while not isinstance(event := client.next_event(), h11.EndOfMessage):
             if isinstance(event, h11.Response):
                 reply.status = event.status_code
-                fields = [(k.decode(), v.decode("latin-1")) for k, v in event.headers]
-                reply.headers = dict(fields)
-                assert len(reply.headers) == len(fields), "a field twice"
+                headers = [(k.decode(), v.decode("latin-1")) for k, v in event.headers]
+                reply.headers = dict(headers)
+                assert len(reply.headers) == len(headers), "a header twice"
             elif isinstance(event, h11.Data):
                 reply.body += event.data
             else:
@@ -602,6 +607,6 @@ def test_a_response_without_a_body_says_so() -> None:
 
 @pytest.mark.parametrize("bad", ["a\rb", "a\nb", "a\r\nset-cookie: b", "\n", "\u2028"])
 def test_a_field_that_could_split_the_response_is_never_sent(bad: str) -> None:
-    for field in ((bad, "v"), ("n", bad)):
+    for header in ((bad, "v"), ("n", bad)):
         with pytest.raises(ValueError):
-            rendered(es.Response(200, fields=(field,)))
+            rendered(es.Response(200, headers=(header,)))

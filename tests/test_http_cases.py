@@ -307,12 +307,12 @@ def test_two_parsers_read_all_that_a_running_service_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [b"", b"Host: h\r\nContent-Length: +1\r\n", b"Host: h\r\nX : y\r\n"]
+    "headers", [b"", b"Host: h\r\nContent-Length: +1\r\n", b"Host: h\r\nX : y\r\n"]
 )
-def test_a_head_request_refused_in_its_fields_gets_no_body(fields: bytes) -> None:
+def test_a_head_request_refused_in_its_fields_gets_no_body(headers: bytes) -> None:
     async def body() -> None:
         async with kit.running_service() as running:
-            raw = await running.exchange(b"HEAD / HTTP/1.1\r\n" + fields + b"\r\n")
+            raw = await running.exchange(b"HEAD / HTTP/1.1\r\n" + headers + b"\r\n")
         (reply,) = h11_replies(raw, ["HEAD"])  # RFC 9110, 9.3.2: a MUST NOT
         assert reply.status == es.MalformedRequest.status
 

@@ -106,11 +106,11 @@ def check_sane(request: es.Request, limits: es.HttpLimits) -> None:
     assert re.fullmatch(r"/[!-~]*|\*", head.path)
     assert re.fullmatch(r"[!-~]*", head.query)
     assert head.minor_version in (0, 1)
-    assert len(head.fields) <= limits.fields
-    for name, value in head.fields:
+    assert len(head.headers) <= limits.max_headers
+    for name, value in head.headers:
         assert re.fullmatch(r"[!#$%&'*+.^_`|~0-9a-z-]+", name)
         assert re.fullmatch(r"[\t -~\x80-\xff]*", value)
-    names = [name for name, _ in head.fields]
+    names = [name for name, _ in head.headers]
     assert names.count("host") == 1 or head.minor_version == 0
     lengths, codings = names.count("content-length"), names.count("transfer-encoding")
     assert lengths + codings <= 1
@@ -182,7 +182,7 @@ def test_h11_reads_the_same_from_all_that_is_accepted(data: bytes) -> None:
 
 TOKEN = "!#$%&'*+-.^_`|~" + string.digits + string.ascii_letters
 VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
-# Fields that mean something to the parser; the others are free.
+# Headers that mean something to the parser; the others are free.
 MEANING = {"host", "content-length", "transfer-encoding", "expect"}
 MEANING |= {"content-type", "authorization"}
 
@@ -211,19 +211,19 @@ def written(draw: st.DrawFn) -> Written:
     """A valid request with a body of any framing."""
     method, minor = draw(st.text(TOKEN, min_size=1, max_size=10)), draw(st.booleans())
     path, query = "/" + draw(paths), draw(queries)
-    fields = draw(st.lists(st.tuples(names, values), max_size=8))
-    fields.insert(draw(st.integers(0, len(fields))), ("Host", "h"))
+    headers = draw(st.lists(st.tuples(names, values), max_size=8))
+    headers.insert(draw(st.integers(0, len(headers))), ("Host", "h"))
     chunks: list[bytes] = []
     body = b""
     framing = draw(st.sampled_from(["none", "sized", "chunked"] if minor else ["none"]))
     if framing == "sized":
         body = draw(st.binary(max_size=100))
-        fields.append(("Content-Length", str(len(body))))
+        headers.append(("Content-Length", str(len(body))))
         chunks = [body]
     elif framing == "chunked":
         parts = draw(st.lists(st.binary(min_size=1, max_size=40), max_size=5))
         body = b"".join(parts)
-        fields.append(
+        headers.append(
             ("Transfer-Encoding", draw(st.sampled_from(["chunked", "CHUNKED"])))
         )
         for part in (*parts, b""):
@@ -235,14 +235,14 @@ def written(draw: st.DrawFn) -> Written:
         chunks.append(b"\r\n")
     target = f"{path}?{query}" if query else path
     lines = [f"{method} {target} HTTP/1.{int(minor)}"]
-    lines += [f"{k}:{draw(spaces)}{v}{draw(spaces)}" for k, v in fields]
+    lines += [f"{k}:{draw(spaces)}{v}{draw(spaces)}" for k, v in headers]
     raw = "".join(line + "\r\n" for line in (*lines, "")).encode("latin-1")
     head = es.Head(
         method=method,
         path=path,
         query=query,
         minor_version=int(minor),
-        fields=tuple((k.lower(), v) for k, v in fields),
+        headers=tuple((k.lower(), v) for k, v in headers),
         body_bytes=None if framing == "chunked" else len(body),
     )
     return Written(raw + b"".join(chunks), es.Request(head, body))

@@ -5,9 +5,7 @@ As in test_workers.py: real threads, a fake engine whose calls can be held.
 
 from __future__ import annotations
 
-import functools
 import io
-import itertools
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -21,9 +19,16 @@ from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import kit
-from tests.test_workers import Clock, Desk, Engine, assert_vectors, desk
+from tests.test_workers import (
+    Clock,
+    Engine,
+    assert_vectors,
+    busy_desk,
+    desk,
+    hold_up,
+    let_go,
+)
 
-UNIT, RAW, TOKENS = es.Form
 BETWEEN, AFTER = 7, 8  # special tokens of a pair
 
 
@@ -32,75 +37,61 @@ def ids_of(text: str) -> list[int]:
     return [kit.fake_id(word) for word in text.split()]
 
 
-def framed(text: str) -> list[int]:
+def with_special_tokens(text: str) -> list[int]:
     """A text's ids as a call has them."""
     return [1, *ids_of(text), 2]
 
 
-def raw_vector(ids: Sequence[int]) -> Any:
-    """What a fake model gives before it is scaled."""
-    return kit.fake_vector(ids) * kit.RAW_LENGTH
-
-
-def packed(engine: kit.FakeEngine) -> list[list[int]]:
+def computed(engine: kit.FakeEngine) -> list[list[int]]:
     """All inputs of all calls."""
     return [ids for call in engine.calls for ids in call]
 
 
-def held_up(at: Desk, engine: Engine) -> es.Job:
-    """From now on a call waits in the engine; what is submitted waits behind it."""
-    engine.block()
-    first = at.submit("first")
-    engine.wait_until_computing()
-    return first
+# --- vectors of inputs, and of their tokens ---
 
 
-def let_go(at: Desk, engine: Engine, *jobs: es.Job) -> None:
-    """Compute these jobs, all of which are tokenised by then."""
-    last = at.submit("last")
-    engine.wait_until_tokenising("last")
-    engine.release()
-    at.wait_for(*jobs, last)
-
-
-# --- forms ---
-
-
-def test_the_forms_of_an_input_share_a_pack_and_each_gets_its_own() -> None:
-    engine = Engine()
-    with desk(engine) as at:
-        first = held_up(at, engine)
-        unit, raw = at.submit("a b", "c"), at.submit("a b", "d", form=RAW)
-        let_go(at, engine, first, unit, raw)
-    assert len(engine.calls[1]) == 4 + 1, "all in one call"
-    for text, vector in zip(unit.inputs, unit.vectors, strict=True):
-        expected = kit.fake_vector(framed(str(text)))
-        np.testing.assert_allclose(vector, expected, rtol=1e-6)
-    for text, vector in zip(raw.inputs, raw.vectors, strict=True):
-        np.testing.assert_array_equal(vector, raw_vector(framed(str(text))))
-    assert engine.contexts_open == 0
-    assert engine.lanes_made == 0
-
-
-def test_each_form_has_a_place_of_its_own_in_the_cache() -> None:
+def test_vectors_of_inputs_and_of_their_tokens_have_places_of_their_own() -> None:
     engine = Engine()
     with desk(engine, cache_bytes=10**6) as at:
         for _ in range(2):
-            unit, raw = at.result("a"), at.result("a", form=RAW)
-            np.testing.assert_array_equal(unit.vectors[0], kit.fake_vector(framed("a")))
-            np.testing.assert_array_equal(raw.vectors[0], raw_vector(framed("a")))
-        assert at.pool.queue.state().cache.entries == 2
-    assert packed(engine) == [framed("a")] * 2
+            assert_vectors(at.result("a"))
+            assert_vectors(at.result("a", per_token=True))
+        assert at.pool.queue.cache.counts.entries == 1, "of the input alone"
+    assert computed(engine) == [with_special_tokens("a")] * 3
+
+
+@pytest.mark.parametrize("n_scores", [0, 1])
+def test_a_row_of_zeros_is_no_vector_but_may_be_a_score(n_scores: int) -> None:
+    engine = Engine(n_scores=n_scores)
+    with desk(engine) as at:
+        engine.hole_at, engine.hole = 0, 0.0
+        error = at.result("a").error
+        assert isinstance(error, es.NonFiniteVector) == (n_scores == 0)
+        engine.hole_at = None
+        assert at.result("b").error is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n_scores", [0, 3])
+def test_one_number_that_is_not_finite_spoils_its_row_and_no_other(
+    bad: float, n_scores: int
+) -> None:
+    rows = np.array([[3, 4, 0], [1, bad, 2], [0, 0, 5]], np.float32)
+    card = kit.fake_card(n_embd=3, n_scores=n_scores)
+    first, second, third = es._outcomes(rows, card)
+    assert second is es.NonFiniteVector
+    np.testing.assert_array_equal([first, third], rows[[0, 2]])
+    assert es._outcomes(np.stack([rows, rows]), card) == [es.NonFiniteVector] * 2
 
 
 @pytest.mark.parametrize("word", [kit.NAN_WORD, kit.BOOM_WORD])
-@pytest.mark.parametrize("form", [RAW, TOKENS])
+@pytest.mark.parametrize("per_token", [False, True])
 def test_what_has_no_numbers_fails_in_every_form_and_alone(
-    form: es.Form, word: str
+    per_token: bool, word: str
 ) -> None:
     engine = Engine()
     with desk(engine) as at:
-        job = at.result("good", word, form=form, allows_partial=True)
+        job = at.result("good", word, per_token=per_token, allows_partial=True)
         assert list(job.errors) == [1]
         wanted = {kit.NAN_WORD: es.NonFiniteVector, kit.BOOM_WORD: es.EngineFailed}
         assert isinstance(job.errors[1], wanted[word])
@@ -111,56 +102,56 @@ def test_what_has_no_numbers_fails_in_every_form_and_alone(
 
 def test_tokens_are_a_row_each_of_the_tokens_alone_in_their_call() -> None:
     engine = Engine()
-    with desk(engine) as at:
-        first = held_up(at, engine)
+    with busy_desk(engine) as at:
         beside = at.submit("a b", "c")
-        job = at.submit("a b", "c d e", form=TOKENS)
-        let_go(at, engine, first, beside, job)
+        job = at.submit("a b", "c d e", per_token=True)
+        let_go(at, engine, beside, job)
         assert_vectors(beside)
         assert_vectors(job)
         assert [len(rows) for rows in job.vectors] == [4, 5]
         assert job.tokens == 9
         assert at.room_taken() == (0, 0)
-    assert sorted(engine.calls[2:], key=len) == [[framed("a b")], [framed("c d e")]]
-    assert engine.lanes_made == 1, "one lane for all of them"
+    assert sorted(engine.calls[2:], key=len) == [
+        [with_special_tokens("a b")],
+        [with_special_tokens("c d e")],
+    ]
+    assert engine.long_contexts_made == 1, "one context for all of them"
 
 
 def test_tokens_are_never_cached_and_never_found_in_the_cache() -> None:
     engine = Engine()
     with desk(engine, cache_bytes=10**6) as at:
         at.result("a")
-        entries = at.pool.queue.state().cache.entries
+        entries = at.pool.queue.cache.counts.entries
         for _ in range(2):
-            assert_vectors(at.result("a", form=TOKENS))
-        counts = at.pool.queue.state().cache
+            assert_vectors(at.result("a", per_token=True))
+        counts = at.pool.queue.cache.counts
         assert (counts.entries, counts.hits) == (entries, 0)
         assert_vectors(at.result("a"))
-    assert packed(engine) == [framed("a")] * 3
+    assert computed(engine) == [with_special_tokens("a")] * 3
 
 
 def test_equal_inputs_wanted_by_tokens_are_one_computation_while_it_lasts() -> None:
     engine = Engine()
-    with desk(engine) as at:
-        first = held_up(at, engine)
-        jobs = [at.submit("a b", "a b", form=TOKENS) for _ in range(2)]
+    with busy_desk(engine) as at:
+        jobs = [at.submit("a b", "a b", per_token=True) for _ in range(2)]
         unit = at.submit("a b")
-        let_go(at, engine, first, unit, *jobs)
+        let_go(at, engine, unit, *jobs)
         for job in (unit, *jobs):
             assert_vectors(job)
-    assert packed(engine).count(framed("a b")) == 2, "once in each form"
+    assert computed(engine).count(with_special_tokens("a b")) == 2, "once in each form"
 
 
 def test_tokens_of_a_text_of_any_length_are_told() -> None:
     engine = Engine(max_input_tokens=200, context_tokens=64)
     with desk(engine, workers=2) as at:
         long = "word " * 150
-        by_tokens, whole = at.submit(long, "a", form=TOKENS), at.submit(long, "a")
+        by_tokens, whole = at.submit(long, "a", per_token=True), at.submit(long, "a")
         at.wait_for(by_tokens, whole)
         assert_vectors(by_tokens)
         assert_vectors(whole)
-        assert set(at.pool.lanes) == {True, False}
         assert engine.contexts_open == 2 + 2
-    assert engine.lanes_made == 2
+    assert engine.long_contexts_made == 2
     assert engine.contexts_open == 0, "both are closed at the end"
 
 
@@ -168,11 +159,11 @@ def test_short_inputs_go_on_while_tokens_are_computed() -> None:
     engine = Engine()
     with desk(engine, workers=2) as at:
         held = engine.hold_call("slow")
-        slow = at.submit("slow", form=TOKENS)
+        slow = at.submit("slow", per_token=True)
         kit.wait(held.began)
-        waiting = at.submit("waits", form=TOKENS)
+        waiting = at.submit("waits", per_token=True)
         assert_vectors(at.result("short"))
-        assert at.finished[waiting] == 0, "there is one lane"
+        assert at.finished[waiting] == 0, "there is one such context"
         held.go.set()
         at.wait_for(slow, waiting)
         assert_vectors(waiting)
@@ -183,40 +174,40 @@ def test_a_context_for_tokens_that_failed_is_renewed() -> None:
     engine.failures[kit.fake_id(kit.BOOM_WORD)] = 1
     log = io.StringIO()
     with desk(engine, log=es.Log("error", "text", log)) as at:
-        long = at.result("before", form=TOKENS)
+        long = at.result("before", per_token=True)
         assert_vectors(long)
-        job = at.result(f"a {kit.BOOM_WORD}", form=TOKENS)
+        job = at.result(f"a {kit.BOOM_WORD}", per_token=True)
         assert_vectors(job)
-        assert (at.reports[-1].recovered, at.reports[-1].refused) == (1, 0)
-        assert engine.lanes_made == 2
+        assert (at.calls[-1].recovered, at.calls[-1].refused) == (1, 0)
+        assert engine.long_contexts_made == 2
         assert engine.contexts_open == 1 + 1, "the old one is closed"
-        assert list(at.pool.lanes) == [True]
-        assert_vectors(at.result("after", form=TOKENS))
-    assert engine.lanes_made == 2
+        assert_vectors(at.result("after", per_token=True))
+    assert engine.long_contexts_made == 2
     assert "boom" in log.getvalue()
 
 
-def test_a_failed_context_for_tokens_leaves_the_lane_for_long_inputs() -> None:
+def test_a_failed_context_for_tokens_leaves_the_long_context_for_long_inputs() -> None:
     engine = Engine(max_input_tokens=200, context_tokens=64)
     with desk(engine) as at:
         assert_vectors(at.result("word " * 150))
-        lane = at.pool.lanes[False]
-        failed = at.result(kit.BOOM_WORD, form=TOKENS)
+        failed = at.result(kit.BOOM_WORD, per_token=True)
         assert isinstance(failed.error, es.EngineFailed)
-        assert at.pool.lanes == {False: lane}
         assert_vectors(at.result("word " * 151))
+        assert engine.long_contexts_made == 1 + 2, (
+            "of tokens: for the call and its second try"
+        )
 
 
-def test_no_lane_for_tokens_fails_these_and_nothing_else() -> None:
+def test_no_long_context_for_tokens_fails_these_and_nothing_else() -> None:
     engine = Engine()
-    engine.lane_error = es.StartupError("no room")
+    engine.long_context_error = es.StartupError("no room")
     with desk(engine) as at:
-        bad, good = at.submit("a", form=TOKENS), at.submit("a")
+        bad, good = at.submit("a", per_token=True), at.submit("a")
         at.wait_for(bad, good)
         assert isinstance(bad.error, es.OutOfMemory)
         assert_vectors(good)
-        engine.lane_error = None
-        assert_vectors(at.result("a", form=TOKENS))
+        engine.long_context_error = None
+        assert_vectors(at.result("a", per_token=True))
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
@@ -224,25 +215,26 @@ def test_a_token_without_a_finite_vector_fails_its_input(row: int) -> None:
     engine = Engine()
     with desk(engine) as at:
         engine.hole_at = row
-        job = at.result("a", form=TOKENS)
+        job = at.result("a", per_token=True)
         assert isinstance(job.error, es.NonFiniteVector), job.vectors
         engine.hole_at = None
-        assert_vectors(at.result("a", form=TOKENS))
+        assert_vectors(at.result("a", per_token=True))
 
 
-@pytest.mark.parametrize("form", es.Form)
-def test_what_nobody_waits_for_is_never_computed_in_any_form(form: es.Form) -> None:
+@pytest.mark.parametrize("per_token", [False, True])
+def test_what_nobody_waits_for_is_never_computed_in_any_form(
+    per_token: bool,
+) -> None:
     engine = Engine()
-    with desk(engine) as at:
-        first = held_up(at, engine)
-        job = at.submit("unwanted", form=form)
+    with busy_desk(engine) as at:
+        job = at.submit("unwanted", per_token=per_token)
         last = at.submit("last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         at.pool.queue.cancel(job)
         engine.release()
-        at.wait_for(first, last)
+        at.wait_for(at.first, last)
         assert at.room_taken() == (0, 0)
-    assert framed("unwanted") not in packed(engine)
+    assert with_special_tokens("unwanted") not in computed(engine)
 
 
 # --- what is cut ---
@@ -266,7 +258,7 @@ def test_a_job_says_whether_and_where_it_is_cut() -> None:
     own = ids_of(NUMBERS)
     for job, kept in ((jobs[1], own[:30]), (jobs[2], own[-30:])):
         assert (job.error, job.truncated, job.tokens) == (None, 1, 32)
-        expected = kit.fake_vector([1, *kept, 2])
+        expected = kit.fake_row([1, *kept, 2])
         np.testing.assert_array_equal(job.vectors[0], expected)
 
 
@@ -279,41 +271,41 @@ def test_ids_are_cut_as_texts_are(cuts_left: bool) -> None:
         job = at.result(own, [1, *own, 2], "fits", **how)
         assert (job.error, job.truncated) == (None, 2)
     kept = own[-30:] if cuts_left else own[:30]
-    assert packed(engine)[0] == [1, *kept, 2]
-    assert len(packed(engine)) == 2, "framed once, both are equal"
+    assert computed(engine)[0] == [1, *kept, 2]
+    assert len(computed(engine)) == 2, "special tokens are put once: both are equal"
 
 
-def test_the_tokeniser_sees_the_part_that_is_kept_and_no_more() -> None:
+def test_the_tokenizer_sees_the_part_that_is_kept_and_no_more() -> None:
     engine = Engine(max_chars=100)
     text = "begin " + "x " * 500 + "the end"
     with desk(engine) as at:
         right = at.result(text, truncates=True)
         left = at.result(text, truncates=True, cuts_left=True)
         assert (right.error, left.error) == (None, None)
-    assert engine.tokenised == [text[:100], text[-100:]]
-    assert packed(engine)[0][:2] == [1, kit.fake_id("begin")]
-    assert packed(engine)[1][-3:] == [*ids_of("the end"), 2]
+    assert engine.tokenized == [text[:100], text[-100:]]
+    assert computed(engine)[0][:2] == [1, kit.fake_id("begin")]
+    assert computed(engine)[1][-3:] == [*ids_of("the end"), 2]
 
 
-@pytest.mark.parametrize("named", ["input", "texts", "documents"])
-def test_an_input_is_called_what_the_request_calls_it(named: str) -> None:
+@pytest.mark.parametrize("param", ["input", "texts", "documents"])
+def test_an_input_is_called_what_the_request_calls_it(param: str) -> None:
     engine = Engine(max_chars=100)
     refused = {"long": "w " * 40, "longer": "w" * 101}
     with desk(engine) as at:
         words = {name: name for name in (kit.NAN_WORD, kit.BOOM_WORD)}
         for text in (refused | words).values():
-            error = at.result("good", text, named=named).error
+            error = at.result("good", text, param=param).error
             assert isinstance(error, es.ApiError)
-            assert error.param == f"{named}[1]"
-            assert f"{named}[1] " in error.message
+            assert error.param == f"{param}[1]"
+            assert f"{param}[1] " in error.message
         # And each owner of an equal one by its own name.
-        first = held_up(at, engine)
-        mine = at.submit(kit.NAN_WORD, named=named)
-        other = at.submit("fine", kit.NAN_WORD, named="other")
-        let_go(at, engine, first, mine, other)
-        for job, param in ((mine, f"{named}[0]"), (other, "other[1]")):
+        hold_up(at, engine)
+        mine = at.submit(kit.NAN_WORD, param=param)
+        other = at.submit("fine", kit.NAN_WORD, param="other")
+        let_go(at, engine, mine, other)
+        for job, name in ((mine, f"{param}[0]"), (other, "other[1]")):
             assert isinstance(job.error, es.NonFiniteVector)
-            assert job.error.param == param
+            assert job.error.param == name
 
 
 # --- pairs ---
@@ -321,7 +313,7 @@ def test_an_input_is_called_what_the_request_calls_it(named: str) -> None:
 
 def ranker(**card: Any) -> Engine:
     """Gives two scores of a pair, and asserts that nobody takes them for a vector."""
-    frame = {"between": (2, BETWEEN), "after": (AFTER,)}
+    frame = {"pair_separator": (2, BETWEEN), "pair_suffix": (AFTER,)}
     return Engine(**({"n_scores": 2, **frame} | card))
 
 
@@ -341,24 +333,24 @@ def score_of(ids: Sequence[int]) -> Any:
 def test_a_pair_is_a_query_and_a_text_between_special_tokens() -> None:
     engine = ranker()
     with desk(engine) as at:
-        job = at.result(*pairs("the cat", "one", "two three", ""), form=RAW)
+        job = at.result(*pairs("the cat", "one", "two three", ""))
         assert job.error is None
         for text, row in zip(("one", "two three", ""), job.vectors, strict=True):
             np.testing.assert_array_equal(row, score_of(pair_ids("the cat", text)))
-        assert job.tokens == sum(map(len, packed(engine)))
+        assert job.tokens == sum(map(len, computed(engine)))
     expected = [pair_ids("the cat", text) for text in ("one", "two three", "")]
-    assert sorted(packed(engine)) == sorted(expected)
+    assert sorted(computed(engine)) == sorted(expected)
 
 
-def test_a_query_is_tokenised_once() -> None:
+def test_a_query_is_tokenized_once() -> None:
     engine = ranker()
     texts = [f"text {n}" for n in range(100)]  # of several slices
-    with desk(engine, workers=2, tokenisers=3) as at:
-        jobs = [at.submit(*pairs(f"query {n}", *texts), form=RAW) for n in range(3)]
+    with desk(engine, workers=2, tokenization_workers=3) as at:
+        jobs = [at.submit(*pairs(f"query {n}", *texts)) for n in range(3)]
         at.wait_for(*jobs)
     for number, job in enumerate(jobs):
         assert job.error is None
-        assert engine.tokenised.count(f"query {number}") == 1
+        assert engine.tokenized.count(f"query {number}") == 1
         for text, row in zip(texts, job.vectors, strict=True):
             wanted = score_of(pair_ids(f"query {number}", text))
             np.testing.assert_array_equal(row, wanted)
@@ -368,9 +360,9 @@ def test_equal_pairs_are_one_computation_and_their_scores_are_cached() -> None:
     engine = ranker()
     with desk(engine, cache_bytes=10**6) as at:
         for _ in range(2):
-            at.result(*pairs("q", "a", "b", "a"), form=RAW)
-        at.result(*pairs("q a", "b"), form=RAW)
-    assert sorted(packed(engine)) == sorted(
+            at.result(*pairs("q", "a", "b", "a"))
+        at.result(*pairs("q a", "b"))
+    assert sorted(computed(engine)) == sorted(
         [pair_ids("q", "a"), pair_ids("q", "b"), pair_ids("q a", "b")]
     )
 
@@ -378,12 +370,12 @@ def test_equal_pairs_are_one_computation_and_their_scores_are_cached() -> None:
 def test_a_query_without_room_for_a_text_is_refused_by_name() -> None:
     engine = ranker()  # 32 tokens, 4 of them special
     with desk(engine) as at:
-        error = at.result(*pairs("w " * 28, "a"), named="documents", form=RAW).error
+        error = at.result(*pairs("w " * 28, "a"), param="documents").error
         assert isinstance(error, es.ContextLengthExceeded)
         assert error.param == "query"
         assert "query has 32 tokens" in error.message
         assert "at most 32" in error.message
-        assert at.result(*pairs("w " * 27, "a"), form=RAW).error is None
+        assert at.result(*pairs("w " * 27, "a")).error is None
         assert at.room_taken() == (0, 0)
 
 
@@ -399,7 +391,7 @@ def test_of_a_query_that_is_too_long_as_much_is_read_as_the_text_leaves(
     query: int, text: int, kept: tuple[int, int], cuts_left: bool
 ) -> None:
     engine = ranker()
-    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    how = {"truncates": True, "cuts_left": cuts_left}
     words = [
         [f"{what}{n}" for n in range(size)] for what, size in zip("qt", (query, text))
     ]
@@ -409,27 +401,29 @@ def test_of_a_query_that_is_too_long_as_much_is_read_as_the_text_leaves(
         ids_of(" ".join(all_[len(all_) - n :] if cuts_left else all_[:n]))
         for all_, n in zip(words, kept)
     ]
-    assert packed(engine) == [[1, *own[0], 2, BETWEEN, *own[1], AFTER]]
+    assert computed(engine) == [[1, *own[0], 2, BETWEEN, *own[1], AFTER]]
 
 
 @pytest.mark.parametrize("cuts_left", [False, True])
 def test_a_text_is_cut_to_as_many_tokens_as_are_asked_for(cuts_left: bool) -> None:
     engine = ranker()
-    how = {"cuts_left": cuts_left, "form": RAW, "max_text_tokens": 3}
+    how = {"cuts_left": cuts_left, "max_text_tokens": 3}
     with desk(engine) as at:
         assert at.result(*pairs("q", "a b c d", "a b c", ""), **how).error is None
     cut = "b c d" if cuts_left else "a b c"
     expected = [pair_ids("q", text) for text in (cut, "a b c", "")]
-    assert sorted(packed(engine)) == sorted(map(list, {tuple(ids) for ids in expected}))
+    assert sorted(computed(engine)) == sorted(
+        map(list, {tuple(ids) for ids in expected})
+    )
 
 
 @pytest.mark.parametrize("most", [1, 5, 7, 31, 32, 99])
 def test_a_pair_is_cut_to_as_many_tokens_as_are_asked_for(most: int) -> None:
     engine = ranker()
-    how = {"truncates": True, "form": RAW, "max_input_tokens": most}
+    how = {"truncates": True, "max_input_tokens": most}
     with desk(engine) as at:
         assert at.result(*pairs("q r", NUMBERS), **how).error is None
-    (ids,) = packed(engine)
+    (ids,) = computed(engine)
     assert len(ids) == max(4 + 2, min(most, 32)), "special ones, one of each"
     assert ids[0] == 1 and ids[-1] == AFTER
 
@@ -441,27 +435,27 @@ def test_cutting_a_text_leaves_both_halves_of_its_prompt(cuts_left: bool) -> Non
     words = [f"w{n}" for n in range(100)]
     with desk(engine) as at:
         text = " ".join(words)
-        assert at.result(f"p r {text} o m t", "p r x o m t", **how).error is None
+        assert at.result(text, "x", **how).error is None
     kept = words[-25:] if cuts_left else words[:25]
     front, end = ids_of("p r"), ids_of("o m t")
-    long, short = packed(engine)
+    long, short = computed(engine)
     assert long == [1, *front, *ids_of(" ".join(kept)), *end, 2]
-    assert short == framed("p r x o m t")
+    assert short == with_special_tokens("p r x o m t")
 
 
 def test_a_prompt_without_room_for_a_text_is_cut_like_a_text() -> None:
     engine = Engine()
     with desk(engine) as at:
         prompt = "p " * 40
-        job = at.result(f"{prompt}x", truncates=True, around=(prompt, ""))
+        job = at.result("x", truncates=True, around=(prompt, ""))
         assert (job.error, job.truncated) == (None, 1)
-    assert packed(engine) == [[1, *ids_of("p " * 30), 2]]
+    assert computed(engine) == [[1, *ids_of("p " * 30), 2]]
 
 
 def test_each_pair_of_a_partial_job_is_told_that_the_query_is_too_long() -> None:
     with desk(ranker()) as at:
         long = pairs("w " * 40, "a", "b")
-        job = at.result(*long, form=RAW, allows_partial=True)
+        job = at.result(*long, allows_partial=True)
         assert job.error is None
         assert [job.errors[n].param for n in range(2)] == ["query", "query"]
 
@@ -469,7 +463,7 @@ def test_each_pair_of_a_partial_job_is_told_that_the_query_is_too_long() -> None
 @pytest.mark.parametrize("cuts_left", [False, True])
 def test_a_text_that_is_cut_leaves_the_query_and_the_end(cuts_left: bool) -> None:
     engine = ranker()
-    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    how = {"truncates": True, "cuts_left": cuts_left}
     with desk(engine) as at:
         job = at.result(*pairs("the query", NUMBERS, "short"), **how)
         assert (job.error, job.truncated) == (None, 1)
@@ -477,29 +471,29 @@ def test_a_text_that_is_cut_leaves_the_query_and_the_end(cuts_left: bool) -> Non
     own = ids_of(NUMBERS)
     kept = own[-room:] if cuts_left else own[:room]
     expected = [1, *ids_of("the query"), 2, BETWEEN, *kept, AFTER]
-    assert packed(engine)[0] == expected
+    assert computed(engine)[0] == expected
     assert len(expected) == 32
 
 
 def test_a_text_that_is_too_long_for_its_query_is_refused_by_name() -> None:
     with desk(ranker()) as at:
-        job = at.result(*pairs("q", "a", "w " * 28), form=RAW, named="documents")
+        job = at.result(*pairs("q", "a", "w " * 28), param="documents")
         assert isinstance(job.error, es.ContextLengthExceeded)
         assert job.error.param == "documents[1]"
 
 
 @pytest.mark.parametrize("truncates", [False, True])
-def test_the_tokeniser_sees_no_more_of_a_pair_than_it_may(truncates: bool) -> None:
+def test_the_tokenizer_sees_no_more_of_a_pair_than_it_may(truncates: bool) -> None:
     engine = ranker(max_chars=50)
     with desk(engine) as at:
         asked = pairs("q " * 100, "a"), pairs("q", "a " * 100)
         for each, name in zip(asked, ("query", "documents[0]"), strict=True):
-            how = {"truncates": truncates, "named": "documents"}
-            job = at.result(*each, form=RAW, **how)
+            how = {"truncates": truncates, "param": "documents"}
+            job = at.result(*each, **how)
             if not truncates:
                 assert isinstance(job.error, es.ContextLengthExceeded)
                 assert job.error.param == name
-    assert max(map(len, engine.tokenised), default=0) <= 50
+    assert max(map(len, engine.tokenized), default=0) <= 50
 
 
 # Words are tokens here too.
@@ -514,16 +508,16 @@ def template_ids(query: str, text: str) -> list[int]:
 def test_a_template_is_the_whole_of_a_pair() -> None:
     engine = ranker(pair_template=TEMPLATE)
     with desk(engine) as at:
-        job = at.result(*pairs("the cat", "one", "two three"), form=RAW)
+        job = at.result(*pairs("the cat", "one", "two three"))
         assert job.error is None
     expected = [template_ids("the cat", text) for text in ("one", "two three")]
-    assert packed(engine) == expected
+    assert computed(engine) == expected
 
 
 @pytest.mark.parametrize("cuts_left", [False, True])
 def test_a_text_cut_within_a_template_leaves_all_the_rest(cuts_left: bool) -> None:
     engine = ranker(pair_template=TEMPLATE)
-    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    how = {"truncates": True, "cuts_left": cuts_left}
     with desk(engine) as at:
         job = at.result(*pairs("q", NUMBERS), **how)
         assert (job.error, job.truncated) == (None, 1)
@@ -535,7 +529,7 @@ def test_a_text_cut_within_a_template_leaves_all_the_rest(cuts_left: bool) -> No
     kept = own[-room:] if cuts_left else own[:room]
     front, end = ids_of("begin q then"), ids_of("end of q .")
     halved = template_ids("r " * 7, "a")
-    assert packed(engine) == [[*front, *kept, *end], halved]
+    assert computed(engine) == [[*front, *kept, *end], halved]
 
 
 @pytest.mark.parametrize("word", ["{query}", "{document}", "{text}", "{}", "{0}", "%s"])
@@ -543,35 +537,35 @@ def test_a_text_that_looks_like_a_template_is_only_a_text(word: str) -> None:
     engine = ranker(pair_template=TEMPLATE)
     with desk(engine) as at:
         for query, text in (("q", f"a {word} b"), (f"a {word} b", "t"), (word, word)):
-            assert at.result(es.Pair(query, text), form=RAW).error is None
-            assert packed(engine)[-1] == template_ids(query, text)
+            assert at.result(es.Pair(query, text)).error is None
+            assert computed(engine)[-1] == template_ids(query, text)
 
 
 @pytest.mark.parametrize("cuts_left", [False, True])
 def test_a_templates_end_outlives_a_text_cut_by_characters(cuts_left: bool) -> None:
     engine = ranker(pair_template=TEMPLATE, max_chars=120)
-    how = {"truncates": True, "cuts_left": cuts_left, "form": RAW}
+    how = {"truncates": True, "cuts_left": cuts_left}
     with desk(engine) as at:
         job = at.result(*pairs("q", "x " * 500), **how)
         assert (job.error, job.truncated) == (None, 1)
     front, end = ids_of("begin q then"), ids_of("end of q .")
     middle = ids_of("x") * (32 - len(front) - len(end))
-    assert packed(engine) == [[*front, *middle, *end]]
+    assert computed(engine) == [[*front, *middle, *end]]
 
 
 @pytest.mark.parametrize("truncates", [False, True])
-def test_of_a_query_in_a_template_the_tokeniser_sees_no_more_than_it_may(
+def test_of_a_query_in_a_template_the_tokenizer_sees_no_more_than_it_may(
     truncates: bool,
 ) -> None:
     engine = ranker(pair_template=TEMPLATE, max_chars=120)
     with desk(engine) as at:
-        job = at.result(*pairs("q " * 500, "a"), form=RAW, truncates=truncates)
+        job = at.result(*pairs("q " * 500, "a"), truncates=truncates)
         if truncates:
             assert job.error is None
         else:
             assert isinstance(job.error, es.ContextLengthExceeded)
             assert job.error.param == "query"
-    assert max(map(len, engine.tokenised), default=0) <= 120
+    assert max(map(len, engine.tokenized), default=0) <= 120
 
 
 def test_a_rankers_canary_is_no_vector_either() -> None:
@@ -579,21 +573,21 @@ def test_a_rankers_canary_is_no_vector_either() -> None:
     with desk(engine) as at:
         engine.fails_always = True
         for n in range(es.Breaker.SUSPICIOUS_FAILURES):
-            at.result(*pairs("q", f"a{n}"), form=RAW)
+            at.result(*pairs("q", f"a{n}"))
         at.pool.watch()
-        at.run_until(lambda: at.pool.queue.state().is_broken)
+        at.run_until(lambda: at.pool.queue.breaker.is_open)
         engine.fails_always = False
         at.pool.queue.clock = clock = Clock()
         clock.now = 10**9
         at.pool.watch()
-        at.run_until(lambda: not at.pool.queue.state().is_broken)
-        assert at.result(*pairs("q", "works again"), form=RAW).error is None
+        at.run_until(lambda: not at.pool.queue.breaker.is_open)
+        assert at.result(*pairs("q", "works again")).error is None
 
 
 def test_dead_letters_hold_both_texts_of_a_pair(tmp_path: Path) -> None:
     letters = es.LineFile(str(tmp_path / "dead"), kit.quiet_log())
     with desk(ranker(), dead_letters=letters) as at:
-        at.result(*pairs("the query", f"poison {kit.BOOM_WORD}"), form=RAW)
+        at.result(*pairs("the query", f"poison {kit.BOOM_WORD}"))
     (line,) = (tmp_path / "dead").read_text().splitlines()
     found = json.loads(line)
     expected = ("the query", f"poison {kit.BOOM_WORD}", "engine_failed")
@@ -601,7 +595,10 @@ def test_dead_letters_hold_both_texts_of_a_pair(tmp_path: Path) -> None:
 
 
 PAIR_CARD = kit.fake_card(
-    max_input_tokens=10**6, n_scores=1, between=(2, BETWEEN), after=(AFTER,)
+    max_input_tokens=10**6,
+    n_scores=1,
+    pair_separator=(2, BETWEEN),
+    pair_suffix=(AFTER,),
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -615,69 +612,61 @@ def test_no_pair_has_more_tokens_than_are_reserved_for_it(
     def worst(part: str) -> list[int]:
         return [9] * (len(part) if part.isascii() else 4 * len(part))
 
-    ids = es.framed_pair(worst(query), worst(text), PAIR_CARD)
-    found = es.most_tokens(es.Pair(query, text), PAIR_CARD)
+    ids = es.pair_with_special_tokens(worst(query), worst(text), PAIR_CARD)
+    found = kit.token_bound(es.Pair(query, text), PAIR_CARD)
     assert len(ids) <= found <= len(ids) + 2 + 1
 
 
 def test_no_pair_takes_more_room_than_the_model_can_read() -> None:
     card = kit.fake_card(n_scores=1)
-    assert es.most_tokens(es.Pair("q" * 9999, "t"), card) == card.max_input_tokens
+    assert kit.token_bound(es.Pair("q" * 9999, "t"), card) == card.max_input_tokens
 
 
 def test_a_rankers_rows_are_as_long_as_it_has_scores() -> None:
-    assert (PAIR_CARD.is_ranker, PAIR_CARD.row_length) == (True, 1)
+    assert PAIR_CARD.row_length == 1
     embeds = kit.fake_card()
-    assert (embeds.is_ranker, embeds.row_length) == (False, embeds.n_embd)
+    assert embeds.row_length == embeds.n_embd
 
 
-def kept(run: Callable[[], object]) -> es.Errand:
-    """One that nobody gives up."""
-
-    def given_up(error: es.ApiError) -> None:
-        raise AssertionError(error)
-
-    return es.Errand(functools.partial(_run, run), given_up, client="")
+def task(work: Callable[[], object]) -> es.TokenizerTask:
+    """One of nobody in particular."""
+    return es.TokenizerTask(work, client="")
 
 
-def _run(run: Callable[[], object]) -> None:
-    run()
+# --- tokenizer threads ---
 
 
-# --- tokeniser threads ---
-
-
-def test_there_are_as_many_tokenisers_as_one_says() -> None:
+def test_there_are_as_many_tokenizers_as_one_says() -> None:
     before = set(threading.enumerate())
-    with desk(Engine(), tokenisers=3, workers=2):
+    with desk(Engine(), tokenization_workers=3, workers=2):
         started = {t.name for t in set(threading.enumerate()) - before}
-    names = [f"tokeniser-{n}" for n in range(3)] + ["worker-0", "worker-1"]
+    names = [f"tokenizer-{n}" for n in range(3)] + ["worker-0", "worker-1"]
     assert started == set(names)
     assert set(threading.enumerate()) <= before
 
 
-def test_a_text_that_takes_long_to_tokenise_holds_up_one_tokeniser() -> None:
+def test_a_text_that_takes_long_to_tokenize_holds_up_one_tokenizer() -> None:
     engine = Engine()
     gate = engine.hold("slow")
-    with desk(engine, tokenisers=2) as at:
+    with desk(engine, tokenization_workers=2) as at:
         slow = at.submit("slow", "behind it")
-        engine.wait_until_tokenising("slow")
+        engine.wait_until_tokenizing("slow")
         for n in range(3):
             assert_vectors(at.result(f"quick {n}"))
-        assert "behind it" not in engine.tokenised, "a job has one tokeniser at a time"
+        assert "behind it" not in engine.tokenized, "a job has one tokenizer at a time"
         gate.set()
         at.wait_for(slow)
         assert_vectors(slow)
 
 
-def test_all_tokenisers_work_at_once() -> None:
+def test_all_tokenizers_work_at_once() -> None:
     engine = Engine()
     texts = [f"text {n}" for n in range(3)]
     gates = [engine.hold(text) for text in texts]
-    with desk(engine, tokenisers=3) as at:
+    with desk(engine, tokenization_workers=3) as at:
         jobs = [at.submit(text) for text in texts]
         for text in texts:
-            engine.wait_until_tokenising(text)
+            engine.wait_until_tokenizing(text)
         for gate in gates:
             gate.set()
         at.wait_for(*jobs)
@@ -686,7 +675,7 @@ def test_all_tokenisers_work_at_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_tokeniser_that_ended_is_missed() -> None:
+def test_a_tokenizer_that_ended_is_missed() -> None:
     ended: list[threading.Thread] = []
     over = threading.Event()
 
@@ -695,105 +684,95 @@ def test_a_tokeniser_that_ended_is_missed() -> None:
         over.set()
         raise SystemExit
 
-    with desk(Engine(), tokenisers=2) as at:
+    with desk(Engine(), tokenization_workers=2) as at:
         before = at.pool.has_lost_a_thread
-        at.pool.queue.send_errand(kept(bug))
+        at.pool.queue.submit_task(task(bug))
         kit.wait(over)
         ended[0].join(kit.DEADLINE_S)
         assert (before, at.pool.has_lost_a_thread) == (False, True)
         assert_vectors(at.result("the other one goes on"))
 
 
-# --- errands ---
+# --- tasks ---
 
 
-def test_an_errand_is_done_by_the_tokeniser_in_the_order_they_came() -> None:
+def test_tasks_are_done_by_the_tokenizer_in_the_order_they_came() -> None:
     engine = Engine()
     gate = engine.hold("first")
     done: list[tuple[int, str]] = []
     over = threading.Event()
     with desk(engine) as at:
         first = at.submit("first", "later")
-        engine.wait_until_tokenising("first")
+        engine.wait_until_tokenizing("first")
         for number in range(3):
 
-            def errand(number: int = number) -> None:
+            def work(number: int = number) -> None:
                 done.append((number, threading.current_thread().name))
                 if number == 2:
                     over.set()
 
-            at.pool.queue.send_errand(kept(errand))
+            at.pool.queue.submit_task(task(work))
         assert done == []
         gate.set()
         kit.wait(over)
         at.wait_for(first)
         assert_vectors(first)
-        assert at.room_taken() == (0, 0), "an errand takes none"
-    assert done == [(n, "tokeniser-0") for n in range(3)]
+        assert at.room_taken() == (0, 0), "a task takes none"
+    assert done == [(n, "tokenizer-0") for n in range(3)]
 
 
-def test_an_errand_goes_between_the_slices_of_a_large_job() -> None:
+def test_a_task_goes_between_the_slices_of_a_large_job() -> None:
     engine = Engine()
     gate = engine.hold("large 0")
     seen: list[int] = []
     with desk(engine) as at:
         large = at.submit(*(f"large {n}" for n in range(100)))
-        engine.wait_until_tokenising("large 0")
-        at.pool.queue.send_errand(kept(lambda: seen.append(len(engine.tokenised))))
+        engine.wait_until_tokenizing("large 0")
+        at.pool.queue.submit_task(task(lambda: seen.append(len(engine.tokenized))))
         gate.set()
         at.wait_for(large)
     assert seen == [32], "after a slice"
 
 
-def test_errands_wake_a_tokeniser_that_has_nothing_to_do() -> None:
-    with desk(Engine(), tokenisers=2) as at:
+def test_tasks_wake_a_tokenizer_that_has_nothing_to_do() -> None:
+    with desk(Engine(), tokenization_workers=2) as at:
         for _ in range(10):
             done = threading.Event()
-            at.pool.queue.send_errand(kept(done.set))
+            at.pool.queue.submit_task(task(done.set))
             kit.wait(done)
         assert_vectors(at.result("a"))
 
 
-def test_an_errand_waits_for_the_jobs_before_it_to_have_had_their_turn() -> None:
+def test_a_task_waits_for_the_jobs_before_it_to_have_had_their_turn() -> None:
     engine = Engine()
     gate = engine.hold("first")
     seen: list[list[str]] = []
     with desk(engine) as at:
         jobs = [at.submit("first")]
-        engine.wait_until_tokenising("first")
+        engine.wait_until_tokenizing("first")
         jobs += [at.submit(f"before {n}") for n in range(3)]
-        at.pool.queue.send_errand(kept(lambda: seen.append(list(engine.tokenised))))
+        at.pool.queue.submit_task(task(lambda: seen.append(list(engine.tokenized))))
         jobs.append(at.submit("after"))
         gate.set()
         at.wait_for(*jobs)
     assert seen == [["first", "before 0", "before 1", "before 2"]]
 
 
-def test_an_errand_that_is_not_run_any_more_is_given_up() -> None:
+def test_a_task_that_is_not_run_any_more_is_given_up() -> None:
     engine = Engine()
     gate = engine.hold("first")
-    errors: list[es.ApiError] = []
     ran: list[None] = []
     with desk(engine) as at:
         first = at.submit("first")
-        engine.wait_until_tokenising("first")
-        for _ in range(2):
-            errand = es.Errand(lambda: ran.append(None), errors.append, client="")
-            at.pool.queue.send_errand(errand)
+        engine.wait_until_tokenizing("first")
+        tasks = [task(lambda: ran.append(None)) for _ in range(3)]
+        for each in tasks:
+            at.pool.queue.submit_task(each)
+        tasks[0].future.cancel()  # nobody waits for it
         error = es.NotReady("bye")
-        assert at.pool.queue.abandon_all(error) == 1, "errands are no jobs"
-        assert errors == [error] * 2
+        assert at.pool.queue.abandon_all(error) == 1, "tasks are no jobs"
+        assert [each.future.exception() for each in tasks[1:]] == [error] * 2
         gate.set()
         at.wait_for(first)
         assert_vectors(at.result("and on"))
     assert ran == []
-    assert len(errors) == 2
-
-
-def test_forms_are_told_apart_by_keys_that_no_ids_share() -> None:
-    values = [form.value for form in es.Form]
-    assert len(set(values)) == len(values)
-    cache = es.VectorCache(10**6, "space")
-    ids = [np.arange(n, dtype=np.int32) for n in range(9)]
-    keys = [cache.key(one) + value for one, value in itertools.product(ids, values)]
-    assert len(set(keys)) == len(keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ from tests import kit
 
 def ids_of(engine: kit.FakeEngine, text: str) -> list[int]:
     """What the pool would hand to a context."""
-    return es.framed(engine.tokenise(text), engine.card)
+    return es.with_special_tokens(engine.tokenizer.encode(text), engine.card)
 
 
 def test_fake_vectors_are_normalised_and_differ_when_ids_differ() -> None:
@@ -70,3 +71,13 @@ def test_feeds_lose_nothing() -> None:
     splits = list(kit.feed_splits(data))
     assert len(splits) == 3
     assert all(b"".join(parts) == data for parts in splits)
+
+
+def test_a_server_that_ends_badly_shows_its_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with kit.started("--no-supervise") as server:
+        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    said = capsys.readouterr().out
+    assert "exit code -9:" in said
+    assert " ready " in said

@@ -33,9 +33,9 @@ def install(folder: Path, package: str, version: str, code: str | None = None) -
         (folder / f"{package.replace('-', '_')}.py").write_text(code)
 
 
-def library(at_least: str = "1.2.3", instead: str = "") -> es.Library:
+def library(minimum: str = "1.2.3", fallback: str = "") -> es.Library:
     """A row for a package nobody has."""
-    return es.Library("some_lib", "some-lib", at_least, "it was bad", instead)
+    return es.Library("some_lib", "some-lib", minimum, "it was bad", fallback)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_package_without_a_version_is_as_good_as_none(
 
 
 @pytest.mark.parametrize(
-    ("found", "at_least", "is_usable"),
+    ("found", "minimum", "is_usable"),
     [
         ("1.2.3", "1.2.3", True),
         ("1.2.4", "1.2.3", True),
@@ -101,14 +101,14 @@ def test_a_package_without_a_version_is_as_good_as_none(
     ],
 )
 def test_an_old_version_is_not_used(
-    site: Path, found: str, at_least: str, *, is_usable: bool
+    site: Path, found: str, minimum: str, *, is_usable: bool
 ) -> None:
     install(site, "some-lib", found, code="")
-    said = es.why_unusable(library(at_least))
+    said = es.why_unusable(library(minimum))
     if is_usable:
         assert said == ""
     else:
-        assert said == f"some-lib {found} is older than {at_least} (it was bad)"
+        assert said == f"some-lib {found} is older than {minimum} (it was bad)"
 
 
 def test_a_dist_info_without_its_module_is_not_installed(site: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_copied_module_that_does_not_load_is_one_clause(site: Path) -> None:
 def test_only_a_library_with_a_stand_in_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(es, "LIBRARIES", (library(), library(instead="json")))
+    monkeypatch.setattr(es, "LIBRARIES", (library(), library(fallback="json")))
     assert es.substitutions() == ["some-lib is not installed; using json instead"]
 
 
@@ -142,7 +142,7 @@ def test_nothing_is_said_of_libraries_that_are_fine(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(site, "some-lib", "1.2.3", code="")
-    monkeypatch.setattr(es, "LIBRARIES", (library(), library(instead="json")))
+    monkeypatch.setattr(es, "LIBRARIES", (library(), library(fallback="json")))
     assert es.substitutions() == []
     assert es.missing_needed() == ""
 
@@ -150,12 +150,12 @@ def test_nothing_is_said_of_libraries_that_are_fine(
 def test_a_needed_library_is_asked_for_with_the_command_that_brings_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(es, "LIBRARIES", (library(instead="json"), library()))
+    monkeypatch.setattr(es, "LIBRARIES", (library(fallback="json"), library()))
     said = es.missing_needed()
     assert said.startswith("some-lib is not installed")
     assert f"{sys.executable} -m pip install" in said
     assert "'some-lib>=1.2.3'" in said, "quoted: > is a redirection in every shell"
-    monkeypatch.setattr(es, "LIBRARIES", (library(instead="json"),))
+    monkeypatch.setattr(es, "LIBRARIES", (library(fallback="json"),))
     assert es.missing_needed() == ""
 
 

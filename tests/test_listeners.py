@@ -38,7 +38,8 @@ LOOPBACK = ("127.0.0.1", 0)
 @contextlib.contextmanager
 def listening(*hosts: tuple[str, int], uds: str = "") -> Iterator[list[socket.socket]]:
     """Listeners, closed at the end."""
-    made = es.bind_all(hosts, uds, 0o660)
+    listen = tuple(f"[{host}]:{port}" for host, port in hosts)
+    made = es.bind_all(kit.settings(host="none", listen=listen, uds=uds))
     try:
         yield made
     finally:
@@ -108,8 +109,6 @@ def test_an_address_of_another_machine_is_a_sentence() -> None:
 
 
 def test_nothing_to_listen_on_is_a_sentence() -> None:
-    chosen = kit.settings(host="none")
-    assert es.listen_addresses(chosen) == []
     assert refusal() == "--host none leaves nothing to listen on: add --uds"
 
 
@@ -139,8 +138,7 @@ def test_ipv4_and_ipv6_may_have_the_same_port() -> None:
     ],
 )
 def test_listen_names_a_host_and_a_port(text: str, expected: tuple[str, int]) -> None:
-    chosen = kit.settings(host="none", listen=(text,))
-    assert es.listen_addresses(chosen) == [expected]
+    assert es.host_and_port(text) == expected
 
 
 @on_ipv6
@@ -157,16 +155,18 @@ def test_a_port_that_is_free_at_one_address_only_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The kernel chooses the port at the first address: at the second it may be in use.
-    real = es._listening
+    real = socket.create_server
     taken: list[int] = []
 
-    def listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+    def listen(
+        address: tuple[Any, ...], *, family: int = socket.AF_INET, backlog: int = 1
+    ) -> socket.socket:
         if family == socket.AF_INET6 and len(taken) < 2:
             taken.append(address[1])
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        return real(family, address)
+        return real(address, family=family, backlog=backlog)
 
-    monkeypatch.setattr(es, "_listening", listen)
+    monkeypatch.setattr(socket, "create_server", listen)
     with listening(("localhost", 0)) as (first, second):
         assert first.getsockname()[1] == second.getsockname()[1]
         assert first.getsockname()[1] not in taken
@@ -183,16 +183,16 @@ def test_a_port_that_is_free_at_one_address_only_is_not_taken(
 def test_an_address_that_this_box_lacks_is_left_out_if_there_is_another(
     monkeypatch: pytest.MonkeyPatch, number: int, family: int
 ) -> None:
-    real, lacks = es._listening, {family}
+    real, lacks = socket.create_server, {family}
     found = [(each, 1, 6, "", address) for each, address in LOOPBACKS.items()]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
 
-    def listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+    def listen(address: tuple[Any, ...], *, family: int, backlog: int) -> socket.socket:
         if family in lacks:
             raise OSError(number, os.strerror(number))
-        return real(socket.AF_INET, ("127.0.0.1", address[1]))
+        return real(("127.0.0.1", address[1]), backlog=backlog)
 
-    monkeypatch.setattr(es, "_listening", listen)
+    monkeypatch.setattr(socket, "create_server", listen)
     for host in ("localhost", "box"):
         with listening((host, 0)) as made:
             assert len(made) == 1
@@ -242,7 +242,9 @@ def test_a_unix_socket_has_the_mode_asked_for(
     path = tmp_path / "s"
     before = os.umask(umask)
     try:
-        (made,) = es.bind_all([], str(path), mode)
+        (made,) = es.bind_all(
+            kit.settings(host="none", uds=str(path), uds_mode=f"{mode:o}")
+        )
         made.close()
         assert os.umask(umask) == umask  # as it was
     finally:
@@ -737,7 +739,7 @@ async def test_a_handshake_has_a_place_until_it_ends(
         async with connected(running, files.client(), BYE) as client:
             assert (await client.replies("GET"))[0].status == 200  # /health
         if leaves == "with us":
-            running.service.stop()
+            running.server.stop()
             await running.task
         elif leaves == "itself":
             for client in silent:
@@ -797,7 +799,7 @@ async def test_a_renewed_certificate_is_for_new_connections(files: Files) -> Non
     ):
         assert (await old.reply()).status == 200
         files.renew()
-        running.service._tick()
+        running.server._tick()
         assert "keys and certificates read again" in running.log.getvalue()
         async with connected(running, context, HEALTH) as new:
             assert (await new.reply()).status == 200
@@ -813,7 +815,7 @@ async def test_half_a_pair_is_not_used_until_it_is_whole(files: Files) -> None:
         serials = []
         for with_key in (True, False, True):
             files.renew(with_key=with_key)
-            running.service._tick()
+            running.server._tick()
             async with connected(running, context, HEALTH) as client:
                 assert (await client.reply()).status == 200
                 serials.append(serial(client))
@@ -847,7 +849,7 @@ async def test_a_client_ca_that_was_replaced_counts_no_more(files: Files) -> Non
     async with kit.running_service(**chosen) as running:
         assert await is_served(running, files.client(before))
         replace_file(path, after.cert_pem.bytes())
-        running.service._tick()
+        running.server._tick()
         assert await is_served(running, files.client(after))
         assert not await is_served(running, files.client(before))
 
@@ -863,7 +865,7 @@ async def test_a_client_that_names_no_host_is_shown_the_newest(files: Files) -> 
                 assert (await client.reply()).status == 200
                 serials.append(serial(client))
             files.renew()
-            running.service._tick()
+            running.server._tick()
         assert serials[0] != serials[1]
 
 
@@ -902,7 +904,7 @@ async def test_a_session_of_before_does_not_outlive_its_client_ca(
     async with kit.running_service(**chosen) as running:
         session, _ = await asyncio.to_thread(asked_again, running, context, None)
         replace_file(path, after.cert_pem.bytes())
-        running.service._tick()
+        running.server._tick()
         with pytest.raises((ssl.SSLError, ConnectionError)):
             await asyncio.to_thread(asked_again, running, context, session)
 
@@ -974,7 +976,7 @@ async def test_a_stop_ends_idle_connections(files: Files) -> None:
         connected(running, files.client(), HEALTH) as client,
     ):
         await client.reply()
-        running.service.stop()
+        running.server.stop()
         assert await client.rest() == b""
         assert await running.task == 0
 
@@ -995,7 +997,7 @@ async def test_httpx_is_served_over_tls_with_a_certificate(files: Files) -> None
             assert len(reply.json()["data"][0]["embedding"]) == 8
 
 
-def break_files(files: Files, which: str) -> es.TlsFiles:
+def break_files(files: Files, which: str) -> es.Settings:
     """TLS files of which one is no use."""
     names = files.settings | {"tls_client_ca": ""}
     if which == "mismatched":
@@ -1013,7 +1015,7 @@ def break_files(files: Files, which: str) -> es.TlsFiles:
         elif how == "fifo":  # which would be waited for
             os.mkfifo(path)
         names[name] = str(path)
-    return es.TlsFiles(*names.values())
+    return kit.settings(**names)
 
 
 @pytest.mark.parametrize(
@@ -1034,7 +1036,7 @@ def break_files(files: Files, which: str) -> es.TlsFiles:
 def test_tls_files_that_are_no_use_are_a_sentence(files: Files, which: str) -> None:
     broken = break_files(files, which)
     with pytest.raises(es.StartupError) as caught:
-        es.tls_context(broken)
+        es.maybe_tls_context(broken)
     said = str(caught.value)
     assert said.startswith(f"TLS: {files.cert.parent}")
     assert " cannot be used: " in said

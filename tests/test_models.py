@@ -1,4 +1,4 @@
-"""Rooms NAMES, MODELS and CONFIGURATION: several models and versions, in memory or not.
+"""Rooms MODELS, REGISTRY and CONFIGURATION: several models and versions, in memory or not.
 
 Engines are fakes, one for each load, known by the stem of the file; the files are real
 GGUFs, of a model with random weights, because they are looked at before they are loaded.
@@ -11,14 +11,17 @@ import calendar
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import struct
 import tempfile
 import threading
 import time
@@ -74,7 +77,11 @@ class Engines:
             kit.wait(gate)
         if stem in self.problem:
             raise self.problem[stem]
-        ranks: dict[str, Any] = {"n_scores": 1, "between": (5,), "after": (6,)}
+        ranks: dict[str, Any] = {
+            "n_scores": 1,
+            "pair_separator": (5,),
+            "pair_suffix": (6,),
+        }
         engine = kit.FakeEngine(**(ranks if stem == "ranker" else {}))
         with self._lock:
             self.made[stem].append(engine)
@@ -153,16 +160,16 @@ class Several(kit.RunningService):
     written: Written
 
     @property
-    def models(self) -> es.Models:
+    def models(self) -> es.ModelRegistry:
         return self.service.models
 
-    def model(self, label: str) -> es.Model:
+    def model(self, label: str) -> es.ModelEntry:
         """The row of name@version."""
-        return next(row for row in self.models.rows if row.label == label)
+        return next(row for row in self.models.entries if row.label == label)
 
-    def served_of(self, label: str) -> es.Served:
+    def loaded_of(self, label: str) -> es.LoadedModel:
         """What is in memory of it."""
-        served = self.model(label).served
+        served = self.model(label).loaded
         assert served is not None
         return served
 
@@ -198,12 +205,17 @@ class Several(kit.RunningService):
         self.models.sweep(0)
 
     async def freed(self, engine: kit.FakeEngine) -> None:
-        """Wait until an engine is out of memory."""
-        await until(lambda: engine.is_closed, "freed")
+        """Wait until an engine is out of memory; the server's own tick takes longer."""
+
+        def is_freed() -> bool:
+            self.sweep()
+            return engine.is_closed
+
+        await until(is_freed, "freed")
 
     def pass_time(self, seconds: float) -> None:
         """Let every model's last use lie further back."""
-        for row in self.models.rows:
+        for row in self.models.entries:
             row.used_at -= seconds
 
 
@@ -237,18 +249,17 @@ async def _serving(
     stream = kit.WatchedLog()
     listeners = kit.bound(common)
     written = Written(common, rows)
-    service = es.Service(
-        common,
+    server = es.Server(
+        written.read(),
         es.Log("debug", "text", stream),
         engines,
         listeners=listeners,
         notifier=es.Notifier(None, {}),
         read_settings=written.read,
-        models=rows,
     )
     host, port = listeners[0].getsockname()[:2]
-    task = asyncio.create_task(service.run(lambda _: None))
-    running = Several(service, stream, kit.FakeEngine(), task, host, port, written)
+    task = asyncio.create_task(server.run(lambda _: None))
+    running = Several(server, stream, kit.FakeEngine(), task, host, port, written)
     running.engines, running.written = engines, written
     try:
         if wait_ready:
@@ -259,9 +270,11 @@ async def _serving(
     finally:
         engines.release()
         if not task.done():
-            service.stop()
+            server.stop()
         async with asyncio.timeout(kit.DEADLINE_S):
             await task
+        made = itertools.chain.from_iterable(engines.made.values())
+        assert all(engine.times_closed <= 1 for engine in made), "freed twice"
 
 
 def key_file(folder: Path, lines: str) -> str:
@@ -273,13 +286,14 @@ def key_file(folder: Path, lines: str) -> str:
 
 
 async def cut_off(running: Several, path: str, body: Any) -> Callable[[], None]:
-    """Send a request; what hangs up when called."""
+    """Send a request; what hangs up when called, with a reset that is noticed at once."""
     raw = es.json_codec().dumps(body)
     head = (
         f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {len(raw)}\r\n{running.admin_lines()}\r\n"
     )
     client = socket.create_connection((running.host, running.port))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.sendall(head.encode() + raw)
     return client.close
 
@@ -287,18 +301,16 @@ async def cut_off(running: Several, path: str, body: Any) -> Callable[[], None]:
 # --- which model ---
 
 
-def registry(*rows: es.Settings) -> es.Models:
+def registry(*rows: es.Settings) -> es.ModelRegistry:
     """Models that nobody loads."""
 
     def never(_: object) -> Any:
         raise AssertionError("loaded")
 
-    async def made() -> es.Models:
-        return es.Models(
+    async def made() -> es.ModelRegistry:
+        return es.ModelRegistry(
             rows,
-            default_name="default",
             load=never,
-            free=never,
             look=never,
             telemetry=es.Telemetry(),
             log=kit.quiet_log(),
@@ -307,9 +319,19 @@ def registry(*rows: es.Settings) -> es.Models:
     return asyncio.run(made())
 
 
-def found(known: es.Models, asked: str | None, *, any_model: bool = False) -> str:
+def found(
+    known: es.ModelRegistry, asked: str | None, *, any_model: bool = False
+) -> str:
     """The label of what answers."""
-    return known.find(asked, "somebody", any_model=any_model).label
+    return known.names.find(asked, "somebody", any_model=any_model).label
+
+
+def answers_by_default(known: es.ModelRegistry, name: str) -> str:
+    """The label of what answers for a name; it alone is said to be the default."""
+    label = found(known, name)
+    versions = [one for one in known.entries if one.name == name]
+    assert [o.label for o in versions if known.names.is_default(o)] == [label]
+    return label
 
 
 @pytest.mark.parametrize(
@@ -389,7 +411,7 @@ AMBIGUOUS = {
 }
 
 
-def spelled_models() -> es.Models:
+def spelled_models() -> es.ModelRegistry:
     """Of the table above."""
     names = [label.removesuffix("@1") for label in SPELLED]
     alias = {"all-MiniLM-L6-v2": ("all-minilm",)}
@@ -413,18 +435,18 @@ def test_a_name_that_may_mean_two_is_refused_and_told_both(asked: str) -> None:
 
 
 @pytest.mark.parametrize("asked", [None, "", "nobody"])
-def test_who_names_none_gets_the_first_that_can_do_it(asked: str | None) -> None:
+def test_a_request_without_a_model_gets_the_first_that_can_do_it(
+    asked: str | None,
+) -> None:
     known = registry(*(row("f", name=name) for name in "abcd"))
-    for one, ranks in zip(known.rows, (True, False, True, False), strict=True):
-        one.known = es.ModelFacts(is_ranker=ranks)
-    wanted: list[tuple[bool | None, str]]
-    wanted = [(None, "a@1"), (True, "a@1"), (False, "b@1")]
-    for is_ranker, label in wanted:
-        one = known.find(asked, "me", any_model=True, is_ranker=is_ranker)
+    for one, kind in zip(known.entries, ("rank", "embed") * 2, strict=True):
+        one.known = es.ModelFacts(kind=kind)
+    for kind, label in (("", "a@1"), ("rank", "a@1"), ("embed", "b@1")):
+        one = known.names.find(asked, "me", any_model=True, kind=kind)
         assert one.label == label
-    for one in known.rows:
-        one.known = es.ModelFacts(is_ranker=True)
-    one = known.find(asked, "me", any_model=True, is_ranker=False)
+    for one in known.entries:
+        one.known = es.ModelFacts(kind="rank")
+    one = known.names.find(asked, "me", any_model=True, kind="embed")
     assert one.label == "a@1"  # whose kind is then told
 
 
@@ -438,7 +460,9 @@ def test_a_model_without_a_name_is_called_as_its_file_and_the_default_as_itself(
     None
 ):
     assert found(registry(row("/x/some.model.gguf")), None) == "some.model@1"
-    assert found(registry(row("")), "default") == "default@1"
+    assert (
+        found(registry(row("")), es.DEFAULT_MODEL.name) == f"{es.DEFAULT_MODEL.name}@1"
+    )
 
 
 def test_very_long_names_do_not_make_very_long_errors() -> None:
@@ -478,12 +502,12 @@ def test_the_highest_version_is_the_default_until_somebody_says_otherwise() -> N
         row("f", name="a", version=2),
         row("f", name="b"),
     )
-    assert (found(known, "a"), known.default_version("a")) == ("a@10", 10)
-    known.set_default(known.find("a@2", "", any_model=False))
-    assert (found(known, "a"), known.default_version("a")) == ("a@2", 2)
+    assert answers_by_default(known, "a") == "a@10"
+    known.set_default(known.names.find("a@2", "", any_model=False))
+    assert answers_by_default(known, "a") == "a@2"
     assert found(known, None) == "a@2"
     assert found(known, "a@10") == "a@10"
-    assert (found(known, "b"), known.default_version("b")) == ("b@1", 1)
+    assert answers_by_default(known, "b") == "b@1"
 
 
 # --- shares ---
@@ -491,10 +515,11 @@ def test_the_highest_version_is_the_default_until_somebody_says_otherwise() -> N
 CLIENTS = [f"client {n}" for n in range(2000)]
 
 
-def split(known: es.Models, asked: str | None = "a") -> dict[str, str]:
+def split(known: es.ModelRegistry, asked: str | None = "a") -> dict[str, str]:
     """Which one each client gets."""
     return {
-        client: known.find(asked, client, any_model=False).label for client in CLIENTS
+        client: known.names.find(asked, client, any_model=False).label
+        for client in CLIENTS
     }
 
 
@@ -567,45 +592,42 @@ def test_a_default_that_was_set_ends_the_split_of_its_name_alone() -> None:
         for version in (1, 2)
     ]
     known = registry(*rows)
-    known.set_default(known.find("a@1", "", any_model=False))
+    known.set_default(known.names.find("a@1", "", any_model=False))
     assert set(split(known).values()) == {"a@1"}
     assert set(split(known, "b").values()) == {"b@1", "b@2"}
 
 
-def test_requests_say_who_answered_and_metrics_count_it(
+async def test_requests_say_who_answered_and_metrics_count_it(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("a2"), name="a", version=2), row(files("b")))
-        async with serving(*rows) as running:
-            assert await running.answering() == "a@2"
-            assert await running.answering("b", input=["x", "y z"]) == "b@1"
-            assert await running.answering("a@1") == "a@1"
-            assert await running.answering("b", input="x") == "b@1"
-            missing = await running.embed("c")
-            assert (missing.status, missing.error["code"]) == (404, "model_not_found")
-            for label, requests, inputs, tokens in (
-                ("a@1", 1, 1, 3),
-                ("a@2", 1, 1, 3),
-                ("b@1", 2, 3, 10),
-            ):
-                shown = f'{{model="{label}"}}'
-                name = "embellama_model"
-                assert await running.metric(f"{name}_requests_total{shown}") == requests
-                assert await running.metric(f"{name}_inputs_total{shown}") == inputs
-                assert await running.metric(f"{name}_tokens_total{shown}") == tokens
-                assert await running.metric(f"{name}_loaded{shown}") == 1
-                assert await running.metric(f"{name}_loads_total{shown}") == 1
-                assert await running.metric(f"{name}_queue_inputs{shown}") == 0
-            calls = {stem: len(running.engines.last(stem).calls) for stem in ("a", "b")}
-            assert calls["a"] == 1
-            assert calls["b"] >= 1
-            assert (await running.embed("b", input="q")).json["model"] == "b"
-
-    run(check())
+    rows = (row(files("a")), row(files("a2"), name="a", version=2), row(files("b")))
+    async with serving(*rows) as running:
+        assert await running.answering() == "a@2"
+        assert await running.answering("b", input=["x", "y z"]) == "b@1"
+        assert await running.answering("a@1") == "a@1"
+        assert await running.answering("b", input="x") == "b@1"
+        missing = await running.embed("c")
+        assert (missing.status, missing.error["code"]) == (404, "model_not_found")
+        for label, requests, inputs, tokens in (
+            ("a@1", 1, 1, 3),
+            ("a@2", 1, 1, 3),
+            ("b@1", 2, 3, 10),
+        ):
+            shown = f'{{model="{label}"}}'
+            name = "embellama_model"
+            assert await running.metric(f"{name}_requests_total{shown}") == requests
+            assert await running.metric(f"{name}_inputs_total{shown}") == inputs
+            assert await running.metric(f"{name}_tokens_total{shown}") == tokens
+            assert await running.metric(f"{name}_loaded{shown}") == 1
+            assert await running.metric(f"{name}_loads_total{shown}") == 1
+            assert await running.metric(f"{name}_queue_inputs{shown}") == 0
+        calls = {stem: len(running.engines.last(stem).calls) for stem in ("a", "b")}
+        assert calls["a"] == 1
+        assert calls["b"] >= 1
+        assert (await running.embed("b", input="q")).json["model"] == "b"
 
 
-def test_every_dialect_chooses_by_model_and_says_which(
+async def test_every_dialect_chooses_by_model_and_says_which(
     files: Callable[[str], str],
 ) -> None:
     asks: list[tuple[str, dict[str, Any]]] = [
@@ -616,23 +638,20 @@ def test_every_dialect_chooses_by_model_and_says_which(
         ("/api/embeddings", {"prompt": "a"}),
     ]
 
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"), version=3)) as running:
-            for path, body in asks:
-                for asked, label in (("b", "b@3"), ("a@1", "a@1"), ("b:latest", "b@3")):
-                    reply = await running.ask("POST", path, body | {"model": asked})
-                    assert reply.status == 200, (path, reply.body)
-                    assert reply.headers["x-embellama-model"] == label, path
-                reply = await running.ask("POST", path, body | {"model": "no"})
-                if path in ("/embed", "/api/v1/embed"):  # TEI has one model
-                    assert reply.headers["x-embellama-model"] == "a@1"
-                    continue
-                assert reply.status == 404, (path, reply.body)
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"), version=3)) as running:
+        for path, body in asks:
+            for asked, label in (("b", "b@3"), ("a@1", "a@1"), ("b:latest", "b@3")):
+                reply = await running.ask("POST", path, body | {"model": asked})
+                assert reply.status == 200, (path, reply.body)
+                assert reply.headers["x-embellama-model"] == label, path
+            reply = await running.ask("POST", path, body | {"model": "no"})
+            if path in ("/embed", "/api/v1/embed"):  # TEI has one model
+                assert reply.headers["x-embellama-model"] == "a@1"
+                continue
+            assert reply.status == 404, (path, reply.body)
 
 
-def test_the_kind_of_a_model_is_known_before_it_is_loaded(
+async def test_the_kind_of_a_model_is_known_before_it_is_loaded(
     files: Callable[[str], str], tmp_path: Path
 ) -> None:
     path = models.tiny_cross_encoder(tmp_path).rename(tmp_path / "ranker.gguf")
@@ -640,32 +659,27 @@ def test_the_kind_of_a_model_is_known_before_it_is_loaded(
     rows.append(row(files("forced"), preload=False, pooling="rank"))
     texts = {"query": "a", "texts": ["b"], "documents": ["b"]}
 
-    async def check() -> None:
-        async with serving(*rows) as running:
-            kinds = [model.facts.is_ranker for model in running.models.rows]
-            assert kinds == [True, False, True]
-            assert running.engines.loads == []
-            for url in ("/v1/embeddings", "/embed", "/api/v1/embed"):
-                reply = await running.ask("POST", url, {"input": "a", "inputs": "a"})
-                assert reply.headers["x-embellama-model"] == "a@1"
-            assert running.engines.loads == ["a"]
-            for url in ("/v1/rerank", "/v2/rerank", "/rerank"):
-                for name in ({}, {"model": ""}, {"model": None}):
-                    reply = await running.ask("POST", url, texts | name)
-                    assert reply.headers["x-embellama-model"] == "ranker@1"
-            running.models.unload(running.model("a@1"))
-            assert await running.answering() == "a@1"
-            assert running.engines.loads == ["a", "ranker", "a"]
-            await running.models.replace(
-                [*rows, row(str(path), name="new", preload=False)]
-            )
-            assert running.models.rows[-1].facts.is_ranker
-            assert running.engines.loads == ["a", "ranker", "a"]
-
-    run(check())
+    async with serving(*rows) as running:
+        kinds = [model.facts.kind for model in running.models.entries]
+        assert kinds == ["rank", "embed", "rank"]
+        assert running.engines.loads == []
+        for url in ("/v1/embeddings", "/embed", "/api/v1/embed"):
+            reply = await running.ask("POST", url, {"input": "a", "inputs": "a"})
+            assert reply.headers["x-embellama-model"] == "a@1"
+        assert running.engines.loads == ["a"]
+        for url in ("/v1/rerank", "/v2/rerank", "/rerank"):
+            for name in ({}, {"model": ""}, {"model": None}):
+                reply = await running.ask("POST", url, texts | name)
+                assert reply.headers["x-embellama-model"] == "ranker@1"
+        running.models.unload(running.model("a@1"))
+        assert await running.answering() == "a@1"
+        assert running.engines.loads == ["a", "ranker", "a"]
+        await running.models.replace([*rows, row(str(path), name="new", preload=False)])
+        assert running.models.entries[-1].facts.kind == "rank"
+        assert running.engines.loads == ["a", "ranker", "a"]
 
 
-def test_ollama_s_listing_is_the_same_whether_a_model_is_in_memory_or_not(
+async def test_ollama_s_listing_is_the_same_whether_a_model_is_in_memory_or_not(
     files: Callable[[str], str],
 ) -> None:
     path = Path(files("b"))
@@ -680,175 +694,149 @@ def test_ollama_s_listing_is_the_same_whether_a_model_is_in_memory_or_not(
             one["details"].pop("quantization_level")  # of what is computed with
         return cast(list[dict[str, Any]], found)
 
-    async def check() -> None:
-        async with serving(*rows) as running:
-            before = await listing(running)
-            names = ["a:latest", "mini:latest", "x/y:1b", "b:latest"]
-            assert [one["name"] for one in before] == names
-            told = before[-1]
-            assert told["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
-            assert told["size"] == path.stat().st_size
-            assert told["modified_at"] == "2001-09-09T01:46:40Z"
-            assert told["details"]["family"] == "bert"
-            shown = (await running.ask("POST", "/api/show", {"model": "b"})).json
-            assert shown["model_info"]["bert.embedding_length"] == 32
-            assert shown["capabilities"] == ["embedding"]
-            pulled = await running.ask("POST", "/api/pull", {"model": "b"})
-            assert pulled.status == 200
-            assert running.engines.loads == ["a"]
-            assert await running.answering("b") == "b@1"
-            while_loaded = (await listing(running))[-1]
-            running.models.unload(running.model("b@1"))
-            after = (await listing(running))[-1]
-            for name in ("name", "digest", "size", "modified_at"):
-                assert told[name] == while_loaded[name] == after[name]
-            assert [one["name"] for one in await listing(running, "/api/ps")] == names[
-                :1
-            ]
-            for name in names:
-                assert (await running.embed(name)).status == 200
-
-    run(check())
+    async with serving(*rows) as running:
+        before = await listing(running)
+        names = ["a:latest", "mini:latest", "x/y:1b", "b:latest"]
+        assert [one["name"] for one in before] == names
+        told = before[-1]
+        assert told["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert told["size"] == path.stat().st_size
+        assert told["modified_at"] == "2001-09-09T01:46:40Z"
+        assert told["details"]["family"] == "bert"
+        shown = (await running.ask("POST", "/api/show", {"model": "b"})).json
+        assert shown["model_info"]["bert.embedding_length"] == 32
+        assert shown["capabilities"] == ["embedding"]
+        pulled = await running.ask("POST", "/api/pull", {"model": "b"})
+        assert pulled.status == 200
+        assert running.engines.loads == ["a"]
+        assert await running.answering("b") == "b@1"
+        while_loaded = (await listing(running))[-1]
+        running.models.unload(running.model("b@1"))
+        after = (await listing(running))[-1]
+        for name in ("name", "digest", "size", "modified_at"):
+            assert told[name] == while_loaded[name] == after[name]
+        assert [one["name"] for one in await listing(running, "/api/ps")] == names[:1]
+        for name in names:
+            assert (await running.embed(name)).status == 200
 
 
-def test_ollama_s_ps_says_when_an_idle_model_goes(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), idle_unload_s=3600) as running:
-            (one,) = (await running.ask("GET", "/api/ps")).json["models"]
-            ends_at = calendar.timegm(
-                time.strptime(one["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
-            )
-            assert 0 < ends_at - time.time() <= 3601
+async def test_ollama_s_ps_says_when_an_idle_model_goes(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a")), idle_unload_s=3600) as running:
+        (one,) = (await running.ask("GET", "/api/ps")).json["models"]
+        ends_at = calendar.timegm(
+            time.strptime(one["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
+        )
+        assert 0 < ends_at - time.time() <= 3601
 
-    run(check())
 
-
-def test_a_user_is_sticky_before_the_key_and_the_key_before_the_address(
+async def test_a_user_is_sticky_before_the_key_and_the_key_before_the_address(
     files: Callable[[str], str], tmp_path: Path
 ) -> None:
     lines = "".join(f"key{n} secret-number-{n:04}\n" for n in range(8))
     keys = key_file(tmp_path, lines)
 
-    async def check() -> None:
-        rows = (
-            row(files("a"), share=1),
-            row(files("a2"), name="a", version=2, share=1),
-        )
-        async with serving(*rows, api_key_file=keys) as running:
+    rows = (
+        row(files("a"), share=1),
+        row(files("a2"), name="a", version=2, share=1),
+    )
+    async with serving(*rows, api_key_file=keys) as running:
 
-            async def who(key: int, user: str = "") -> str:
-                body = {"input": "a"} | ({"user": user} if user else {})
-                reply = await running.ask(
-                    "POST",
-                    "/v1/embeddings",
-                    body,
-                    authorization=f"Bearer secret-number-{key:04}",
-                )
-                assert reply.status == 200, reply.body
-                return reply.headers["x-embellama-model"]
+        async def who(key: int, user: str = "") -> str:
+            body = {"input": "a"} | ({"user": user} if user else {})
+            reply = await running.ask(
+                "POST",
+                "/v1/embeddings",
+                body,
+                authorization=f"Bearer secret-number-{key:04}",
+            )
+            assert reply.status == 200, reply.body
+            return reply.headers["x-embellama-model"]
 
-            users = [f"user {n}" for n in range(8)]
-            by_user = {
-                user: {await who(key, user) for key in range(8)} for user in users
-            }
-            assert all(len(labels) == 1 for labels in by_user.values())
-            assert len(set.union(*by_user.values())) == 2
-            by_key = [{await who(key) for _ in range(3)} for key in range(8)]
-            assert all(len(labels) == 1 for labels in by_key)
-            assert len(set.union(*by_key)) == 2
-
-    run(check())
+        users = [f"user {n}" for n in range(8)]
+        by_user = {user: {await who(key, user) for key in range(8)} for user in users}
+        assert all(len(labels) == 1 for labels in by_user.values())
+        assert len(set.union(*by_user.values())) == 2
+        by_key = [{await who(key) for _ in range(3)} for key in range(8)]
+        assert all(len(labels) == 1 for labels in by_key)
+        assert len(set.union(*by_key)) == 2
 
 
 # --- loading on demand ---
 
 
-def test_without_preload_the_server_is_ready_and_loads_when_asked(
+async def test_without_preload_the_server_is_ready_and_loads_when_asked(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            assert running.engines.loads == ["a"]
-            assert (await running.ask("GET", "/ready")).status == 200
-            states = await running.states()
-            assert [states[m]["state"] for m in ("a@1", "b@1")] == [
-                "loaded",
-                "unloaded",
-            ]
-            listed = (await running.ask("GET", "/v1/models")).json["data"]
-            assert [(e["id"], e["meta"]["state"]) for e in listed] == [
-                ("a", "loaded"),
-                ("b", "unloaded"),
-            ]
-            assert await running.answering("a") == "a@1"
-            assert running.engines.loads == ["a"]
-            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
-            assert await running.answering("b") == "b@1"
-            assert await running.answering("b") == "b@1"
-            assert running.engines.loads == ["a", "b"]
-            assert (await running.states())["b@1"]["state"] == "loaded"
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        assert running.engines.loads == ["a"]
+        assert (await running.ask("GET", "/ready")).status == 200
+        states = await running.states()
+        assert [states[m]["state"] for m in ("a@1", "b@1")] == [
+            "loaded",
+            "unloaded",
+        ]
+        listed = (await running.ask("GET", "/v1/models")).json["data"]
+        assert [(e["id"], e["meta"]["state"]) for e in listed] == [
+            ("a", "loaded"),
+            ("b", "unloaded"),
+        ]
+        assert await running.answering("a") == "a@1"
+        assert running.engines.loads == ["a"]
+        assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+        assert await running.answering("b") == "b@1"
+        assert await running.answering("b") == "b@1"
+        assert running.engines.loads == ["a", "b"]
+        assert (await running.states())["b@1"]["state"] == "loaded"
 
 
-def test_a_server_may_preload_nothing(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"), preload=False)) as running:
-            assert (await running.ask("GET", "/ready")).status == 200
-            assert running.engines.loads == []
-            assert await running.answering() == "a@1"
-
-    run(check())
+async def test_a_server_may_preload_nothing(files: Callable[[str], str]) -> None:
+    async with serving(row(files("a"), preload=False)) as running:
+        assert (await running.ask("GET", "/ready")).status == 200
+        assert running.engines.loads == []
+        assert await running.answering() == "a@1"
 
 
-def test_one_load_however_many_requests_wait_for_it(
+async def test_one_load_however_many_requests_wait_for_it(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()  # a's
-            running.engines.hold("b")
-            asks = [
-                asyncio.create_task(running.embed("b", input=f"text {n}"))
-                for n in range(50)
-            ]
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()  # a's
+        running.engines.hold("b")
+        asks = [
+            asyncio.create_task(running.embed("b", input=f"text {n}"))
+            for n in range(50)
+        ]
+        await running.engines.loading()
+        open_now = running.service.connections.open
+        await until(lambda: len(open_now) == 50, "all wait")
+        assert (await running.states())["b@1"]["state"] == "loading"
+        assert await running.answering("a") == "a@1"  # others go on
+        running.engines.let_go()
+        replies = await asyncio.gather(*asks)
+        assert [reply.status for reply in replies] == [200] * 50
+        assert running.engines.loads == ["a", "b"]
+        assert await running.metric('embellama_model_requests_total{model="b@1"}') == 50
+
+
+async def test_models_are_loaded_one_at_a_time(files: Callable[[str], str]) -> None:
+    rows = [row(files(stem), preload=False) for stem in "abc"]
+    async with serving(*rows) as running:
+        for stem in "abc":
+            running.engines.hold(stem)
+        asks = [asyncio.create_task(running.embed(stem)) for stem in "abc"]
+        open_now = running.service.connections.open
+        await until(lambda: len(open_now) == 3, "all wait")
+        for count in (1, 2, 3):
             await running.engines.loading()
-            open_now = running.service.connections.open
-            await until(lambda: len(open_now) == 50, "all wait")
-            assert (await running.states())["b@1"]["state"] == "loading"
-            assert await running.answering("a") == "a@1"  # others go on
-            running.engines.let_go()
-            replies = await asyncio.gather(*asks)
-            assert [reply.status for reply in replies] == [200] * 50
-            assert running.engines.loads == ["a", "b"]
-            assert (
-                await running.metric('embellama_model_requests_total{model="b@1"}')
-                == 50
-            )
-
-    run(check())
-
-
-def test_models_are_loaded_one_at_a_time(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        rows = [row(files(stem), preload=False) for stem in "abc"]
-        async with serving(*rows) as running:
-            for stem in "abc":
-                running.engines.hold(stem)
-            asks = [asyncio.create_task(running.embed(stem)) for stem in "abc"]
-            open_now = running.service.connections.open
-            await until(lambda: len(open_now) == 3, "all wait")
-            for count in (1, 2, 3):
-                await running.engines.loading()
-                assert len(running.engines.loads) == count
-                states = [s["state"] for s in (await running.states()).values()]
-                assert states.count("loaded") == count - 1
-                running.engines.let_go(running.engines.loads[-1])
-            assert [(await ask).status for ask in asks] == [200] * 3
-
-    run(check())
+            assert len(running.engines.loads) == count
+            states = [s["state"] for s in (await running.states()).values()]
+            assert states.count("loaded") == count - 1
+            running.engines.let_go(running.engines.loads[-1])
+        assert [(await ask).status for ask in asks] == [200] * 3
 
 
 @pytest.mark.parametrize(
@@ -856,39 +844,36 @@ def test_models_are_loaded_one_at_a_time(files: Callable[[str], str]) -> None:
     [es.StartupError("it is cracked"), es.EngineError("it is cracked")],
     ids=["startup", "engine"],
 )
-def test_a_load_that_fails_is_told_to_all_and_not_tried_again_before_a_pause(
+async def test_a_load_that_fails_is_told_to_all_and_not_tried_again_before_a_pause(
     files: Callable[[str], str], problem: Exception
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            running.engines.problem["b"] = problem
-            asks = [asyncio.create_task(running.embed("b")) for _ in range(10)]
-            await running.engines.loading()
-            await until(lambda: len(running.service.connections.open) == 10, "all")
-            running.engines.let_go()
-            for reply in await asyncio.gather(*asks):
-                assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
-                assert "b@1 cannot be loaded: it is cracked" in reply.error["message"]
-                assert int(reply.headers["retry-after"]) >= 1
-            assert running.engines.loads == ["a", "b"]
-            assert (await running.states())["b@1"]["state"] == "unloaded"
-            assert await running.answering("a") == "a@1"
-            del running.engines.problem["b"]
-            for _ in range(20):
-                again = await running.embed("b")
-                assert (again.status, again.body) == (503, reply.body)
-                assert 1 <= int(again.headers["retry-after"]) <= 10
-            assert running.engines.loads == ["a", "b"]
-            assert running.log.getvalue().count("not loaded model=b@1") == 1
-            pause_is_over(running, "b@1")
-            assert await running.answering("b") == "b@1"
-            assert running.engines.loads == ["a", "b", "b"]
-            assert running.engines.alive("b") == 1
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        running.engines.problem["b"] = problem
+        asks = [asyncio.create_task(running.embed("b")) for _ in range(10)]
+        await running.engines.loading()
+        await until(lambda: len(running.service.connections.open) == 10, "all")
+        running.engines.let_go()
+        for reply in await asyncio.gather(*asks):
+            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+            assert "b@1 cannot be loaded: it is cracked" in reply.error["message"]
+            assert int(reply.headers["retry-after"]) >= 1
+        assert running.engines.loads == ["a", "b"]
+        assert (await running.states())["b@1"]["state"] == "unloaded"
+        assert await running.answering("a") == "a@1"
+        del running.engines.problem["b"]
+        for _ in range(20):
+            again = await running.embed("b")
+            assert (again.status, again.body) == (503, reply.body)
+            assert 1 <= int(again.headers["retry-after"]) <= 10
+        assert running.engines.loads == ["a", "b"]
+        assert running.log.getvalue().count("not loaded model=b@1") == 1
+        pause_is_over(running, "b@1")
+        assert await running.answering("b") == "b@1"
+        assert running.engines.loads == ["a", "b", "b"]
+        assert running.engines.alive("b") == 1
 
 
 def pause_is_over(running: Several, label: str) -> None:
@@ -898,49 +883,43 @@ def pause_is_over(running: Several, label: str) -> None:
     model.failed = dataclasses.replace(model.failed, until=0.0)
 
 
-def test_the_pauses_between_loads_that_fail_grow_up_to_a_minute(
+async def test_the_pauses_between_loads_that_fail_grow_up_to_a_minute(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            running.engines.problem["b"] = es.StartupError("it is cracked")
-            for pause_s in (10, 20, 40, 60, 60):
-                reply = await running.embed("b")
-                assert reply.headers["retry-after"] == str(pause_s)
-                pause_is_over(running, "b@1")
-            assert running.engines.loads == ["a", *"bbbbb"]
-            del running.engines.problem["b"]
-            assert await running.answering("b") == "b@1"
-            await running.admin("unload", model="b")
-            running.engines.problem["b"] = es.StartupError("it is cracked")
-            assert (await running.embed("b")).headers["retry-after"] == "10"
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        running.engines.problem["b"] = es.StartupError("it is cracked")
+        for pause_s in (10, 20, 40, 60, 60):
+            reply = await running.embed("b")
+            assert reply.headers["retry-after"] == str(pause_s)
+            pause_is_over(running, "b@1")
+        assert running.engines.loads == ["a", *"bbbbb"]
+        del running.engines.problem["b"]
+        assert await running.answering("b") == "b@1"
+        await running.admin("unload", model="b")
+        running.engines.problem["b"] = es.StartupError("it is cracked")
+        assert (await running.embed("b")).headers["retry-after"] == "10"
 
 
 @pytest.mark.parametrize("what", ["an administrator", "a reload", "another file"])
-def test_a_load_that_failed_is_tried_at_once_when_something_has_been_done(
+async def test_a_load_that_failed_is_tried_at_once_when_something_has_been_done(
     files: Callable[[str], str], what: str
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            running.engines.problem["b"] = es.StartupError("it is cracked")
-            assert (await running.embed("b")).status == 503
-            del running.engines.problem["b"]
-            assert (await running.embed("b")).status == 503
-            match what:
-                case "an administrator":
-                    assert (await running.admin("load", model="b")).status == 200
-                case "a reload":
-                    assert (await running.ask("POST", "/admin/reload")).status == 200
-                case _:
-                    os.utime(files("b"))
-            assert await running.answering("b") == "b@1"
-            assert running.engines.loads == ["a", "b", "b"]
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        running.engines.problem["b"] = es.StartupError("it is cracked")
+        assert (await running.embed("b")).status == 503
+        del running.engines.problem["b"]
+        assert (await running.embed("b")).status == 503
+        match what:
+            case "an administrator":
+                assert (await running.admin("load", model="b")).status == 200
+            case "a reload":
+                assert (await running.ask("POST", "/admin/reload")).status == 200
+            case _:
+                os.utime(files("b"))
+        assert await running.answering("b") == "b@1"
+        assert running.engines.loads == ["a", "b", "b"]
 
 
 @pytest.mark.parametrize(
@@ -948,196 +927,171 @@ def test_a_load_that_failed_is_tried_at_once_when_something_has_been_done(
     [OSError(24, "Too many open files"), MemoryError()],
     ids=["files", "memory"],
 )
-def test_what_the_system_refuses_a_load_is_no_bug(
+async def test_what_the_system_refuses_a_load_is_no_bug(
     files: Callable[[str], str], problem: Exception
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            running.engines.problem["b"] = problem
-            reply = await running.embed("b")
-            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
-            says = str(problem) or "there is not enough memory"
-            assert says in reply.error["message"]
-            assert "bug" not in running.log.getvalue()
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        running.engines.problem["b"] = problem
+        reply = await running.embed("b")
+        assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+        says = str(problem) or "there is not enough memory"
+        assert says in reply.error["message"]
+        assert "bug" not in running.log.getvalue()
 
 
-def test_a_client_that_leaves_while_it_waits_cancels_nobodys_load(
+async def test_a_client_that_leaves_while_it_waits_cancels_nobodys_load(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            leave = await cut_off(
-                running, "/v1/embeddings", {"input": "a", "model": "b"}
-            )
-            await running.engines.loading()  # for the one that leaves
-            others = [asyncio.create_task(running.embed("b")) for _ in range(3)]
-            open_now = running.service.connections.open
-            await until(lambda: len(open_now) == 4, "all wait")
-            leave()
-            await until(lambda: len(open_now) == 3, "one has left")
-            running.engines.let_go()
-            assert [(await other).status for other in others] == [200] * 3
-            assert running.engines.loads == ["a", "b"]
-            assert running.log.getvalue().count("status=499") == 1
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        leave = await cut_off(running, "/v1/embeddings", {"input": "a", "model": "b"})
+        await running.engines.loading()  # for the one that leaves
+        others = [asyncio.create_task(running.embed("b")) for _ in range(3)]
+        open_now = running.service.connections.open
+        await until(lambda: len(open_now) == 4, "all wait")
+        leave()
+        await until(lambda: len(open_now) == 3, "one has left")
+        running.engines.let_go()
+        assert [(await other).status for other in others] == [200] * 3
+        assert running.engines.loads == ["a", "b"]
+        assert running.log.getvalue().count("status=499") == 1
 
 
-def test_a_load_that_everybody_has_left_ends_well(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            body = {"input": "a", "model": "b"}
-            leave = await cut_off(running, "/v1/embeddings", body)
-            await running.engines.loading()
-            leave()
-            await until(lambda: not running.service.connections.open, "left")
-            running.engines.let_go()
-            await until(lambda: running.model("b@1").served, "loaded")
-            assert await running.answering("b") == "b@1"
-            assert running.engines.loads == ["a", "b"]
-            assert "bug" not in running.log.getvalue()
-
-    run(check())
-
-
-def test_a_load_that_fails_after_everybody_has_left_harms_nobody(
+async def test_a_load_that_everybody_has_left_ends_well(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            running.engines.problem["b"] = es.EngineError("cracked")
-            body = {"input": "a", "model": "b"}
-            leave = await cut_off(running, "/v1/embeddings", body)
-            await running.engines.loading()
-            leave()
-            await until(lambda: not running.service.connections.open, "left")
-            running.engines.let_go()
-            await until(lambda: running.model("b@1").loading is None, "over")
-            del running.engines.problem["b"]
-            pause_is_over(running, "b@1")
-            assert await running.answering("b") == "b@1"
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        body = {"input": "a", "model": "b"}
+        leave = await cut_off(running, "/v1/embeddings", body)
+        await running.engines.loading()
+        leave()
+        await until(lambda: not running.service.connections.open, "left")
+        running.engines.let_go()
+        await until(lambda: running.model("b@1").loaded, "loaded")
+        assert await running.answering("b") == "b@1"
+        assert running.engines.loads == ["a", "b"]
+        assert "bug" not in running.log.getvalue()
 
-    run(check())
+
+async def test_a_load_that_fails_after_everybody_has_left_harms_nobody(
+    files: Callable[[str], str],
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        running.engines.problem["b"] = es.EngineError("cracked")
+        body = {"input": "a", "model": "b"}
+        leave = await cut_off(running, "/v1/embeddings", body)
+        await running.engines.loading()
+        leave()
+        await until(lambda: not running.service.connections.open, "left")
+        running.engines.let_go()
+        await until(lambda: running.model("b@1").loading is None, "over")
+        del running.engines.problem["b"]
+        pause_is_over(running, "b@1")
+        assert await running.answering("b") == "b@1"
 
 
 # --- unloading ---
 
 
-def test_an_idle_model_is_unloaded_and_comes_back_on_demand(
+async def test_an_idle_model_is_unloaded_and_comes_back_on_demand(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b")))
-        async with serving(*rows, idle_unload_s=600) as running:
-            await running.answering("b")
-            before = running.engines.last("b")
-            idle = running.model("b@1")
-            idle.used_at -= 599
-            running.models.sweep(600)
-            assert idle.served is not None
-            idle.used_at -= 1
-            await running.freed(before)  # by the service itself
-            assert before.contexts_open == 0
-            assert running.model("b@1").served is None
-            assert running.model("a@1").served is not None
-            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
-            assert (await running.ask("GET", "/ready")).status == 200
-            assert await running.answering("b") == "b@1"
-            assert running.engines.loads == ["a", "b", "b"]
-            assert await running.metric('embellama_model_loads_total{model="b@1"}') == 2
-            assert running.models.is_clean
-
-    run(check())
+    rows = (row(files("a")), row(files("b")))
+    async with serving(*rows, idle_unload_s=600) as running:
+        await running.answering("b")
+        before = running.engines.last("b")
+        idle = running.model("b@1")
+        idle.used_at -= 599
+        running.models.sweep(600)
+        assert idle.loaded is not None
+        idle.used_at -= 1
+        await until(lambda: before.is_closed, "freed by the service itself")
+        assert before.contexts_open == 0
+        assert running.model("b@1").loaded is None
+        assert running.model("a@1").loaded is not None
+        assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+        assert (await running.ask("GET", "/ready")).status == 200
+        assert await running.answering("b") == "b@1"
+        assert running.engines.loads == ["a", "b", "b"]
+        assert await running.metric('embellama_model_loads_total{model="b@1"}') == 2
+        assert running.models.is_clean
 
 
-def test_all_models_may_be_idle_and_the_server_is_ready_still(
+async def test_all_models_may_be_idle_and_the_server_is_ready_still(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b")))
-        async with serving(*rows, idle_unload_s=600) as running:
-            running.pass_time(600)
-            for stem in "ab":
-                await running.freed(running.engines.last(stem))
-            assert (await running.ask("GET", "/ready")).status == 200
-            assert await running.metric("embellama_queue_inputs") == 0
-            assert await running.metric('embellama_workers{state="idle"}') == 0
-            assert await running.answering() == "a@1"
-
-    run(check())
+    rows = (row(files("a")), row(files("b")))
+    async with serving(*rows, idle_unload_s=600) as running:
+        running.pass_time(600)
+        for stem in "ab":
+            await running.freed(running.engines.last(stem))
+        assert (await running.ask("GET", "/ready")).status == 200
+        assert await running.metric("embellama_queue_inputs") == 0
+        assert await running.metric('embellama_workers{state="idle"}') == 0
+        assert await running.answering() == "a@1"
 
 
-def test_without_idle_unload_nobody_is_unloaded(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            running.pass_time(1e9)
-            running.models.sweep(0)
-            assert running.model("a@1").served is not None
-
-    run(check())
-
-
-def test_a_model_with_work_is_not_idle(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            engine = running.engines.last("a")
-            engine.block()
-            ask = asyncio.create_task(running.embed(input=["x", "y", "z"]))
-            await asyncio.to_thread(engine.wait_until_computing)
-            running.pass_time(1e9)
-            running.models.sweep(1)
-            assert running.model("a@1").served is not None
-            engine.release()
-            assert (await ask).status == 200
-            running.models.sweep(1)  # it has been used just now
-            assert running.model("a@1").served is not None
-            running.pass_time(2)
-            running.models.sweep(1)
-            assert running.model("a@1").served is None
-
-    run(check())
-
-
-def test_a_model_that_is_unloaded_finishes_its_work_first(
+async def test_without_idle_unload_nobody_is_unloaded(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            engine = running.engines.last("b")
-            engine.block()
-            ask = asyncio.create_task(running.embed("b", input=["x", "y"]))
-            await asyncio.to_thread(engine.wait_until_computing)
-            reply = await running.admin("unload", model="b")
-            assert (reply.status, reply.json["state"]) == (200, "unloaded")
-            running.sweep()
-            assert not engine.is_closed
-            # Who comes now gets a new one; the old one's work goes on.
-            assert await running.answering("b") == "b@1"
-            assert running.engines.alive("b") == 2
-            engine.release()
-            answer = await ask
-            assert (answer.status, len(answer.json["data"])) == (200, 2)
-            await running.freed(engine)
-            assert await running.answering("b") == "b@1"
-            assert running.engines.alive("b") == 1
-            assert len(running.engines.loads) == 3
-
-    run(check())
+    async with serving(row(files("a"))) as running:
+        running.pass_time(1e9)
+        running.models.sweep(0)
+        assert running.model("a@1").loaded is not None
 
 
-def test_counters_never_fall_over_unloading_and_loading(
+async def test_a_model_with_work_is_not_idle(files: Callable[[str], str]) -> None:
+    async with serving(row(files("a"))) as running:
+        engine = running.engines.last("a")
+        engine.block()
+        ask = asyncio.create_task(running.embed(input=["x", "y", "z"]))
+        await asyncio.to_thread(engine.wait_until_computing)
+        running.pass_time(1e9)
+        running.models.sweep(1)
+        assert running.model("a@1").loaded is not None
+        engine.release()
+        assert (await ask).status == 200
+        running.models.sweep(1)  # it has been used just now
+        assert running.model("a@1").loaded is not None
+        running.pass_time(2)
+        running.models.sweep(1)
+        assert running.model("a@1").loaded is None
+
+
+async def test_a_model_that_is_unloaded_finishes_its_work_first(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a")), row(files("b"))) as running:
+        engine = running.engines.last("b")
+        engine.block()
+        ask = asyncio.create_task(running.embed("b", input=["x", "y"]))
+        await asyncio.to_thread(engine.wait_until_computing)
+        reply = await running.admin("unload", model="b")
+        assert (reply.status, reply.json["state"]) == (200, "unloaded")
+        running.sweep()
+        assert not engine.is_closed
+        # Who comes now gets a new one; the old one's work goes on.
+        assert await running.answering("b") == "b@1"
+        assert running.engines.alive("b") == 2
+        engine.release()
+        answer = await ask
+        assert (answer.status, len(answer.json["data"])) == (200, 2)
+        await running.freed(engine)
+        assert await running.answering("b") == "b@1"
+        assert running.engines.alive("b") == 1
+        assert len(running.engines.loads) == 3
+
+
+async def test_counters_never_fall_over_unloading_and_loading(
     files: Callable[[str], str],
 ) -> None:
     series = [
@@ -1150,127 +1104,114 @@ def test_counters_never_fall_over_unloading_and_loading(
         ),
     ]
 
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
+    async with serving(row(files("a")), row(files("b"))) as running:
 
-            async def values() -> list[float]:
-                return [await running.metric(name) for name in series]
+        async def values() -> list[float]:
+            return [await running.metric(name) for name in series]
 
-            seen = await values()
-            for _ in range(3):
-                for text in ("x", "x", "y"):
-                    await running.embed("b", input=text)
-                used = await values()
-                assert all(a <= b for a, b in zip(seen, used, strict=True))
-                assert used[0] > seen[0]  # a hit of the cache
-                engine = running.engines.last("b")
-                await running.admin("unload", model="b")
-                unloaded = await values()
-                assert unloaded == used
-                await running.freed(engine)
-                freed = await values()
-                assert freed == used
-                seen = freed
-            assert await running.metric("embellama_cache_entries") == 0
-
-    run(check())
+        seen = await values()
+        for _ in range(3):
+            for text in ("x", "x", "y"):
+                await running.embed("b", input=text)
+            used = await values()
+            assert all(a <= b for a, b in zip(seen, used, strict=True))
+            assert used[0] > seen[0]  # a hit of the cache
+            engine = running.engines.last("b")
+            await running.admin("unload", model="b")
+            unloaded = await values()
+            assert unloaded == used
+            await running.freed(engine)
+            freed = await values()
+            assert freed == used
+            seen = freed
+        assert await running.metric("embellama_cache_entries") == 0
 
 
-def test_counters_do_not_fall_for_a_moment_either(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            await running.answering("b")
-            before = running.models.cache_counts()
-            assert before.misses
-            running.models.unload(running.model("b@1"))
-            assert running.models.cache_counts().misses == before.misses
-            running.sweep()
-            assert running.models.cache_counts().misses == before.misses
-
-    run(check())
+async def test_counters_do_not_fall_for_a_moment_either(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a")), row(files("b"))) as running:
+        await running.answering("b")
+        before = running.models.cache_counts()
+        assert before.misses
+        running.models.unload(running.model("b@1"))
+        assert running.models.cache_counts().misses == before.misses
+        running.sweep()
+        assert running.models.cache_counts().misses == before.misses
 
 
 # --- administration ---
 
 
-def test_an_administrator_loads_and_unloads_by_any_name(
+async def test_an_administrator_loads_and_unloads_by_any_name(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a"), alias=("x",), preload=False), row(files("b")))
-        async with serving(*rows) as running:
-            for name in ("a", "x", "a@1", "a:latest"):
-                reply = await running.admin("load", model=name)
-                assert reply.status == 200
-                state = reply.json
-                assert (state["model"], state["state"]) == ("a@1", "loaded")
-                assert state["aliases"] == ["x"]
-                digest = hashlib.sha256(Path(files("a")).read_bytes()).hexdigest()
-                assert state["sha256"] == digest
-                assert state["size_bytes"] >= 1
-                assert state["idle_s"] >= 0
-                again = await running.admin("load", model=name)  # no harm
-                assert again.json["sha256"] == digest
-                engine = running.engines.last("a")
-                reply = await running.admin("unload", model=name)
-                assert (reply.status, reply.json["state"]) == (200, "unloaded")
-                assert "sha256" not in reply.json
-                again = await running.admin("unload", model=name)
-                assert (again.status, again.json["state"]) == (200, "unloaded")
-                await running.freed(engine)
-            assert running.engines.loads == ["b", "a", "a", "a", "a"]
-
-    run(check())
-
-
-def test_an_administrator_adds_a_file_as_another_version_and_makes_it_the_default(
-    files: Callable[[str], str],
-) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            digest = hashlib.sha256(Path(files("new")).read_bytes()).hexdigest()
-            reply = await running.admin(
-                "load",
-                path=files("new"),
-                name="a",
-                version=2,
-                sha256=digest.upper(),
-                workers=2,
-                pooling="cls",
-            )
-            assert reply.status == 200, reply.body
+    rows = (row(files("a"), alias=("x",), preload=False), row(files("b")))
+    async with serving(*rows) as running:
+        for name in ("a", "x", "a@1", "a:latest"):
+            reply = await running.admin("load", model=name)
+            assert reply.status == 200
             state = reply.json
-            assert (state["model"], state["state"]) == ("a@2", "loaded")
-            assert (state["path"], state["sha256"]) == (files("new"), digest)
-            assert running.served_of("a@2").pool.options.workers == 2
-            assert running.model("a@2").settings.pooling == "cls"
-            assert await running.answering("a@2") == "a@2"
-            assert await running.answering("a@1") == "a@1"
-            reply = await running.admin("default", model="a@1")
-            assert reply.json["is_default"] is True
-            assert await running.answering("a") == "a@1"
-            states = await running.states()
-            assert [states[m]["is_default"] for m in ("a@1", "a@2")] == [True, False]
-            await running.admin("default", model="a@2")
-            assert await running.answering() == "a@2"
+            assert (state["model"], state["state"]) == ("a@1", "loaded")
+            assert state["aliases"] == ["x"]
+            digest = hashlib.sha256(Path(files("a")).read_bytes()).hexdigest()
+            assert state["sha256"] == digest
+            assert state["size_bytes"] >= 1
+            assert state["idle_s"] >= 0
+            again = await running.admin("load", model=name)  # no harm
+            assert again.json["sha256"] == digest
+            engine = running.engines.last("a")
+            reply = await running.admin("unload", model=name)
+            assert (reply.status, reply.json["state"]) == (200, "unloaded")
+            assert "sha256" not in reply.json
+            again = await running.admin("unload", model=name)
+            assert (again.status, again.json["state"]) == (200, "unloaded")
+            await running.freed(engine)
+        assert running.engines.loads == ["b", "a", "a", "a", "a"]
 
-    run(check())
 
-
-def test_a_file_without_a_name_is_added_under_its_own(
+async def test_an_administrator_adds_a_file_as_another_version_and_makes_it_the_default(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            reply = await running.admin("load", path=files("other"))
-            assert reply.json["model"] == "other@1"
-            assert await running.answering("other") == "other@1"
-            assert await running.answering() == "a@1"
+    async with serving(row(files("a"))) as running:
+        digest = hashlib.sha256(Path(files("new")).read_bytes()).hexdigest()
+        reply = await running.admin(
+            "load",
+            path=files("new"),
+            name="a",
+            version=2,
+            sha256=digest.upper(),
+            workers=2,
+            pooling="cls",
+        )
+        assert reply.status == 200, reply.body
+        state = reply.json
+        assert (state["model"], state["state"]) == ("a@2", "loaded")
+        assert (state["path"], state["sha256"]) == (files("new"), digest)
+        assert running.loaded_of("a@2").pool.settings.workers == 2
+        assert running.model("a@2").settings.pooling == "cls"
+        assert await running.answering("a@2") == "a@2"
+        assert await running.answering("a@1") == "a@1"
+        reply = await running.admin("default", model="a@1")
+        assert reply.json["is_default"] is True
+        assert await running.answering("a") == "a@1"
+        states = await running.states()
+        assert [states[m]["is_default"] for m in ("a@1", "a@2")] == [True, False]
+        await running.admin("default", model="a@2")
+        assert await running.answering() == "a@2"
 
-    run(check())
+
+async def test_a_file_without_a_name_is_added_under_its_own(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a"))) as running:
+        reply = await running.admin("load", path=files("other"))
+        assert reply.json["model"] == "other@1"
+        assert await running.answering("other") == "other@1"
+        assert await running.answering() == "a@1"
 
 
-def test_what_cannot_be_loaded_leaves_nothing_behind(
+async def test_what_cannot_be_loaded_leaves_nothing_behind(
     files: Callable[[str], str], tmp_path: Path
 ) -> None:
     no_model = tmp_path / "no.gguf"
@@ -1296,326 +1237,284 @@ def test_what_cannot_be_loaded_leaves_nothing_behind(
         ({"path": "A", "name": "n", "workers": 1025}, 400, "workers", "1"),
         ({"path": "A", "name": "n", "pooling": "max"}, 400, "pooling", "mean"),
         ({"path": "A", "name": "n", "sha256": "0" * 63}, 400, "", "64 hexadecimal"),
-        ({"path": "A", "name": "n", "sha256": "0" * 64}, 409, "path", "has the sha256"),
+        ({"path": "A", "name": "n", "sha256": "0" * 64}, 409, "path", "has sha256"),
     ]
 
-    async def check() -> None:
-        async with serving(row(files("a"), alias=("x",))) as running:
-            loads = list(running.engines.loads)
-            for body, status, param, said in asks:
-                if body.get("path") == "A":
-                    body["path"] = files("a")
-                reply = await running.admin("load", **body)
-                assert reply.status == status, (body, reply.body)
-                assert said in reply.error["message"], (body, reply.body)
-                if param:
-                    assert reply.error["param"] == param, (body, reply.body)
-                assert set(await running.states()) == {"a@1"}, body
-            assert running.engines.loads == loads
-            assert await running.answering("x") == "a@1"
-
-    run(check())
+    async with serving(row(files("a"), alias=("x",))) as running:
+        loads = list(running.engines.loads)
+        for body, status, param, said in asks:
+            if body.get("path") == "A":
+                body["path"] = files("a")
+            reply = await running.admin("load", **body)
+            assert reply.status == status, (body, reply.body)
+            assert said in reply.error["message"], (body, reply.body)
+            if param:
+                assert reply.error["param"] == param, (body, reply.body)
+            assert set(await running.states()) == {"a@1"}, body
+        assert running.engines.loads == loads
+        assert await running.answering("x") == "a@1"
 
 
 @pytest.mark.parametrize("verb", ["unload", "default"])
-def test_models_that_are_not_there_cannot_be_unloaded_or_made_the_default(
+async def test_models_that_are_not_there_cannot_be_unloaded_or_made_the_default(
     files: Callable[[str], str], verb: str
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), any_model=True) as running:
-            for body, status in (
-                ({"model": "no"}, 404),
-                ({"model": "a@2"}, 404),
-                ({"model": ""}, 400),
-                ({}, 400),
-                ({"model": None}, 400),
-                ({"model": ["a"]}, 400),
-            ):
-                reply = await running.admin(verb, **cast(Any, body))
-                assert reply.status == status, (body, reply.body)
-                assert reply.error["param"] == "model"
-            assert (await running.states())["a@1"]["state"] == "loaded"
-
-    run(check())
+    async with serving(row(files("a")), any_model=True) as running:
+        for body, status in (
+            ({"model": "no"}, 404),
+            ({"model": "a@2"}, 404),
+            ({"model": ""}, 400),
+            ({}, 400),
+            ({"model": None}, 400),
+            ({"model": ["a"]}, 400),
+        ):
+            reply = await running.admin(verb, **cast(Any, body))
+            assert reply.status == status, (body, reply.body)
+            assert reply.error["param"] == "model"
+        assert (await running.states())["a@1"]["state"] == "loaded"
 
 
-def test_only_administrators_may(files: Callable[[str], str], tmp_path: Path) -> None:
+async def test_only_administrators_may(
+    files: Callable[[str], str], tmp_path: Path
+) -> None:
     lines = "plain secret-number-one\nboss secret-number-two admin\n"
     keys = key_file(tmp_path, lines)
 
-    async def check() -> None:
-        async with serving(row(files("a")), api_key_file=keys) as running:
-            for number, status in (("one", 403), ("two", 200)):
-                bearer = f"Bearer secret-number-{number}"
-                got = await running.ask("GET", "/admin/models", authorization=bearer)
-                assert got.status == status
-                for verb in ("load", "default", "unload"):
-                    reply = await running.ask(
-                        "POST",
-                        f"/admin/models/{verb}",
-                        {"model": "a"},
-                        authorization=bearer,
-                    )
-                    assert reply.status == status
-            assert (await running.ask("GET", "/admin/models")).status == 401
-
-    run(check())
+    async with serving(row(files("a")), api_key_file=keys) as running:
+        for number, status in (("one", 403), ("two", 200)):
+            bearer = f"Bearer secret-number-{number}"
+            got = await running.ask("GET", "/admin/models", authorization=bearer)
+            assert got.status == status
+            for verb in ("load", "default", "unload"):
+                reply = await running.ask(
+                    "POST",
+                    f"/admin/models/{verb}",
+                    {"model": "a"},
+                    authorization=bearer,
+                )
+                assert reply.status == status
+        assert (await running.ask("GET", "/admin/models")).status == 401
 
 
-def test_an_added_file_that_fails_to_load_is_gone_again(
+async def test_an_added_file_that_fails_to_load_is_gone_again(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            running.engines.problem["new"] = es.EngineError("cracked")
-            body = {"path": files("new"), "name": "n"}
-            for _ in range(2):
-                reply = await running.admin("load", **body)
-                assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
-                assert "cracked" in reply.error["message"]
-                assert set(await running.states()) == {"a@1"}
-                assert (await running.embed("n")).status == 404
-            del running.engines.problem["new"]
-            assert (await running.admin("load", **body)).status == 200
-
-    run(check())
+    async with serving(row(files("a"))) as running:
+        running.engines.problem["new"] = es.EngineError("cracked")
+        body = {"path": files("new"), "name": "n"}
+        for _ in range(2):
+            reply = await running.admin("load", **body)
+            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+            assert "cracked" in reply.error["message"]
+            assert set(await running.states()) == {"a@1"}
+            assert (await running.embed("n")).status == 404
+        del running.engines.problem["new"]
+        assert (await running.admin("load", **body)).status == 200
 
 
-def test_the_same_file_twice_at_once_is_loaded_once(
+async def test_the_same_file_twice_at_once_is_loaded_once(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            running.engines.hold("new")
-            await running.engines.loading()
-            body = {"path": files("new"), "name": "n"}
-            first = asyncio.create_task(running.admin("load", **body))
-            await running.engines.loading()
-            second = await running.admin("load", **body)
-            assert (second.status, second.error["code"]) == (409, "model_conflict")
-            running.engines.let_go()
-            assert (await first).status == 200
-            assert running.engines.loads == ["a", "new"]
-            assert running.engines.alive("new") == 1
-            assert await running.answering("n") == "n@1"
-
-    run(check())
+    async with serving(row(files("a"))) as running:
+        running.engines.hold("new")
+        await running.engines.loading()
+        body = {"path": files("new"), "name": "n"}
+        first = asyncio.create_task(running.admin("load", **body))
+        await running.engines.loading()
+        second = await running.admin("load", **body)
+        assert (second.status, second.error["code"]) == (409, "model_conflict")
+        running.engines.let_go()
+        assert (await first).status == 200
+        assert running.engines.loads == ["a", "new"]
+        assert running.engines.alive("new") == 1
+        assert await running.answering("n") == "n@1"
 
 
-def test_the_same_file_under_two_names_is_two_models(
+async def test_the_same_file_under_two_names_is_two_models(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            replies = await asyncio.gather(
-                *(running.admin("load", path=files("a"), name=n) for n in "xyz")
-            )
-            assert [r.status for r in replies] == [200] * 3
-            assert running.engines.alive("a") == 4
-            assert [await running.answering(n) for n in "xyz"] == ["x@1", "y@1", "z@1"]
-
-    run(check())
+    async with serving(row(files("a"))) as running:
+        replies = await asyncio.gather(
+            *(running.admin("load", path=files("a"), name=n) for n in "xyz")
+        )
+        assert [r.status for r in replies] == [200] * 3
+        assert running.engines.alive("a") == 4
+        assert [await running.answering(n) for n in "xyz"] == ["x@1", "y@1", "z@1"]
 
 
-def test_loading_what_is_loading_waits_for_the_same_load(
+async def test_loading_what_is_loading_waits_for_the_same_load(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            loads = [
-                asyncio.create_task(running.admin("load", model="b")) for _ in range(3)
-            ]
-            open_now = running.service.connections.open
-            await until(lambda: len(open_now) == 4, "all wait")
-            running.engines.let_go()
-            assert (await ask).status == 200
-            assert [(await load).json["state"] for load in loads] == ["loaded"] * 3
-            assert running.engines.loads == ["a", "b"]
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        loads = [
+            asyncio.create_task(running.admin("load", model="b")) for _ in range(3)
+        ]
+        open_now = running.service.connections.open
+        await until(lambda: len(open_now) == 4, "all wait")
+        running.engines.let_go()
+        assert (await ask).status == 200
+        assert [(await load).json["state"] for load in loads] == ["loaded"] * 3
+        assert running.engines.loads == ["a", "b"]
 
 
-def test_the_only_model_cannot_be_removed_and_another_can(
-    files: Callable[[str], str],
-) -> None:
+def test_the_only_model_cannot_be_removed() -> None:
     known = registry(row("f", name="a"))
     with pytest.raises(es.ModelConflict, match="a@1 is the only model"):
-        known.remove(known.rows[0])
-
-    async def check() -> None:
-        rows = (row(files("a")), row(files("a2"), name="a", version=2))
-        async with serving(*rows) as running:
-            running.models.set_default(running.model("a@2"))
-            engine = running.engines.last("a2")
-            engine.block()
-            ask = asyncio.create_task(running.embed("a"))
-            await asyncio.to_thread(engine.wait_until_computing)
-            running.models.remove(running.model("a@2"))
-            assert await running.answering("a") == "a@1"
-            assert (await running.embed("a@2")).status == 404
-            running.sweep()
-            assert not engine.is_closed
-            engine.release()
-            await ask
-            await running.freed(engine)
-            assert running.models.default_version("a") == 1
-
-    run(check())
+        known.remove(known.entries[0])
 
 
-def test_an_administrator_may_have_a_model_forgotten(
+async def test_one_of_two_versions_can_be_removed(files: Callable[[str], str]) -> None:
+    rows = (row(files("a")), row(files("a2"), name="a", version=2))
+    async with serving(*rows) as running:
+        running.models.set_default(running.model("a@2"))
+        engine = running.engines.last("a2")
+        engine.block()
+        ask = asyncio.create_task(running.embed("a"))
+        await asyncio.to_thread(engine.wait_until_computing)
+        running.models.remove(running.model("a@2"))
+        assert await running.answering("a") == "a@1"
+        assert (await running.embed("a@2")).status == 404
+        running.sweep()
+        assert not engine.is_closed
+        engine.release()
+        await ask
+        await running.freed(engine)
+        assert running.models.names.is_default(running.model("a@1"))
+
+
+async def test_an_administrator_may_have_a_model_forgotten(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("a2"), name="a", version=2))
-        async with serving(*rows) as running:
-            await running.admin("load", path=files("n"))
-            engine = running.engines.last("a2")
-            engine.block()
-            ask = asyncio.create_task(running.embed("a"))
-            await asyncio.to_thread(engine.wait_until_computing)
-            for name in ("a@2", "n"):
-                reply = await running.admin("unload", model=name, forget=True)
-                assert (reply.status, reply.json["state"]) == (200, "unloaded")
-                assert (await running.embed(name)).status == 404
-            assert set(await running.states()) == {"a@1"}
-            assert await running.answering("a") == "a@1"
-            engine.release()
-            assert (await ask).status == 200  # it was accepted before
-            await running.freed(engine)
-            last = await running.admin("unload", model="a", forget=True)
-            assert (last.status, last.error["code"]) == (409, "model_conflict")
-            assert await running.answering("a") == "a@1"
-            wrong = await running.admin("unload", model="a", forget="yes")
-            assert (wrong.status, wrong.error["param"]) == (400, "forget")
-            # And what was forgotten may come again.
-            assert (await running.admin("load", path=files("n"))).status == 200
-            assert await running.answering("n") == "n@1"
-
-    run(check())
+    rows = (row(files("a")), row(files("a2"), name="a", version=2))
+    async with serving(*rows) as running:
+        await running.admin("load", path=files("n"))
+        engine = running.engines.last("a2")
+        engine.block()
+        ask = asyncio.create_task(running.embed("a"))
+        await asyncio.to_thread(engine.wait_until_computing)
+        for name in ("a@2", "n"):
+            reply = await running.admin("unload", model=name, forget=True)
+            assert (reply.status, reply.json["state"]) == (200, "unloaded")
+            assert (await running.embed(name)).status == 404
+        assert set(await running.states()) == {"a@1"}
+        assert await running.answering("a") == "a@1"
+        engine.release()
+        assert (await ask).status == 200  # it was accepted before
+        await running.freed(engine)
+        last = await running.admin("unload", model="a", forget=True)
+        assert (last.status, last.error["code"]) == (409, "model_conflict")
+        assert await running.answering("a") == "a@1"
+        wrong = await running.admin("unload", model="a", forget="yes")
+        assert (wrong.status, wrong.error["param"]) == (400, "forget")
+        # And what was forgotten may come again.
+        assert (await running.admin("load", path=files("n"))).status == 200
+        assert await running.answering("n") == "n@1"
 
 
-def test_a_model_that_is_forgotten_while_it_loads_serves_who_waits_and_goes(
+async def test_a_model_that_is_forgotten_while_it_loads_serves_who_waits_and_goes(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            await running.admin("unload", model="b", forget=True)
-            running.engines.let_go()
-            assert (await ask).status == 200
-            await running.freed(running.engines.last("b"))
-            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        await running.admin("unload", model="b", forget=True)
+        running.engines.let_go()
+        assert (await ask).status == 200
+        await running.freed(running.engines.last("b"))
+        assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
 
 
-def test_who_asks_for_a_model_that_was_just_freed_is_told_to_try_again(
+async def test_who_asks_for_a_model_that_was_just_freed_is_told_to_try_again(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            pool = running.served_of("a@1").pool
-            pool.queue.stop()
-            for path, key in (("/v1/embeddings", "input"), ("/tokenize", "inputs")):
-                reply = await running.ask("POST", path, {key: "a"})
-                assert reply.status == 503, reply.body
-                assert "retry-after" in reply.headers
-
-    run(check())
+    async with serving(row(files("a"))) as running:
+        pool = running.loaded_of("a@1").pool
+        pool.queue.stop()
+        for path, key in (("/v1/embeddings", "input"), ("/tokenize", "inputs")):
+            reply = await running.ask("POST", path, {key: "a"})
+            assert reply.status == 503, reply.body
+            assert "retry-after" in reply.headers
 
 
 # --- memory ---
 
 
-def test_a_load_beyond_the_ceiling_is_refused_with_the_numbers_and_others_go_on(
+async def test_a_load_beyond_the_ceiling_is_refused_with_the_numbers_and_others_go_on(
     files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = [100 * MIB]
     monkeypatch.setattr(es, "resident_bytes", lambda: used[0])
 
-    async def check() -> None:
-        ceiling: dict[str, Any] = {"max_memory_mb": 200}
-        rows = (row(files("a"), **ceiling), row(files("b"), preload=False, **ceiling))
-        async with serving(*rows, **ceiling) as running:
-            used[0] = 199 * MIB
-            threads = threading.active_count()
-            reply = await running.embed("b")
-            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
-            needed = es.needed_bytes(rows[1], files("b")) >> 20
-            said = (
-                f"take {needed} MiB of memory, 199 MiB are used and --max-memory-mb is"
-            )
-            assert f"{said} 200" in reply.error["message"]
-            assert running.engines.loads == ["a"]
-            assert threading.active_count() <= threads + 1  # of the executor
-            state = (await running.states())["b@1"]
-            assert state["state"] == "unloaded"
-            assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
-            assert await running.answering("a") == "a@1"
-            used[0] = 100 * MIB
-            pause_is_over(running, "b@1")
-            assert await running.answering("b") == "b@1"
-
-    run(check())
+    ceiling: dict[str, Any] = {"max_memory_mb": 200}
+    rows = (row(files("a"), **ceiling), row(files("b"), preload=False, **ceiling))
+    async with serving(*rows, **ceiling) as running:
+        used[0] = 199 * MIB
+        threads = threading.active_count()
+        reply = await running.embed("b")
+        assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+        needed = kit.needed_bytes(rows[1], files("b")) >> 20
+        said = f"take {needed} MiB of memory, 199 MiB are used and --max-memory-mb is"
+        assert f"{said} 200" in reply.error["message"]
+        assert running.engines.loads == ["a"]
+        assert threading.active_count() <= threads + 1  # of the executor
+        state = (await running.states())["b@1"]
+        assert state["state"] == "unloaded"
+        assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+        assert await running.answering("a") == "a@1"
+        used[0] = 100 * MIB
+        pause_is_over(running, "b@1")
+        assert await running.answering("b") == "b@1"
 
 
-def test_a_load_that_this_box_has_no_memory_for_is_refused_with_both_numbers(
+async def test_a_load_that_this_box_has_no_memory_for_is_refused_with_both_numbers(
     files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
-            monkeypatch.setattr(es, "free_memory_bytes", lambda: 7.5 * MIB)
-            reply = await running.embed("b")
-            assert reply.status == 503
-            needed = es.needed_bytes(running.model("b@1").settings, files("b")) >> 20
-            said = f"take {needed} MiB of memory and 7 MiB are free"
-            assert said in reply.error["message"]
-            added = await running.admin("load", path=files("c"))
-            assert (added.status, added.headers["retry-after"]) == (503, "10")
-            assert "7 MiB are free" in added.error["message"]
-            assert set(await running.states()) == {"a@1", "b@1"}
-            assert running.engines.loads == ["a"]
-            assert await running.answering("a") == "a@1"
-            monkeypatch.setattr(es, "free_memory_bytes", lambda: 1e12)
-            await running.admin("unload", model="a")
-            await running.freed(running.engines.last("a"))
-            assert await running.answering("b") == "b@1", "at once"
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        monkeypatch.setattr(es, "free_memory_bytes", lambda: 7.5 * MIB)
+        reply = await running.embed("b")
+        assert reply.status == 503
+        needed = kit.needed_bytes(running.model("b@1").settings, files("b")) >> 20
+        said = f"take {needed} MiB of memory and 7 MiB are free"
+        assert said in reply.error["message"]
+        added = await running.admin("load", path=files("c"))
+        assert (added.status, added.headers["retry-after"]) == (503, "10")
+        assert "7 MiB are free" in added.error["message"]
+        assert set(await running.states()) == {"a@1", "b@1"}
+        assert running.engines.loads == ["a"]
+        assert await running.answering("a") == "a@1"
+        monkeypatch.setattr(es, "free_memory_bytes", lambda: 1e12)
+        await running.admin("unload", model="a")
+        await running.freed(running.engines.last("a"))
+        assert await running.answering("b") == "b@1", "at once"
 
 
-def test_the_first_model_is_what_the_box_is_for_unless_a_ceiling_is_set(
+async def test_the_first_model_is_what_the_box_is_for_unless_a_ceiling_is_set(
     files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(es, "free_memory_bytes", lambda: 0.0)
 
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            assert await running.answering() == "a@1"
-        with pytest.raises(es.StartupError, match="0 MiB are free"):
-            async with serving(row(files("a"), max_memory_mb=1)):
-                pass
-        with pytest.raises(es.StartupError, match="0 MiB are free"):
-            async with serving(row(files("a")), row(files("b"))):
-                pass
-
-    run(check())
+    async with serving(row(files("a"))) as running:
+        assert await running.answering() == "a@1"
+    with pytest.raises(es.StartupError, match="0 MiB are free"):
+        async with serving(row(files("a"), max_memory_mb=1)):
+            pass
+    with pytest.raises(es.StartupError, match="0 MiB are free"):
+        async with serving(row(files("a")), row(files("b"))):
+            pass
 
 
 def test_what_a_model_may_take_grows_with_its_workers_and_its_cache(
     files: Callable[[str], str],
 ) -> None:
     def needed(**changes: Any) -> int:
-        return es.needed_bytes(kit.settings(**{"cache_mb": 0} | changes), files("a"))
+        return kit.needed_bytes(kit.settings(**{"cache_mb": 0} | changes), files("a"))
 
     size = os.path.getsize(files("a"))
     one = needed()
@@ -1624,16 +1523,24 @@ def test_what_a_model_may_take_grows_with_its_workers_and_its_cache(
     assert needed(cache_mb=5) - one == 5 * MIB
 
 
-def test_a_decoder_may_take_room_for_the_logits_of_a_call(tmp_path: Path) -> None:
+def test_a_decoder_may_take_room_for_logits_of_the_tokens_that_are_pooled(
+    tmp_path: Path,
+) -> None:
     path = str(models.tiny_causal(tmp_path))
     with open(path, "rb") as file:
-        tokens = es.check_gguf({path: file})["tokenizer.ggml.tokens"]
-    wide, narrow = (
-        es.needed_bytes(kit.settings(common_tokens=16, pack_tokens=n), path)
-        for n in (1024, 512)
-    )
-    assert isinstance(tokens, int)
-    assert wide - narrow > 512 * 4 * tokens
+        tokens = es.check_gguf({path: file}).n_tokens
+
+    def needed(pooling: str, batch_tokens: int) -> int:
+        chosen = kit.settings(
+            common_tokens=16, batch_tokens=batch_tokens, pooling=pooling
+        )
+        return kit.needed_bytes(chosen, path)
+
+    assert needed("mean", 1024) - needed("mean", 512) > 512 * 8 * tokens
+    for pooling in ("auto", "last", "cls", "rank"):
+        assert needed(pooling, 512) == needed("last", 512)
+        wider = needed(pooling, 1024) - needed(pooling, 512)
+        assert wider == needed("mean", 1024) - needed("mean", 512) - 512 * 8 * tokens
 
 
 # --- checksums ---
@@ -1641,7 +1548,7 @@ def test_a_decoder_may_take_room_for_the_logits_of_a_call(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("preload", [False, True])
-def test_a_file_with_another_checksum_is_refused_before_it_is_mapped(
+async def test_a_file_with_another_checksum_is_refused_before_it_is_mapped(
     files: Callable[[str], str], tmp_path: Path, beside: bool, preload: bool
 ) -> None:
     wrong = "0" * 63 + "a"
@@ -1653,56 +1560,47 @@ def test_a_file_with_another_checksum_is_refused_before_it_is_mapped(
     else:
         said = {"sha256": wrong.upper()}
 
-    async def check() -> None:
-        engines = Engines()
-        rows = (row(files("a")), row(files("b"), preload=preload, **said))
-        if preload:
-            with pytest.raises(es.StartupError, match=f"{right} and must have {wrong}"):
-                async with serving(*rows, engines=engines):
-                    pass
-            assert engines.loads == ["a"]
-            assert engines.alive("a") == 0
-            return
-        async with serving(*rows, engines=engines) as running:
-            reply = await running.embed("b")
-            assert reply.status == 503
-            assert f"{right} and must have {wrong}" in reply.error["message"]
-            assert engines.loads == ["a"]
-            assert await running.answering("a") == "a@1"
-            if beside:
-                sums.write_text(f"{right} *./b.gguf\n")
-                assert await running.answering("b") == "b@1"
-
-    run(check())
+    engines = Engines()
+    rows = (row(files("a")), row(files("b"), preload=preload, **said))
+    if preload:
+        with pytest.raises(es.StartupError, match=f"{right} but must have {wrong}"):
+            async with serving(*rows, engines=engines):
+                pass
+        assert engines.loads == ["a"]
+        assert engines.alive("a") == 0
+        return
+    async with serving(*rows, engines=engines) as running:
+        reply = await running.embed("b")
+        assert reply.status == 503
+        assert f"{right} but must have {wrong}" in reply.error["message"]
+        assert engines.loads == ["a"]
+        assert await running.answering("a") == "a@1"
+        if beside:
+            sums.write_text(f"{right} *./b.gguf\n")
+            assert await running.answering("b") == "b@1"
 
 
-def test_a_checksum_that_is_told_counts_and_not_the_one_beside(
+async def test_a_checksum_that_is_told_counts_and_not_the_one_beside(
     files: Callable[[str], str], tmp_path: Path
 ) -> None:
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  a.gguf\n")
     right = hashlib.sha256(Path(files("a")).read_bytes()).hexdigest()
 
-    async def check() -> None:
-        async with serving(row(files("a"), sha256=right)) as running:
-            assert await running.answering() == "a@1"
-
-    run(check())
+    async with serving(row(files("a"), sha256=right)) as running:
+        assert await running.answering() == "a@1"
 
 
-def test_a_file_that_is_gone_when_it_is_wanted_is_refused(
+async def test_a_file_that_is_gone_when_it_is_wanted_is_refused(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
-            os.unlink(files("b"))
-            reply = await running.embed("b")
-            assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
-            assert "cannot be read" in reply.error["message"]
-            Path(files("b")).write_bytes(es.GGUF_MAGIC + bytes(4))
-            reply = await running.embed("b")
-            assert reply.status == 503
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        os.unlink(files("b"))
+        reply = await running.embed("b")
+        assert (reply.status, reply.error["code"]) == (503, "model_unavailable")
+        assert "cannot be read" in reply.error["message"]
+        Path(files("b")).write_bytes(es.GGUF_MAGIC + bytes(4))
+        reply = await running.embed("b")
+        assert reply.status == 503
 
 
 # --- other models than before ---
@@ -1719,36 +1617,35 @@ async def reloaded(
     return cast(dict[str, Any], reply.json)
 
 
-def test_a_reload_keeps_in_memory_what_it_can(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(
-            row(files("a")), row(files("b")), row(files("c"), preload=False)
-        ) as running:
-            kept = running.served_of("b@1")
-            gone = running.engines.last("a")
-            said = await reloaded(
-                running,
-                row(files("b"), alias=("x",), prompt=("q=ask: ",), preload=False),
-                row(files("c"), preload=False),
-                row(files("d")),
-                row(files("e"), preload=False),
-            )
-            assert said["loaded"] == ["d@1"]
-            assert running.served_of("b@1") is kept
-            assert await running.answering("x", prompt_name="q") == "b@1"
-            assert await running.answering() == "b@1"
-            assert (await running.embed("a")).status == 404
-            states = {m: s["state"] for m, s in (await running.states()).items()}
-            assert states == {
-                "b@1": "loaded",
-                "c@1": "unloaded",
-                "d@1": "loaded",
-                "e@1": "unloaded",
-            }
-            await running.freed(gone)
-            assert running.engines.loads == ["a", "b", "d"]
-
-    run(check())
+async def test_a_reload_keeps_in_memory_what_it_can(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(
+        row(files("a")), row(files("b")), row(files("c"), preload=False)
+    ) as running:
+        kept = running.loaded_of("b@1")
+        gone = running.engines.last("a")
+        said = await reloaded(
+            running,
+            row(files("b"), alias=("x",), prompt=("q=ask: ",), preload=False),
+            row(files("c"), preload=False),
+            row(files("d")),
+            row(files("e"), preload=False),
+        )
+        assert said["loaded"] == ["d@1"]
+        assert running.loaded_of("b@1") is kept
+        assert await running.answering("x", prompt_name="q") == "b@1"
+        assert await running.answering() == "b@1"
+        assert (await running.embed("a")).status == 404
+        states = {m: s["state"] for m, s in (await running.states()).items()}
+        assert states == {
+            "b@1": "loaded",
+            "c@1": "unloaded",
+            "d@1": "loaded",
+            "e@1": "unloaded",
+        }
+        await running.freed(gone)
+        assert running.engines.loads == ["a", "b", "d"]
 
 
 @pytest.mark.parametrize(
@@ -1756,375 +1653,317 @@ def test_a_reload_keeps_in_memory_what_it_can(files: Callable[[str], str]) -> No
     [{"workers": 2}, {"pooling": "cls"}, {"cache_mb": 2}, {"max_input_tokens": 16}],
     ids=str,
 )
-def test_a_reload_loads_anew_what_is_made_otherwise(
+async def test_a_reload_loads_again_what_its_settings_change(
     files: Callable[[str], str], changes: dict[str, Any]
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            old = running.engines.last("a")
-            old.block()
-            ask = asyncio.create_task(running.embed("a"))
-            await asyncio.to_thread(old.wait_until_computing)
-            said = await reloaded(running, row(files("a"), **changes), row(files("b")))
-            assert said["loaded"] == ["a@1"]
-            running.sweep()
-            assert not old.is_closed
-            assert await running.answering("a") == "a@1"
-            old.release()
-            assert (await ask).status == 200
-            await running.freed(old)
-            assert running.engines.loads == ["a", "b", "a"]
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"))) as running:
+        old = running.engines.last("a")
+        old.block()
+        ask = asyncio.create_task(running.embed("a"))
+        await asyncio.to_thread(old.wait_until_computing)
+        said = await reloaded(running, row(files("a"), **changes), row(files("b")))
+        assert said["loaded"] == ["a@1"]
+        running.sweep()
+        assert not old.is_closed
+        assert await running.answering("a") == "a@1"
+        old.release()
+        assert (await ask).status == 200
+        await running.freed(old)
+        assert running.engines.loads == ["a", "b", "a"]
 
 
-def test_a_reload_loads_a_file_that_has_changed(
+async def test_a_reload_loads_a_file_that_has_changed(
     files: Callable[[str], str], tmp_path: Path
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            assert (await reloaded(running, *rows))["loaded"] == []
-            new = tmp_path / "new"
-            shutil.copy(files("a"), new)
-            new.replace(files("a"))
-            assert (await reloaded(running, *rows))["loaded"] == ["a@1"]
-            assert running.engines.loads == ["a", "a"]
-
-    run(check())
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        assert (await reloaded(running, *rows))["loaded"] == []
+        new = tmp_path / "new"
+        shutil.copy(files("a"), new)
+        new.replace(files("a"))
+        assert (await reloaded(running, *rows))["loaded"] == ["a@1"]
+        assert running.engines.loads == ["a", "a"]
 
 
-def test_after_a_reload_metrics_say_what_is_in_memory(
+async def test_after_a_reload_metrics_say_what_is_in_memory(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            await running.answering("a")
-            await reloaded(running, row(files("a"), workers=2))
-            for label, there in (("a@1", 1), ("b@1", 0)):
-                shown = f'embellama_model_loaded{{model="{label}"}}'
-                assert await running.metric(shown) == there, label
-            name = 'embellama_model_requests_total{model="a@1"}'
-            assert await running.metric(name) == 1
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"))) as running:
+        await running.answering("a")
+        await reloaded(running, row(files("a"), workers=2))
+        for label, there in (("a@1", 1), ("b@1", 0)):
+            shown = f'embellama_model_loaded{{model="{label}"}}'
+            assert await running.metric(shown) == there, label
+        name = 'embellama_model_requests_total{model="a@1"}'
+        assert await running.metric(name) == 1
 
 
 @pytest.mark.parametrize("which", ["load", "names", "file", "prompt"])
-def test_a_reload_that_fails_has_changed_nothing(
+async def test_a_reload_that_fails_has_changed_nothing(
     files: Callable[[str], str], which: str
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a"), alias=("x",)), row(files("b")))
-        async with serving(*rows) as running:
-            before = list(running.models.rows)
-            served = [one.served for one in before]
-            new = [row(files("a"), workers=2), row(files("c")), row(files("d"))]
-            if which == "load":
-                running.engines.problem["d"] = es.EngineError("cracked")
-            elif which == "names":
-                new[2] = row(files("d"), alias=("c",))
-            elif which == "prompt":
-                new[0] = row(files("a"), default_prompt_name="nope")
-            else:
-                new[2] = row(files("d"), sha256="0" * 64)
-            running.written.rows = tuple(new)
-            reply = await running.ask("POST", "/admin/reload")
-            assert (reply.status, reply.error["code"]) == (409, "reload_refused")
-            assert "nothing has changed" in reply.error["message"]
-            assert running.models.rows == before
-            assert [one.served for one in before] == served
-            assert await running.answering("x") == "a@1"
-            assert await running.answering("b") == "b@1"
-            assert (await running.embed("c")).status == 404
-            # What had been loaded for it is let go.
-            await until(
-                lambda: (
-                    running.engines.alive("a") == 1
-                    and not running.engines.alive("c")
-                    and not running.engines.alive("d")
-                ),
-                "freed",
+    rows = (row(files("a"), alias=("x",)), row(files("b")))
+    async with serving(*rows) as running:
+        before = list(running.models.entries)
+        served = [one.loaded for one in before]
+        new = [row(files("a"), workers=2), row(files("c")), row(files("d"))]
+        if which == "load":
+            running.engines.problem["d"] = es.EngineError("cracked")
+        elif which == "names":
+            new[2] = row(files("d"), alias=("c",))
+        elif which == "prompt":
+            new[0] = row(files("a"), default_prompt_name="nope")
+        else:
+            new[2] = row(files("d"), sha256="0" * 64)
+        running.written.rows = tuple(new)
+        reply = await running.ask("POST", "/admin/reload")
+        assert (reply.status, reply.error["code"]) == (409, "reload_refused")
+        assert "nothing has changed" in reply.error["message"]
+        assert running.models.entries == before
+        assert [one.loaded for one in before] == served
+        assert await running.answering("x") == "a@1"
+        assert await running.answering("b") == "b@1"
+        assert (await running.embed("c")).status == 404
+        # What had been loaded for it is let go.
+        await until(
+            lambda: (
+                running.engines.alive("a") == 1
+                and not running.engines.alive("c")
+                and not running.engines.alive("d")
+            ),
+            "freed",
+        )
+        assert await running.metric('embellama_model_loaded{model="a@1"}') == 1
+
+
+async def test_a_reload_leaves_alone_what_an_administrator_added(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a"))) as running:
+        await running.admin("load", path=files("n"))
+        kept = running.loaded_of("n@1")
+        said = await reloaded(running, row(files("b")))
+        assert said["loaded"] == ["b@1"]
+        assert running.loaded_of("n@1") is kept
+        assert await running.answering() == "b@1"
+
+
+async def test_what_was_added_and_then_configured_is_the_configurations(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a"))) as running:
+        await running.admin("load", path=files("n"))
+        said = await reloaded(running, row(files("a")), row(files("n"), workers=2))
+        assert said["loaded"] == ["n@1"]
+        await reloaded(running, row(files("a")))
+        assert set(await running.states()) == {"a@1"}
+
+
+async def test_a_model_that_is_asked_for_during_a_reload_is_what_the_reload_says(
+    files: Callable[[str], str],
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("c")
+        running.engines.hold("d")
+        reload = asyncio.create_task(
+            reloaded(
+                running,
+                row(files("a")),
+                row(files("b"), preload=False, workers=2),
+                row(files("c")),
+                row(files("d")),
             )
-            assert await running.metric('embellama_model_loaded{model="a@1"}') == 1
+        )
+        await running.engines.loading()
+        ask = asyncio.create_task(running.embed("b"))
+        await until(lambda: running.model("b@1").loading, "b waits for its turn")
+        running.engines.let_go("c")
+        assert (await ask).status == 200  # as it was before
+        running.engines.let_go("d")
+        await reload
+        await running.answering("b")
+        assert running.loaded_of("b@1").pool.settings.workers == 2
 
-    run(check())
 
-
-def test_a_reload_leaves_alone_what_an_administrator_added(
+async def test_a_model_that_an_administrator_adds_during_a_reload_is_there_once(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            await running.admin("load", path=files("n"))
-            kept = running.served_of("n@1")
-            said = await reloaded(running, row(files("b")))
-            assert said["loaded"] == ["b@1"]
-            assert running.served_of("n@1") is kept
-            assert await running.answering() == "b@1"
+    async with serving(row(files("a"))) as running:
+        await running.engines.loading()
+        running.engines.hold("x")
+        running.engines.hold("c")
+        wanted = [row(files(stem)) for stem in "abxc"]
+        reload = asyncio.create_task(reloaded(running, *wanted))
+        await running.engines.loading()  # b
+        await running.engines.loading()  # x, for the reload
+        load = asyncio.create_task(running.admin("load", path=files("x")))
+        await until(lambda: running.models._adding, "both are under way")
+        running.engines.let_go("x")
+        assert (await load).status == 200
+        running.engines.let_go()
+        await reload
+        for stem in "abxc":
+            assert await running.answering(stem) == f"{stem}@1"
+        alive = running.engines.alive
+        await until(
+            lambda: [alive(stem) for stem in "abxc"] == [1] * 4,
+            "the other is freed",
+        )
+        assert running.engines.loads.count("x") == 2, "the claim would say nothing"
 
-    run(check())
 
-
-def test_what_was_added_and_then_configured_is_the_configurations(
+async def test_an_administrator_whose_model_a_reload_removes_is_told_so(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            await running.admin("load", path=files("n"))
-            said = await reloaded(running, row(files("a")), row(files("n"), workers=2))
-            assert said["loaded"] == ["n@1"]
-            await reloaded(running, row(files("a")))
-            assert set(await running.states()) == {"a@1"}
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        load = asyncio.create_task(running.admin("load", model="b"))
+        await running.engines.loading()
+        await reloaded(running, rows[0])
+        running.engines.let_go()
+        assert (await load).status in (200, 404, 409)
 
-    run(check())
 
-
-def test_a_model_that_is_asked_for_during_a_reload_is_what_the_reload_says(
+async def test_a_default_version_that_was_set_is_forgotten_by_a_reload(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("c")
-            running.engines.hold("d")
-            reload = asyncio.create_task(
-                reloaded(
-                    running,
-                    row(files("a")),
-                    row(files("b"), preload=False, workers=2),
-                    row(files("c")),
-                    row(files("d")),
-                )
-            )
-            await running.engines.loading()
-            ask = asyncio.create_task(running.embed("b"))
-            await until(lambda: running.model("b@1").loading, "b waits for its turn")
-            running.engines.let_go("c")
-            assert (await ask).status == 200  # as it was before
-            running.engines.let_go("d")
-            await reload
-            await running.answering("b")
-            assert running.served_of("b@1").pool.options.workers == 2
-
-    run(check())
+    rows = (row(files("a")), row(files("a2"), name="a", version=2))
+    async with serving(*rows) as running:
+        await running.admin("default", model="a@1")
+        assert await running.answering("a") == "a@1"
+        await reloaded(running, *rows)
+        assert await running.answering("a") == "a@2"
 
 
-def test_a_model_that_an_administrator_adds_during_a_reload_is_there_once(
+async def test_what_was_not_in_memory_is_not_loaded_by_a_reload_without_preload(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            await running.engines.loading()
-            running.engines.hold("x")
-            running.engines.hold("c")
-            wanted = [row(files(stem)) for stem in "abxc"]
-            reload = asyncio.create_task(reloaded(running, *wanted))
-            await running.engines.loading()  # b
-            await running.engines.loading()  # x, for the reload
-            load = asyncio.create_task(running.admin("load", path=files("x")))
-            await until(lambda: running.models._adding, "both are under way")
-            running.engines.let_go("x")
-            assert (await load).status == 200
-            running.engines.let_go()
-            await reload
-            for stem in "abxc":
-                assert await running.answering(stem) == f"{stem}@1"
-            alive = running.engines.alive
-            await until(
-                lambda: [alive(stem) for stem in "abxc"] == [1] * 4,
-                "the other is freed",
-            )
-            assert running.engines.loads.count("x") == 2, "the claim would say nothing"
-
-    run(check())
+    rows = [row(files(s), preload=s == "a") for s in "abc"]
+    async with serving(*rows) as running:
+        await running.answering("b")
+        changed = [dataclasses.replace(one, workers=2) for one in rows]
+        assert (await reloaded(running, *changed))["loaded"] == ["a@1", "b@1"]
 
 
-def test_an_administrator_whose_model_a_reload_removes_is_told_so(
-    files: Callable[[str], str],
-) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            load = asyncio.create_task(running.admin("load", model="b"))
-            await running.engines.loading()
-            await reloaded(running, rows[0])
-            running.engines.let_go()
-            assert (await load).status in (200, 404, 409)
-
-    run(check())
+async def test_two_reloads_at_once_are_one(files: Callable[[str], str]) -> None:
+    async with serving(row(files("a"))) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        first = asyncio.create_task(reloaded(running, row(files("a")), row(files("b"))))
+        await running.engines.loading()
+        second = await running.ask("POST", "/admin/reload")
+        assert second.status == 409
+        assert await running.answering("a") == "a@1"
+        running.engines.let_go()
+        assert (await first)["loaded"] == ["b@1"]
+        assert running.engines.alive("b") == 1
 
 
-def test_a_default_version_that_was_set_is_forgotten_by_a_reload(
-    files: Callable[[str], str],
-) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("a2"), name="a", version=2))
-        async with serving(*rows) as running:
-            await running.admin("default", model="a@1")
-            assert await running.answering("a") == "a@1"
-            await reloaded(running, *rows)
-            assert await running.answering("a") == "a@2"
-
-    run(check())
-
-
-def test_what_was_not_in_memory_is_not_loaded_by_a_reload_without_preload(
-    files: Callable[[str], str],
-) -> None:
-    async def check() -> None:
-        rows = [row(files(s), preload=s == "a") for s in "abc"]
-        async with serving(*rows) as running:
-            await running.answering("b")
-            changed = [dataclasses.replace(one, workers=2) for one in rows]
-            assert (await reloaded(running, *changed))["loaded"] == ["a@1", "b@1"]
-
-    run(check())
-
-
-def test_two_reloads_at_once_are_one(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            first = asyncio.create_task(
-                reloaded(running, row(files("a")), row(files("b")))
-            )
-            await running.engines.loading()
-            second = await running.ask("POST", "/admin/reload")
-            assert second.status == 409
-            assert await running.answering("a") == "a@1"
-            running.engines.let_go()
-            assert (await first)["loaded"] == ["b@1"]
-            assert running.engines.alive("b") == 1
-
-    run(check())
-
-
-def test_a_hangup_changes_the_models(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            running.written.rows = (row(files("b")),)
-            os.kill(os.getpid(), signal.SIGHUP)
-            await until(lambda: " reloaded " in running.log.getvalue(), "reloaded")
-            assert await running.answering() == "b@1"
-
-    run(check())
+async def test_a_hangup_changes_the_models(files: Callable[[str], str]) -> None:
+    async with serving(row(files("a"))) as running:
+        running.written.rows = (row(files("b")),)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: " reloaded " in running.log.getvalue(), "reloaded")
+        assert await running.answering() == "b@1"
 
 
 # --- one model's trouble is not another's ---
 
 
-def test_a_broken_engine_is_one_models_trouble(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            broken = running.served_of("b@1").pool.queue.breaker
-            broken.judge(0.0, worked=False)
-            broken._canary_at = float("inf")
-            assert broken.is_open
-            for _ in range(3):
-                reply = await running.embed("b")
-                assert (reply.status, reply.error["code"]) == (
-                    503,
-                    "engine_unavailable",
-                )
-                assert await running.answering("a") == "a@1"
-            assert (await running.ask("GET", "/ready")).status == 200
-            assert await running.metric("embellama_engine_broken") == 1
-            running.served_of("a@1").pool.queue.breaker.judge(0.0, worked=False)
-            assert (await running.ask("GET", "/ready")).status == 503
-
-    run(check())
-
-
-def test_inputs_that_fail_in_one_model_fail_in_no_other(
+async def test_a_broken_engine_is_one_models_trouble(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            running.engines.last("a").failures[kit.fake_id(kit.BOOM_WORD)] = 0
-            for _ in range(10):
-                assert (await running.embed("b", input=kit.BOOM_WORD)).status == 500
-                assert (await running.embed("a", input=kit.BOOM_WORD)).status == 200
+    async with serving(row(files("a")), row(files("b"))) as running:
+        broken = running.loaded_of("b@1").pool.queue.breaker
+        broken.judge(0.0, worked=False)
+        broken._canary_at = float("inf")
+        assert broken.is_open
+        for _ in range(3):
+            reply = await running.embed("b")
+            assert (reply.status, reply.error["code"]) == (
+                503,
+                "engine_unavailable",
+            )
+            assert await running.answering("a") == "a@1"
+        assert (await running.ask("GET", "/ready")).status == 200
+        assert await running.metric("embellama_engine_broken") == 1
+        running.loaded_of("a@1").pool.queue.breaker.judge(0.0, worked=False)
+        assert (await running.ask("GET", "/ready")).status == 503
 
-    run(check())
+
+async def test_inputs_that_fail_in_one_model_fail_in_no_other(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a")), row(files("b"))) as running:
+        running.engines.last("a").failures[kit.fake_id(kit.BOOM_WORD)] = 0
+        for _ in range(10):
+            assert (await running.embed("b", input=kit.BOOM_WORD)).status == 500
+            assert (await running.embed("a", input=kit.BOOM_WORD)).status == 200
 
 
 @pytest.mark.parametrize("limit", [{"queue_size": 4}, {"queue_tokens": 64}], ids=str)
-def test_a_full_queue_is_one_models_trouble(
+async def test_a_full_queue_is_one_models_trouble(
     files: Callable[[str], str], limit: dict[str, Any]
 ) -> None:
-    async def check() -> None:
-        rows = [row(files(stem), **limit) for stem in "ab"]
-        async with serving(*rows, **limit) as running:
-            full = running.engines.last("b")
-            full.block()
-            texts = [f"x{n}" for n in range(40)]
-            asks = [asyncio.create_task(running.embed("b", input=texts))]
-            await asyncio.to_thread(full.wait_until_computing)
-            for _ in range(3):
-                reply = await running.embed("b", input=["y"] * 8)
-                assert (reply.status, reply.error["code"]) == (503, "overloaded")
-                assert await running.answering("a") == "a@1"
-            other = running.engines.last("a")
-            other.block()
-            asks.append(asyncio.create_task(running.embed("a", input=texts)))
-            await asyncio.to_thread(other.wait_until_computing)
-            assert (await running.embed("a", input=["y"] * 8)).status == 503
-            other.release()
-            full.release()
-            assert [(await ask).status for ask in asks] == [200, 200]
-
-    run(check())
+    rows = [row(files(stem), **limit) for stem in "ab"]
+    async with serving(*rows, **limit) as running:
+        full = running.engines.last("b")
+        full.block()
+        texts = [f"x{n}" for n in range(40)]
+        asks = [asyncio.create_task(running.embed("b", input=texts))]
+        await asyncio.to_thread(full.wait_until_computing)
+        for _ in range(3):
+            reply = await running.embed("b", input=["y"] * 8)
+            assert (reply.status, reply.error["code"]) == (503, "overloaded")
+            assert await running.answering("a") == "a@1"
+        other = running.engines.last("a")
+        other.block()
+        asks.append(asyncio.create_task(running.embed("a", input=texts)))
+        await asyncio.to_thread(other.wait_until_computing)
+        assert (await running.embed("a", input=["y"] * 8)).status == 503
+        other.release()
+        full.release()
+        assert [(await ask).status for ask in asks] == [200, 200]
 
 
-def test_a_model_that_computes_for_long_holds_up_no_other(
+async def test_a_model_that_computes_for_long_holds_up_no_other(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            slow = running.engines.last("b")
-            slow.block()
-            ask = asyncio.create_task(running.embed("b"))
-            await asyncio.to_thread(slow.wait_until_computing)
-            assert (
-                await running.metric('embellama_model_queue_inputs{model="b@1"}') == 1
-            )
-            assert (
-                await running.metric('embellama_model_queue_inputs{model="a@1"}') == 0
-            )
-            for _ in range(5):
-                assert await running.answering("a") == "a@1"
-            slow.release()
-            assert (await ask).status == 200
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"))) as running:
+        slow = running.engines.last("b")
+        slow.block()
+        ask = asyncio.create_task(running.embed("b"))
+        await asyncio.to_thread(slow.wait_until_computing)
+        assert await running.metric('embellama_model_queue_inputs{model="b@1"}') == 1
+        assert await running.metric('embellama_model_queue_inputs{model="a@1"}') == 0
+        for _ in range(5):
+            assert await running.answering("a") == "a@1"
+        slow.release()
+        assert (await ask).status == 200
 
 
-def test_one_models_call_that_never_ends_replaces_the_process_and_others_finish(
+async def test_one_models_call_that_never_ends_replaces_the_process_and_others_finish(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        stuck_after = {"stuck_after_s": 0.1}
-        rows = [row(files(stem), **stuck_after) for stem in "ab"]
-        async with serving(*rows) as running:
-            deaf = running.engines.last("b")
-            deaf.is_deaf = True
-            deaf.block()
-            ask = asyncio.create_task(running.embed("b"))
-            await asyncio.to_thread(deaf.wait_until_computing)
-            queue = running.served_of("b@1").pool.queue
-            begun = queue.clock()
-            queue.clock = lambda: begun + 3600
-            reply = await ask
-            assert (reply.status, reply.error["code"]) == (503, "engine_unavailable")
-            assert await running.task == 1  # for its parent to start another
-            assert "replacing this process" in running.log.getvalue()
-
-    run(check())
+    stuck_after = {"stuck_after_s": 0.1}
+    rows = [row(files(stem), **stuck_after) for stem in "ab"]
+    async with serving(*rows) as running:
+        deaf = running.engines.last("b")
+        deaf.is_deaf = True
+        deaf.block()
+        ask = asyncio.create_task(running.embed("b"))
+        await asyncio.to_thread(deaf.wait_until_computing)
+        queue = running.loaded_of("b@1").pool.queue
+        begun = queue.clock()
+        queue.clock = lambda: begun + 3600
+        reply = await ask
+        assert (reply.status, reply.error["code"]) == (503, "engine_unavailable")
+        assert await running.task == 1  # for its parent to start another
+        assert "replacing this process" in running.log.getvalue()
 
 
 # --- who comes and goes at the same time ---
@@ -2136,90 +1975,78 @@ async def settle(turns: int = 20) -> None:
         await asyncio.sleep(0)
 
 
-def test_a_model_that_is_unloaded_just_as_it_was_loaded_answers_who_waited(
+async def test_a_model_that_is_unloaded_just_as_it_was_loaded_answers_who_waited(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            waiting = running.model("b@1")
-            task = waiting.loading
-            assert task is not None
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        waiting = running.model("b@1")
+        task = waiting.loading
+        assert task is not None
 
-            def unload(_: object) -> None:
-                running.models.unload(waiting)
-                running.sweep()
+        def unload(_: object) -> None:
+            running.models.unload(waiting)
+            running.sweep()
 
-            task.add_done_callback(unload)  # before whoever waits is told
-            running.engines.let_go()
-            async with asyncio.timeout(min(2.0, kit.DEADLINE_S)):
-                reply = await ask
-            assert reply.status in (200, 503), reply.body
-
-    run(check())
-
-
-def test_the_model_that_is_named_is_the_one_that_computed(
-    files: Callable[[str], str],
-) -> None:
-    async def check() -> None:
-        rows = (
-            row(files("a"), preload=False),
-            row(files("a2"), name="a", version=2, preload=False),
-            row(files("c")),
-        )
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("a2")
-            ask = asyncio.create_task(running.embed("a"))
-            await running.engines.loading()
-            await running.admin("default", model="a@1")
-            running.engines.let_go()
+        task.add_done_callback(unload)  # before whoever waits is told
+        running.engines.let_go()
+        async with asyncio.timeout(min(2.0, kit.DEADLINE_S)):
             reply = await ask
-            assert reply.headers["x-embellama-model"] == "a@2"
-            assert running.engines.loads == ["c", "a2"]
-
-    run(check())
+        assert reply.status in (200, 503), reply.body
 
 
-def test_who_waits_for_a_model_that_is_removed_meanwhile_gets_its_vectors(
+async def test_the_model_that_is_named_is_the_one_that_computed(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            running.models.remove(running.model("b@1"))
-            running.engines.let_go()
-            assert (await ask).status == 200
+    rows = (
+        row(files("a"), preload=False),
+        row(files("a2"), name="a", version=2, preload=False),
+        row(files("c")),
+    )
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("a2")
+        ask = asyncio.create_task(running.embed("a"))
+        await running.engines.loading()
+        await running.admin("default", model="a@1")
+        running.engines.let_go()
+        reply = await ask
+        assert reply.headers["x-embellama-model"] == "a@2"
+        assert running.engines.loads == ["c", "a2"]
 
-    run(check())
 
-
-def test_a_model_that_is_removed_while_it_loads_is_let_go(
+async def test_who_waits_for_a_model_that_is_removed_meanwhile_gets_its_vectors(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            running.models.remove(running.model("b@1"))
-            running.engines.let_go()
-            await ask
-            async with asyncio.timeout(2):
-                await running.freed(running.engines.last("b"))
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        running.models.remove(running.model("b@1"))
+        running.engines.let_go()
+        assert (await ask).status == 200
 
-    run(check())
+
+async def test_a_model_that_is_removed_while_it_loads_is_let_go(
+    files: Callable[[str], str],
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        running.models.remove(running.model("b@1"))
+        running.engines.let_go()
+        await ask
+        async with asyncio.timeout(2):
+            await running.freed(running.engines.last("b"))
 
 
 @pytest.mark.parametrize("stays", [True, False], ids=["stays", "goes"])
@@ -2262,7 +2089,8 @@ def test_an_administrator_who_leaves_while_a_file_is_added_leaves_nothing_behind
             await until(lambda: running.engines.made["n"], "loaded")
             await until(
                 lambda: (
-                    bool(running.engines.alive("n")) == (len(running.models.rows) == 2)
+                    bool(running.engines.alive("n"))
+                    == (len(running.models.entries) == 2)
                 ),
                 "served or gone",
             )
@@ -2291,7 +2119,8 @@ def test_an_administrator_who_leaves_in_the_middle_of_a_reload_leaves_nothing_be
             await until(lambda: running.engines.made["b"], "loaded")
             await until(
                 lambda: (
-                    bool(running.engines.alive("b")) == (len(running.models.rows) == 2)
+                    bool(running.engines.alive("b"))
+                    == (len(running.models.entries) == 2)
                 ),
                 "served or gone",
             )
@@ -2301,207 +2130,229 @@ def test_an_administrator_who_leaves_in_the_middle_of_a_reload_leaves_nothing_be
         run(check())
 
 
-def test_a_model_whose_call_has_not_ended_is_not_idle(
+async def test_a_model_whose_call_has_not_ended_is_not_idle(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            deaf = running.engines.last("b")
-            deaf.is_deaf = True
-            deaf.block()
-            leave = await cut_off(
-                running, "/v1/embeddings", {"input": "a", "model": "b"}
-            )
-            await asyncio.to_thread(deaf.wait_until_computing)
-            leave()
-            queue = running.served_of("b@1").pool.queue
-            await until(lambda: not queue.state().backlog.inputs, "nobody waits")
-            assert queue.state().busy == 1
-            await running.admin("unload", model="b")
-            running.sweep()
-            assert running.models.retiring
-            deaf.release()
-            await running.freed(deaf)
-            assert running.models.is_clean
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"))) as running:
+        deaf = running.engines.last("b")
+        deaf.is_deaf = True
+        deaf.block()
+        leave = await cut_off(running, "/v1/embeddings", {"input": "a", "model": "b"})
+        await asyncio.to_thread(deaf.wait_until_computing)
+        leave()
+        queue = running.loaded_of("b@1").pool.queue
+        await until(lambda: not queue.backlog.inputs, "nobody waits")
+        assert queue.busy == 1
+        await running.admin("unload", model="b")
+        running.sweep()
+        assert running.models.retiring
+        deaf.release()
+        await running.freed(deaf)
+        assert running.models.is_clean
 
 
-def test_memory_that_was_just_freed_is_there_for_the_next_model(
+async def test_memory_that_was_just_freed_is_there_for_the_next_model(
     files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def check() -> None:
-        ceiling: dict[str, Any] = {"max_memory_mb": 1000}
-        rows = (row(files("a"), **ceiling), row(files("b"), preload=False, **ceiling))
-        engines = Engines()
-        monkeypatch.setattr(
-            es, "resident_bytes", lambda: 990 * MIB * engines.alive("a")
+    ceiling: dict[str, Any] = {"max_memory_mb": 1000}
+    rows = (row(files("a"), **ceiling), row(files("b"), preload=False, **ceiling))
+    engines = Engines()
+    monkeypatch.setattr(es, "resident_bytes", lambda: 990 * MIB * engines.alive("a"))
+    async with serving(*rows, engines=engines, **ceiling) as running:
+        assert (await running.admin("unload", model="a")).status == 200
+        assert (await running.admin("load", model="b")).status == 200
+
+
+async def test_a_version_that_is_being_added_does_not_answer_before_it_is_there(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a"))) as running:
+        await running.engines.loading()
+        running.engines.hold("new")
+        body = {"path": files("new"), "name": "a", "version": 2}
+        load = asyncio.create_task(running.admin("load", **body))
+        await running.engines.loading()
+        running.engines.problem["new"] = es.EngineError("cracked")
+        async with asyncio.timeout(2):
+            assert await running.answering("a") == "a@1"
+        running.engines.let_go()
+        assert (await load).status == 503
+
+
+async def test_unloading_while_it_loads_says_so_and_serves_who_waits(
+    files: Callable[[str], str],
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        reply = await running.admin("unload", model="b")
+        assert (reply.status, reply.json["state"]) == (200, "loading")
+        running.engines.let_go()
+        assert (await ask).status == 200
+        assert running.engines.alive("b") == 1
+
+
+async def test_many_who_load_unload_and_ask_at_once_all_get_answers(
+    files: Callable[[str], str],
+) -> None:
+    rows = [row(files(stem), preload=False) for stem in "abc"]
+    async with serving(*rows, idle_unload_s=0.001) as running:
+
+        async def asks(stem: str) -> None:
+            for n in range(15):
+                assert (await running.embed(stem, input=f"{n}")).status == 200
+
+        async def unloads(stem: str) -> None:
+            for _ in range(15):
+                assert (await running.admin("unload", model=stem)).status == 200
+                running.sweep()
+                await asyncio.sleep(0)
+
+        who = (each(stem) for each in (asks, asks, unloads) for stem in "abc")
+        await asyncio.gather(*who)
+        for stem in "abc":
+            await running.admin("unload", model=stem)
+        await until(
+            lambda: not any(running.engines.alive(stem) for stem in "abc"), "freed"
         )
-        async with serving(*rows, engines=engines, **ceiling) as running:
-            assert (await running.admin("unload", model="a")).status == 200
-            assert (await running.admin("load", model="b")).status == 200
+        assert running.models.is_clean
+        assert all(
+            not engine.contexts_open
+            for engines in running.engines.made.values()
+            for engine in engines
+        )
 
-    run(check())
 
-
-def test_a_version_that_is_being_added_does_not_answer_before_it_is_there(
+async def test_reloads_among_requests_refuse_nobody(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a"))) as running:
-            await running.engines.loading()
-            running.engines.hold("new")
-            body = {"path": files("new"), "name": "a", "version": 2}
-            load = asyncio.create_task(running.admin("load", **body))
-            await running.engines.loading()
-            running.engines.problem["new"] = es.EngineError("cracked")
-            async with asyncio.timeout(2):
-                assert await running.answering("a") == "a@1"
-            running.engines.let_go()
-            assert (await load).status == 503
+    rows = [row(files(stem)) for stem in "ab"]
+    async with serving(*rows) as running:
+        is_over = False
 
-    run(check())
+        async def asks(stem: str) -> int:
+            count = 0
+            while not is_over:
+                assert (await running.embed(stem, input=f"{count}")).status == 200
+                count += 1
+            return count
 
-
-def test_unloading_while_it_loads_says_so_and_serves_who_waits(
-    files: Callable[[str], str],
-) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            reply = await running.admin("unload", model="b")
-            assert (reply.status, reply.json["state"]) == (200, "loading")
-            running.engines.let_go()
-            assert (await ask).status == 200
-            assert running.engines.alive("b") == 1
-
-    run(check())
-
-
-def test_many_who_load_unload_and_ask_at_once_all_get_answers(
-    files: Callable[[str], str],
-) -> None:
-    async def check() -> None:
-        rows = [row(files(stem), preload=False) for stem in "abc"]
-        async with serving(*rows, idle_unload_s=0.001) as running:
-
-            async def asks(stem: str) -> None:
-                for n in range(15):
-                    assert (await running.embed(stem, input=f"{n}")).status == 200
-
-            async def unloads(stem: str) -> None:
-                for _ in range(15):
-                    assert (await running.admin("unload", model=stem)).status == 200
-                    running.sweep()
-                    await asyncio.sleep(0)
-
-            who = (each(stem) for each in (asks, asks, unloads) for stem in "abc")
-            await asyncio.gather(*who)
-            for stem in "abc":
-                await running.admin("unload", model=stem)
-            await until(
-                lambda: not any(running.engines.alive(stem) for stem in "abc"), "freed"
-            )
-            assert running.models.is_clean
-            assert all(
-                not engine.contexts_open
-                for engines in running.engines.made.values()
-                for engine in engines
-            )
-
-    run(check())
-
-
-def test_reloads_among_requests_refuse_nobody(files: Callable[[str], str]) -> None:
-    async def check() -> None:
-        rows = [row(files(stem)) for stem in "ab"]
-        async with serving(*rows) as running:
-            is_over = False
-
-            async def asks(stem: str) -> int:
-                count = 0
-                while not is_over:
-                    assert (await running.embed(stem, input=f"{count}")).status == 200
-                    count += 1
-                return count
-
-            clients = [asyncio.create_task(asks(stem)) for stem in "abab"]
-            for workers in (2, 1, 2, 1):
-                changed = [dataclasses.replace(one, workers=workers) for one in rows]
-                assert (await reloaded(running, *changed))["loaded"] == ["a@1", "b@1"]
-            is_over = True
-            assert all(await asyncio.gather(*clients))
-            await until(
-                lambda: running.engines.alive("a") == running.engines.alive("b") == 1,
-                "freed",
-            )
-
-    run(check())
+        clients = [asyncio.create_task(asks(stem)) for stem in "abab"]
+        for workers in (2, 1, 2, 1):
+            changed = [dataclasses.replace(one, workers=workers) for one in rows]
+            assert (await reloaded(running, *changed))["loaded"] == ["a@1", "b@1"]
+        is_over = True
+        assert all(await asyncio.gather(*clients))
+        await until(
+            lambda: running.engines.alive("a") == running.engines.alive("b") == 1,
+            "freed",
+        )
 
 
 # --- stopping ---
 
 
-def test_a_stop_waits_for_a_load_that_somebody_waits_for(
+async def test_a_stop_waits_for_a_load_that_somebody_waits_for(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"), preload=False)) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            running.service.stop()
-            assert (await running.embed("b")).status == 503
-            running.engines.let_go()
-            assert (await ask).status == 200
+    async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        running.server.stop()
+        assert (await running.embed("b")).status == 503
+        running.engines.let_go()
+        assert (await ask).status == 200
+        assert await running.task == 0
+        assert running.server.is_clean
+        for stem in "ab":
+            assert running.engines.alive(stem) == 0
+
+
+async def test_who_waits_for_a_load_that_outlives_the_drain_is_told(
+    files: Callable[[str], str],
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows, drain_timeout_s=0.1) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        running.server.stop()
+        try:
             assert await running.task == 0
-            assert running.service.is_clean
-            for stem in "ab":
-                assert running.engines.alive(stem) == 0
+            assert not running.server.is_clean  # so the program leaves at once
+            reply = await ask
+            assert (reply.status, reply.error["code"]) == (503, "not_ready")
+        finally:
+            ask.cancel()
 
-    run(check())
 
-
-def test_who_waits_for_a_load_that_outlives_the_drain_is_told(
+async def test_a_stop_frees_what_was_unloaded_a_moment_ago(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        rows = (row(files("a")), row(files("b"), preload=False))
-        async with serving(*rows, drain_timeout_s=0.1) as running:
-            await running.engines.loading()
-            running.engines.hold("b")
-            ask = asyncio.create_task(running.embed("b"))
-            await running.engines.loading()
-            running.service.stop()
-            try:
-                assert await running.task == 0
-                assert not running.service.is_clean  # so the program leaves at once
-                reply = await ask
-                assert (reply.status, reply.error["code"]) == (503, "not_ready")
-            finally:
-                ask.cancel()
-
-    run(check())
+    async with serving(row(files("a")), row(files("b"))) as running:
+        await running.admin("unload", model="b")
+        running.sweep()
+        running.server.stop()
+        assert await running.task == 0
+        assert running.engines.alive("a") == running.engines.alive("b") == 0
+        assert running.server.is_clean
 
 
-def test_a_stop_frees_what_was_unloaded_a_moment_ago(
+@pytest.mark.parametrize("is_idle", [False, True], ids=["unloaded", "idle"])
+async def test_a_stop_frees_each_model_once_though_the_server_ticks_meanwhile(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, is_idle: bool
+) -> None:
+    async with serving(row(files("a")), row(files("b"))) as running:
+        engines = [running.engines.last(stem) for stem in "ab"]
+        begun, go_on = threading.Semaphore(0), threading.Event()
+
+        def close(really: Callable[[], None]) -> None:
+            begun.release()
+            kit.wait(go_on)
+            really()
+
+        for engine in engines:
+            slow = functools.partial(close, engine.close)
+            monkeypatch.setattr(engine, "close", slow)
+        if is_idle:
+            running.pass_time(2)
+        else:
+            running.models.unload(running.model("b@1"))
+        running.server.stop()
+        await asyncio.to_thread(begun.acquire, timeout=kit.DEADLINE_S)
+        running.models.sweep(1)  # the tick
+        go_on.set()
+        assert await running.task == 0
+        assert running.server.is_clean
+        await asyncio.get_running_loop().shutdown_default_executor()
+        assert [engine.times_closed for engine in engines] == [1, 1]
+
+
+async def test_a_stop_begins_no_load_that_waited_for_its_turn(
     files: Callable[[str], str],
 ) -> None:
-    async def check() -> None:
-        async with serving(row(files("a")), row(files("b"))) as running:
-            await running.admin("unload", model="b")
-            running.sweep()
-            running.service.stop()
-            assert await running.task == 0
-            assert running.engines.alive("a") == running.engines.alive("b") == 0
-            assert running.service.is_clean
-
-    run(check())
+    rows = (row(files("a")), *(row(files(stem), preload=False) for stem in "bc"))
+    async with serving(*rows, drain_timeout_s=0.1) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        asks = [asyncio.create_task(running.embed(stem)) for stem in "bc"]
+        await running.engines.loading()
+        await until(lambda: running.model("c@1").loading is not None, "c's turn")
+        running.server.stop()
+        assert [(await ask).status for ask in asks] == [503, 503]
+        running.engines.let_go()
+        assert await running.task == 0
+        await until(lambda: running.model("c@1").loading is None, "told")
+        assert running.engines.loads == ["a", "b"]
+        # Freed, or it came too late and the program leaves at once.
+        assert running.server.is_clean == (running.engines.alive("b") == 0)
+        assert " error " not in running.log.getvalue()
 
 
 # --- the program itself ---
@@ -2605,7 +2456,7 @@ def test_the_program_refuses_a_wrong_checksum_at_its_start(
     flags = ("--no-supervise", "--config", config(tmp_path, table))
     with kit.started(*flags, module=(SCRIPT,), wait_ready=False) as server:
         assert server.process.wait(kit.DEADLINE_S) == 1
-        server.wait_for_log("and must have 0000")
+        server.wait_for_log("but must have 0000")
 
 
 def test_the_program_refuses_a_load_beyond_its_ceiling(
@@ -2766,15 +2617,15 @@ def test_what_a_table_leaves_out_is_as_it_is_for_all(
     tiny: Path, tmp_path: Path
 ) -> None:
     text = (
-        'workers = 3\npack_tokens = 64\n[[models]]\npath = "F"\nname = "a"\n'
+        'workers = 3\nbatch_tokens = 64\n[[models]]\npath = "F"\nname = "a"\n'
         'share = 1\n[[models]]\npath = "F"\nname = "a"\nversion = 2\nworkers = 1\n'
         'prompts = { query = "q: ", passage = "p: {text}." }\n'
     ).replace("F", str(tiny))
     path = config(tmp_path, text)
-    read = es.load_settings({"config": path, "pack_tokens": "128"}, {})
+    read = es.load_settings({"config": path, "batch_tokens": "128"}, {})
     a1, a2 = read.models
-    assert (a1.workers, a1.pack_tokens, a1.model_share) == (3, 128, 1.0)
-    assert (a2.workers, a2.pack_tokens, a2.model_share) == (1, 128, 0.0)
+    assert (a1.workers, a1.batch_tokens, a1.model_share) == (3, 128, 1.0)
+    assert (a2.workers, a2.batch_tokens, a2.model_share) == (1, 128, 0.0)
     assert (a1.prompt, a2.prompt) == ((), ("query=q: ", "passage=p: {text}."))
     assert (a1.weights, a1.model_version, a2.model_version) == ("keep", 1, 2)
     # What --print-config shows is the same configuration.

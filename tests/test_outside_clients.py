@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -570,19 +569,10 @@ print(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
-def litellm_saw(url: str, ranker_url: str) -> Any:
+def litellm_saw(url: str, ranker_url: str, litellm: dict[str, str]) -> Any:
     """What LiteLLM was answered through each of its providers that we can be."""
     asks = (url, ranker_url, MODEL, QUERY, json.dumps(TEXTS), json.dumps(DOCUMENTS))
-    with tempfile.TemporaryDirectory() as folder:  # 0.4 GB: not for pytest to keep
-        install = (sys.executable, "-m", "pip", "install", "--quiet", "--target")
-        subprocess.run(
-            [*install, folder, "litellm>=1.100"], check=True, timeout=INSTALL_S
-        )
-        return printed(
-            *(sys.executable, "-c", LITELLM_SCRIPT, *asks),
-            PYTHONPATH=folder,
-            LITELLM_LOCAL_MODEL_COST_MAP="True",  # else it asks the network first
-        )
+    return printed(*(sys.executable, "-c", LITELLM_SCRIPT, *asks), **litellm)
 
 
 def test_litellm_embeds_through_each_provider_that_we_can_be(

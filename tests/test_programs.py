@@ -181,10 +181,10 @@ def test_a_proxy_passes_on_what_is_asked_and_answered(
     client = both.Client(proxies[way])
     expected = server.post(EMBED, BODY).json
     assert client.post(EMBED, BODY).json == expected
-    packed = client.post(
+    compressed = client.post(
         EMBED, gzip.compress(json.dumps(BODY).encode()), content_encoding="gzip"
     )
-    assert packed.json == expected
+    assert compressed.json == expected
     many = client.post(EMBED, {"input": [f"{n} {'word ' * 20}" for n in range(2048)]})
     assert len(many.json["data"]) == 2048
     assert client.post(EMBED, b"{").status == 400
@@ -312,15 +312,15 @@ def test_curl_is_answered(server: both.Client, how: str) -> None:
     assert spoken in (version, "1.1")
 
 
-def test_curl_sends_large_and_packed_bodies(
+def test_curl_sends_large_and_compressed_bodies(
     server: both.Client, tmp_path: Path
 ) -> None:
     large = {"input": [f"{n} {'word ' * 20}" for n in range(2048)]}
-    plain, packed = tmp_path / "plain.json", tmp_path / "packed.json.gz"
+    plain, compressed = tmp_path / "plain.json", tmp_path / "packed.json.gz"
     plain.write_text(json.dumps(large))
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    compressed.write_bytes(gzip.compress(plain.read_bytes()))
     coded = ("-H", "Content-Encoding: gzip")
-    for flags in ((f"@{plain}",), (f"@{packed}", *coded)):
+    for flags in ((f"@{plain}",), (f"@{compressed}", *coded)):
         status, _, body = curl(server, *TYPE, "--data-binary", *flags)
         assert status == 200, body[:300]
         assert len(json.loads(body)["data"]) == 2048

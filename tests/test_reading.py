@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import kit
-from tests.test_engine import Models, engines, models  # noqa: F401
+from tests.test_engine import ModelPaths, engines, models  # noqa: F401
 from tests.test_workers import Engine, desk
 
 NAMES = ("bert", "bpe", "spm")
@@ -34,34 +34,27 @@ def parts_of(chars: int) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Reading:
-    """An engine's tokeniser, for a model with another card."""
+    """An engine's tokenizer, for a model with another card."""
 
-    engine: Any
+    tokenizer: Any
     card: es.ModelCard
-
-    def tokenise(self, text: str) -> list[int]:
-        ids: list[int] = self.engine.tokenise(text)
-        return ids
-
-    def parts(
-        self, text: str, most: int, *, from_end: bool = False
-    ) -> Iterator[list[int]]:
-        yield from self.engine.parts(text, most, from_end=from_end)
 
     def read(self, *inputs: es.Input, **wanted: Any) -> tuple[list[Any], int]:
         """The ids of each input or the class of its error, and in how many slices."""
-        reader = es.Reader(self, es.VectorCache(0, ""))  # type: ignore[arg-type]
-        job = es.Job(inputs, lambda: None, allows_partial=True, **wanted)
+        request = es.EmbedRequest(inputs=inputs, allows_partial=True, **wanted)
+        engine: Any = self
+        reading = es.Reader(engine, request).read()
         found: list[Any] = []
-        slices = 0
+        slices = cut = 0
         while len(found) < len(inputs):
             slices += 1
-            for made in reader.slice(job):
-                if isinstance(made, es.ApiError):
-                    found.append(type(made))
+            for read in es.next_slice(reading):
+                if isinstance(read, es.ApiError):
+                    found.append(type(read))
                 else:
-                    found.append(list(made.ids))
-        return [*found, job.truncated], slices
+                    found.append(list(read[0]))
+                    cut += read[1]
+        return [*found, cut], slices
 
 
 # Words, what stands between them, marks, and what has no place to cut it.
@@ -103,7 +96,7 @@ def in_parts_as_whole(reading: Reading, *inputs: es.Input, **wanted: Any) -> lis
 @example("a " * 50 + "中" * 40, 8, {"truncates": True, "cuts_left": True})
 @example("a" * 101 + "\u00ad" * 40 + "b c", 8, {"truncates": True, "cuts_left": False})
 def test_a_text_that_is_cut_has_the_ids_of_the_whole_one_cut(
-    engines: dict[str, es.LlamaEngine],  # noqa: F811
+    engines: dict[str, es.Engine],  # noqa: F811
     name: str,
     text: str,
     most: int,
@@ -111,10 +104,10 @@ def test_a_text_that_is_cut_has_the_ids_of_the_whole_one_cut(
 ) -> None:
     engine = engines[name]
     card = dataclasses.replace(engine.card, max_input_tokens=most)
-    found, cut = in_parts_as_whole(Reading(engine, card), text, **wanted)
+    found, cut = in_parts_as_whole(Reading(engine.tokenizer, card), text, **wanted)
     limit = min(most, wanted.get("max_input_tokens", most))
-    front, end = len(card.head), len(card.tail)
-    ids = es.framed(engine.tokenise(text), card)
+    front, end = len(card.prefix), len(card.suffix)
+    ids = es.with_special_tokens(engine.tokenizer.encode(text), card)
     if len(ids) <= max(limit, front + end + 1):
         assert (found, cut) == (ids, 0)
     elif not wanted["truncates"]:
@@ -140,7 +133,7 @@ TEMPLATES = ("", "Q: {query} D: {document} end", "{document}{query}")
     more=st.sampled_from([{}, {"max_text_tokens": 7}]),
 )
 def test_pairs_and_prompts_that_are_cut_have_the_ids_of_whole_ones(
-    engines: dict[str, es.LlamaEngine],  # noqa: F811
+    engines: dict[str, es.Engine],  # noqa: F811
     name: str,
     texts: list[str],
     query: str,
@@ -153,17 +146,16 @@ def test_pairs_and_prompts_that_are_cut_have_the_ids_of_whole_ones(
     card = dataclasses.replace(
         engine.card,
         max_input_tokens=most,
-        between=(5,),
-        after=(6,),
+        pair_separator=(5,),
+        pair_suffix=(6,),
         pair_template=template,
         n_scores=1,
     )
-    reading = Reading(engine, card)
+    reading = Reading(engine.tokenizer, card)
     pairs = [es.Pair(query, text) for text in texts]
     in_parts_as_whole(reading, *pairs, **(wanted | more))
     around = (f"{query[:9]} ", " end")
-    wrapped = [f"{around[0]}{text}{around[1]}" for text in texts]
-    in_parts_as_whole(reading, *wrapped, around=around, **wanted)
+    in_parts_as_whole(reading, *texts, around=around, **wanted)
 
 
 @given(
@@ -174,9 +166,9 @@ def test_pairs_and_prompts_that_are_cut_have_the_ids_of_whole_ones(
 def test_a_list_of_ids_is_cut_as_if_all_of_it_had_been_looked_at(
     size: int, framing: tuple[bool, bool], left: bool
 ) -> None:
-    card = kit.fake_card(max_input_tokens=20, head=(1, 8), tail=(2,))
-    ids = [*card.head * framing[0], *range(10, 10 + size), *card.tail * framing[1]]
-    whole = es.framed_once(ids, card)
+    card = kit.fake_card(max_input_tokens=20, prefix=(1, 8), suffix=(2,))
+    ids = [*card.prefix * framing[0], *range(10, 10 + size), *card.suffix * framing[1]]
+    whole = es.with_special_tokens_once(ids, card)
     expected = es.truncated(whole, 20, 2, 1, left=left) if len(whole) > 20 else whole
     reading = Reading(kit.FakeEngine(), card)
     assert reading.read(ids, truncates=True, cuts_left=left)[0][0] == expected
@@ -194,10 +186,10 @@ WORD_PIECE = es.WordPiece(
 
 
 def word_pieces(most: int = 16) -> Reading:
-    """BERT's tokeniser, which is ours, without a model."""
-    vocabulary = object.__new__(es.Vocabulary)
-    vocabulary._word_piece = WORD_PIECE
-    return Reading(vocabulary, kit.fake_card(max_input_tokens=most))
+    """BERT's tokenizer, which is ours, without a model."""
+    tokenizer = object.__new__(es.Tokenizer)
+    tokenizer._word_piece = WORD_PIECE
+    return Reading(tokenizer, kit.fake_card(max_input_tokens=most))
 
 
 MANY = 20 * es.PART_CHARS
@@ -220,7 +212,7 @@ def test_a_huge_text_is_read_a_little_at_a_time_and_only_as_far_as_needed(
 ) -> None:
     text = HUGE[kind]
     reading = word_pieces()
-    ids = es.framed(WORD_PIECE.ids(text), reading.card)
+    ids = es.with_special_tokens(WORD_PIECE.encode(text), reading.card)
     found, slices = reading.read(text, truncates=True, cuts_left=left)
     if len(ids) > 16:
         assert found == [es.truncated(ids, 16, 1, 1, left=left), 1]
@@ -235,14 +227,14 @@ def test_a_huge_text_is_read_a_little_at_a_time_and_only_as_far_as_needed(
 
 
 class Counting(Engine):
-    """Counts the characters that are tokenised."""
+    """Counts the characters that are tokenized."""
 
     def __init__(self) -> None:
         super().__init__(max_input_tokens=100)
         self.chars = 0
 
-    def tokenise(self, text: str) -> list[int]:
-        ids = super().tokenise(text)
+    def encode(self, text: str) -> list[int]:
+        ids = super().encode(text)
         self.chars += len(text)
         return ids
 
@@ -263,25 +255,25 @@ def test_a_line_waits_for_no_more_than_a_slice_of_each_other_client(
 ) -> None:
     engine = Counting()
     engine.hold("held")
-    with desk(engine, max_tokens=10**9) as at:
+    with desk(engine, limit=es.Size(10**4, 10**9, 1 << 40)) as at:
         at.submit("held", client="first")
-        engine.wait_until_tokenising("held")
+        engine.wait_until_tokenizing("held")
         jobs = [
             at.submit(
                 *inputs, client="import", truncates=truncates, allows_partial=True
             )
             for _ in range(5)
         ]
-        urgent = at.submit("urgent line", client="urgent", urgency=0)
+        urgent = at.submit("urgent line", client="urgent", priority=0)
         line = at.submit("a line", client="line")
         seen: list[int] = []
-        errand = es.Errand(lambda: seen.append(engine.chars), seen.append, "errand")  # type: ignore[arg-type]
-        at.pool.queue.send_errand(errand)
+        task = es.TokenizerTask(lambda: seen.append(engine.chars), "task")
+        at.pool.queue.submit_task(task)
         engine.chars = 0
         engine.hold("held").set()
-        engine.wait_until_tokenising("a line")
-        assert engine.tokenised.index("urgent line") == 1, "before what is less urgent"
-        before = sum(map(len, engine.tokenised[1 : engine.tokenised.index("a line")]))
+        engine.wait_until_tokenizing("a line")
+        assert engine.tokenized.index("urgent line") == 1, "before what is less urgent"
+        before = sum(map(len, engine.tokenized[1 : engine.tokenized.index("a line")]))
         assert before <= es._SLICE_CHARS + 2 * es.PART_CHARS
         at.wait_for(urgent, line)
         for job in jobs:
@@ -296,12 +288,12 @@ def test_a_line_waits_for_no_more_than_a_slice_of_each_other_client(
 @QUIET
 @given(text=TEXTS, left=st.booleans())
 def test_the_default_models_texts_are_cut_as_if_they_had_been_read_whole(
-    engine: es.LlamaEngine, text: str, left: bool
+    engine: es.Engine, text: str, left: bool
 ) -> None:
     card = dataclasses.replace(engine.card, max_input_tokens=12)
-    whole = es.framed(engine.tokenise(text), card)
+    whole = es.with_special_tokens(engine.tokenizer.encode(text), card)
     expected = es.truncated(whole, 12, 1, 1, left=left) if len(whole) > 12 else whole
     found = in_parts_as_whole(
-        Reading(engine, card), text, truncates=True, cuts_left=left
+        Reading(engine.tokenizer, card), text, truncates=True, cuts_left=left
     )
     assert found[0] == expected

@@ -24,9 +24,9 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
     import embellama_server as es
 
     rows = es.SETTING_ROWS
-    known = {flag for row in rows for flag in (row.flag, *row.option.also)} | {
-        *("--print-config", "--version", "--no-elastic", "--no-supervise"),  # ours
-        *("--seconds", "--output"),  # of tune
+    known = {flag for row in rows for flag in row.flags} | {
+        *("--no-elastic", "--no-supervise"),  # ours
+        *(flag for verb in es.VERBS.values() for flag in verb.flags),
         *("--bert-base", "--peer-cmd", "--list-cells", "--cached", "--health"),  # bench
         "--requests",  # of the soak test
         "--count",  # of the mutants

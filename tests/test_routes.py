@@ -6,6 +6,7 @@ Each claim is made of the rows of ``ROUTES``, so that a route that is added is c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import hmac
@@ -13,7 +14,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,23 @@ FORMS = [route for route in es.ROUTES if route.form]
 READS = [route for route in es.ROUTES if route.method == "GET"]
 WORK = [route for route in FORMS if route.takes_work]
 CACHED = {"/v1/models", "/models", "/openapi.json", "/docs"}
-NEVER_KEPT = {"/health", "/ping", "/ready", "/metrics"}
+NEVER_KEPT = {"/health", "/ping", "/ready", "/metrics", "/v1/metrics"}
 # Those whose answer does not come from the engine's contexts.
 LOADS_NOTHING = {"/api/show", "/api/pull"}
 COMPUTES_NOTHING = {"/tokenize", "/decode", "/api/show", "/api/pull"}
+COMPUTING = [route for route in WORK if route.path not in COMPUTES_NOTHING]
 KEY = "key-of-somebody-0123456789"
 URL = "/v1/embeddings"
 
 
-def with_service(
-    check: Callable[[RunningService], Awaitable[None]],
-    engine: kit.FakeEngine | None = None,
-    *,
-    has_bug: bool = False,
-    **changes: Any,
-) -> None:
-    """Run ``check`` against a service where every route can answer 200."""
-
-    async def run() -> None:
-        every = kit.all_routes() | changes
-        async with kit.running_service(engine, **every) as running:
-            await check(running)
-        assert (" bug " in running.log.getvalue()) == has_bug
-
-    asyncio.run(run())
+@contextlib.asynccontextmanager
+async def service(
+    engine: kit.FakeEngine | None = None, *, has_bug: bool = False, **changes: Any
+) -> AsyncIterator[RunningService]:
+    """A running service where every route can answer 200."""
+    async with kit.running_service(engine, **kit.all_routes() | changes) as running:
+        yield running
+    assert (" bug " in running.log.getvalue()) == has_bug
 
 
 def each(routes: Iterable[es.Route]) -> pytest.MarkDecorator:
@@ -70,7 +64,7 @@ def key_file(folder: Path) -> str:
     return str(path)
 
 
-def packed(body: object) -> bytes:
+def compressed(body: object) -> bytes:
     """JSON in gzip."""
     return gzip.compress(json.dumps(body).encode())
 
@@ -78,54 +72,57 @@ def packed(body: object) -> bytes:
 async def post(
     running: RunningService, path: str, raw: bytes, coding: str = "gzip", **fields: str
 ) -> kit.Reply:
-    """A body that says how it is packed."""
+    """A body that says how it is compressed."""
     fields = {"content_type": "application/json", "content_encoding": coding} | fields
     return await running.ask("POST", path, raw, **fields)
 
 
 def without_time(reply: kit.Reply) -> Any:
-    """The JSON of an answer less what is never the same twice."""
+    """An answer's text, or its JSON less what is never the same twice."""
+    if reply.headers["content-type"].startswith("text/plain"):
+        return reply.body
     found = reply.json
     if isinstance(found, dict):
         for name in ("timings", "total_duration", "load_duration", "idle_s", "id"):
             found.pop(name, None)
-        found.pop("created", None)
+        for name in ("created", "performance"):
+            found.pop(name, None)
     return found
 
 
-# --- packed requests ---
+# --- compressed requests ---
 
 
 @each(FORMS)
-def test_a_packed_body_is_answered_as_it_would_be_unpacked(route: es.Route) -> None:
-    async def check(running: RunningService) -> None:
+async def test_a_compressed_body_is_answered_like_a_plain_one(
+    route: es.Route,
+) -> None:
+    async with service() as running:
         plain = await running.ask_route(route)
         assert plain.status == 200
         for coding in ("gzip", "x-gzip", "GZIP", "identity, gzip"):
-            raw = packed(kit.body_of(route))
+            raw = compressed(kit.body_of(route))
             reply = await post(running, route.path, raw, coding)
             assert reply.status == 200, reply.body
             assert without_time(reply) == without_time(plain)
 
-    with_service(check)
-
 
 @each(FORMS)
-def test_a_body_packed_otherwise_is_415_and_says_what_is_known(route: es.Route) -> None:
-    async def check(running: RunningService) -> None:
+async def test_a_body_in_another_coding_is_415_and_says_what_is_known(
+    route: es.Route,
+) -> None:
+    async with service() as running:
         for coding in ("br", "deflate", "compress", "gzip, gzip", "gzip;q=1", "*"):
-            raw = packed(kit.body_of(route))
+            raw = compressed(kit.body_of(route))
             reply = await post(running, route.path, raw, coding)
             assert reply.status == 415, coding
             assert "gzip" in reply.headers["accept-encoding"].split(", ")
             assert coding.split(",")[0] in reply.error_in(route.dialect)
 
-    with_service(check)
-
 
 @each(FORMS)
-def test_a_body_that_is_not_packed_as_it_says_is_400(route: es.Route) -> None:
-    raw = packed(kit.body_of(route))
+async def test_a_body_that_is_not_compressed_as_it_says_is_400(route: es.Route) -> None:
+    raw = compressed(kit.body_of(route))
     bad = {
         "not at all": json.dumps(kit.body_of(route)).encode(),
         "cut short": raw[:-1],
@@ -135,23 +132,23 @@ def test_a_body_that_is_not_packed_as_it_says_is_400(route: es.Route) -> None:
         "not JSON": gzip.compress(b"{"),
     }
 
-    async def check(running: RunningService) -> None:
+    async with service() as running:
         for how, body in bad.items():
             reply = await post(running, route.path, body)
             assert reply.status == 400, how
             assert reply.error_in(route.dialect)
         assert (await running.ask_route(route)).status == 200
 
-    with_service(check)
-
 
 @each(FORMS)
-def test_what_unpacks_to_too_much_is_413_and_harms_nobody(route: es.Route) -> None:
-    packed = gzip.compress(b" " * 5000)
+async def test_a_body_that_decompresses_to_too_much_is_413_and_harms_nobody(
+    route: es.Route,
+) -> None:
+    compressed = gzip.compress(b" " * 5000)
 
-    async def check(running: RunningService) -> None:
+    async with service(max_body_bytes=4096) as running:
         replies = await asyncio.gather(
-            *(post(running, route.path, packed) for _ in range(5))
+            *(post(running, route.path, compressed) for _ in range(5))
         )
         for reply in replies:
             assert reply.status == 413
@@ -160,17 +157,13 @@ def test_what_unpacks_to_too_much_is_413_and_harms_nobody(route: es.Route) -> No
             assert "--max-body-bytes" in sentence
         assert (await running.ask_route(route)).status == 200
 
-    with_service(check, max_body_bytes=4096)
 
-
-def test_the_limit_of_a_packed_body_is_exact() -> None:
-    async def check(running: RunningService) -> None:
+async def test_the_limit_of_a_compressed_body_is_exact() -> None:
+    async with service(max_body_bytes=1024) as running:
         for size, status in ((1024, 200), (1025, 413)):
             body = b'{"input": "a"}'.ljust(size)
             reply = await post(running, URL, gzip.compress(body))
             assert reply.status == status
-
-    with_service(check, max_body_bytes=1024)
 
 
 def authorization(signed: bytes, path: str = URL) -> str:
@@ -183,8 +176,12 @@ def authorization(signed: bytes, path: str = URL) -> str:
     return f"Signature somebody {stamp} {digest} {mac}"
 
 
-def test_a_signature_is_over_the_bytes_that_were_sent(tmp_path: Path) -> None:
-    async def check(running: RunningService) -> None:
+async def test_a_signature_is_over_the_bytes_that_were_sent(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"max_body_bytes": 4096}
+    keys = key_file(tmp_path)
+    async with service(
+        api_key_file=keys, signed_requests="require", **limits
+    ) as running:
         body = json.dumps({"input": "a b"}).encode()
         raw = gzip.compress(body)
         for signed, status in ((raw, 200), (body, 401)):
@@ -198,39 +195,35 @@ def test_a_signature_is_over_the_bytes_that_were_sent(tmp_path: Path) -> None:
             content_type="application/json",
         )
         assert plain.status == 200
-        # Nothing is unpacked for who has not signed it.
+        # Nothing is decompressed for a client that has not signed it.
         large = gzip.compress(b" " * 5000)
         reply = await post(running, URL, large, authorization=authorization(body))
         assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
-
-    limits: dict[str, Any] = {"max_body_bytes": 4096}
-    keys = key_file(tmp_path)
-    with_service(check, api_key_file=keys, signed_requests="require", **limits)
 
 
 # --- what a client accepts, and what it has already ---
 
 
 @each(es.ROUTES)
-def test_an_accept_that_leaves_out_all_we_have_is_answered_all_the_same(
+async def test_an_accept_that_leaves_out_all_we_have_is_answered_all_the_same(
     route: es.Route,
 ) -> None:
-    async def check(running: RunningService) -> None:
+    async with service() as running:
         usual = (await running.ask_route(route)).headers["content-type"]
         none = f"{route.offers[0]};q=0, image/*"
         for accept in ("image/png", "text/event-stream", "*/*;q=0", none):
             reply = await running.ask_route(route, accept=accept)
             assert (reply.status, reply.headers["content-type"]) == (200, usual)
 
-    with_service(check)
-
 
 @each(es.ROUTES)
-def test_an_accept_that_takes_what_we_have_is_answered_with_it(route: es.Route) -> None:
+async def test_an_accept_that_takes_what_we_have_is_answered_with_it(
+    route: es.Route,
+) -> None:
     family = route.offers[0].partition("/")[0]
     browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
-    async def check(running: RunningService) -> None:
+    async with service() as running:
         usual = (await running.ask_route(route)).headers["content-type"]
         assert usual.startswith(route.offers[0])
         for accept in ("*/*", f"{family}/*", route.offers[0].upper(), browser, "?"):
@@ -238,12 +231,10 @@ def test_an_accept_that_takes_what_we_have_is_answered_with_it(route: es.Route) 
             assert reply.status == 200
             assert reply.headers["content-type"] == usual
 
-    with_service(check)
-
 
 @pytest.mark.parametrize("path", ["/", "/health", "/ping"])
-def test_who_prefers_text_reads_text(path: str) -> None:
-    async def check(running: RunningService) -> None:
+async def test_who_prefers_text_reads_text(path: str) -> None:
+    async with service() as running:
         for accept in ("text/plain", "text/*", "application/json;q=0.5, text/plain"):
             reply = await running.ask("GET", path, accept=accept)
             assert (reply.status, reply.headers["vary"]) == (200, "accept")
@@ -255,8 +246,6 @@ def test_who_prefers_text_reads_text(path: str) -> None:
             assert reply.headers["content-type"] == "application/json"
             assert reply.headers["vary"] == "accept"
             assert reply.json
-
-    with_service(check)
 
 
 KINDS = {  # whether browsers' word is taken, and that of others
@@ -285,10 +274,12 @@ ASKING = {  # who asks, and whether that may be a browser
 
 
 @each(FORMS)
-def test_who_is_no_browser_need_not_say_that_a_body_is_json(route: es.Route) -> None:
+async def test_who_is_no_browser_need_not_say_that_a_body_is_json(
+    route: es.Route,
+) -> None:
     raw = json.dumps(kit.body_of(route)).encode()
 
-    async def check(running: RunningService) -> None:
+    async with service(cors_origin=("http://localhost:3000",)) as running:
         for fields, is_browser in ASKING.values():
             for kind, is_taken in KINDS.items():
                 sent = fields | {"content_type": kind}
@@ -303,16 +294,16 @@ def test_who_is_no_browser_need_not_say_that_a_body_is_json(route: es.Route) -> 
         reply = kit.parse_reply(await running.exchange(bare.encode() + raw))
         assert reply.status == 200
 
-    with_service(check, cors_origin=("http://localhost:3000",))
-
 
 @each(FORMS)
-def test_no_page_of_another_site_can_send_a_body_anywhere(route: es.Route) -> None:
+async def test_no_page_of_another_site_can_send_a_body_anywhere(
+    route: es.Route,
+) -> None:
     raw = json.dumps(kit.body_of(route)).encode()
     sites = [{"origin": "https://evil.example"}, {"sec_fetch_site": "cross-site"}]
     sites += [{"origin": "null"}, {"origin": "https://evil.example", "accept": "*/*"}]
 
-    async def check(running: RunningService) -> None:
+    async with service() as running:
         for fields in sites:
             for kind in (*KINDS, "application/json"):
                 sent = fields | {"content_type": kind}
@@ -320,8 +311,6 @@ def test_no_page_of_another_site_can_send_a_body_anywhere(route: es.Route) -> No
                 assert reply.status == 403
                 assert "--cors-origin" in reply.error_in(route.dialect)
         assert not running.engine.calls
-
-    with_service(check)
 
 
 def test_only_what_seldom_changes_is_kept_and_only_after_asking() -> None:
@@ -332,8 +321,8 @@ def test_only_what_seldom_changes_is_kept_and_only_after_asking() -> None:
 
 
 @each(READS)
-def test_what_a_client_has_already_is_not_sent_again(route: es.Route) -> None:
-    async def check(running: RunningService) -> None:
+async def test_what_a_client_has_already_is_not_sent_again(route: es.Route) -> None:
+    async with service() as running:
         first = await running.ask_route(route)
         assert first.headers.get("cache-control", "") == route.caching
         if route.path not in CACHED:
@@ -354,11 +343,9 @@ def test_what_a_client_has_already_is_not_sent_again(route: es.Route) -> None:
             again = await running.ask_route(route, if_none_match=said)
             assert (again.status, again.body) == (200, first.body)
 
-    with_service(check)
 
-
-def test_a_304_does_not_end_the_connection_or_hold_up_the_next_answer() -> None:
-    async def check(running: RunningService) -> None:
+async def test_a_304_does_not_end_the_connection_or_hold_up_the_next_answer() -> None:
+    async with service() as running:
         etag = (await running.ask("GET", "/docs")).headers["etag"]
         head = b"GET /docs HTTP/1.1\r\nhost: h\r\n"
         first = head + b"if-none-match: " + etag.encode() + b"\r\n\r\n"
@@ -367,11 +354,9 @@ def test_a_304_does_not_end_the_connection_or_hold_up_the_next_answer() -> None:
         replies = kit.parse_replies(raw, ["GET"] * 3)
         assert [reply.status for reply in replies] == [304, 304, 200]
 
-    with_service(check)
 
-
-def test_one_tag_is_for_a_page_packed_or_not() -> None:
-    async def check(running: RunningService) -> None:
+async def test_a_page_has_one_etag_compressed_or_not() -> None:
+    async with service(gzip="all") as running:
         plain = await running.ask("GET", "/openapi.json")
         zipped = await running.ask("GET", "/openapi.json", accept_encoding="gzip")
         assert zipped.headers["content-encoding"] == "gzip"
@@ -381,11 +366,9 @@ def test_one_tag_is_for_a_page_packed_or_not() -> None:
         asked = {"if_none_match": plain.headers["etag"], "accept_encoding": "gzip"}
         assert (await running.ask("GET", "/openapi.json", **asked)).status == 304
 
-    with_service(check, gzip="all")
 
-
-def test_the_tag_of_the_models_is_another_once_one_is_unloaded() -> None:
-    async def check(running: RunningService) -> None:
+async def test_the_tag_of_the_models_is_another_once_one_is_unloaded() -> None:
+    async with service() as running:
         before = (await running.ask("GET", "/v1/models")).headers["etag"]
         gone = await running.ask("POST", "/admin/models/unload", {"model": kit.RANKER})
         assert gone.json["state"] == "unloaded"
@@ -393,15 +376,15 @@ def test_the_tag_of_the_models_is_another_once_one_is_unloaded() -> None:
         assert reply.status == 200
         assert reply.headers["etag"] != before
 
-    with_service(check)
-
 
 # --- paths as clients join them ---
 
 
 @each(es.ROUTES)
-def test_more_slashes_and_the_prefix_are_answered_as_none(route: es.Route) -> None:
-    async def check(running: RunningService) -> None:
+async def test_more_slashes_and_the_prefix_are_answered_as_none(
+    route: es.Route,
+) -> None:
+    async with service(root_path="/front/of/it/") as running:
         path, body = kit.path_of(route), kit.body_of(route)
         plain = await running.ask(route.method, path, body)
         assert plain.status == 200
@@ -411,10 +394,8 @@ def test_more_slashes_and_the_prefix_are_answered_as_none(route: es.Route) -> No
             if path not in COUNTING:
                 assert said_by(reply) == said_by(plain), spelled
 
-    with_service(check, root_path="/front/of/it/")
 
-
-COUNTING = {"/metrics", "/admin/models"}  # what was asked
+COUNTING = {"/metrics", "/v1/metrics", "/admin/models"}  # what was asked
 
 
 def said_by(reply: kit.Reply) -> Any:
@@ -436,7 +417,7 @@ def test_any_slashes_lead_to_the_same_route(
         *begins, last = slashes
         pairs = zip(begins, path.split("/")[1:], strict=False)
         spelled = "".join("/" * n + one for n, one in pairs) + "/" * (last - 1)
-        found = [r for r, _ in es.matching_routes(es.local_path(spelled, root_path))]
+        found = es.matching_routes(es.local_path(spelled, root_path))
         whole = path.rstrip("/").replace("/fake", "/{id}") or "/"
         # A route is before the prefix.
         assert {r.path for r in found} == {whole if whole in PATHS else route.path}
@@ -466,7 +447,9 @@ INSTEAD = {
     "/V1/embeddings": "it is /v1/embeddings: capitals matter",
     "/V1/V1/Embeddings": "it is /v1/embeddings: the client's base URL has /v1 twice",
     "/v1/embedding": "it may be /v1/embeddings",
-    "/v1/chat/completions": "GET / lists what there is",
+    "/v1/chat": "it is the beginning of /v1/chat/completions",
+    "/v1/completion": "it may be /v1/completions",
+    "/v1/moderations": "GET / lists what there is",
     "/favicon.ico": "GET / lists what there is",
     "/x" * 4000: "GET / lists what there is",
 }
@@ -481,8 +464,8 @@ def test_an_unknown_path_is_404_and_names_what_may_be_meant(path: str) -> None:
         assert len(caught.value.message) < 600
 
 
-def test_what_is_unknown_under_api_is_told_as_ollama_tells_it() -> None:
-    async def check(running: RunningService) -> None:
+async def test_what_is_unknown_under_api_is_told_as_ollama_tells_it() -> None:
+    async with service() as running:
         for path in ("/api", "/api/", "//api/chat", "/api/v1/embeddings"):
             for method in ("GET", "POST", "OPTIONS"):
                 reply = await running.ask(method, path, {})
@@ -491,16 +474,12 @@ def test_what_is_unknown_under_api_is_told_as_ollama_tells_it() -> None:
         reply = await running.ask("GET", "/apis")
         assert (reply.status, reply.error["code"]) == (404, "unknown_url")
 
-    with_service(check)
 
-
-def test_the_description_says_where_the_paths_begin() -> None:
-    async def check(running: RunningService) -> None:
+async def test_the_description_says_where_the_paths_begin() -> None:
+    async with service(root_path="/a/b/") as running:
         for path in ("/openapi.json", "/a/b/openapi.json"):
             found = (await running.ask("GET", path)).json
             assert found["servers"] == [{"url": "/a/b"}]
-
-    with_service(check, root_path="/a/b/")
     assert json.loads(es.openapi_text())["servers"] == [{"url": "/"}]
 
 
@@ -508,19 +487,15 @@ def test_the_description_says_where_the_paths_begin() -> None:
 
 
 @each(READS)
-def test_head_is_get_without_the_body(route: es.Route) -> None:
-    async def check(running: RunningService) -> None:
+async def test_head_is_get_without_the_body(route: es.Route) -> None:
+    async with service() as running:
         path = kit.path_of(route)
         await running.ask("GET", path)
         full = await running.ask("GET", path)
         head = await running.ask("HEAD", path)
         assert (head.status, head.body) == (200, b"")
         changing = {"date", "x-request-id", "openai-processing-ms"}
-        if path in (
-            "/metrics",
-            "/admin/models",
-            "/api/ps",
-        ):  # they count, or tell a time
+        if path in COUNTING | {"/api/ps"}:  # they count, or tell a time
             changing |= {"content-length"}
         told = [
             {
@@ -533,26 +508,24 @@ def test_head_is_get_without_the_body(route: es.Route) -> None:
         assert told[0] == told[1]
         assert set(head.headers) == set(full.headers)
 
-    with_service(check)
 
-
-def test_head_is_405_where_there_is_no_get() -> None:
-    async def check(running: RunningService) -> None:
+async def test_head_is_405_where_there_is_no_get() -> None:
+    async with service() as running:
         reads = {route.path for route in READS}
         for path in {route.path for route in es.ROUTES} - reads:
             reply = await running.ask("HEAD", path)
             assert (reply.status, reply.body) == (405, b"")
             assert "HEAD" not in reply.headers["allow"]
 
-    with_service(check)
-
 
 @each(es.ROUTES)
-def test_options_lists_just_the_methods_that_are_answered(route: es.Route) -> None:
+async def test_options_lists_just_the_methods_that_are_answered(
+    route: es.Route,
+) -> None:
     methods = {r.method for r in es.ROUTES if r.path == route.path} | {"OPTIONS"}
     methods |= {"HEAD"} if "GET" in methods else set()
 
-    async def check(running: RunningService) -> None:
+    async with service() as running:
         path = kit.path_of(route)
         reply = await running.ask("OPTIONS", path)
         assert (reply.status, reply.body) == (204, b"")
@@ -565,14 +538,12 @@ def test_options_lists_just_the_methods_that_are_answered(route: es.Route) -> No
             if method != "HEAD" and len(dialects) == 1:
                 assert reply.error_in(route.dialect)
 
-    with_service(check)
-
 
 # --- errors, each in the dialect of its route ---
 
 
 @each(FORMS)
-def test_what_is_wrong_with_a_body_is_said_in_the_route_s_dialect(
+async def test_what_is_wrong_with_a_body_is_said_in_the_route_s_dialect(
     route: es.Route,
 ) -> None:
     invalid = route.dialect.status_of(es.InvalidValue)
@@ -590,33 +561,31 @@ def test_what_is_wrong_with_a_body_is_said_in_the_route_s_dialect(
     if route.path not in ("/api/embed", "/api/embeddings"):  # which load a model then
         cases.append(({}, invalid, "missing|give either"))
 
-    async def check(running: RunningService) -> None:
+    async with service() as running:
         for sent, status, part in cases:
             reply = await running.ask("POST", route.path, sent)
             assert reply.status == status, (sent, reply.body)
             assert re.search(part, reply.error_in(route.dialect))
         assert (await running.ask_route(route)).status == 200
 
-    with_service(check)
-
 
 @each(FORMS)
-def test_a_body_above_the_limit_is_413_in_the_route_s_dialect(route: es.Route) -> None:
-    async def check(running: RunningService) -> None:
+async def test_a_body_above_the_limit_is_413_in_the_route_s_dialect(
+    route: es.Route,
+) -> None:
+    async with service(max_body_bytes=1024) as running:
         path = kit.path_of(route)
         kind = "application/json"
         reply = await running.ask("POST", path, b" " * 1025, content_type=kind)
         assert reply.status == 413
         assert "1024" in reply.error_in(route.dialect)
 
-    with_service(check, max_body_bytes=1024)
-
 
 @each(FORMS)
-def test_a_body_that_grows_above_the_limit_is_413_in_that_dialect(
+async def test_a_body_that_grows_above_the_limit_is_413_in_that_dialect(
     route: es.Route,
 ) -> None:
-    async def check(running: RunningService) -> None:
+    async with service(max_body_bytes=1024) as running:
         lines = [f"POST {route.path} HTTP/1.1", "host: h"]
         lines += ["content-type: application/json"]
         lines += running.admin_lines().splitlines()
@@ -625,11 +594,11 @@ def test_a_body_that_grows_above_the_limit_is_413_in_that_dialect(
         assert reply.status == 413
         assert "1024" in reply.error_in(route.dialect)
 
-    with_service(check, max_body_bytes=1024)
 
-
-def test_who_has_no_key_is_told_so_in_the_route_s_dialect(tmp_path: Path) -> None:
-    async def check(running: RunningService) -> None:
+async def test_who_has_no_key_is_told_so_in_the_route_s_dialect(tmp_path: Path) -> None:
+    async with service(
+        api_key_file=key_file(tmp_path), open_route=("none",)
+    ) as running:
         for route in es.ROUTES:
             for fields in ({}, {"authorization": "Bearer wrong-key-0123456789"}):
                 reply = await running.ask_route(route, **fields)
@@ -639,11 +608,9 @@ def test_who_has_no_key_is_told_so_in_the_route_s_dialect(tmp_path: Path) -> Non
             reply = await running.ask_route(route, authorization=f"Bearer {KEY}")
             assert reply.status == 200, route.path
 
-    with_service(check, api_key_file=key_file(tmp_path), open_route=("none",))
 
-
-def test_who_asks_too_often_is_told_so_in_the_route_s_dialect() -> None:
-    async def check(running: RunningService) -> None:
+async def test_who_asks_too_often_is_told_so_in_the_route_s_dialect() -> None:
+    async with service(rate_limit=0.001, rate_burst=1) as running:
         await running.ask("GET", "/v1/models")
         for route in es.ROUTES:
             reply = await running.ask_route(route)
@@ -655,13 +622,11 @@ def test_who_asks_too_often_is_told_so_in_the_route_s_dialect() -> None:
             assert reply.headers["x-should-retry"] == "true"
             assert reply.error_in(route.dialect)
 
-    with_service(check, rate_limit=0.001, rate_burst=1)
 
-
-def test_while_the_model_loads_work_is_refused_in_the_route_s_dialect() -> None:
+async def test_while_the_model_loads_work_is_refused_in_the_route_s_dialect() -> None:
     gate = threading.Event()
 
-    async def check(running: RunningService) -> None:
+    async with service(before_load=lambda: kit.wait(gate), wait_ready=False) as running:
         for route in es.ROUTES:
             reply = await running.ask_route(route)
             waits = route.takes_work or route.path in (
@@ -680,10 +645,8 @@ def test_while_the_model_loads_work_is_refused_in_the_route_s_dialect() -> None:
         gate.set()
         await running.log.settled.wait()
 
-    with_service(check, before_load=lambda: kit.wait(gate), wait_ready=False)
 
-
-def test_a_full_queue_is_told_in_the_route_s_dialect() -> None:
+async def test_a_full_queue_is_told_in_the_route_s_dialect() -> None:
     engine, ranker = kit.FakeEngine(), kit.all_routes()["beside"][kit.RANKER]
 
     async def filled(running: RunningService, path: str) -> asyncio.Task[kit.Reply]:
@@ -694,11 +657,12 @@ def test_a_full_queue_is_told_in_the_route_s_dialect() -> None:
         await asyncio.to_thread(blocked.wait_until_computing)
         return task
 
-    async def check(running: RunningService) -> None:
+    changes: dict[str, Any] = {"queue_size": 1, "cache_mb": 0}
+    async with service(engine, beside={kit.RANKER: ranker}, **changes) as running:
         tasks = [await filled(running, URL)]
         # One model is full, and so the body must come before it is known.
-        for route in WORK:
-            if kit.ranks(route.path) or route.path in COMPUTES_NOTHING:
+        for route in COMPUTING:
+            if kit.model_of(route.path) != "fake":
                 continue
             refused = await running.ask_route(route)
             assert refused.status == route.dialect.status_of(es.Overloaded), route.path
@@ -716,49 +680,45 @@ def test_a_full_queue_is_told_in_the_route_s_dialect() -> None:
             one.release()
         assert [(await task).status for task in tasks] == [200, 200]
 
-    changes: dict[str, Any] = {"queue_size": 1, "cache_mb": 0}
-    with_service(check, engine, beside={kit.RANKER: ranker}, **changes)
-
 
 def test_the_statuses_of_a_full_queue_are_the_peers() -> None:
     told = {d.name: d.status_of(es.Overloaded) for d in (r.dialect for r in es.ROUTES)}
-    assert told == {"OpenAI": 503, "TEI": 429, "Seed": 429, "Ollama": 503}
+    generating = {"Chat": 503, "Infer": 503, "LMServ": 503}
+    assert told == {"OpenAI": 503, "TEI": 429, "Seed": 429, "Ollama": 503} | generating
 
 
 @each(WORK)
-def test_a_bug_is_told_in_the_route_s_dialect(
+async def test_a_bug_is_told_in_the_route_s_dialect(
     route: es.Route, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("secret detail")
 
-    async def check(running: RunningService) -> None:
-        monkeypatch.setattr(es.Models, "find", broken)
+    async with service(has_bug=True) as running:
+        monkeypatch.setattr(es.ModelNames, "find", broken)
         reply = await running.ask_route(route)
         assert reply.status == 500
         assert "secret" not in reply.error_in(route.dialect)
         assert "secret detail" in running.log.getvalue()
 
-    with_service(check, has_bug=True)
-
 
 FAILURES: dict[str, tuple[str, type[es.ApiError]]] = {
     "nan": ("finite", es.NonFiniteVector),
-    "boom": ("could not be computed", es.EngineFailed),
+    "boom": ("failed again when tried alone", es.EngineFailed),
     " ".join(["word"] * 40): ("42", es.ContextLengthExceeded),
 }
 
 
 @pytest.mark.parametrize("text", FAILURES)
-@each([r for r in WORK if r.path not in COMPUTES_NOTHING and not kit.ranks(r.path)])
-def test_what_fails_in_the_engine_is_told_in_the_route_s_dialect(
+@each([r for r in COMPUTING if kit.model_of(r.path) == "fake"])
+async def test_what_fails_in_the_engine_is_told_in_the_route_s_dialect(
     route: es.Route, text: str
 ) -> None:
     part, error = FAILURES[text]
     raw = json.dumps(kit.body_of(route)).replace("a b", text).encode()
     kind = {"content_type": "application/json"}
 
-    async def check(running: RunningService) -> None:
+    async with service() as running:
         reply = await running.ask("POST", route.path, raw, **kind)
         cuts = route.dialect is es.OLLAMA or route.form is es.CohereEmbedForm
         if cuts and error is es.ContextLengthExceeded:  # unless told not to
@@ -767,48 +727,49 @@ def test_what_fails_in_the_engine_is_told_in_the_route_s_dialect(
         assert reply.status == route.dialect.status_of(error)
         assert part in reply.error_in(route.dialect)
 
-    with_service(check)
+
+async def test_a_model_of_the_other_kind_is_told_in_the_route_s_dialect() -> None:
+    async with service() as running:
+        for route in COMPUTING:
+            for other in {"fake", kit.RANKER, kit.CHATTER} - {kit.model_of(route.path)}:
+                body = (kit.body_of(route) or {}) | {"model": other}
+                reply = await running.ask("POST", route.path, body)
+                assert reply.status == route.dialect.status_of(es.WrongKindOfModel)
+                assert other in reply.error_in(route.dialect)
 
 
-def test_a_model_of_the_other_kind_is_told_in_the_route_s_dialect() -> None:
-    async def check(running: RunningService) -> None:
-        for route in WORK:
-            if route.path in COMPUTES_NOTHING:
-                continue
-            other = "fake" if kit.ranks(route.path) else kit.RANKER
-            body = (kit.body_of(route) or {}) | {"model": other}
-            reply = await running.ask("POST", route.path, body)
-            assert reply.status == route.dialect.status_of(es.WrongKindOfModel)
-            assert other in reply.error_in(route.dialect)
-
-    with_service(check)
-
-
-def test_a_request_of_no_route_is_told_in_openai_s_dialect() -> None:
-    async def check(running: RunningService) -> None:
+async def test_a_request_of_no_route_is_told_in_openai_s_dialect() -> None:
+    async with service() as running:
         assert (await running.ask("GET", "/nope")).error["code"] == "unknown_url"
         raw = await running.exchange(b"GET / HTTP/1.1\r\nhost h\r\n\r\n")
         assert kit.parse_reply(raw).error["code"] == "malformed_request"
-
-    with_service(check)
 
 
 # --- what is said back is short ---
 
 # Fields that hold texts: they are given back only where a request says so.
-TEXTS = {"input", "inputs", "ids", "texts", "documents", "query", "prompt"}
+TEXTS = {
+    "system_prompt",
+    "input",
+    "inputs",
+    "ids",
+    "texts",
+    "documents",
+    "query",
+    "prompt",
+}
 LONG = "x" * 50_000
 
 
 @each(FORMS)
-def test_no_name_is_so_long_that_a_reply_an_error_or_a_log_line_is(
+async def test_no_name_is_so_long_that_a_reply_an_error_or_a_log_line_is(
     route: es.Route,
 ) -> None:
     assert route.form is not None
     properties = es.schema_of(route.form)["properties"]
     plain = kit.body_of(route) or {}
 
-    async def check(running: RunningService) -> None:
+    async with service(any_model=True) as running:
         for field in properties.keys() - TEXTS:
             for long in (LONG, "\U0001f600" * 512, "9" * 50_000):
                 reply = await running.ask("POST", route.path, plain | {field: long})
@@ -818,14 +779,12 @@ def test_no_name_is_so_long_that_a_reply_an_error_or_a_log_line_is(
                     assert field in reply.error_in(route.dialect)
         assert max(map(len, running.log.getvalue().splitlines())) < 10_000
 
-    with_service(check, any_model=True)
 
-
-# --- what the tokeniser does between texts ---
+# --- what the tokenizer does between texts ---
 
 
 class Slow(kit.FakeEngine):
-    """Its tokeniser waits for ``may_go_on`` at the word "slow"."""
+    """Its tokenizer waits for ``may_go_on`` at the word "slow"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -835,17 +794,19 @@ class Slow(kit.FakeEngine):
         super().release()
         self.may_go_on.set()
 
-    def tokenise(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         if text == "slow":
             self.began.set()
             kit.wait(self.may_go_on)
-        return super().tokenise(text)
+        return super().encode(text)
 
 
-def test_tokenize_waits_no_longer_than_a_client_does_and_is_not_done_then() -> None:
+async def test_tokenize_waits_no_longer_than_a_client_does_and_is_not_done_then() -> (
+    None
+):
     engine = Slow()
 
-    async def check(running: RunningService) -> None:
+    async with service(engine) as running:
         first = asyncio.create_task(
             running.ask("POST", "/tokenize", {"inputs": "slow"})
         )
@@ -858,8 +819,6 @@ def test_tokenize_waits_no_longer_than_a_client_does_and_is_not_done_then() -> N
         assert (await first).status == 200
         assert (await running.ask("POST", "/tokenize", {"inputs": "b"})).status == 200
 
-    with_service(check, engine)
-
 
 # --- one deadline, whatever takes the time ---
 
@@ -868,7 +827,7 @@ SLACK_S = 2.0  # of a box where eight such tests run at once; added-up limits ta
 
 
 class SlowThroughout(Slow):
-    """Waits for ever in the stages that are named: tokenise, compute."""
+    """Waits for ever in the stages that are named: tokenize, compute."""
 
     def __init__(self, *stages: str) -> None:
         super().__init__()
@@ -876,19 +835,38 @@ class SlowThroughout(Slow):
         if "compute" in stages:
             self.block()
 
-    def tokenise(self, text: str) -> list[int]:
-        if "tokenise" in self._stages:
+    def encode(self, text: str) -> list[int]:
+        if "tokenize" in self._stages:
             kit.wait(self.may_go_on)
-        return super().tokenise(text)
+        return super().encode(text)
 
-    def text(self, ids: Sequence[int], *, with_special: bool) -> str:
-        if "tokenise" in self._stages:
+    def decode(self, ids: Sequence[int], *, with_special: bool) -> str:
+        if "tokenize" in self._stages:
             kit.wait(self.may_go_on)
-        return super().text(ids, with_special=with_special)
+        return super().decode(ids, with_special=with_special)
+
+
+class SlowChatter(kit.FakeChatEngine):
+    """Waits for ever in this stage: tokenize, or compute."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+        self.stage = stage
+        self.speaker.is_paused = stage == "compute"
+
+    def release(self) -> None:
+        super().release()
+        self.may_go_on.set()
+
+    def encode(self, text: str) -> list[int]:
+        if self.stage == "tokenize":
+            kit.wait(self.may_go_on)
+        return super().encode(text)
 
 
 STAGES = {  # and the routes that go through it
-    "tokenise": [r for r in WORK if r.path not in LOADS_NOTHING],
+    "tokenize": [r for r in WORK if r.path not in LOADS_NOTHING],
     "compute": [r for r in WORK if r.path not in COMPUTES_NOTHING],
     "load": [
         r
@@ -904,7 +882,7 @@ def test_every_route_answers_by_its_one_deadline_whatever_takes_long(
     stage: str,
 ) -> None:
     engine, ranker = SlowThroughout(stage), SlowThroughout(stage)
-    ranker.card = kit.fake_card(n_scores=1, between=(5,), after=(6,))
+    ranker.card = kit.fake_card(n_scores=1, pair_separator=(5,), pair_suffix=(6,))
     may_load = threading.Event()
 
     def before_load() -> None:
@@ -915,7 +893,7 @@ def test_every_route_answers_by_its_one_deadline_whatever_takes_long(
         loop = asyncio.get_running_loop()
         async with kit.running_service(
             engine,
-            beside={kit.RANKER: ranker},
+            beside={kit.RANKER: ranker, kit.CHATTER: SlowChatter(stage)},
             before_load=before_load,
             preload=stage != "load",
             request_timeout_s=LIMIT_S,
@@ -934,8 +912,8 @@ def test_every_route_answers_by_its_one_deadline_whatever_takes_long(
     asyncio.run(check())
 
 
-def test_decode_takes_as_many_tokens_as_a_request_may_have() -> None:
-    async def check(running: RunningService) -> None:
+async def test_decode_takes_as_many_tokens_as_a_request_may_have() -> None:
+    async with service(max_request_tokens=8) as running:
         for ids, status in (
             ([10] * 8, 200),
             ([[10] * 4] * 2, 200),
@@ -945,26 +923,22 @@ def test_decode_takes_as_many_tokens_as_a_request_may_have() -> None:
             assert reply.status == status
         assert "9 tokens and a request may have 8" in reply.error_in(es.TEI)
 
-    with_service(check, max_request_tokens=8)
 
-
-def test_tokenising_many_texts_has_one_deadline_not_one_for_each() -> None:
+async def test_tokenizing_many_texts_has_one_deadline_not_one_for_each() -> None:
     class TakesItsTime(kit.FakeEngine):
-        def tokenise(self, text: str) -> list[int]:
+        def encode(self, text: str) -> list[int]:
             time.sleep(LIMIT_S * 0.7)
-            return super().tokenise(text)
+            return super().encode(text)
 
-    async def check(running: RunningService) -> None:
+    async with service(TakesItsTime(), request_timeout_s=LIMIT_S) as running:
         late = await running.ask("POST", "/tokenize", {"inputs": ["a", "b"]})
         assert late.status == 504
 
-    with_service(check, TakesItsTime(), request_timeout_s=LIMIT_S)
 
-
-def test_tokenize_is_ended_by_the_end_of_the_drain() -> None:
+async def test_tokenize_is_ended_by_the_end_of_the_drain() -> None:
     engine = Slow()
 
-    async def check(running: RunningService) -> None:
+    async with service(engine, drain_timeout_s=0.2) as running:
         asks = []
         for text in ("slow", "b", "c"):
             ask = running.ask("POST", "/tokenize", {"inputs": text})
@@ -973,19 +947,17 @@ def test_tokenize_is_ended_by_the_end_of_the_drain() -> None:
         async with asyncio.timeout(kit.DEADLINE_S):
             while len(running.service.connections.open) < 3:
                 await asyncio.sleep(0.001)
-        running.service.stop()
+        running.server.stop()
         for waiting in asks[1:]:
             assert (await waiting).status == 503
         engine.may_go_on.set()
         await asyncio.wait(asks)
 
-    with_service(check, engine, drain_timeout_s=0.2)
 
-
-def test_what_a_client_that_has_left_asked_for_is_not_done() -> None:
+async def test_what_a_client_that_has_left_asked_for_is_not_done() -> None:
     engine = Slow()
 
-    async def check(running: RunningService) -> None:
+    async with service(engine) as running:
         first = asyncio.create_task(
             running.ask("POST", "/tokenize", {"inputs": "slow"})
         )
@@ -1003,20 +975,19 @@ def test_what_a_client_that_has_left_asked_for_is_not_done() -> None:
         assert (await running.ask("POST", "/tokenize", {"inputs": "b"})).status == 200
         assert not engine.began.is_set()
 
-    with_service(check, engine)
-
 
 # --- what every answer says of itself ---
 
 
 @each(es.ROUTES)
-def test_openai_s_fields_are_on_openai_s_routes_and_no_others(
+async def test_openai_s_fields_are_on_openai_s_routes_and_no_others(
     route: es.Route, tmp_path: Path
 ) -> None:
-    is_openai = route.path.removeprefix("/v1").startswith(("/embeddings", "/models"))
+    groups = ("/embeddings", "/models", "/chat/completions", "/completions")
+    is_openai = route.path.removeprefix("/v1").startswith(groups)
     presented = {"authorization": f"Bearer {KEY}"}
 
-    async def check(running: RunningService) -> None:
+    async with service(api_key_file=key_file(tmp_path)) as running:
         replies = [await running.ask_route(route, **presented)]
         replies.append(await running.ask_route(route, **presented, accept="image/png"))
         replies.append(await running.ask_route(route))  # no key
@@ -1036,14 +1007,12 @@ def test_openai_s_fields_are_on_openai_s_routes_and_no_others(
                 assert reply.headers["openai-version"] == "2020-10-01"
                 assert 0 <= int(reply.headers["openai-processing-ms"]) < 60_000
 
-    with_service(check, api_key_file=key_file(tmp_path))
 
-
-def test_a_request_that_took_long_says_how_long() -> None:
+async def test_a_request_that_took_long_says_how_long() -> None:
     engine = kit.FakeEngine()
     engine.block()
 
-    async def check(running: RunningService) -> None:
+    async with service(engine) as running:
         begun = time.monotonic()
         task = asyncio.create_task(running.ask("POST", URL, {"input": "a"}))
         await asyncio.to_thread(engine.wait_until_computing)
@@ -1052,13 +1021,11 @@ def test_a_request_that_took_long_says_how_long() -> None:
         took_ms = int((await task).headers["openai-processing-ms"])
         assert 100 <= took_ms <= (time.monotonic() - begun) * 1000 + 1
 
-    with_service(check, engine)
 
-
-@each([route for route in WORK if route.path not in COMPUTES_NOTHING])
-def test_an_answer_says_which_model_and_version_it_is_of(route: es.Route) -> None:
-    async def check(running: RunningService) -> None:
-        label = f"{kit.RANKER if kit.ranks(route.path) else 'fake'}@1"
+@each(COMPUTING)
+async def test_an_answer_says_which_model_and_version_it_is_of(route: es.Route) -> None:
+    async with service() as running:
+        label = f"{kit.model_of(route.path)}@1"
         reply = await running.ask_route(route)
         assert reply.headers["x-embellama-model"] == label
         named = (kit.body_of(route) or {}) | {"model": label}
@@ -1066,12 +1033,17 @@ def test_an_answer_says_which_model_and_version_it_is_of(route: es.Route) -> Non
         assert reply.status == 200
         assert reply.headers["x-embellama-model"] == label
 
-    with_service(check)
-
 
 @each(es.ROUTES)
-def test_no_answer_has_a_field_twice_but_vary(route: es.Route, tmp_path: Path) -> None:
-    async def check(running: RunningService) -> None:
+async def test_no_answer_has_a_field_twice_but_vary(
+    route: es.Route, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "rate_limit": 1000,
+        "token_limit": 100_000,
+        "gzip": "all",
+    }
+    async with service(api_key_file=key_file(tmp_path), **changes) as running:
         body = json.dumps(kit.body_of(route)).encode() if route.form else b""
         for key in (KEY, ""):
             lines = [f"{route.method} {kit.path_of(route)} HTTP/1.1", "host: h"]
@@ -1084,17 +1056,12 @@ def test_no_answer_has_a_field_twice_but_vary(route: es.Route, tmp_path: Path) -
             once = [name for name in names if name != b"vary"]
             assert len(once) == len(set(once))
 
-    changes: dict[str, Any] = {
-        "rate_limit": 1000,
-        "token_limit": 100_000,
-        "gzip": "all",
-    }
-    with_service(check, api_key_file=key_file(tmp_path), **changes)
-
 
 @pytest.mark.parametrize("path", ["/", "/invocations", "/rerank"])
-def test_texts_that_are_none_are_refused_where_they_are_not_ranked(path: str) -> None:
-    async def check(running: RunningService) -> None:
+async def test_texts_that_are_none_are_refused_where_they_are_not_ranked(
+    path: str,
+) -> None:
+    async with service() as running:
         body = {"inputs": "a", "texts": [None, "b"]}
         dialect = es.TEI
         if path == "/rerank":
@@ -1103,5 +1070,3 @@ def test_texts_that_are_none_are_refused_where_they_are_not_ranked(path: str) ->
         reply = await running.ask("POST", path, body)
         assert reply.status == dialect.status_of(es.InvalidValue)
         assert "texts[0]" in reply.error_in(dialect)
-
-    with_service(check)

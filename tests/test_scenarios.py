@@ -272,9 +272,9 @@ def test_what_was_found_is_reranked_by_its_own_scores(
 # --- 2. an import beside queries ---
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("priority", ["normal", "low"])
-def test_a_query_beside_an_import_waits_for_a_few_packs_only(
+def test_a_query_beside_an_import_waits_for_a_few_batches_only(
     server: kit.Server,
     asker: httpx.Client,
     record_property: Callable[[str, object], None],
@@ -284,7 +284,7 @@ def test_a_query_beside_an_import_waits_for_a_few_packs_only(
     sizes = (2048, 1024, 512, 256)
     texts = scenarios.lines(8, seed=100 + seed)
     alone = [query(asker, next(texts)).seconds for _ in range(20)]
-    packs = scenarios.metric(asker, "embellama_packs_total")
+    batches = scenarios.metric(asker, "embellama_batches_total")
     work = scenarios.batches(sizes, 10, seed)
     asked = []
     load = scenarios.Import(server.url, work, clients=3, priority=priority)
@@ -295,7 +295,7 @@ def test_a_query_beside_an_import_waits_for_a_few_packs_only(
     assert (load.texts, load.requests, load.refusals) == (sum(sizes), len(sizes), 0)
     for text, vector in load.samples:
         assert embedded(asker, [text])[0] @ vector > 0.999
-    packs = scenarios.metric(asker, "embellama_packs_total") - packs
+    batches = scenarios.metric(asker, "embellama_batches_total") - batches
     beside = [one for one in asked if one.waiting > 200]  # there was much to wait for
     assert len(beside) >= 10
     seconds = [one.seconds for one in beside]
@@ -303,16 +303,16 @@ def test_a_query_beside_an_import_waits_for_a_few_packs_only(
         "alone_p50_ms": statistics.median(alone) * 1e3,
         "beside_p50_ms": statistics.median(seconds) * 1e3,
         "beside_p99_ms": statistics.quantiles(seconds, n=100)[98] * 1e3,
-        "packs_p50": statistics.median(one.packs for one in beside),
-        "packs_most": max(one.packs for one in beside),
-        "packs_in_all": packs,
+        "packs_p50": statistics.median(one.batches for one in beside),
+        "packs_most": max(one.batches for one in beside),
+        "packs_in_all": batches,
         "texts_per_s": load.texts / load.took_s,
     }
     for name, value in figures.items():
         record_property(name, round(value, 1))
     print(priority, len(beside), {k: round(v, 1) for k, v in figures.items()})
     assert figures["packs_p50"] <= 10
-    assert figures["packs_most"] <= max(30, packs / 4)
+    assert figures["packs_most"] <= max(30, batches / 4)
     # In its turn it would have waited for most of the import.
     assert statistics.median(seconds) < load.took_s / 8
     assert statistics.median(seconds) < 1 + 100 * statistics.median(alone)

@@ -42,7 +42,9 @@ def run(url: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize("ranker_first", [False, True])
 def test_schemathesis_finds_nothing(tmp_path: Path, ranker_first: bool) -> None:
     flags = ("--accept-token-ids", "--prompt", "query=find ")
-    with both.asking(tmp_path, *flags, ranker_first=ranker_first) as client:
+    with both.asking(
+        tmp_path, *flags, ranker_first=ranker_first, has_chatter=True
+    ) as client:
         done = run(
             f"http://{client.host}:{client.port}",
             tmp_path,

@@ -117,7 +117,7 @@ NO_MODEL = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + es._gguf_field(
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"GGUF", "is not a sound GGUF file"), (NO_MODEL, "llama.cpp cannot load it")],
+    [(b"GGUF", "is not a valid GGUF file"), (NO_MODEL, "llama.cpp cannot load it")],
 )
 def test_a_file_that_cannot_be_loaded_is_exit_1_without_a_traceback(
     tmp_path: Path, data: bytes, reason: str
@@ -182,7 +182,7 @@ def test_the_user_s_own_file_is_named_after_its_stem(
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_mixed_load_leaves_memory_flat_and_every_vector_right(
     default_model: Path,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import kit
+from tests import docs, kit
 
 ROWS = {row.name: row for row in es.SETTING_ROWS}
 SOURCES = ("flag", "environment", "file")  # strongest first
@@ -36,15 +37,15 @@ class Saying:
     environment: dict[str, str] = field(default_factory=dict)
     table: list[str] = field(default_factory=list)
 
-    def say(self, source: str, name: str, value: Any) -> None:
-        """Say ``value`` there, as that place writes it."""
-        row = ROWS[name]
+    def say(self, source: str, name: str, value: Any, called: str = "") -> None:
+        """Say ``value`` there, as that place writes it; ``called``: another name."""
+        row = dataclasses.replace(ROWS[name], name=called or name)
         if source == "file":  # what json writes of these values is TOML
-            self.table.append(f"{name} = {json.dumps(value)}\n")
+            self.table.append(f"{row.name} = {json.dumps(value)}\n")
         elif source == "environment":
-            between = "\n" if row.option.separator else ","
+            between = "\n" if row.separator else ","
             text = between.join(value) if isinstance(value, tuple) else str(value)
-            self.environment[row.variable] = text
+            self.environment[es.variable_of(row.name)] = text
         elif isinstance(value, bool):
             self.flags.append(row.flag if value else f"--no-{row.flag[2:]}")
         else:
@@ -61,9 +62,16 @@ class Saying:
 
     def load(self) -> es.LoadedSettings:
         """As main() loads it, but for the process's own environment."""
-        parser = argparse.ArgumentParser(allow_abbrev=False)
-        es.add_flags(parser)
-        return es.load_settings(vars(parser.parse_args(self.argv())), self.environment)
+        flags = vars(parser().parse_args(self.argv()))
+        return es.load_settings(flags, self.environment)
+
+
+@functools.cache
+def parser() -> argparse.ArgumentParser:
+    """One with all flags; making it takes as long as loading settings."""
+    made = argparse.ArgumentParser(allow_abbrev=False)
+    es.add_flags(made)
+    return made
 
 
 @pytest.fixture
@@ -111,9 +119,9 @@ MATCHING: dict[str, tuple[Any, Any]] = {
 }
 
 
-def pair(row: es.Row, folder: Path) -> tuple[Any, Any]:
+def pair(row: es.Option, folder: Path) -> tuple[Any, Any]:
     """Two allowed values; the first is not the default."""
-    limits = row.option
+    limits = row
     if limits.magic or row.name == "config":
         files = [folder / f"{row.name}-{letter}" for letter in "ab"]
         for file in files:
@@ -124,7 +132,7 @@ def pair(row: es.Row, folder: Path) -> tuple[Any, Any]:
             return limits.choices[::-1], limits.choices[:1]
         others = [choice for choice in limits.choices if choice != row.default]
         return others[-1], limits.choices[0]
-    if limits.pattern:
+    if limits.pattern[0]:
         return MATCHING[row.name]
     if row.kind is bool:
         return not row.default, row.default
@@ -132,14 +140,14 @@ def pair(row: es.Row, folder: Path) -> tuple[Any, Any]:
         return ("a b", "\N{SNOWMAN}"), ("c",)
     if row.kind is str:
         return "one \N{SNOWMAN} \"quoted\" 'twice' \\", "another"
-    assert limits.at_least is not None, "a number without bounds"
-    assert limits.at_most is not None, "a number without bounds"
-    return row.kind(limits.at_most), row.kind(limits.at_least)
+    assert limits.minimum is not None, "a number without bounds"
+    assert limits.maximum is not None, "a number without bounds"
+    return row.kind(limits.maximum), row.kind(limits.minimum)
 
 
-def places(row: es.Row) -> list[str]:
+def places(row: es.Option) -> list[str]:
     """Where a row may be said."""
-    return [s for s in SOURCES if s != "file" or row.option.in_file]
+    return [s for s in SOURCES if s != "file" or row.in_file]
 
 
 # --- one row, three spellings ---
@@ -150,7 +158,7 @@ def test_a_row_says_the_same_by_flag_variable_and_file(
     name: str, tmp_path: Path
 ) -> None:
     row = ROWS[name]
-    where = {"flag": row.flag, "environment": row.variable, "file": ".toml"}
+    where = {"flag": row.flag, "environment": es.variable_of(row.name), "file": ".toml"}
     for source, value in itertools.product(places(row), pair(row, tmp_path)):
         said = Saying(tmp_path)
         said.say(source, name, value)
@@ -216,7 +224,7 @@ def test_weights_are_only_changed_unasked_where_the_file_is_ours(
         assert (loaded.settings.weights, loaded.sources["weights"]) == (
             *("keep", "default"),
         )
-        for wanted in ROWS["weights"].option.choices:
+        for wanted in ROWS["weights"].choices:
             for own_file in ({}, {"model_path": model}):
                 said = Saying(saying.folder)
                 for name, value in own_file.items():
@@ -251,7 +259,7 @@ INSTRUCT = "query=Instruct: Given a query, where x = 1, retrieve passages\nQuery
 def test_a_list_in_a_variable_is_read_as_it_is_meant(
     saying: Saying, name: str, text: str, found: tuple[str, ...]
 ) -> None:
-    saying.environment[ROWS[name].variable] = text
+    saying.environment[es.variable_of(name)] = text
     assert getattr(saying.load().settings, name) == found
 
 
@@ -264,9 +272,9 @@ def test_a_list_in_a_variable_is_read_as_it_is_meant(
 def test_a_list_with_an_empty_item_or_of_no_strings_is_refused(
     saying: Saying, name: str, text: str
 ) -> None:
-    saying.environment[ROWS[name].variable] = text
+    saying.environment[es.variable_of(name)] = text
     is_text = name == "prompt" and text == "a=b,,"
-    is_name = ROWS[name].option.pattern == es.NO_VERSION or name == "allowed_host"
+    is_name = ROWS[name].pattern == es.NO_VERSION or name == "allowed_host"
     if is_text or (is_name and text.startswith("[[")):
         saying.load()
         return
@@ -353,7 +361,9 @@ def test_no_service_keeps_the_server_from_starting(
 def test_no_setting_is_taken_for_a_service_s() -> None:
     for row in es.SETTING_ROWS:
         for text in ("8080", "10.0.0.1", "text"):
-            assert not es._FROM_KUBERNETES.fullmatch(f"{row.variable}={text}")
+            assert not es._FROM_KUBERNETES.fullmatch(
+                f"{es.variable_of(row.name)}={text}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -382,7 +392,7 @@ def test_a_name_like_no_other_has_no_hint(saying: Saying, refused: Refused) -> N
 BEYOND = [
     (row.name, row.kind(bound + step * (1 if row.kind is int else 0.001)))
     for row in es.SETTING_ROWS
-    for bound, step in ((row.option.at_least, -1), (row.option.at_most, 1))
+    for bound, step in ((row.minimum, -1), (row.maximum, 1))
     if bound is not None
 ]
 
@@ -394,8 +404,8 @@ def test_a_number_out_of_bounds_is_refused(
 ) -> None:
     saying.say(source, name, value)
     said = refused(saying)
-    assert ROWS[name].option.bound
-    for part in (source, name, str(value), ROWS[name].option.bound):
+    assert ROWS[name].bound
+    for part in (source, name, str(value), ROWS[name].bound):
         assert part in said
 
 
@@ -448,7 +458,7 @@ BAD_LINES = {
     "must be a path, without NUL": [
         f'{row.name} = "a\\u0000b"'
         for row in es.SETTING_ROWS
-        if row.option.is_path and row.option.in_file
+        if row.is_path and row.in_file
     ],
     "must not be empty": ['cache_dir = ""', 'host = ""'],
     "no such setting": [
@@ -527,7 +537,7 @@ def test_the_shown_settings_are_a_file_that_says_the_same(
     odd = '\x7f\x1b\n\t"\\ \N{SNOWMAN} \N{GRINNING FACE}'
     saying.flags = [f"--model-name={odd}"]
     for row in es.SETTING_ROWS:
-        if row.option.in_file and not row.option.secret:
+        if row.in_file and not row.secret:
             saying.say("file", row.name, pair(row, saying.folder)[0])
     assert es.main([*saying.argv(), "--print-config"]) == 0
     shown = capsys.readouterr().out
@@ -563,11 +573,11 @@ def test_the_shown_settings_stay_a_file_whatever_the_file_is_called(
 
 
 def test_what_may_hold_a_key_or_password_is_secret() -> None:
-    secret = [row.name for row in es.SETTING_ROWS if row.option.secret]
+    secret = [row.name for row in es.SETTING_ROWS if row.secret]
     assert secret == ["api_key", "otlp_endpoint"]
 
 
-@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if row.option.secret])
+@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if row.secret])
 def test_a_secret_is_never_shown(saying: Saying, refused: Refused, name: str) -> None:
     saying.say("flag", name, "sk-1")
     loaded = saying.load()
@@ -810,7 +820,7 @@ BAD_TABLES = {
         *("[[models]]\npath = '{a}'\n[[models]]\npath = '{b}'\nname = 'a'\n",),
         *("model_path = '{a}'\n[[models]]\npath = '{a}'\nversion = 1\n",),
     ],
-    "say it in a [[models]] table": [
+    "set it in a [[models]] table": [
         *("model_name = 'x'\n[[models]]\npath = '{a}'\n",),
         *("model_alias = ['x']\n[[models]]\npath = '{a}'\n",),
         *("model_version = 2\n[[models]]\npath = '{a}'\n",),
@@ -944,10 +954,10 @@ def test_one_more_model_has_what_is_said_of_all(saying: Saying, farm: Farm) -> N
     saying.say("flag", "threads", 3)
     saying.say("flag", "port", 99)
     saying.table = [table(path=farm.path("a"), workers=9)]
-    saying.say("environment", "pack_tokens", 64)
+    saying.say("environment", "batch_tokens", 64)
     more = saying.load().with_model({"path": farm.path("b"), "version": 2})
     assert (es.name_of(more), more.model_version) == ("b", 2)
-    assert (more.threads, more.port, more.pack_tokens) == (3, 99, 64)
+    assert (more.threads, more.port, more.batch_tokens) == (3, 99, 64)
     assert more.weights == "keep"
     assert more.workers == es.load_settings({}, {}).settings.workers
 
@@ -975,24 +985,46 @@ def test_one_more_model_that_is_wrong_is_refused(
         saying.load().with_model(asked)
 
 
-# --- further flags ---
-
-OTHERS = [(row, flag) for row in es.SETTING_ROWS for flag in row.option.also]
+# --- other names ---
 
 
-@pytest.mark.parametrize(("row", "flag"), OTHERS, ids=lambda x: str(x)[:30])
-def test_what_other_servers_call_a_flag_is_that_flag(
-    saying: Saying, row: es.Row, flag: str
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("other", "name"), es.SETTING_ALIASES.items())
+def test_a_setting_s_other_name_is_understood_wherever_its_own_is(
+    saying: Saying, source: str, other: str, name: str
 ) -> None:
-    value = pair(row, saying.folder)[0]
-    saying.flags = [f"{flag}={value}"]
+    value, own_value = pair(ROWS[name], saying.folder)
+    saying.say(source, name, value, called=other)
     loaded = saying.load()
-    assert getattr(loaded.settings, row.name) == value
-    assert loaded.sources[row.name] == f"flag {row.flag}"
+    assert getattr(loaded.settings, name) == value
+    assert loaded.sources[name].startswith(f"{source} ")
+    again = Saying(saying.folder, table=[loaded.describe()]).load()
+    assert getattr(again.settings, name) == value
+    saying.say(source, name, own_value)
+    assert getattr(saying.load().settings, name) == own_value, "its own name counts"
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [pair for pair in es.SETTING_ALIASES.items() if ROWS[pair[1]] in es.MODEL_ROWS],
+)
+def test_a_model_s_table_takes_other_names_too(
+    saying: Saying, farm: Farm, other: str, name: str
+) -> None:
+    said = {"path": farm.path("a"), other: 77}
+    assert getattr(saying.load().with_model(said), name) == 77
+    saying.table = [table(**said)]
+    (one,) = saying.load().models
+    assert getattr(one, name) == 77
+
+
+def test_a_name_that_was_given_up_is_still_understood() -> None:
+    assert es.SETTING_ALIASES["pack_tokens"] == "batch_tokens"
+    assert es.SETTING_ALIASES.keys().isdisjoint(ROWS)
 
 
 def test_no_flag_has_two_meanings() -> None:
-    flags = [flag for row in es.SETTING_ROWS for flag in (row.flag, *row.option.also)]
+    flags = [flag for row in es.SETTING_ROWS for flag in row.flags]
     flags += [f"--no-{row.flag[2:]}" for row in es.SETTING_ROWS if row.kind is bool]
     assert len(flags) == len(set(flags))
 
@@ -1001,82 +1033,139 @@ def test_no_flag_has_two_meanings() -> None:
 
 
 def test_the_readme_table_has_each_row_once() -> None:
-    head, rule, *lines = es.settings_table().splitlines()
+    head, rule, *lines = docs.settings_table().splitlines()
     assert {line.count("|") for line in (head, rule, *lines)} == {6}
     for line, row in zip(lines, ROWS.values(), strict=True):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        flags = [f"`{flag}`" for flag in (row.flag, *row.option.also)]
+        flags = [f"`{flag}`" for flag in row.flags]
         assert cells[0] == ", ".join(flags)
         assert cells[1] == (row.default_text or "-")
-        assert row.option.bound in cells[2]
-        assert cells[3] == row.option.help
-
-
-# --- cores ---
-
-V1 = "4:cpu,cpuacct:/x\n1:name=systemd:/x\n"
-V1_CPU = "cpu/x/cpu.cfs_quota_us"
-V1_PERIOD = {"cpu/x/cpu.cfs_period_us": "100000\n"}
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "cores"),
-    [
-        (None, {}, 8),  # no /proc: macOS
-        ("0::/\n", {}, 8),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n"}, 8),
-        ("0::/a/b\n", {"a/b/cpu.max": "400000 100000\n"}, 4),
-        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n"}, 1),
-        ("0::/a/b\n", {"a/b/cpu.max": "50000 100000\n"}, 1),  # never below
-        ("0::/a/b\n", {"a/b/cpu.max": "1600000 100000\n"}, 8),  # never above affinity
-        ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),
-        ("0::/a/b\n", {"a/cpu.max": "600000 100000", "a/b/cpu.max": "3 1"}, 3),
-        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3),  # a container's own root
-        ("0::/docker/1:2\n", {"cpu.max": "300000 100000\n"}, 3),  # not namespaced
-        (V1, V1_PERIOD | {V1_CPU: "200000\n"}, 2),
-        (V1, V1_PERIOD | {V1_CPU: "-1\n"}, 8),
-        (V1, {V1_CPU: "200000\n"}, 8),  # no period
-        (V1 + "0::/x\n", V1_PERIOD | {V1_CPU: "200000\n"}, 2),  # hybrid
-        ("3:cpuset:/x\n", V1_PERIOD | {V1_CPU: "200000\n"}, 8),  # not the controller
-        # Malformed, each alone: what cannot be read limits nothing.
-        *(
-            ("0::/\n", {"cpu.max": bad}, 8)
-            for bad in ("", "max", "a b", "1 2 3", "-1 1")
-        ),
-        ("0::/\n", {"cpu.max": "200000 0\n"}, 8),
-        ("0::/\n", {"cpu.max": "\udcff 1\n"}, 8),
-        ("no colon\n\n0::/\n", {"cpu.max": "200000 100000\n"}, 2),
-        ("\udcff\n", {}, 8),
-    ],
-)
-def test_cores_are_affinity_and_quota_rounded_down(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    groups: str | None,
-    files: dict[str, str],
-    cores: int,
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    named = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    for name, text in (named | {"proc/self/cgroup": groups}).items():
-        if text is not None:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text, errors="surrogateescape")
-    assert es.usable_cores(tmp_path) == cores
-
-
-@pytest.mark.parametrize(("counted", "cores"), [(6, 6), (None, 1)])
-def test_cores_are_counted_where_there_is_no_affinity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: int | None, cores: int
-) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: counted)
-    assert es.usable_cores(tmp_path) == cores
+        assert row.bound in cells[2]
+        assert cells[3] == row.help
 
 
 def test_every_row_says_what_a_reload_does_with_it() -> None:
-    said = {row.option.reload for row in es.SETTING_ROWS}
+    said = {row.reload for row in es.SETTING_ROWS}
     assert said == set(es.RELOADS)
+
+
+# --- LMServ's variables ---
+
+
+def sourced(loaded: es.LoadedSettings) -> dict[str, tuple[Any, str]]:
+    """What is not a default, with where it came from."""
+    return {
+        name: (getattr(loaded.settings, name), source)
+        for name, source in loaded.sources.items()
+        if source != "default"
+    }
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> str:
+    """A file that may be a model."""
+    path = tmp_path / "chat.gguf"
+    path.write_bytes(es.GGUF_MAGIC)
+    return str(path)
+
+
+def test_an_environment_of_lmserv_s_is_understood(gguf: str) -> None:
+    environment = {
+        "LLM_MODEL_PATH": gguf,
+        "LLM_BIN_PATH": "vendor/llama.cpp/build-cuda/bin/llama-cli",
+        "LLM_WORKERS": "2",
+        "API_KEY": "secret123",
+        "LOG_LEVEL": "WARNING",
+        "RATE_LIMIT_QPS": "0.5",
+    }
+    loaded = es.load_settings({}, environment)
+    assert sourced(loaded) == {
+        "model_path": (gguf, "environment LLM_MODEL_PATH"),
+        "parallel": (2, "environment LLM_WORKERS"),
+        "api_key": ("secret123", "environment API_KEY"),
+        "log_level": ("warning", "environment LOG_LEVEL"),
+        "rate_limit": (0.5, "environment RATE_LIMIT_QPS"),
+    }
+    assert loaded.ignored == ()
+    assert "secret123" not in loaded.describe()
+    assert {row.name for row in es.SETTING_ROWS} >= {*es.LMSERV_VARIABLES.values()}
+
+
+def test_every_source_of_ours_beats_lmserv_s_variables(
+    saying: Saying, gguf: str
+) -> None:
+    saying.environment = {"LLM_MODEL_PATH": "/none", "LLM_WORKERS": "2"}
+    saying.environment |= {"LOG_LEVEL": "debug", "RATE_LIMIT_QPS": "3"}
+    saying.say("file", "parallel", 5)
+    saying.say("environment", "rate_limit", 7.0)
+    saying.say("flag", "model_path", gguf)
+    settings = saying.load().settings
+    assert (settings.parallel, settings.rate_limit) == (5, 7.0)
+    assert (settings.model_path, settings.log_level) == (gguf, "debug")
+
+
+def test_lmserv_s_model_does_not_replace_those_of_the_file(
+    saying: Saying, gguf: str
+) -> None:
+    saying.environment = {"LLM_MODEL_PATH": "/none"}
+    saying.table = [f"[[models]]\npath = {json.dumps(gguf)}\nname = 'a'\n"]
+    assert [model.model_path for model in saying.load().models] == [gguf]
+
+
+@pytest.mark.parametrize("text", ["", "sk-another program's", "x"])
+def test_a_key_that_may_be_another_program_s_locks_nobody_out(text: str) -> None:
+    stray = {"API_KEY": text, "LOG_LEVEL": "error", "RATE_LIMIT_QPS": "1"}
+    loaded = es.load_settings({}, stray)
+    assert sourced(loaded) == {}
+    assert "EMBELLAMA_API_KEY" in "".join(loaded.ignored)
+    assert not text or text not in "".join(loaded.ignored)
+
+
+def test_a_stray_key_is_not_spoken_of_where_there_are_keys(saying: Saying) -> None:
+    saying.environment = {"API_KEY": "sk-another program's"}
+    saying.say("environment", "api_key", "a key of ours")
+    assert saying.load().ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("level", "meant"),
+    [("WARN", "warning"), ("CRITICAL", "error"), ("trace", "debug"), ("Info", "info")],
+)
+def test_a_level_of_python_s_is_understood(level: str, meant: str) -> None:
+    loaded = es.load_settings({}, {"LLM_WORKERS": "1", "LOG_LEVEL": level})
+    assert (loaded.settings.log_level, loaded.ignored) == (meant, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("LOG_LEVEL", "module=debug"),
+        ("LOG_LEVEL", ""),
+        ("LLM_WORKERS", "many"),
+        ("LLM_WORKERS", "1000"),
+        ("RATE_LIMIT_QPS", "-1"),
+        ("RATE_LIMIT_QPS", "fast"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_ignored_with_a_sentence(
+    name: str, text: str
+) -> None:
+    loaded = es.load_settings({}, {"LLM_WORKERS": "1", name: text})
+    setting = es.LMSERV_VARIABLES[name]
+    assert loaded.sources[setting] == "default"
+    assert len(loaded.ignored) == 1
+    assert loaded.ignored[0].startswith(f"environment {name}: {setting} = ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("LLM_MODEL_PATH", "/no/such.gguf"), ("LLM_MODEL_PATH", ""), ("API_KEY", "")],
+)
+def test_lmserv_s_model_and_key_are_never_ignored(
+    saying: Saying, refused: Refused, name: str, text: str
+) -> None:
+    saying.environment = {"LLM_WORKERS": "1", name: text}
+    assert f"environment {name}: {es.LMSERV_VARIABLES[name]}" in refused(saying)
 
 
 # --- folders ---

@@ -21,7 +21,8 @@ SHORT: dict[str, Callable[[], dict[str, object]]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("flood")
+@pytest.mark.heavy
 @pytest.mark.model
 @pytest.mark.parametrize("name", SHORT)
 def test_the_server_stands(

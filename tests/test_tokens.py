@@ -1,4 +1,4 @@
-"""Room TOKENS and TEI's rarer routes on the real model.
+"""TEI's tokens and rarer routes on the real model.
 
 The reference for places in a text is huggingface/tokenizers over the same vocabulary;
 for vectors it is numpy over what the server's other routes give.
@@ -30,7 +30,7 @@ SENTENCES = [
     "Straße, Größe, naïve coöperation; ﬁne print",
     "日本語の文章 and 中文 mixed, 漢",
     "don't stop — believing… (really?)",
-    "unaffable tokenisation of antidisestablishmentarianism",
+    "unaffable tokenization of antidisestablishmentarianism",
     "tabs\tand\nnew lines   and  spaces ",
     "e\u0301 decomposed, İstanbul, ½ and ™",
     "Ελληνικά ΚΕΦΑΛΑΙΑ ς, кириллица ЁЖ",
@@ -62,7 +62,7 @@ def client() -> Iterator[both.Client]:
 
 @pytest.fixture(scope="module")
 def reference(default_model: Path) -> Any:
-    """The tokeniser that the model was trained with."""
+    """The tokenizer that the model was trained with."""
     fields = gguf.GGUFReader(default_model).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     vocabulary = {bert_form(token): i for i, token in enumerate(tokens)}
@@ -107,10 +107,10 @@ LETTERS = "abc XYZ äÖñ .,!'- 0189 éÈ 中文 ж Ω"
 @given(st.text(st.sampled_from(LETTERS), min_size=1, max_size=40))
 @settings(max_examples=300, deadline=None)
 def test_places_are_the_reference_s_for_ordinary_text(
-    engine: es.LlamaEngine, reference: Any, text: str
+    engine: es.Engine, reference: Any, text: str
 ) -> None:
-    ids = engine.tokenise(text)
-    found = list(es.aligned(text, engine.pieces(ids)))
+    ids = engine.tokenizer.encode(text)
+    found = list(es.aligned(text, engine.tokenizer.pieces(ids)))
     wanted = [row[1:] for row in places(reference, text)]
     is_known = [token != 100 for token in ids]
     if all(is_known):
@@ -120,10 +120,12 @@ def test_places_are_the_reference_s_for_ordinary_text(
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_a_token_that_has_a_place_says_what_stands_there(
-    engine: es.LlamaEngine, text: str
+    engine: es.Engine, text: str
 ) -> None:
     last = 0
-    for said, start, stop in es.aligned(text, engine.pieces(engine.tokenise(text))):
+    for said, start, stop in es.aligned(
+        text, engine.tokenizer.pieces(engine.tokenizer.encode(text))
+    ):
         assert (start is None) == (stop is None)
         if start is not None and stop is not None:
             assert text[start:stop] == said

@@ -25,33 +25,30 @@ import embellama_server as es
 from tests import kit
 from tests.test_server import SCRIPT, post
 
-SHA = "7" * 64
 Rate = Callable[[es.Layout, int], float]
-BASE = es.Layout("keep", 4, 1, 256)  # of a Bench
+BASE = es.Layout(4, 1, 256)  # of a Bench
 Show = tuple[int, int, str]
 T = TypeVar("T", bound=es.Tuner)
 
 
 class Engine(kit.FakeEngine):
-    """Weights as the file says; their vectors are others if ``odd`` names them.
+    """Weights as the file says.
 
     Contexts may be used by any thread: those of a tuner are made before its threads.
     """
 
-    odd: tuple[str, ...] = ()
+    contexts_left = 1 << 30
 
-    def __init__(self, path: str, *_: Any) -> None:
-        weights = Path(path).read_bytes().removeprefix(es.GGUF_MAGIC).decode()
-        super().__init__(weights=weights or "f16")
-        self.contexts_left: int | None = None  # None: as many as one likes
+    def __init__(self, path: str = "", *_: Any) -> None:
+        weights = Path(path).read_bytes().removeprefix(es.GGUF_MAGIC) if path else b""
+        super().__init__(weights=weights.decode() or "f16")
 
     def new_context(
-        self, *, is_lane: bool = False, per_token: bool = False
+        self, *, needs_long_context: bool = False, per_token: bool = False
     ) -> kit.FakeContext:
-        if self.contexts_left is not None:
-            if not self.contexts_left:
-                raise es.StartupError("no room for another context")
-            self.contexts_left -= 1
+        if not self.contexts_left:
+            raise es.StartupError("no room for another context")
+        self.contexts_left -= 1
         with self.lock:
             self.contexts_open += 1
         return Context(self)
@@ -63,12 +60,6 @@ class Context(kit.FakeContext):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._thread = 0
-        self._odd = engine.odd
-
-    def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
-        vectors = super()._vectors(inputs, threads)
-        is_odd = self._engine.card.weights in self._odd
-        return -vectors if is_odd else vectors
 
 
 class Tabled(es.Tuner):
@@ -86,20 +77,10 @@ class Tabled(es.Tuner):
 
 @dataclass
 class Bench:
-    """A model file, a cache for what is made of it, and all engines of both."""
+    """An engine to measure."""
 
-    root: Path
-    odd: tuple[str, ...] = ()
-    engines: list[Engine] = field(default_factory=list)
+    engine: Engine = field(default_factory=Engine)
     shown: list[Show] = field(default_factory=list)
-    on_load: Callable[[Engine], None] = lambda _: None
-
-    def load(self, path: str) -> Engine:
-        engine = Engine(path)
-        engine.odd = self.odd
-        self.engines.append(engine)
-        self.on_load(engine)
-        return engine
 
     def real(self, *, cores: int = 4, seconds: float = 0.0) -> es.Tuner:
         """A tuner that does measure."""
@@ -113,30 +94,14 @@ class Bench:
         return made
 
     def _made(self, kind: type[T], cores: int, seconds: float) -> T:
-        file = self.root / "model.gguf"
-        file.write_bytes(es.GGUF_MAGIC + b"f16")
         return kind(
-            es.WeightsCache(self.root / "weights", self.load, kit.quiet_log()),
-            str(file),
-            SHA,
-            seconds=seconds,
-            cores=cores,
-            show=lambda *shown: self.shown.append(shown),
+            self.engine, seconds, cores, lambda *shown: self.shown.append(shown)
         )
-
-    def assert_closed(self) -> None:
-        assert self.engines
-        assert [e.contexts_open for e in self.engines] == [0] * len(self.engines)
-        assert all(engine.is_closed for engine in self.engines)
-
-    def kept(self) -> list[str]:
-        """The types of weights whose files are there."""
-        return sorted(p.stem.rsplit("-")[-1] for p in self.root.glob("weights/*.gguf"))
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench() -> Bench:
+    return Bench()
 
 
 # --- what is best ---
@@ -146,17 +111,12 @@ def bench(tmp_path: Path) -> Bench:
     ("faster", "best"),
     [
         ({}, BASE),
-        ({"weights": ("bf16", 1.5)}, es.Layout("bf16", 4, 1, 256)),
-        ({"threads": (2, 1.2)}, es.Layout("keep", 2, 2, 256)),
-        ({"threads": (4, 1.2)}, es.Layout("keep", 1, 4, 256)),
-        ({"pack_tokens": (512, 1.2)}, es.Layout("keep", 4, 1, 512)),
-        (
-            {"weights": ("q8_0", 3), "threads": (2, 2), "pack_tokens": (128, 2)},
-            es.Layout("q8_0", 2, 2, 128),
-        ),
+        ({"threads": (2, 1.2)}, es.Layout(2, 2, 256)),
+        ({"threads": (4, 1.2)}, es.Layout(1, 4, 256)),
+        ({"batch_tokens": (512, 1.2)}, es.Layout(4, 1, 512)),
+        ({"threads": (2, 2), "batch_tokens": (128, 2)}, es.Layout(2, 2, 128)),
         # What is hardly better may be chance.
-        ({"weights": ("bf16", 1.02)}, BASE),
-        ({"threads": (2, 1.02), "pack_tokens": (128, 1.02)}, BASE),
+        ({"threads": (2, 1.02), "batch_tokens": (128, 1.02)}, BASE),
     ],
 )
 def test_the_best_layout_is_found_and_a_default_left_for_what_is_clearly_better(
@@ -181,24 +141,19 @@ def winner(factors: dict[Any, float], default: Any) -> Any:
 
 
 @given(
-    weights=st.fixed_dictionaries(dict.fromkeys(("keep", "bf16", "q8_0"), FACTORS)),
     threads=st.fixed_dictionaries(dict.fromkeys((1, 2, 4), FACTORS)),
-    packs=st.fixed_dictionaries(dict.fromkeys((128, 256, 512), FACTORS)),
+    batches=st.fixed_dictionaries(dict.fromkeys((128, 256, 512), FACTORS)),
 )
 def test_what_is_best_of_each_is_best_together(
-    weights: dict[str, float], threads: dict[int, float], packs: dict[int, float]
+    threads: dict[int, float], batches: dict[int, float]
 ) -> None:
     def rate(layout: es.Layout, tokens: int) -> float:
-        of_one = weights[layout.weights] * threads[layout.threads]
-        return of_one * packs[layout.pack_tokens] / tokens
+        return threads[layout.threads] * batches[layout.batch_tokens] / tokens
 
-    with tempfile.TemporaryDirectory() as temp:
-        found = Bench(Path(temp)).tuner(rate).run(256)
+    found = Bench().tuner(rate).run(256)
     # Of equals any will do: what counts is how fast it is.
-    best = winner(weights, "keep"), winner(threads, 1), winner(packs, 256)
-    assert weights[found.weights] == weights[best[0]]
-    assert threads[found.threads] == threads[best[1]]
-    assert packs[found.pack_tokens] == packs[best[2]]
+    assert threads[found.threads] == threads[winner(threads, 1)]
+    assert batches[found.batch_tokens] == batches[winner(batches, 256)]
     assert found.workers == 4 // found.threads
 
 
@@ -206,7 +161,7 @@ def test_short_and_long_texts_count_the_same(bench: Bench) -> None:
     # Twice as fast for short texts and 0.4 times for long ones is no gain; nor is much
     # gained in inputs a second, of which short ones are many.
     def rate(layout: es.Layout, tokens: int) -> float:
-        if layout.weights != "bf16":
+        if layout.threads != 2:
             return 1000 / tokens
         return {24: 2.0, 120: 1.1, 380: 0.4}[tokens] * 1000 / tokens
 
@@ -221,9 +176,9 @@ def test_a_box_that_drifts_is_measured_in_rounds(bench: Bench) -> None:
         nonlocal taken
         taken += 1
         disturbed = 0.01 if taken == 2 else 1.0
-        return disturbed * (1.2 if layout.weights == "bf16" else 1.0) / (1 + taken / 99)
+        return disturbed * (1.2 if layout.threads == 2 else 1.0) / (1 + taken / 99)
 
-    assert bench.tuner(rate).run(256).weights == "bf16"
+    assert bench.tuner(rate).run(256).threads == 2
 
 
 @pytest.mark.parametrize(
@@ -246,31 +201,8 @@ def test_workers_times_threads_are_never_more_than_the_cores(
 
 def test_tokens_a_call_that_somebody_chose_are_the_default(bench: Bench) -> None:
     tuner = bench.tuner()
-    assert tuner.run(300).pack_tokens == 300
-    assert {t[0].pack_tokens for t in tuner.taken} == {300, 128, 256, 512}
-
-
-# --- what is left out ---
-
-
-def test_weights_that_change_vectors_are_named_and_not_used(bench: Bench) -> None:
-    bench.odd = ("bf16",)
-    tuner = bench.tuner(lambda layout, _: 9.0 if layout.weights == "bf16" else 1.0)
-    best = tuner.run(256)
-    assert best == BASE
-    assert list(tuner.refused) == ["bf16"]
-    assert "bf16" not in {layout.weights for layout, *_ in tuner.taken}
-    assert "bf16: not the same vectors (cosine -1.00000)" in tuner.table(best)
-    assert bench.kept() == ["q8_0"]
-    bench.assert_closed()
-
-
-def test_only_the_files_own_weights_are_compared_when_quantised(bench: Bench) -> None:
-    tuner = bench.tuner()
-    (bench.root / "model.gguf").write_bytes(es.GGUF_MAGIC + b"q4_k_m")
-    assert tuner.run(256) == BASE
-    assert {layout.weights for layout, *_ in tuner.taken} == {"keep"}
-    assert bench.kept() == []
+    assert tuner.run(300).batch_tokens == 300
+    assert {t[0].batch_tokens for t in tuner.taken} == {300, 128, 256, 512}
 
 
 # --- the table ---
@@ -279,40 +211,32 @@ def test_only_the_files_own_weights_are_compared_when_quantised(bench: Bench) ->
 def test_the_table_has_each_layout_of_each_question_and_marks_the_best(
     bench: Bench,
 ) -> None:
-    tuner = bench.tuner(
-        lambda layout, n: (1.5 if layout.weights == "bf16" else 1) * 1e4 / n
-    )
+    tuner = bench.tuner(lambda layout, n: (1.5 if layout.threads == 2 else 1) * 1e4 / n)
     best = tuner.run(256)
     head, rule, *rows = tuner.table(best).splitlines()
     assert {line.count("|") for line in (head, rule, *rows)} == {8}
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert [row[:3] for row in cells] == [
-        *(["keep", "4 x 1", "256"], ["bf16", "4 x 1", "256"], ["q8_0", "4 x 1", "256"]),
-        *(["bf16", "4 x 1", "256"], ["bf16", "2 x 2", "256"], ["bf16", "1 x 4", "256"]),
-        *(["bf16", "4 x 1", "256"], ["bf16", "4 x 1", "128"], ["bf16", "4 x 1", "512"]),
+        *(["f16", "4 x 1", "256"], ["f16", "2 x 2", "256"], ["f16", "1 x 4", "256"]),
+        *(["f16", "2 x 2", "256"], ["f16", "2 x 2", "128"], ["f16", "2 x 2", "512"]),
     ]
     for row in cells:
-        factor = 1.5 if row[0] == "bf16" else 1
+        factor = 1.5 if row[1] == "2 x 2" else 1
         assert row[3:6] == [f"{factor * 1e4 / n:.1f}" for n in (24, 120, 380)]
-        assert row[6] == ("best" if row[:3] == ["bf16", "4 x 1", "256"] else "")
+        assert row[6] == ("best" if row[1:3] == ["2 x 2", "256"] else "")
 
 
 # --- progress and time ---
 
 
 @pytest.mark.parametrize("cores", [1, 2, 8])
-@pytest.mark.parametrize("odd", [(), ("bf16", "q8_0")])
-def test_progress_goes_from_nothing_to_all(
-    bench: Bench, cores: int, odd: tuple[str, ...]
-) -> None:
-    bench.odd = odd
+def test_progress_goes_from_nothing_to_all(bench: Bench, cores: int) -> None:
     tuner = bench.tuner(cores=cores)
     tuner.run(256)
-    measuring = [shown for shown in bench.shown if "re-encoding" not in shown[2]]
-    (total,) = {of for _, of, _ in measuring}
-    assert [done for done, *_ in measuring] == list(range(total))
+    (total,) = {of for _, of, _ in bench.shown}
+    assert [done for done, *_ in bench.shown] == list(range(total))
     assert len(tuner.taken) == total
-    assert all(shown[2].isprintable() and shown[2] for shown in bench.shown)
+    assert all(what.isprintable() and what for *_, what in bench.shown)
 
 
 @dataclass
@@ -348,27 +272,25 @@ def test_measuring_takes_the_time_it_was_given(
         assert clock.now - begun == pytest.approx(60 * slowness)
     else:
         # After the time is over, the first round of what is still asked.
-        rest = (3 + 3 + 3) * len(es.TUNE_TEXTS) * tuner.taken[0][2] * slowness
+        rest = (3 + 3) * len(es.TUNE_TEXTS) * tuner.taken[0][2] * slowness
         assert clock.now - begun <= 60 + rest
     if slowness > 10:
         assert set(counts) <= {1, 2, 3}
-        assert len(tuner.taken) == (3 + 3 + 3) * len(es.TUNE_TEXTS), "one round each"
+        assert len(tuner.taken) == (3 + 3) * len(es.TUNE_TEXTS), "one round each"
 
 
 # --- calls ---
 
 
-def test_calls_are_whole_packs_in_all_workers_with_their_threads(bench: Bench) -> None:
+def test_calls_are_full_batches_in_all_workers_with_their_threads(bench: Bench) -> None:
     tuner = bench.real(cores=2)
     tuner.run(256)
     assert all(rate > 0 for stage in tuner._stages for rate in stage.values())
-    own = bench.engines[0]
-    packs = {tuple(map(len, pack)) for pack in own.calls[len(es.PROBES) :]}
+    batches = {tuple(map(len, batch)) for batch in bench.engine.calls}
     # The fake engine reads 32 tokens an input and 64 a call.
-    assert packs <= {(24, 24), (32, 32)} | {(n,) for n in range(33)}
-    assert {(24, 24), (32, 32)} <= packs
-    assert {n for engine in bench.engines for n in engine.threads} == {1, 2}
-    bench.assert_closed()
+    assert batches == {(24, 24), (32, 32)}
+    assert set(bench.engine.threads) == {1, 2}
+    assert bench.engine.contexts_open == 0
 
 
 def test_rates_of_workers_add_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,8 +300,8 @@ def test_rates_of_workers_add_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
     )
     # One call: it begins, is found to be over at the next tick, timed at the one after.
     tuner = bench.real(cores=1)
-    tuner._load()
-    rate = tuner._measure(es.Layout("keep", 1, 1, 256), 24, 0.0)
+    tuner._contexts.append(bench.engine.new_context())
+    rate = tuner._measure(es.Layout(1, 1, 256), 24, 0.0)
     assert rate == 2 / 2, "inputs in one call, by seconds"
 
 
@@ -398,19 +320,13 @@ def test_a_call_that_fails_while_measuring_ends_it_with_its_reason(
     with pytest.raises(es.EngineError, match="returned -2"):
         bench.real().run(256)
     assert not died
-    bench.assert_closed()
+    assert bench.engine.contexts_open == 0
 
 
 # --- nothing stays open ---
 
 
-def test_everything_is_closed_at_the_end(bench: Bench) -> None:
-    bench.tuner().run(256)
-    assert len(bench.engines) == 3 + 2  # and those that were re-encoded from
-    bench.assert_closed()
-
-
-def test_everything_is_closed_when_measuring_fails(bench: Bench) -> None:
+def test_contexts_are_closed_when_measuring_fails(bench: Bench) -> None:
     tuner = bench.tuner()
 
     def fail(_: float) -> None:
@@ -419,22 +335,17 @@ def test_everything_is_closed_when_measuring_fails(bench: Bench) -> None:
     tuner.on_measure = fail
     with pytest.raises(KeyboardInterrupt):
         tuner.run(256)
-    bench.assert_closed()
+    assert bench.engine.contexts_open == 0
 
 
-@pytest.mark.parametrize("weights", ["f16", "bf16"])
 @pytest.mark.parametrize("contexts", [0, 1, 3])
-def test_everything_is_closed_when_there_is_no_room_for_a_context(
-    bench: Bench, weights: str, contexts: int
+def test_contexts_are_closed_when_there_is_no_room_for_another(
+    bench: Bench, contexts: int
 ) -> None:
-    def limit(engine: Engine) -> None:
-        if engine.card.weights == weights:
-            engine.contexts_left = contexts
-
-    bench.on_load = limit
+    bench.engine.contexts_left = contexts
     with pytest.raises(es.StartupError, match="no room"):
         bench.tuner().run(256)
-    bench.assert_closed()
+    assert bench.engine.contexts_open == 0
 
 
 # --- the profile ---
@@ -446,7 +357,6 @@ FILE_NAMES = st.text(
 ).filter(lambda name: name.strip("."))
 LAYOUTS = st.builds(
     es.Layout,
-    st.sampled_from(["keep", *es.WEIGHT_TYPES]),
     st.integers(1, 1024),
     st.integers(1, 1024),
     st.integers(16, 1 << 16),
@@ -469,16 +379,16 @@ def test_a_profile_is_a_configuration_that_says_what_was_found(
         folder.mkdir()
         model = folder / name
         model.write_bytes(es.GGUF_MAGIC)
-        profile = es.tune_profile(best, {"model_path": str(model)})
+        given = {"model_path": str(model), "weights": "auto"}
+        profile = es.tune_profile(best, given)
         found = loaded(profile, Path(temp))
     settings = found.settings
     assert settings.model_path == str(model)
-    assert best == es.Layout(
-        settings.weights, settings.workers, settings.threads, settings.pack_tokens
-    )
-    given = {n for n, source in found.sources.items() if source.startswith("file ")}
-    names = {"model_path", "weights", "workers", "threads", "pack_tokens"}
-    assert given == names, "and nothing else is said"
+    assert best == es.Layout(settings.workers, settings.threads, settings.batch_tokens)
+    assert settings.weights == "auto"
+    said = {n for n, source in found.sources.items() if source.startswith("file ")}
+    names = {"model_path", "weights", "workers", "threads", "batch_tokens"}
+    assert said == names, "and nothing else is said"
 
 
 def test_a_profile_of_the_default_model_names_no_file(tmp_path: Path) -> None:
@@ -526,7 +436,7 @@ class Desk:
         return self.err
 
 
-MEASURED: list[es.Layout] = []  # by the last test that had a desk
+MEASURED: list[str] = []  # weights, by the last test that had a desk
 
 
 @pytest.fixture
@@ -535,12 +445,16 @@ def desk(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Desk:
-    def measure(_: es.Tuner, layout: es.Layout, tokens: int, __: float) -> float:
-        MEASURED.append(layout)
-        return (2.0 if layout.weights == "bf16" else 1.0) * 1000 / tokens
+    def measure(own: es.Tuner, layout: es.Layout, tokens: int, _: float) -> float:
+        MEASURED.append(own.engine.card.weights)
+        return (2.0 if layout.threads == 2 else 1.0) * 1000 / tokens
+
+    def compare(_: es.Engine, other: es.Engine) -> es.Finding:
+        return es.Finding(2.0 if other.card.weights == "bf16" else 1.0, cosine=1.0)
 
     MEASURED.clear()
     monkeypatch.setattr(es.Tuner, "_measure", measure)
+    monkeypatch.setattr(es, "compare", compare)
     monkeypatch.setattr(es, "usable_cores", lambda: 2)
     for variable in [v for v in os.environ if v.startswith("EMBELLAMA_")]:
         monkeypatch.delenv(variable)
@@ -558,7 +472,8 @@ def test_tune_prints_a_table_and_where_the_profile_is(desk: Desk) -> None:
     assert desk.err == "", "no progress where nobody watches"
     found = es.load_settings({"config": str(desk.profile)}, {}).settings
     assert found.model_path == str(desk.root / "fake.gguf")
-    assert (found.weights, found.workers, found.threads) == ("bf16", 2, 1)
+    assert (found.weights, found.workers, found.threads) == ("auto", 1, 2)
+    assert set(MEASURED) == {"bf16"}, "what auto decides on"
     assert sorted(p.name for p in desk.root.iterdir()) == [
         *("cache", "fake.gguf", "x.tune.toml"),
     ]
@@ -587,8 +502,7 @@ def test_a_terminal_is_shown_the_progress(
     assert first == ""
     bars = [line[1:21] for line in lines]
     assert {bar.count("#") + bar.count(".") for bar in bars} == {20}
-    measuring = [line for line in lines if "re-encoding" not in line]
-    filled = [line.count("#") for line in measuring]
+    filled = [line.count("#") for line in lines]
     assert filled == sorted(filled)
     assert (filled[0], filled[-1]) == (0, 20)
     assert terminal.getvalue().endswith("\n")
@@ -607,7 +521,7 @@ def test_seconds_out_of_bounds_are_exit_2(desk: Desk, seconds: str) -> None:
     assert not MEASURED
 
 
-@pytest.mark.parametrize("flag", ["--pack-tokens=7", "--prot=1", "--print-config"])
+@pytest.mark.parametrize("flag", ["--batch-tokens=7", "--prot=1", "--print-config"])
 def test_wrong_settings_are_exit_2_for_tune_too(desk: Desk, flag: str) -> None:
     assert desk.tune(flag) == 2
     assert flag.partition("=")[0].lstrip("-").replace("-", "_") in (
@@ -672,26 +586,74 @@ def test_a_model_that_does_not_load_is_exit_1(
     assert not desk.profile.exists()
 
 
-def test_a_candidate_that_cannot_compute_is_no_traceback(
+def test_a_model_that_generates_has_no_layout_to_tune(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def vectors(self: Context, inputs: Sequence[Any], threads: int) -> Any:
-        if self._engine.card.weights == "bf16":
-            raise es.EngineError("llama.cpp returned -2")
-        return kit.FakeContext._vectors(self, inputs, threads)
-
-    monkeypatch.setattr(Context, "_vectors", vectors)
-    desk.tune("--log-level", "error")
-    assert "Traceback" not in desk.err
+    card = kit.fake_card(kind="generate")
+    always = property(lambda _: card, lambda *_: None)
+    monkeypatch.setattr(Engine, "card", always, raising=False)
+    assert desk.tune() == 1
+    assert "this model generates" in desk.sentence()
+    assert not desk.profile.exists()
 
 
-def test_without_room_for_other_weights_the_rest_is_tuned(
+def test_without_room_for_other_weights_the_files_own_are_tuned(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = types.SimpleNamespace(free=0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: room)
     assert desk.tune() == 0
-    assert {layout.weights for layout in MEASURED} == {"keep"}
+    assert set(MEASURED) == {"f16"}
+
+
+def test_weights_that_cannot_compute_leave_the_files_own(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(*_: es.Engine) -> es.Finding:
+        raise es.EngineError("llama.cpp returned -2")
+
+    monkeypatch.setattr(es, "compare", compare)
+    assert desk.tune() == 0
+    assert set(MEASURED) == {"f16"}
+    assert "returned -2" in desk.err
+    assert "Traceback" not in desk.err
+
+
+def test_weights_that_were_named_are_tuned_and_kept_in_the_profile(desk: Desk) -> None:
+    assert desk.tune("--weights", "keep") == 0
+    assert set(MEASURED) == {"f16"}
+    found = es.load_settings({"config": str(desk.profile)}, {})
+    assert found.settings.weights == "keep"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(None, 0), (es.EngineError("boom"), 1), (es.StartupError("no room"), 1)],
+    ids=str,
+)
+def test_the_engine_is_closed_at_the_end(
+    desk: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    code: int,
+) -> None:
+    made: list[Engine] = []
+    init = Engine.__init__
+
+    def remembered(self: Engine, *given: Any) -> None:
+        init(self, *given)
+        made.append(self)
+
+    def fail(*_: Any) -> float:
+        assert error is not None
+        raise error
+
+    monkeypatch.setattr(Engine, "__init__", remembered)
+    if error is not None:
+        monkeypatch.setattr(es.Tuner, "_measure", fail)
+    assert desk.tune() == code
+    assert made
+    assert all(engine.is_closed and not engine.contexts_open for engine in made)
 
 
 def test_help_of_tune_names_its_flags(desk: Desk) -> None:
@@ -722,6 +684,7 @@ def test_serve_is_what_happens_without_a_verb(
         ["serve", "tune"],
         ["tune", "serve"],
         ["--gpu", "tune"],
+        ["openapi", "--port=1"],
     ],
 )
 def test_an_unknown_verb_is_exit_2_and_one_line(
@@ -736,10 +699,34 @@ def test_an_unknown_verb_is_exit_2_and_one_line(
     assert shown.err.startswith("embellama_server: unrecognized arguments: ")
 
 
+@pytest.mark.parametrize("name", es.VERBS)
+def test_every_verb_explains_itself(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        es.main([name, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert " ".join(es.VERBS[name].help.split()) in " ".join(out.split())
+    assert all(flag in out for flag in es.VERBS[name].flags)
+
+
+def test_a_bug_in_a_verb_is_a_traceback_a_sentence_and_exit_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "openapi_text", lambda: 1 / 0)
+    assert es.main(["openapi"]) == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err
+    assert err.splitlines()[-1] == (
+        "embellama_server: the above is a bug, please report it"
+    )
+
+
 # --- all of it ---
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.model
 def test_a_server_starts_with_the_profile_of_its_box(
     default_model: Path, tmp_path: Path

@@ -29,7 +29,7 @@ from tests import kit, test_vectors
 
 SHA = "5" * 64
 FASTER, SLOWER = es.Finding(1.5, 1.0), es.Finding(0.7, 1.0)
-FASTEST_BUT_OTHER = es.Finding(9.0, es.LEAST_COSINE - 1e-6)
+FASTEST_BUT_OTHER = es.Finding(9.0, es.MIN_COSINE - 1e-6)
 
 
 class Usage(NamedTuple):
@@ -86,13 +86,14 @@ class Shelf:
         self.measured.append(other.card.weights)
         return self.findings.get(other.card.weights, SLOWER)
 
-    def cache(self) -> es.WeightsCache:
-        return es.WeightsCache(self.folder, self.load, es.Log("info", "text", self.log))
+    def cache(self, sha256: str = SHA) -> es.WeightsCache:
+        log = es.Log("info", "text", self.log)
+        return es.WeightsCache(self.folder, str(self.file), sha256, self.load, log)
 
     def engine(self, wanted: str, sha256: str = SHA) -> Loaded:
         """What a start gets; asserts that nothing else stays loaded."""
         self.engines.clear()
-        engine = self.cache().engine(str(self.file), wanted, sha256)
+        engine = self.cache(sha256).engine(wanted)
         assert isinstance(engine, Loaded)
         assert [e for e in self.engines if not e.is_closed] == [engine]
         return engine
@@ -100,7 +101,7 @@ class Shelf:
     def refusal(self, wanted: str) -> str:
         """What a start says that fails."""
         with pytest.raises(es.StartupError) as caught:
-            self.cache().engine(str(self.file), wanted, SHA)
+            self.cache().engine(wanted)
         return str(caught.value)
 
     def target(self, weights: str, sha256: str = SHA) -> Path:
@@ -230,7 +231,7 @@ def test_servers_that_start_together_make_it_once(shelf: Shelf) -> None:
 
     def start() -> None:
         together.wait(kit.DEADLINE_S)
-        found.append(shelf.cache().engine(str(shelf.file), "bf16", SHA))
+        found.append(shelf.cache().engine("bf16"))
 
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
@@ -268,8 +269,8 @@ def test_a_file_may_be_called_anything(tmp_path: Path, stem: str) -> None:
         ({"q8_0": FASTER}, "q8_0"),
         ({"bf16": FASTEST_BUT_OTHER}, "f16"),
         ({"bf16": FASTEST_BUT_OTHER, "q8_0": FASTER}, "q8_0"),
-        ({"bf16": es.Finding(es.LEAST_SPEEDUP - 0.01, 1.0)}, "f16"),
-        ({"bf16": es.Finding(es.LEAST_SPEEDUP, es.LEAST_COSINE)}, "bf16"),
+        ({"bf16": es.Finding(es.MIN_SPEEDUP - 0.01, 1.0)}, "f16"),
+        ({"bf16": es.Finding(es.MIN_SPEEDUP, es.MIN_COSINE)}, "bf16"),
         ({"bf16": FASTER, "q8_0": es.Finding(1.6, 1.0)}, "q8_0"),
         ({"bf16": FASTER, "q8_0": es.Finding(1.4, 1.0)}, "bf16"),
         ({"bf16": FASTER, "q8_0": FASTER}, "bf16"),  # the first of equals
@@ -478,34 +479,34 @@ def test_room_is_asked_for_before_anything_is_written(
         shelf.engines.clear()
 
 
-def test_dropping_deletes_what_was_made_and_nothing_else(shelf: Shelf) -> None:
-    for weights in ("bf16", "q8_0"):
-        shelf.engine(weights)
-    for _ in range(2):
-        shelf.cache().drop(str(shelf.file), "bf16", SHA)
-        assert shelf.kept() == of_type(shelf, "q8_0")
-    assert shelf.file.exists()
-
-
 # --- measured ---
 
 
-class Rows:
-    """A context that gives these vectors, one a call."""
+class Rows(es.Context):
+    """A context that gives these vectors, one a call, and then the last one."""
 
-    def __init__(self, *rows: Sequence[float]) -> None:
-        self._rows = iter(rows)
+    def __init__(self, engine: Giving, *rows: Sequence[float]) -> None:
+        self._engine = engine
+        self._rows_left = [*rows]
 
     def embed(self, inputs: Sequence[Any], **_: Any) -> Any:
-        return np.array([next(self._rows) for _ in inputs], np.float32)
-
-    def rearm(self) -> None:
-        raise AssertionError("nobody waits for these")
-
-    abort = rearm
+        row = self._rows_left.pop(0) if self._rows_left[1:] else self._rows_left[0]
+        return np.array([row], np.float32)
 
     def close(self) -> None:
-        pass
+        self._engine.contexts_open -= 1
+
+
+class Giving(kit.FakeEngine):
+    """An engine whose contexts give these vectors."""
+
+    def __init__(self, *rows: Sequence[float]) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def new_context(self, **_: Any) -> Any:
+        self.contexts_open += 1
+        return Rows(self, *self._rows)
 
 
 @pytest.mark.parametrize(
@@ -519,15 +520,19 @@ class Rows:
         ([(math.nan, math.nan), (0, 1)], 0.0),
     ],
 )
-def test_the_least_cosine_counts_and_nan_is_far(
-    other: list[tuple[float, float]], least: float
+def test_the_least_cosine_counts_nan_is_far_and_other_vectors_are_not_timed(
+    other: list[tuple[float, float]], least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = [np.array([1], np.int32)] * 2
-    own = Rows((1, 0), (0, 1))
-    assert es.least_cosine(own, Rows(*other), inputs) == pytest.approx(least)
+    monkeypatch.setattr(es, "PROBES", ("one", "two"))
+    monkeypatch.setattr(es, "_MEASURE_S", 0.0)
+    own = [(1, 0), (0, 1)]
     # And so it is when our own vectors are the ones that are none.
-    nan = Rows((math.nan, 0), (0, 1))
-    assert es.least_cosine(nan, Rows((1, 0), (0, 1)), inputs) == 0
+    for pair in ((own, other), (other, own)):
+        engines = [Giving(*rows) for rows in pair]
+        finding = es.compare(*engines)
+        assert finding.cosine == pytest.approx(least)
+        assert (finding.speedup == 0) == (least < es.MIN_COSINE)
+        assert [engine.contexts_open for engine in engines] == [0, 0]
 
 
 def test_equal_vectors_are_timed_and_every_context_is_closed(
@@ -539,26 +544,9 @@ def test_equal_vectors_are_timed_and_every_context_is_closed(
     assert finding.cosine == pytest.approx(1)
     assert finding.speedup > 0
     assert len(own.calls) == len(other.calls) == len(es.PROBES) + 1
-    longest = max(own.calls, key=lambda pack: sum(map(len, pack)))
+    longest = max(own.calls, key=lambda batch: sum(map(len, batch)))
     assert own.calls[-1] == other.calls[-1] == longest
     assert own.contexts_open == other.contexts_open == 0
-
-
-def test_other_vectors_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other(kit.FakeEngine):
-        def new_context(self, *, is_lane: bool = False, per_token: bool = False) -> Any:
-            self.contexts_open += 1
-            context = Rows(*np.eye(8)[:1].repeat(99, axis=0))
-            monkeypatch.setattr(context, "close", self.close)
-            return context
-
-    own, other = kit.FakeEngine(), Other()
-    finding = es.compare(own, other)
-    assert finding.speedup == 0
-    assert finding.cosine < es.LEAST_COSINE
-    assert not finding.is_better
-    assert own.contexts_open == 0
-    assert other.is_closed
 
 
 def test_contexts_are_closed_when_a_measurement_fails(
@@ -577,7 +565,7 @@ def test_contexts_are_closed_when_a_measurement_fails(
         {},
         {"max_input_tokens": 4},
         {"max_input_tokens": 8192, "context_tokens": 512},
-        # --pack-tokens 16 --common-tokens 16: less than an input may have.
+        # --batch-tokens 16 --common-tokens 16: less than an input may have.
         {"max_input_tokens": 512, "context_tokens": 16},
     ],
     ids=str,
@@ -594,7 +582,7 @@ def test_probes_fit_into_an_ordinary_context(card: dict[str, Any]) -> None:
 
 # --- with the real model ---
 
-Engines = dict[str, es.LlamaEngine]
+Engines = dict[str, es.Engine]
 
 
 @pytest.fixture(scope="module")
@@ -602,13 +590,13 @@ def engines(
     default_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engines]:
     """The default model, and what reencode() made of it."""
-    options = es.EngineOptions(pack_tokens=test_vectors.PACK_TOKENS)
+    options = es.ModelSettings(batch_tokens=test_vectors.BATCH_TOKENS)
     folder, log = tmp_path_factory.mktemp("weights"), kit.quiet_log()
-    loaded = {"f16": es.LlamaEngine(str(default_model), options, log)}
+    loaded = {"f16": es.Engine(str(default_model), options, log)}
     for weights in ("f32", "bf16", "q8_0"):
         path = str(folder / f"{weights}.gguf")
         loaded["f16"].reencode(path, weights)
-        loaded[weights] = es.LlamaEngine(path, options, log)
+        loaded[weights] = es.Engine(path, options, log)
     yield loaded
     for engine in loaded.values():
         engine.close()
@@ -622,11 +610,11 @@ def test_a_re_encoded_model_says_what_it_is_and_is_otherwise_the_same(
     for weights, engine in engines.items():
         card = engine.card
         assert card.weights == weights
-        for name in ("n_embd", "n_params", "n_vocab", "pooling", "head", "tail"):
+        for name in ("n_embd", "n_params", "n_vocab", "pooling", "prefix", "suffix"):
             assert getattr(card, name) == getattr(own, name)
-        assert engine.tokenise("Hello, wörld") == engines["f16"].tokenise(
-            "Hello, wörld"
-        )
+        assert engine.tokenizer.encode("Hello, wörld") == engines[
+            "f16"
+        ].tokenizer.encode("Hello, wörld")
     sizes = {weights: engine.card.size_bytes for weights, engine in engines.items()}
     assert sizes["q8_0"] < sizes["bf16"] <= sizes["f16"] < sizes["f32"]
 
@@ -636,15 +624,11 @@ def test_a_re_encoded_model_says_what_it_is_and_is_otherwise_the_same(
     ("weights", "least"), [("f32", 0.9999), ("bf16", 0.9999), ("q8_0", 0.99)]
 )
 def test_a_re_encoded_model_gives_nearly_the_same_vectors(
-    engines: Engines, weights: str, least: float
+    engines: Engines, weights: str, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = es.probe_inputs(engines["f16"])
-    contexts = [engines[name].new_context() for name in ("f16", weights)]
-    try:
-        assert least <= es.least_cosine(contexts[0], contexts[1], inputs) <= 1 + 1e-6
-    finally:
-        for context in contexts:
-            context.close()
+    monkeypatch.setattr(es, "_MEASURE_S", 0.0)
+    finding = es.compare(engines["f16"], engines[weights])
+    assert least <= finding.cosine <= 1 + 1e-6
 
 
 @pytest.mark.model

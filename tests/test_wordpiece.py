@@ -1,4 +1,4 @@
-"""WORDPIECE: our token ids are the reference tokeniser's, for every text there is.
+"""WORDPIECE: our token ids are the reference tokenizer's, for every text there is.
 
 The reference is huggingface/tokenizers, which made the ids these models were trained
 on. It is compared on real texts, on every code point of Unicode, and on random text.
@@ -42,7 +42,7 @@ def bert_form(token: str) -> str:
 
 @pytest.fixture(scope="module")
 def reference(default_model: Path) -> Any:
-    """The tokeniser of all-MiniLM-L6-v2's tokenizer.json, over the GGUF's vocabulary.
+    """The tokenizer of all-MiniLM-L6-v2's tokenizer.json, over the GGUF's vocabulary.
 
     That file says BertNormalizer(clean_text, handle_chinese_chars, lowercase) and
     BertPreTokenizer; so does this class by default, see the test below.
@@ -58,13 +58,13 @@ def reference_ids(reference: Any, texts: list[str]) -> list[list[int]]:
     return [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
 
 
-def differing(engine: es.LlamaEngine, reference: Any, texts: list[str]) -> list[str]:
+def differing(engine: es.Engine, reference: Any, texts: list[str]) -> list[str]:
     """Those whose ids are not the reference's; all in one text first, ten times as fast."""
     whole = " ".join(texts)
-    if [engine.tokenise(whole)] == reference_ids(reference, [whole]):
+    if [engine.tokenizer.encode(whole)] == reference_ids(reference, [whole]):
         return []
     ids = zip(texts, reference_ids(reference, texts), strict=True)
-    return [text for text, expected in ids if engine.tokenise(text) != expected]
+    return [text for text, expected in ids if engine.tokenizer.encode(text) != expected]
 
 
 @pytest.mark.model
@@ -92,9 +92,9 @@ def test_the_reference_is_set_up_as_the_models_own_tokenizer_json(
 @pytest.mark.model
 @pytest.mark.parametrize("row", ROWS, ids=[row["kind"] for row in ROWS])
 def test_a_text_gets_the_ids_the_model_was_given_by_sentence_transformers(
-    engine: es.LlamaEngine, row: dict[str, Any]
+    engine: es.Engine, row: dict[str, Any]
 ) -> None:
-    ids = es.framed(engine.tokenise(row["text"]), engine.card)
+    ids = es.with_special_tokens(engine.tokenizer.encode(row["text"]), engine.card)
     if len(ids) > engine.card.max_input_tokens:
         ids = es.truncated(ids, engine.card.max_input_tokens, 1, 1)
     assert ids == row["ids"]
@@ -119,9 +119,9 @@ SHAPES: tuple[Callable[[str], str], ...] = (
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_code_point_gets_the_ids_of_the_reference(
-    engine: es.LlamaEngine, reference: Any
+    engine: es.Engine, reference: Any
 ) -> None:
     different, compared = [], 0
     for chars in code_points():
@@ -137,11 +137,11 @@ def test_a_difference_is_found_and_named() -> None:
     cased, _ = both(lowercase=False, strip_accents=None)
     texts = ["no", "No", "time"]
     for words, expected in ((ours, []), (cased, ["No"])):
-        engine: Any = SimpleNamespace(tokenise=words.ids)
+        engine: Any = SimpleNamespace(tokenizer=words)
         assert differing(engine, theirs, texts) == expected
 
 
-# What real texts are made of, and what they are made of only to break tokenisers.
+# What real texts are made of, and what they are made of only to break tokenizers.
 ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ",
     "0123456789 \t\n\r.,;:!?-'\"()[]{}#@/\\_*&^%$+=~`|<>",
@@ -187,9 +187,9 @@ TEXTS = st.lists(
 @example("e\u200b\u0301 \u1100\u200d\u1161")
 @example("\u212b\u2126\u1e9e\u0130\u03a3")
 def test_random_text_gets_the_ids_of_the_reference(
-    engine: es.LlamaEngine, reference: Any, text: str
+    engine: es.Engine, reference: Any, text: str
 ) -> None:
-    assert engine.tokenise(text) == reference_ids(reference, [text])[0]
+    assert engine.tokenizer.encode(text) == reference_ids(reference, [text])[0]
 
 
 # --- other vocabularies ---
@@ -248,7 +248,7 @@ def test_every_kind_of_vocabulary_is_read_as_the_reference_reads_it(
     lowercase: bool, strip_accents: bool | None, text: str
 ) -> None:
     ours, theirs = both(lowercase, strip_accents)
-    assert pieces(ours.ids(text)) == pieces(reference_ids(theirs, [text])[0])
+    assert pieces(ours.encode(text)) == pieces(reference_ids(theirs, [text])[0])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_every_kind_of_vocabulary_is_read_as_the_reference_reads_it(
 def test_case_and_accents_are_kept_when_the_vocabulary_has_them(
     lowercase: bool, strip_accents: bool | None, expected: str
 ) -> None:
-    assert pieces(both(lowercase, strip_accents)[0].ids("ÉAb")) == expected
+    assert pieces(both(lowercase, strip_accents)[0].encode("ÉAb")) == expected
 
 
 def test_the_longest_special_token_wins() -> None:
@@ -275,16 +275,16 @@ def test_the_longest_special_token_wins() -> None:
         lowercase=True,
         strip_accents=True,
     )
-    assert words.ids("[S]x[Sx") == [2, 3, 1, 3]
+    assert words.encode("[S]x[Sx") == [2, 3, 1, 3]
 
 
 def test_a_vocabulary_without_specials_reads_brackets_as_text() -> None:
     words = es.WordPiece(
         ["\u2581[", "\u2581a"], {}, 7, lowercase=True, strip_accents=True
     )
-    assert words.ids("[a") == [0, 1]
-    assert words.ids("") == []
-    assert words.ids("zz") == [7]
+    assert words.encode("[a") == [0, 1]
+    assert words.encode("") == []
+    assert words.encode("zz") == [7]
 
 
 # --- what hostile text costs ---
@@ -303,7 +303,7 @@ def test_accents_are_taken_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> No
     words = es.WordPiece(tokens, {}, 0, lowercase=True, strip_accents=True)
     with monkeypatch.context() as patch:
         patch.setattr(unicodedata, "normalize", normalize)
-        assert words.ids("a" + "\u0301\u0316" * 100) == [1]
+        assert words.encode("a" + "\u0301\u0316" * 100) == [1]
     assert {"\u0301", "\u0316"} <= set(asked)
     assert max(map(len, asked)) == 1
 
@@ -313,7 +313,7 @@ def test_long_words_are_not_kept_in_memory() -> None:
     tracemalloc.start()
     try:
         for n in range(50):
-            assert len(words.ids(f"{n}" + "x" * 10_000)) == 1
+            assert len(words.encode(f"{n}" + "x" * 10_000)) == 1
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -328,7 +328,7 @@ def test_a_long_text_has_the_ids_of_its_parts(
     ours, _ = both(lowercase=True, strip_accents=None)
     text = glue.join(row["text"] for row in ROWS) + glue + "x" * 300
     monkeypatch.setattr(es, "PART_CHARS", 2 * len(text))
-    whole = ours.ids(text)
+    whole = ours.encode(text)
     for size in (1, 7, 64):
         monkeypatch.setattr(es, "PART_CHARS", size)
-        assert ours.ids(text) == whole
+        assert ours.encode(text) == whole

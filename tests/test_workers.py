@@ -1,7 +1,7 @@
 """Room WORKERS: every job ends exactly once, and the queue's room always comes back.
 
 Real threads, a fake engine whose calls can be held. ``deliver`` puts callables into a
-queue that the test runs itself, as the event loop would. Nothing sleeps: the tokeniser
+queue that the test runs itself, as the event loop would. Nothing sleeps: the tokenizer
 takes jobs in order, so when it has come to a later text, earlier ones are queued.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -39,56 +40,57 @@ class Held:
 
 
 class Engine(kit.FakeEngine):
-    """Also shows what is tokenised when, and can be held there or be broken."""
+    """Also shows what is tokenized when, and can be held there or be broken."""
 
     def __init__(self, **card: Any) -> None:
         super().__init__(**card)
-        self.tokenised: list[str] = []
+        self.tokenized: list[str] = []
         self.fresh: list[bool] = []  # of each call
         self.breaks_at: str = ""  # a word that is a bug, in both rooms
         self._seen = threading.Condition()
         self._held: dict[str, threading.Event] = {}
         self.held_calls: dict[int, Held] = {}  # by a token of theirs
-        self.lane_error: Exception | None = None  # what making one raises
-        # Called when a lane is made, when the context is ready for abort(), at the call
+        self.long_context_error: Exception | None = None  # what making one raises
+        # Called when a long-input context is made, when the context is ready for abort(), at the call
         self.at_moment: dict[str, Callable[[], None]] = {}
         self.stalls = threading.Semaphore(0)  # calls with "stall", which end by abort()
         self.fails_always = False
         self.contexts_made = 0
         self.hole_at: int | None = None  # of a call's rows, the one without numbers
+        self.hole = np.nan
 
     def hold_call(self, word: str) -> Held:
         """The next call with this word will wait, but no other call."""
         return self.held_calls.setdefault(kit.fake_id(word), Held())
 
     def hold(self, text: str) -> threading.Event:
-        """The tokeniser will wait at this text until the event is set."""
+        """The tokenizer will wait at this text until the event is set."""
         return self._held.setdefault(text, threading.Event())
 
-    def wait_until_tokenising(self, text: str) -> None:
+    def wait_until_tokenizing(self, text: str) -> None:
         with self._seen:
-            assert self._seen.wait_for(lambda: text in self.tokenised, kit.DEADLINE_S)
+            assert self._seen.wait_for(lambda: text in self.tokenized, kit.DEADLINE_S)
 
-    def tokenise(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         with self._seen:
-            self.tokenised.append(text)
+            self.tokenized.append(text)
             self._seen.notify_all()
         if text in self._held:
             kit.wait(self._held[text])
-        if text == "untokenisable":
+        if text == "untokenizable":
             raise ZeroDivisionError
-        return super().tokenise(text)
+        return super().encode(text)
 
     def new_context(
-        self, *, is_lane: bool = False, per_token: bool = False
+        self, *, needs_long_context: bool = False, per_token: bool = False
     ) -> kit.FakeContext:
-        if is_lane and self.lane_error is not None:
-            raise self.lane_error
-        if is_lane:
-            self.reach("lane")
+        if needs_long_context and self.long_context_error is not None:
+            raise self.long_context_error
+        if needs_long_context:
+            self.reach("long context")
         self.contexts_made += 1
-        super().new_context(is_lane=is_lane)  # which counts it
-        return Context(self, is_lane=is_lane, per_token=per_token)
+        super().new_context(needs_long_context=needs_long_context)  # which counts it
+        return Context(self, needs_long_context=needs_long_context, per_token=per_token)
 
     def reach(self, moment: str) -> None:
         """What is to happen at this moment, once."""
@@ -100,8 +102,12 @@ class Engine(kit.FakeEngine):
 
 
 class Context(kit.FakeContext):
-    def __init__(self, engine: Engine, *, is_lane: bool, per_token: bool) -> None:
-        super().__init__(engine, is_lane=is_lane, per_token=per_token)
+    def __init__(
+        self, engine: Engine, *, needs_long_context: bool, per_token: bool
+    ) -> None:
+        super().__init__(
+            engine, needs_long_context=needs_long_context, per_token=per_token
+        )
         self._mine = engine
 
     def _vectors(self, inputs: Sequence[Any], threads: int) -> Any:
@@ -118,7 +124,7 @@ class Context(kit.FakeContext):
             self._mine.stalls.release()
         rows = super()._vectors(inputs, threads)
         if self._mine.hole_at is not None:
-            rows[self._mine.hole_at] = np.nan
+            rows[self._mine.hole_at] = self._mine.hole
         return rows
 
     def rearm(self) -> None:
@@ -131,10 +137,9 @@ class Context(kit.FakeContext):
         *,
         threads: int = 1,
         fresh: bool = False,
-        raw: bool = False,
     ) -> Any:
         self._mine.reach("call")
-        vectors = super().embed(inputs, threads=threads, fresh=fresh, raw=raw)
+        vectors = super().embed(inputs, threads=threads, fresh=fresh)
         self._mine.fresh.append(fresh)
         word = self._mine.breaks_at
         if word and any(kit.fake_id(word) in ids for ids in inputs):
@@ -145,15 +150,22 @@ class Context(kit.FakeContext):
 class Desk:
     """A running pool, and the thread that it delivers to: the test's own."""
 
-    def __init__(self, pool: Callable[[Desk], es.Pool]) -> None:
+    first: es.Job  # see hold_up()
+
+    def __init__(self, engine: kit.FakeEngine, **wanted: Any) -> None:
         self.delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.finished: collections.Counter[es.Job] = collections.Counter()
-        self.reports: list[es.PackReport] = []
-        self.pool = pool(self)
+        self.calls: list[es.Call] = []
+        hooks = {"deliver": self.delivered.put, "on_call": self._on_call}
+        self.pool = kit.pool(engine, **(hooks | wanted))
+
+    def _on_call(self, call: es.Call) -> None:
+        # Its items know the jobs' texts.
+        self.calls.append(dataclasses.replace(call, items=[], computing=[]))
 
     def job(self, *inputs: es.Input, **wanted: Any) -> es.Job:
         """A job that counts how often it is finished."""
-        job = es.Job(inputs, lambda: self.finished.update([job]), **wanted)
+        job = kit.job(inputs, lambda: self.finished.update([job]), **wanted)
         return job
 
     def submit(self, *inputs: es.Input, **wanted: Any) -> es.Job:
@@ -178,7 +190,7 @@ class Desk:
         return job
 
     def room_taken(self) -> tuple[int, int]:
-        backlog = self.pool.queue.state().backlog
+        backlog = self.pool.queue.backlog
         return backlog.inputs, backlog.tokens
 
     def close(self) -> None:
@@ -190,32 +202,9 @@ class Desk:
 
 
 @contextlib.contextmanager
-def desk(
-    engine: kit.FakeEngine,
-    *,
-    max_inputs: int = 10_000,
-    max_tokens: int = 10**6,
-    cache_bytes: int = 0,
-    log: es.Log | None = None,
-    deliver: Callable[[Callable[[], None]], None] | None = None,
-    dead_letters: es.LineFile | None = None,
-    **options: Any,
-) -> Iterator[Desk]:
-    """A pool at work; at the end all its threads and contexts are gone."""
-
-    def pool(made: Desk) -> es.Pool:
-        return es.Pool(
-            engine,
-            es.PoolOptions(**({"workers": 1, "pack_tokens": 64} | options)),
-            es.Backlog(max_inputs, max_tokens),
-            es.VectorCache(cache_bytes, "space"),
-            log=log or kit.quiet_log(),
-            deliver=deliver or made.delivered.put,
-            on_pack=made.reports.append,
-            dead_letters=dead_letters,
-        )
-
-    made = Desk(pool)
+def desk(engine: kit.FakeEngine, **wanted: Any) -> Iterator[Desk]:
+    """A pool at work, see kit.pool(); at the end all its threads and contexts are gone."""
+    made = Desk(engine, **wanted)
     made.pool.start()
     try:
         yield made
@@ -225,14 +214,37 @@ def desk(
         assert engine.contexts_open == 0
 
 
+@contextlib.contextmanager
+def busy_desk(engine: Engine, **wanted: Any) -> Iterator[Desk]:
+    """A pool whose only worker computes "first", until the engine is released."""
+    with desk(engine, **wanted) as at:
+        hold_up(at, engine)
+        yield at
+
+
+def hold_up(at: Desk, engine: Engine) -> None:
+    """From now on a call waits in the engine; what is submitted waits behind it."""
+    engine.block()
+    at.first = at.submit("first")
+    engine.wait_until_computing()
+
+
+def let_go(at: Desk, engine: Engine, *jobs: es.Job) -> None:
+    """Release the engine once all that was submitted is tokenized; wait for jobs."""
+    last = at.submit("last")
+    engine.wait_until_tokenizing("last")
+    engine.release()
+    at.wait_for(*jobs, last)
+
+
 def assert_vectors(job: es.Job) -> None:
     """It succeeded, and each input has its own vector."""
     assert job.error is None
-    for text, vector in zip(job.inputs, job.vectors, strict=True):
+    for text, vector in zip(job.request.inputs, job.vectors, strict=True):
         ids = [1, *map(kit.fake_id, str(text).split()), 2]
-        expected = kit.fake_vector(ids)
-        if job.form is es.Form.TOKENS:
-            expected = [kit.fake_vector([token]) * kit.RAW_LENGTH for token in ids]
+        expected = kit.fake_row(ids)
+        if job.request.per_token:
+            expected = [kit.fake_row([token]) for token in ids]
         np.testing.assert_array_equal(vector, expected)
 
 
@@ -255,10 +267,10 @@ def test_when_a_job_is_over_nothing_keeps_its_texts(words: str) -> None:
     over, gone = threading.Event(), threading.Event()
     gc.disable()  # which would come some time
     try:
-        with desk(kit.FakeEngine(), workers=2, tokenisers=2) as at:
+        with desk(kit.FakeEngine(), workers=2, tokenization_workers=2) as at:
             text = Text(words)
             weakref.finalize(text, gone.set)
-            at.pool.queue.submit(es.Job([text], over.set, allows_partial=True))
+            at.pool.queue.submit(kit.job([text], over.set, allows_partial=True))
             at.run_until(over.is_set)
             del text
             assert gone.wait(kit.DEADLINE_S)
@@ -266,24 +278,18 @@ def test_when_a_job_is_over_nothing_keeps_its_texts(words: str) -> None:
         gc.enable()
 
 
-def test_ids_are_taken_as_they_are_and_framed_once() -> None:
+def test_ids_are_taken_as_they_are_and_get_special_tokens_once() -> None:
     engine = Engine()
     with desk(engine) as at:
         at.result([7, 8], [1, 7, 9, 2])
     assert engine.calls == [[[1, 7, 8, 2], [1, 7, 9, 2]]]
 
 
-def test_inputs_of_different_jobs_share_a_pack() -> None:
+def test_inputs_of_different_jobs_share_a_batch() -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        first = at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         jobs = [at.submit(f"{name} one", f"{name} two") for name in "abc"]
-        at.submit("later")
-        engine.wait_until_tokenising("later")
-        engine.release()
-        at.wait_for(first, *jobs)
+        let_go(at, engine, *jobs)
         for job in jobs:
             assert_vectors(job)
         words = [ids[1] for ids in engine.calls[1] if len(ids) == 4]
@@ -300,8 +306,8 @@ def test_idle_workers_share_what_waits() -> None:
                 engine.wait_until_computing()
             unwanted = at.submit(*(f"unwanted {n}" for n in range(30)))
             later = at.submit("later")
-            engine.wait_until_tokenising("later")
-            engine.tokenised.clear()
+            engine.wait_until_tokenizing("later")
+            engine.tokenized.clear()
             at.pool.queue.cancel(unwanted)
             engine.release()
             at.wait_for(job, later)
@@ -309,29 +315,26 @@ def test_idle_workers_share_what_waits() -> None:
     assert sorted(len(call) for call in engine.calls) == [1, 1, 2, 2, 2, 2]
 
 
-def test_a_large_job_lets_others_pass_the_tokeniser() -> None:
+def test_a_large_job_lets_others_pass_the_tokenizer() -> None:
     engine = Engine()
     gate = engine.hold("large 0")
     with desk(engine) as at:
         large = at.submit(*(f"large {n}" for n in range(100)))
-        engine.wait_until_tokenising("large 0")
+        engine.wait_until_tokenizing("large 0")
         small = at.submit("small")
         gate.set()
         at.wait_for(large, small)
-    assert engine.tokenised.index("small") < engine.tokenised.index("large 99")
+    assert engine.tokenized.index("small") < engine.tokenized.index("large 99")
 
 
-def test_a_job_tokenised_in_parts_takes_one_turn_at_a_time() -> None:
-    engine = Engine(context_tokens=1000, pack_inputs=1000)
-    engine.block()
-    with desk(engine, pack_tokens=1000) as at:
-        at.submit("first")
-        engine.wait_until_computing()
+def test_a_job_tokenized_in_parts_takes_one_turn_at_a_time() -> None:
+    engine = Engine(context_tokens=1000, batch_inputs=1000)
+    with busy_desk(engine, batch_tokens=1000) as at:
         texts = [f"large {n}" for n in range(64)]
         large, small = at.submit(*texts), at.submit("one", "two")
         for later in ("later", "last"):  # when it comes to "last", all parts are there
             at.submit(later)
-            engine.wait_until_tokenising(later)
+            engine.wait_until_tokenizing(later)
         engine.release()
         at.wait_for(large, small)
     words = [ids[1] for ids in engine.calls[1]]
@@ -340,16 +343,16 @@ def test_a_job_tokenised_in_parts_takes_one_turn_at_a_time() -> None:
 
 
 def test_all_workers_compute_at_once() -> None:
-    engine = Engine(pack_inputs=1)
+    engine = Engine(batch_inputs=1)
     engine.block()
     with desk(engine, workers=3) as at:
         job = at.submit("a", "b", "c")
         for _ in range(3):
             engine.wait_until_computing()
-        assert at.pool.queue.state().busy == 3
+        assert at.pool.queue.busy == 3
         engine.release()
         at.wait_for(job)
-        assert at.pool.queue.state().busy == 0
+        assert at.pool.queue.busy == 0
 
 
 def test_work_that_comes_one_by_one_stays_with_the_first_worker() -> None:
@@ -364,13 +367,13 @@ def test_work_that_comes_one_by_one_stays_with_the_first_worker() -> None:
 
 def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
     # Nothing is delivered under the lock: this would hang. Delivered at once here,
-    # on the thread that ended the job: worker, tokeniser, caller of abandon_all().
+    # on the thread that ended the job: worker, tokenizer, caller of abandon_all().
     engine = Engine()
     seen: queue.SimpleQueue[int] = queue.SimpleQueue()
     with desk(engine, deliver=lambda call: call()) as at:
 
         def submit(text: str) -> None:
-            job = es.Job([text], lambda: seen.put(at.pool.queue.state().backlog.inputs))
+            job = kit.job([text], lambda: seen.put(at.pool.queue.backlog.inputs))
             at.pool.queue.submit(job)
 
         for text in ("a", "word " * 50):
@@ -390,7 +393,7 @@ def test_a_job_may_use_the_pool_when_it_is_finished() -> None:
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     engine = Engine()
     engine.block()
-    with desk(engine, max_inputs=2) as at:
+    with desk(engine, limit=es.Size(2, 10**6, 1 << 40)) as at:
         job = at.submit("a", "b")
         refused = at.job("c")
         with pytest.raises(es.Overloaded, match="2 of 2 inputs") as caught:
@@ -402,7 +405,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     assert at.finished[refused] == 0
 
 
-def test_room_is_reserved_at_most_and_corrected_by_the_tokeniser() -> None:
+def test_room_is_reserved_at_most_and_corrected_by_the_tokenizer() -> None:
     engine = Engine()
     engine.block()
     with desk(engine) as at:
@@ -417,7 +420,7 @@ def test_room_is_reserved_at_most_and_corrected_by_the_tokeniser() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["fine", kit.NAN_WORD, kit.BOOM_WORD, "word " * 50, "untokenisable"],
+    ["fine", kit.NAN_WORD, kit.BOOM_WORD, "word " * 50, "untokenizable"],
     ids=["success", "nan", "engine error", "too long", "bug"],
 )
 def test_all_room_is_free_after(text: str) -> None:
@@ -429,28 +432,28 @@ def test_all_room_is_free_after(text: str) -> None:
 # --- cancel ---
 
 
-def test_a_job_cancelled_before_tokenising_is_never_tokenised() -> None:
+def test_a_job_cancelled_before_tokenizing_is_never_tokenized() -> None:
     engine = Engine()
     gate = engine.hold("first")
     with desk(engine) as at:
         at.submit("first")
-        engine.wait_until_tokenising("first")
+        engine.wait_until_tokenizing("first")
         before = at.room_taken()
         job = at.submit("unwanted")
         at.pool.queue.cancel(job)
         assert at.room_taken() == before
         gate.set()
         at.result("last")
-    assert "unwanted" not in engine.tokenised
+    assert "unwanted" not in engine.tokenized
     assert at.finished[job] == 0
 
 
-def test_a_job_cancelled_while_being_tokenised_is_never_computed() -> None:
+def test_a_job_cancelled_while_being_tokenized_is_never_computed() -> None:
     engine = Engine()
     gate = engine.hold("unwanted")
     with desk(engine) as at:
         job = at.submit("unwanted", "either")
-        engine.wait_until_tokenising("unwanted")
+        engine.wait_until_tokenizing("unwanted")
         at.pool.queue.cancel(job)
         assert at.room_taken() == (0, 0)
         gate.set()
@@ -462,18 +465,15 @@ def test_a_job_cancelled_while_being_tokenised_is_never_computed() -> None:
 
 def test_a_job_cancelled_while_waiting_is_never_computed() -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         job = at.submit("unwanted", "either")
         last = at.submit("last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         at.pool.queue.cancel(job)
         engine.release()
         at.wait_for(last)
         assert at.room_taken() == (0, 0)
-        # What waited and left is forgotten: else packs would be smaller from now on.
+        # What waited and left is forgotten: else batches would be smaller from now on.
         at.result("a", "b", "c")
     words = [[ids[1] for ids in call] for call in engine.calls]
     expected = [["first"], ["last"], ["a", "b", "c"]]
@@ -505,8 +505,8 @@ def test_an_input_that_fails_once_is_recovered_on_wiped_memory(word: str) -> Non
     engine.failures[kit.fake_id(word)] = 1
     with desk(engine) as at:
         assert_vectors(at.result("good", word, "fine"))
-        assert at.reports[0].refused == 0
-        assert at.reports[0].recovered == (1 if word == kit.NAN_WORD else 3)
+        assert at.calls[0].refused == 0
+        assert at.calls[0].recovered == (1 if word == kit.NAN_WORD else 3)
     assert engine.fresh[-1], "retried alone, with fresh=True"
     assert engine.fresh.count(False) == (1 if word == kit.NAN_WORD else 0)
 
@@ -519,23 +519,17 @@ def test_an_input_that_fails_twice_fails_its_job_and_no_other(
     word: str, error: type[es.ApiError]
 ) -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        first = at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         bad, neighbour = at.submit("good", word), at.submit("fine", "too")
-        at.submit("later")
-        engine.wait_until_tokenising("later")
-        engine.release()
-        at.wait_for(first, bad, neighbour)
+        let_go(at, engine, bad, neighbour)
         assert_vectors(neighbour)
         assert isinstance(bad.error, error)
         assert (bad.error.param, "input[1]" in bad.error.message) == ("input[1]", True)
     words = {ids[1] for ids in engine.calls[1]}
     assert words >= {kit.fake_id(text) for text in ("good", word, "fine", "too")}
     retried = 1 if word == kit.NAN_WORD else len(engine.calls[1])
-    assert sum(report.refused for report in at.reports) == 1
-    assert sum(report.recovered for report in at.reports) == retried - 1
+    assert sum(call.refused for call in at.calls) == 1
+    assert sum(call.recovered for call in at.calls) == retried - 1
 
 
 def test_a_bug_in_the_engine_fails_the_job_not_the_worker() -> None:
@@ -549,9 +543,9 @@ def test_a_bug_in_the_engine_fails_the_job_not_the_worker() -> None:
     assert "ZeroDivisionError" in log.getvalue(), "nobody could find it"
 
 
-def test_a_bug_in_the_tokeniser_fails_the_job_not_the_thread() -> None:
+def test_a_bug_in_the_tokenizer_fails_the_job_not_the_thread() -> None:
     with desk(Engine()) as at:
-        assert isinstance(at.result("untokenisable").error, ZeroDivisionError)
+        assert isinstance(at.result("untokenizable").error, ZeroDivisionError)
         assert_vectors(at.result("and on"))
 
 
@@ -565,14 +559,14 @@ def test_an_input_that_is_too_long_is_refused_by_name_and_numbers() -> None:
         assert_vectors(at.result("word " * 30))
 
 
-def test_a_text_the_tokeniser_must_not_see_is_refused_unseen() -> None:
+def test_a_text_the_tokenizer_must_not_see_is_refused_unseen() -> None:
     engine = Engine(max_chars=20)
     with desk(engine) as at:
         error = at.result("x" * 21).error
         assert isinstance(error, es.ContextLengthExceeded)
         assert "21 characters" in error.message
         assert_vectors(at.result("x" * 20))
-    assert engine.tokenised == ["x" * 20]
+    assert engine.tokenized == ["x" * 20]
 
 
 def test_a_truncated_input_keeps_the_final_special_token() -> None:
@@ -581,7 +575,7 @@ def test_a_truncated_input_keeps_the_final_special_token() -> None:
         job = at.result("word " * 31, "short", "x " * 5000, truncates=True)
         assert (job.error, job.truncated, job.tokens) == (None, 2, 32 + 3 + 32)
     words = {len(ids): ids for call in engine.calls for ids in call}
-    assert max(map(len, engine.tokenised)) == 1000, "it must see no more"
+    assert max(map(len, engine.tokenized)) == 1000, "it must see no more"
     assert words[32][0] == 1
     assert words[32][-1] == 2
 
@@ -599,22 +593,22 @@ def test_equal_inputs_of_a_job_are_one_computation() -> None:
     with desk(engine) as at:
         job = at.result("same", "other", "same", [kit.fake_id("same")], "same")
         assert job.tokens == 5 * 3, "all are counted: it is what the client sent"
-        counts = at.pool.queue.state().cache
+        counts = at.pool.queue.cache.counts
         assert (counts.misses, counts.shared, counts.hits) == (2, 3, 0)
         assert at.room_taken() == (0, 0)
     assert set(engine.computed().values()) == {1}
     assert len(job.vectors) == 5
     for index, text in enumerate(["same", "other", "same", "same", "same"]):
-        np.testing.assert_array_equal(job.vectors[index], kit.fake_vector(key(text)))
+        np.testing.assert_array_equal(job.vectors[index], kit.fake_row(key(text)))
 
 
 def test_equal_inputs_in_different_slices_of_a_job_are_one_computation() -> None:
-    # It is tokenised 32 inputs at a time: "last" is alone in its slice.
+    # It is tokenized 32 inputs at a time: "last" is alone in its slice.
     engine = Engine()
     engine.block()
     with desk(engine) as at:
         job = at.submit(*["same", "other"] * 32, "last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         engine.release()
         at.wait_for(job)
         assert_vectors(job)
@@ -623,14 +617,11 @@ def test_equal_inputs_in_different_slices_of_a_job_are_one_computation() -> None
 
 def test_equal_inputs_take_an_inputs_room_each_and_the_tokens_of_one() -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         at.submit("same", "same", "same")
         gate = engine.hold("later")
         at.submit("later")
-        engine.wait_until_tokenising("later")
+        engine.wait_until_tokenizing("later")
         assert at.room_taken() == (1 + 3 + 1, 3 + 3 + len("later") + 3)
         gate.set()
         engine.release()
@@ -646,10 +637,7 @@ def test_jobs_share_the_computation_of_an_equal_input(is_running: bool) -> None:
         jobs = [at.submit("same", "mine")]
         engine.wait_until_computing()
         jobs += [at.submit("same", "yours"), at.submit("same", "same")]
-        last = at.submit("last")
-        engine.wait_until_tokenising("last")
-        engine.release()
-        at.wait_for(last, *jobs)
+        let_go(at, engine, *jobs)
         for job in jobs:
             assert_vectors(job)
             assert job.ended_at >= job.started_at >= job.arrived_at
@@ -675,7 +663,7 @@ def test_what_is_in_the_cache_is_answered_without_a_call() -> None:
         assert (job.tokens, job.truncated) == (6, 0)
         assert job.ended_at >= job.started_at >= job.arrived_at > first.arrived_at
         assert at.room_taken() == (0, 0)
-        counts = at.pool.queue.state().cache
+        counts = at.pool.queue.cache.counts
         assert (counts.entries, counts.hits, counts.misses) == (1, 2, 1)
     assert len(engine.calls) == 1
 
@@ -705,7 +693,7 @@ def test_a_cleared_cache_computes_again_and_says_what_there_was() -> None:
         before = at.pool.queue.clear_cache()
         assert (before.entries, before.hits) == (2, 1)
         assert before.bytes > 0
-        after = at.pool.queue.state().cache
+        after = at.pool.queue.cache.counts
         assert (after.entries, after.bytes, after.hits) == (0, 0, 1)
         assert_vectors(at.result("a"))
     assert engine.computed()[key("a")] == 2
@@ -714,7 +702,7 @@ def test_a_cleared_cache_computes_again_and_says_what_there_was() -> None:
 @pytest.mark.parametrize("word", [kit.NAN_WORD, kit.BOOM_WORD])
 def test_what_fails_is_not_in_the_cache(word: str) -> None:
     engine = Engine()
-    engine.failures[kit.fake_id(word)] = 2  # in its pack, and alone
+    engine.failures[kit.fake_id(word)] = 2  # in its batch, and alone
     with desk(engine, cache_bytes=10_000) as at:
         assert at.result(word).error is not None
         assert_vectors(at.result(word))
@@ -728,27 +716,21 @@ def test_each_owner_of_what_fails_is_told_the_number_of_its_own_input(
     word: str, error: type[es.ApiError]
 ) -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         jobs = {
             "input[1]": at.submit("good", word),
             "input[0]": at.submit(word, "fine", word),
             "input[2]": at.submit("good", "fine", word),
         }
         neighbour = at.submit("good", "fine")
-        at.submit("later")
-        engine.wait_until_tokenising("later")
-        engine.release()
-        at.wait_for(neighbour, *jobs.values())
+        let_go(at, engine, neighbour, *jobs.values())
         assert_vectors(neighbour)
         for where, job in jobs.items():
             assert isinstance(job.error, error)
             assert (job.error.param, where in job.error.message) == (where, True)
         assert_vectors(at.result("and on"))
         assert at.room_taken() == (0, 0)
-    assert engine.computed()[key(word)] == 2, "in its pack, and once alone"
+    assert engine.computed()[key(word)] == 2, "in its batch, and once alone"
 
 
 @pytest.mark.parametrize("leaving", [0, 1, 2], ids=["leader", "second", "third"])
@@ -756,14 +738,11 @@ def test_an_input_whose_owner_leaves_is_computed_once_for_the_others(
     leaving: int,
 ) -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         names = ["x", "y", "z"]
         jobs = [at.submit("shared", f"only {name}", "shared") for name in names]
         last = at.submit("last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         at.pool.queue.cancel(jobs[leaving])
         engine.release()
         left = [job for job in jobs if job is not jobs[leaving]]
@@ -791,7 +770,7 @@ def test_the_second_owner_computes_even_when_it_had_nothing_of_its_own() -> None
         leader, second = at.submit("shared"), at.submit("shared")
         gate = engine.hold("later")
         at.submit("later")
-        engine.wait_until_tokenising("later")
+        engine.wait_until_tokenizing("later")
         at.pool.queue.cancel(leader)
         held[0].go.set()
         at.wait_for(second)
@@ -803,13 +782,10 @@ def test_the_second_owner_computes_even_when_it_had_nothing_of_its_own() -> None
 
 def test_an_input_that_all_its_owners_left_is_never_computed() -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         jobs = [at.submit("shared", "more"), at.submit("shared")]
         last = at.submit("last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         for job in jobs:
             at.pool.queue.cancel(job)
         engine.release()
@@ -827,7 +803,7 @@ def test_what_nobody_waits_for_any_more_is_aborted_and_costs_no_more() -> None:
         jobs = [at.submit("same"), at.submit("same")]
         engine.wait_until_computing()
         last = at.submit("last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         for job in jobs:
             assert engine.aborts == 0, "somebody still waits"
             at.pool.queue.cancel(job)
@@ -835,20 +811,20 @@ def test_what_nobody_waits_for_any_more_is_aborted_and_costs_no_more() -> None:
         engine.wait_until_computing()  # the next call: the first one has ended
         engine.release()
         at.wait_for(last)
-        assert [r.is_aborted for r in at.reports] == [True, False]
-        assert at.reports[0].refused == at.reports[0].inputs == 0
+        assert [r.is_aborted for r in at.calls] == [True, False]
+        assert at.calls[0].refused == at.calls[0].computed == 0
     assert engine.computed()[key("same")] == 0
 
 
-@pytest.mark.parametrize("moment", ["lane", "rearm", "call"])
+@pytest.mark.parametrize("moment", ["long context", "rearm", "call"])
 def test_a_job_cancelled_just_before_its_call_is_not_computed(moment: str) -> None:
     engine = long_engine()
     with desk(engine) as at:
         job = at.job(LONG[0])
         engine.at_moment[moment] = lambda: at.pool.queue.cancel(job)
         at.pool.queue.submit(job)
-        at.run_until(lambda: bool(at.reports))
-        assert at.reports[0].is_aborted
+        at.run_until(lambda: bool(at.calls))
+        assert at.calls[0].is_aborted
         assert not engine.computed()[key(LONG[0])]
         assert at.room_taken() == (0, 0)
         assert_vectors(at.result(LONG[0]))
@@ -868,21 +844,18 @@ def test_what_nobody_waits_for_is_never_cached_without_its_numbers() -> None:
         engine.release()
         for text in (kit.NAN_WORD, "good"):
             assert_vectors(at.result(text))
-        assert at.pool.queue.state().cache.hits == 1, "what was computed is of use"
-        assert sum(report.refused for report in at.reports) == 0
+        assert at.pool.queue.cache.counts.hits == 1, "what was computed is of use"
+        assert sum(call.refused for call in at.calls) == 0
 
 
 def test_a_call_with_one_owner_left_is_not_aborted() -> None:
     engine = Engine()
-    engine.block()
-    with desk(engine) as at:
-        first = at.submit("first")
-        engine.wait_until_computing()
+    with busy_desk(engine) as at:
         jobs = [at.submit("a"), at.submit("b")]
         at.submit("last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         engine.release()
-        at.wait_for(first)
+        at.wait_for(at.first)
         at.pool.queue.cancel(jobs[0])
         at.wait_for(jobs[1])
         assert_vectors(jobs[1])
@@ -898,7 +871,7 @@ def test_a_new_job_does_not_join_a_call_that_is_being_aborted() -> None:
         engine.wait_until_computing()
         at.pool.queue.cancel(unwanted)
         job, last = at.submit("same"), at.submit("last")
-        engine.wait_until_tokenising("last")
+        engine.wait_until_tokenizing("last")
         engine.release()
         at.wait_for(job, last)
         assert_vectors(job)
@@ -924,16 +897,16 @@ def test_a_worker_whose_call_raised_goes_on_with_a_new_context() -> None:
         engine.breaks_at = "bug"
         bad = at.result("bug")
         assert isinstance(bad.error, es.EngineFailed)
+        assert_vectors(at.result("good"))
         assert engine.contexts_made == 1 + 2, "after the call, and after the retry"
         assert engine.contexts_open == 1
-        assert_vectors(at.result("good"))
 
 
 def test_one_bad_input_leaves_the_others_of_a_partial_job() -> None:
     engine = Engine()
     with desk(engine) as at:
         job = at.job("good", kit.NAN_WORD, "w " * 100, "fine", kit.BOOM_WORD)
-        job.allows_partial = True
+        job.request.allows_partial = True
         at.pool.queue.submit(job)
         at.wait_for(job)
         assert job.error is None
@@ -953,17 +926,17 @@ def test_the_breaker_opens_when_a_canary_fails_too_and_closes_when_one_works() -
         engine.fails_always = True
         for n in range(es.Breaker.SUSPICIOUS_FAILURES):
             at.pool.watch()
-            assert not at.pool.queue.state().is_broken, "no verdict yet"
+            assert not at.pool.queue.breaker.is_open, "no verdict yet"
             at.result(f"w{n}")
         at.pool.watch()
-        at.run_until(lambda: at.pool.queue.state().is_broken)
+        at.run_until(lambda: at.pool.queue.breaker.is_open)
         with pytest.raises(es.EngineUnavailable):
             at.submit("refused at once")
         engine.fails_always = False
         clock = at.pool.queue.clock = Clock()
         clock.now = 10**9  # the retry is due
         at.pool.watch()
-        at.run_until(lambda: not at.pool.queue.state().is_broken)
+        at.run_until(lambda: not at.pool.queue.breaker.is_open)
         assert_vectors(at.result("works again"))
 
 
@@ -973,7 +946,7 @@ def test_one_client_s_poison_does_not_open_the_breaker() -> None:
             assert isinstance(at.result(kit.BOOM_WORD).error, es.EngineFailed)
             at.pool.watch()
         assert_vectors(at.result("good"))
-        assert not at.pool.queue.state().is_broken
+        assert not at.pool.queue.breaker.is_open
 
 
 def test_a_call_that_takes_far_too_long_is_ended_and_its_input_refused() -> None:
@@ -985,7 +958,7 @@ def test_a_call_that_takes_far_too_long_is_ended_and_its_input_refused() -> None
         job = at.submit("hangs")
         engine.wait_until_computing()
         clock = at.pool.queue.clock = Clock()
-        clock.now = time.monotonic() + at.pool.options.stuck_after_s + 1.0
+        clock.now = time.monotonic() + at.pool.settings.stuck_after_s + 1.0
         assert at.pool.watch() == [], "aborted, not stuck yet"
         at.wait_for(job)
         assert isinstance(job.error, es.EngineFailed)
@@ -1003,7 +976,7 @@ def test_the_neighbours_of_an_input_that_takes_far_too_long_are_computed() -> No
         engine.wait_until_computing()
         jobs = [at.submit(text) for text in ("a", "stall", "b", "unwanted")]
         later = at.submit("later")
-        engine.wait_until_tokenising("later")
+        engine.wait_until_tokenizing("later")
         clock = at.pool.queue.clock = Clock()
         clock.now = time.monotonic()
         engine.release()
@@ -1011,7 +984,7 @@ def test_the_neighbours_of_an_input_that_takes_far_too_long_are_computed() -> No
             assert engine.stalls.acquire(timeout=kit.DEADLINE_S)
             if n == 0:
                 at.pool.queue.cancel(jobs.pop())
-            clock.now += at.pool.options.stuck_after_s + 1.0
+            clock.now += at.pool.settings.stuck_after_s + 1.0
             assert at.pool.watch() == [], "aborted, not stuck yet"
             engine.release()
         at.wait_for(later, *jobs)
@@ -1019,7 +992,7 @@ def test_the_neighbours_of_an_input_that_takes_far_too_long_are_computed() -> No
         for job in (jobs[0], jobs[2], later):
             assert_vectors(job)
         assert at.room_taken() == (0, 0)
-        assert [(r.recovered, r.refused) for r in at.reports] == [(0, 0), (3, 1)]
+        assert [(r.recovered, r.refused) for r in at.calls] == [(0, 0), (3, 1)]
     assert not engine.computed()[key("unwanted")]
 
 
@@ -1056,7 +1029,7 @@ def test_a_call_that_does_not_end_is_stuck_and_its_jobs_are_answered() -> None:
         assert len(stuck) == 1
         assert isinstance(job.error, es.EngineUnavailable)
         assert at.finished[job] == 1
-        assert at.pool.queue.state().stuck == 1
+        assert at.pool.queue.stuck == 1
         assert at.pool.watch() == [], "said once"
         assert at.room_taken() == (0, 3), "the call's tokens are still being computed"
         engine.release()
@@ -1084,10 +1057,10 @@ def test_what_could_not_be_done_in_time_is_refused_at_once() -> None:
 def test_what_is_only_bounds_is_no_reason_to_refuse() -> None:
     # A text of 10,000 letters may be as many tokens, and is a quarter of them or fewer.
     engine = Engine(max_input_tokens=20_000)
-    with desk(engine, max_tokens=10**9) as at:
+    with desk(engine, limit=es.Size(10**4, 10**9, 1 << 40)) as at:
         at.result("measured")
         queue = at.pool.queue
-        queue._speed.tokens_per_s = 1000.0
+        queue.backlog.throughput.tokens_per_s = 1000.0
         engine.block()
         at.submit("running")
         engine.wait_until_computing()
@@ -1102,23 +1075,20 @@ def test_what_is_only_bounds_is_no_reason_to_refuse() -> None:
 
 
 def test_an_urgent_line_is_not_behind_the_import_that_has_it_too() -> None:
-    engine = Engine(pack_inputs=1)
-    engine.block()
-    with desk(engine) as at:
-        first = at.submit("first")
-        engine.wait_until_computing()
+    engine = Engine(batch_inputs=1)
+    with busy_desk(engine) as at:
         texts = [f"import {n}" for n in range(40)]
-        import_ = at.submit(*texts, client="import", urgency=2)
+        import_ = at.submit(*texts, client="import", priority=2)
         others = [
-            at.submit(texts[30], client="urgent", urgency=0),
-            at.submit(texts[29], texts[28], client="fair", urgency=2),
-            at.submit(texts[27], client="leaves", urgency=0),
+            at.submit(texts[30], client="urgent", priority=0),
+            at.submit(texts[29], texts[28], client="fair", priority=2),
+            at.submit(texts[27], client="leaves", priority=0),
         ]
-        later = at.submit("later", urgency=0)
-        engine.wait_until_tokenising("later")
+        later = at.submit("later", priority=0)
+        engine.wait_until_tokenizing("later")
         at.pool.queue.cancel(others.pop())
         engine.release()
-        at.wait_for(first, import_, later, *others)
+        at.wait_for(import_, later, *others)
         for job in (import_, later, *others):
             assert_vectors(job)
     order = [ids[0][2] for ids in engine.calls if len(ids[0]) == 4]
@@ -1144,7 +1114,7 @@ def test_dead_letters_hold_what_was_refused_after_its_retry(tmp_path: Path) -> N
     assert (tmp_path / "dead").stat().st_mode & 0o777 == 0o600
 
 
-# --- long inputs: the lane ---
+# --- long inputs: the long-input context ---
 
 LONG = [f"long {n} " + "word " * 100 for n in range(4)]  # above a context of 64
 
@@ -1154,21 +1124,23 @@ def long_engine() -> Engine:
     return Engine(max_input_tokens=200, context_tokens=64)
 
 
-def test_long_inputs_go_through_one_lane_made_when_the_first_one_comes() -> None:
+def test_long_inputs_go_through_one_long_context_made_when_the_first_one_comes() -> (
+    None
+):
     engine = long_engine()
     with desk(engine, workers=3) as at:
         assert_vectors(at.result("short", "word " * 62))
-        assert (engine.lanes_made, engine.contexts_open) == (0, 3)
-        # That the lane is never used twice at once is seen to by FakeContext.
+        assert (engine.long_contexts_made, engine.contexts_open) == (0, 3)
+        # That the long-input context is never used twice at once is seen to by FakeContext.
         assert_vectors(at.result(*LONG, "short", "and another"))
         assert_vectors(at.result(LONG[0]))
-        assert (engine.lanes_made, engine.contexts_open) == (1, 4)
+        assert (engine.long_contexts_made, engine.contexts_open) == (1, 4)
         assert at.room_taken() == (0, 0)
     assert engine.contexts_open == 0
     assert [len(call) for call in engine.calls if len(call[0]) > 64] == [1] * 5
 
 
-def test_short_inputs_go_on_while_the_lane_computes() -> None:
+def test_short_inputs_go_on_while_the_long_context_computes() -> None:
     engine = long_engine()
     with desk(engine, workers=2) as at:
         held = engine.hold_call("0")
@@ -1182,10 +1154,10 @@ def test_short_inputs_go_on_while_the_lane_computes() -> None:
         at.wait_for(first, second)
         assert_vectors(first)
         assert_vectors(second)
-    assert engine.lanes_made == 1
+    assert engine.long_contexts_made == 1
 
 
-def test_a_long_input_that_waited_for_the_lane_is_not_forgotten() -> None:
+def test_a_long_input_that_waited_for_the_long_context_is_not_forgotten() -> None:
     # Both workers sleep or compute when it comes, and nothing comes after it.
     engine = long_engine()
     with desk(engine, workers=2) as at:
@@ -1212,11 +1184,11 @@ def test_a_long_input_that_waited_for_the_lane_is_not_forgotten() -> None:
     ],
     ids=repr,
 )
-def test_a_lane_that_cannot_be_made_fails_long_inputs_and_nothing_else(
+def test_a_long_context_that_cannot_be_made_fails_long_inputs_and_nothing_else(
     error: Exception, said: type[es.ApiError]
 ) -> None:
     engine = long_engine()
-    engine.lane_error = error
+    engine.long_context_error = error
     with desk(engine, workers=2) as at:
         bad = [at.submit("good", LONG[0]), at.submit(LONG[0]), at.submit(LONG[1])]
         good = at.submit("short", "too")
@@ -1228,22 +1200,24 @@ def test_a_lane_that_cannot_be_made_fails_long_inputs_and_nothing_else(
             assert job.error.param == where
             assert bool(job.error.retry_after_s) == said.is_transient
         assert at.room_taken() == (0, 0)
-        engine.lane_error = None  # somebody else freed memory
+        engine.long_context_error = None  # somebody else freed memory
         assert_vectors(at.result(LONG[0]))
-    assert engine.lanes_made == 1
+    assert engine.long_contexts_made == 1
 
 
-def test_a_long_input_that_fails_once_is_recovered_in_the_lane() -> None:
+def test_a_long_input_that_fails_once_is_recovered_in_the_long_context() -> None:
     engine = long_engine()
     engine.failures[kit.fake_id(kit.NAN_WORD)] = 1
     with desk(engine, workers=2) as at:
         assert_vectors(at.result(f"{kit.NAN_WORD} " + LONG[0]))
         assert_vectors(at.result(LONG[1]))
     assert engine.fresh == [False, True, False]
-    assert engine.lanes_made == 1
+    assert engine.long_contexts_made == 1
 
 
-def test_the_lane_is_closed_at_the_end_even_if_the_first_stop_came_too_early() -> None:
+def test_the_long_context_is_closed_at_the_end_even_if_the_first_stop_came_too_early() -> (
+    None
+):
     engine = long_engine()
     with desk(engine) as at:
         held = engine.hold_call("0")
@@ -1267,15 +1241,15 @@ def test_a_lone_call_uses_the_cores_of_workers_that_sleep() -> None:
         for n in range(12):
             at.result(f"text {n}")
         stretched = [threads > 1 for threads in engine.threads]
-        assert [report.is_stretched for report in at.reports] == stretched
-    assert engine.threads[:2] == [1, 2], "the first may be the first of many"
-    assert set(engine.threads) == {1, 2, 3}
+        assert [call.is_stretched for call in at.calls] == stretched
+    assert engine.threads[:2] == [1, 3], "the first may be the first of many"
+    assert set(engine.threads) == {1, 3}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"workers": 3, "is_elastic": False}, id="not elastic"),
+        pytest.param({"workers": 3, "elastic": False}, id="not elastic"),
         pytest.param({"workers": 1}, id="no other worker"),
     ],
 )
@@ -1287,12 +1261,12 @@ def test_a_lone_call_uses_its_own_threads(
     with desk(engine, threads=threads, **options) as at:
         for n in range(12):
             at.result(f"text {n}")
-        assert not any(report.is_stretched for report in at.reports)
+        assert not any(call.is_stretched for call in at.calls)
     assert engine.threads == [threads] * 12
 
 
 def test_a_call_while_others_wait_uses_its_own_threads() -> None:
-    engine = Engine(pack_inputs=1)
+    engine = Engine(batch_inputs=1)
     with desk(engine, workers=2) as at:
         for n in range(4):
             at.result(f"text {n}")
@@ -1300,10 +1274,7 @@ def test_a_call_while_others_wait_uses_its_own_threads() -> None:
         engine.block()
         job = at.submit(*(f"many {n}" for n in range(20)))
         engine.wait_until_computing()
-        last = at.submit("last")
-        engine.wait_until_tokenising("last")
-        engine.release()
-        at.wait_for(job, last)
+        let_go(at, engine, job)
     assert set(engine.threads[began:]) == {1}
 
 
@@ -1313,16 +1284,16 @@ def test_a_call_while_others_wait_uses_its_own_threads() -> None:
 def test_abandoned_jobs_end_once_wherever_they_are() -> None:
     engine = Engine()
     engine.block()
-    gate = engine.hold("untokenisable")
+    gate = engine.hold("untokenizable")
     with desk(engine) as at:
         jobs = [at.submit("computing")]
         engine.wait_until_computing()
         jobs += [
             at.submit("waiting"),
-            at.submit("untokenisable"),
+            at.submit("untokenizable"),
             at.submit("untouched"),
         ]
-        engine.wait_until_tokenising("untokenisable")
+        engine.wait_until_tokenizing("untokenizable")
         error = es.NotReady("bye")
         assert at.pool.queue.abandon_all(error) == 4
         assert [at.finished[job] for job in jobs] == [1] * 4
@@ -1334,7 +1305,7 @@ def test_abandoned_jobs_end_once_wherever_they_are() -> None:
         assert at.room_taken() == (0, 0)
 
 
-def test_stopping_waits_for_packs_that_run_and_says_when_it_could_not() -> None:
+def test_stopping_waits_for_batches_that_run_and_says_when_it_could_not() -> None:
     engine = Engine()
     engine.block()
     with desk(engine, workers=2) as at:
@@ -1350,11 +1321,13 @@ def test_stopping_waits_for_packs_that_run_and_says_when_it_could_not() -> None:
 def test_a_context_that_cannot_be_made_fails_the_start_and_ends_the_rest() -> None:
     class Scarce(Engine):
         def new_context(
-            self, *, is_lane: bool = False, per_token: bool = False
+            self, *, needs_long_context: bool = False, per_token: bool = False
         ) -> kit.FakeContext:
             if self.contexts_open:
                 raise es.StartupError("no room")
-            return super().new_context(is_lane=is_lane, per_token=per_token)
+            return super().new_context(
+                needs_long_context=needs_long_context, per_token=per_token
+            )
 
     engine, threads = Scarce(), set(threading.enumerate())
     with pytest.raises(es.StartupError, match="no room"), desk(engine, workers=3):
@@ -1363,17 +1336,17 @@ def test_a_context_that_cannot_be_made_fails_the_start_and_ends_the_rest() -> No
     assert set(threading.enumerate()) <= threads
 
 
-# Some are too long, some for the lane, some for a pack; many are equal.
+# Some are too long, some for the long-input context, some for a batch; many are equal.
 WORDS = ["a", "b c", "long " * 6, "longer " * 20, "longest " * 40]
 WORDS += [f"text {n}" for n in range(40)] + [kit.NAN_WORD, kit.BOOM_WORD]
 WEIGHTS = [20, 20, 10, 5, 1] + [1] * 40 + [1, 1]
 
 
-@pytest.mark.parametrize("tokenisers", [1, 3])
+@pytest.mark.parametrize("tokenizers", [1, 3])
 @pytest.mark.parametrize("cache_bytes", [0, 4000], ids=["no cache", "small cache"])
 @pytest.mark.parametrize("seed", range(3))
 def test_many_submitters_who_often_leave_lose_and_leak_nothing(
-    seed: int, cache_bytes: int, tokenisers: int
+    seed: int, cache_bytes: int, tokenizers: int
 ) -> None:
     jobs: list[list[es.Job]] = [[] for _ in range(5)]
     cancelled: set[es.Job] = set()
@@ -1381,19 +1354,18 @@ def test_many_submitters_who_often_leave_lose_and_leak_nothing(
     with desk(
         engine,
         workers=4,
-        pack_tokens=7,
+        batch_tokens=7,
         cache_bytes=cache_bytes,
-        tokenisers=tokenisers,
+        tokenization_workers=tokenizers,
     ) as at:
 
         def submitter(number: int) -> None:
             chance = random.Random(seed * 10 + number)
             for _ in range(40):
                 texts = chance.choices(WORDS, WEIGHTS, k=chance.randint(1, 50))
-                # What raises costs a lane.
-                is_unit = kit.BOOM_WORD in texts or chance.random() < 0.8
-                form = es.Form.UNIT if is_unit else es.Form.TOKENS
-                jobs[number].append(at.submit(*texts, form=form))
+                # What raises costs a long-input context.
+                per_token = kit.BOOM_WORD not in texts and chance.random() < 0.2
+                jobs[number].append(at.submit(*texts, per_token=per_token))
                 if chance.random() < 0.3:
                     job = chance.choice(jobs[number])
                     cancelled.add(job)
@@ -1409,17 +1381,17 @@ def test_many_submitters_who_often_leave_lose_and_leak_nothing(
         # Were anything still thought to be under way, these would wait for it.
         for text in WORDS:
             at.result(text)
-        counts = at.pool.queue.state().cache
+        counts = at.pool.queue.cache.counts
     assert len(submitted) == 200
     assert at.room_taken() == (0, 0)
-    assert at.pool.queue.state().busy == 0
+    assert at.pool.queue.busy == 0
     kinds = collections.Counter(type(job.error) for job in submitted)
     for job in submitted:
         if at.finished[job] and job.error is None:
             assert_vectors(job)
     assert kinds[type(None)] > 20, "hardly one succeeded: the test says little"
     assert len(kinds) > 2, "nothing failed: the test says little"
-    assert engine.lanes_made == 2, "for long inputs, and for those by tokens"
+    assert engine.long_contexts_made == 2, "for long inputs, and for those by tokens"
     assert counts.shared > 20, "hardly anything was shared: the test says little"
     assert bool(cache_bytes) == bool(counts.hits) == bool(counts.evictions)
     assert counts.bytes <= cache_bytes
@@ -1441,19 +1413,11 @@ def test_a_pool_without_room_for_its_threads_ends_those_it_has_before_any_comput
         start(thread)
         started.append(thread)
 
-    pool = es.Pool(
-        engine,
-        es.PoolOptions(workers=4, pack_tokens=64),
-        es.Backlog(99, 9999),
-        es.VectorCache(0, "space"),
-        log=kit.quiet_log(),
-        deliver=lambda call: call(),
-        on_pack=lambda report: None,
-    )
+    pool = kit.pool(engine, workers=4)
     made: list[object] = []
     monkeypatch.setattr(engine, "new_context", made.append)
     monkeypatch.setattr(threading.Thread, "start", limited)
-    with pytest.raises(es.StartupError, match="may not start so many threads"):
+    with pytest.raises(es.StartupError, match="may not start that many threads"):
         pool.start()
     assert not any(thread.is_alive() for thread in started)
     assert not made, "a context that the engine could be closed under"
@@ -1474,15 +1438,7 @@ def test_a_pool_that_cannot_start_waits_for_contexts_that_are_being_made(
 
     monkeypatch.setattr(engine, "new_context", new_context)
     with ThreadPoolExecutor(1) as starter:
-        pool = es.Pool(
-            engine,
-            es.PoolOptions(workers=2, pack_tokens=64),
-            es.Backlog(99, 9999),
-            es.VectorCache(0, "space"),
-            log=kit.quiet_log(),
-            deliver=lambda call: call(),
-            on_pack=lambda report: None,
-        )
+        pool = kit.pool(engine, workers=2)
         ends = starter.submit(pool.start)
         assert not ends.done(), "the engine would be closed under the second"
         may_go_on.set()
