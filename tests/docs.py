@@ -97,6 +97,7 @@ LIMITS: tuple[tuple[str, str, str, type[es.ApiError] | str], ...] = (
     ("a request's inputs, tokens", "max_request_tokens", "OpenAI 300,000; others none, and so here unless set, but for /decode", es.TooManyTokens),
     ("an input, tokens", "max_input_tokens", "OpenAI 8192; 0 is the model's own", es.ContextLengthExceeded),
     ("a request from arrival to reply, seconds", "request_timeout_s", "the OpenAI SDKs' own 600 s", es.RequestTimeout),
+    ("of that, the part it may be expected to wait", f"{es.MAX_WAIT_PART:g}", "CoDel drops what has waited too long; here it is not let in", es.Overloaded),
     ("a llama.cpp call, seconds", "stuck_after_s", "gunicorn kills a worker after 30 s", es.EngineFailed),
     ("requests per second of a key or address", "rate_limit", "nginx limit_req, OpenAI", es.RateLimited),
     ("tokens per minute likewise", "token_limit", "OpenAI", es.RateLimited),

@@ -212,8 +212,8 @@ def overload(seconds: int = 60, words: int = 100) -> dict[str, object]:
     """Ten times what the real model can do, at a steady rate; then normal again."""
     flags = ("--queue-size", "256", "--cache-mb", "0", "--request-timeout-s", "10")
     with kit.started(*flags, module=SCRIPT) as server:
-        Load(server.url, bodies(2, words), 64, 2).run()
-        before = Load(server.url, bodies(10, words), 64, 10).run()
+        Load(server.url, bodies(2, words), 32, 2).run()
+        before = Load(server.url, bodies(10, words), 32, 10).run()
         most = len(before.latencies) / before.took
         memory = memory_mb(server.process.pid)
         pressed = Load(
@@ -229,7 +229,7 @@ def overload(seconds: int = 60, words: int = 100) -> dict[str, object]:
         recovered = Load(server.url, bodies(2, words), 1, 2).run()
         assert recovered.statuses.keys() == {200}
         first = recovered.latencies[0] + (time.perf_counter() - begun - recovered.took)
-        after = Load(server.url, bodies(10, words), 64, 10).run()
+        after = Load(server.url, bodies(10, words), 32, 10).run()
         assert server.stop() == 0
     goodput = len(pressed.latencies) / pressed.took
     later = len(after.latencies) / after.took

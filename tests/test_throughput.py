@@ -23,6 +23,21 @@ ONE = es.Size(1, 1)
 # --- Backlog ---
 
 
+def test_what_is_let_in_is_in_time_even_at_half_the_speed() -> None:
+    backlog = es.Backlog(es.Size(10**6, 10**9, 1 << 40), used_part=1.0)
+    backlog.throughput.record(1000, 1.0)
+    size = es.Size(1, 100)
+    timeout_s = 10.0
+    with pytest.raises(es.Overloaded, match="would wait 5.1 of its 10 s") as caught:
+        for _ in range(10**3):
+            if backlog.may_be_late(timeout_s):
+                backlog.refuse_late(0.0, timeout_s, backlog.inputs, size.tokens)
+            assert backlog.try_reserve(size)
+    halved_s = 2 * backlog.wait_s
+    assert timeout_s < halved_s <= timeout_s + 2 * size.tokens / 1000
+    assert caught.value.retry_after_s <= 1.0, "in time for the next place"
+
+
 def test_what_is_reserved_and_released_is_counted() -> None:
     backlog = es.Backlog(es.Size(10, 100))
     assert backlog.try_reserve(es.Size(4, 40))

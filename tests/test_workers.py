@@ -1066,7 +1066,7 @@ def test_what_is_only_bounds_is_no_reason_to_refuse() -> None:
         engine.wait_until_computing()
         engine.hold("held")
         at.submit("held", *["x" * 10_000] * 20)
-        for timeout_s, fits in ((60.0, True), (40.0, False)):
+        for timeout_s, fits in ((120.0, True), (80.0, False)):
             job = at.job("x" * 10_000, *"abcdefghijklmnopqrst", timeout_s=timeout_s)
             with contextlib.nullcontext() if fits else pytest.raises(es.Overloaded):
                 queue.submit(job)
