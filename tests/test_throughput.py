@@ -35,7 +35,7 @@ def test_what_is_let_in_is_in_time_even_at_half_the_speed() -> None:
             assert backlog.try_reserve(size)
     halved_s = 2 * backlog.wait_s
     assert timeout_s < halved_s <= timeout_s + 2 * size.tokens / 1000
-    assert caught.value.retry_after_s <= 1.0, "in time for the next place"
+    assert (caught.value.retry_after_s or 60) <= 1.0, "in time for the next place"
 
 
 def test_what_is_reserved_and_released_is_counted() -> None:
