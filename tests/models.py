@@ -84,6 +84,37 @@ def long_context_bert(
     return maker.write()
 
 
+def tiny_encoder(folder: Path, architecture: str, *, context: int = 256) -> Path:
+    """An encoder as served today, of two layers (gemma-embedding: six); 50 KB or so.
+
+    ``architecture``: bert, modern-bert, neo-bert, jina-bert-v2, jina-bert-v3 or
+    gemma-embedding. Those with a sliding window see 16 tokens in some of their layers.
+    """
+    is_gemma = architecture == "gemma-embedding"
+    path = folder / f"random-tiny-{architecture}.gguf"
+    layers = 6 if is_gemma else 2
+    maker = Maker(path, architecture, layers, 32, 2, 64, context, spread=_WIDE_SPREAD)
+    if architecture == "bert":
+        maker.bert(maker.small_vocabulary(WORDS))
+    elif architecture.startswith("jina"):
+        maker.jina(maker.small_vocabulary(WORDS), with_gate=architecture.endswith("v2"))
+    elif is_gemma:
+        maker.writer.add_causal_attention(False)
+        maker.writer.add_sliding_window(16)
+        tokens = maker.sentence_pieces(WORDS)
+        maker.writer.add_add_bos_token(True)
+        maker.writer.add_add_eos_token(True)
+        maker.gemma(len(tokens))
+    else:
+        is_modern = architecture == "modern-bert"
+        maker.norm_first(maker.small_vocabulary(WORDS), embedding_norm=is_modern)
+        if is_modern:
+            maker.writer.add_sliding_window(16)
+        else:
+            maker.writer.add_layer_norm_rms_eps(1e-6)
+    return maker.write()
+
+
 def tiny_cross_encoder(
     folder: Path,
     *,
@@ -376,6 +407,47 @@ class Maker:
             self.attention(layer, with_biases=True)
             self.linear(f"blk.{layer}.ffn_up", inner, width, with_bias=True)
             self.linear(f"blk.{layer}.ffn_down", width, inner, with_bias=True)
+
+    def jina(self, tokens: int, *, with_gate: bool) -> None:
+        """All tensors of a BERT without positions, with a gate or without."""
+        inner, width = self._feed_forward, self._width
+        self.matrix("token_types.weight", 2, width, dtype=np.float32)
+        self.embeddings(tokens)
+        for layer in range(self._layers):
+            self.attention(layer, with_biases=True)
+            self.linear(f"blk.{layer}.ffn_up", inner, width, with_bias=not with_gate)
+            if with_gate:
+                self.linear(f"blk.{layer}.ffn_gate", inner, width, with_bias=False)
+            self.linear(f"blk.{layer}.ffn_down", width, inner, with_bias=True)
+
+    def norm_first(self, tokens: int, *, embedding_norm: bool) -> None:
+        """All tensors of a BERT of the newer sort: norms first, gate and up in one.
+
+        ``embedding_norm``: also before the first layer, as ModernBERT has it.
+        """
+        inner, width = self._feed_forward, self._width
+        self.matrix("token_embd.weight", tokens, width)
+        last = "output_norm" if embedding_norm else "enc.output_norm"
+        for name in (last, "token_embd_norm") if embedding_norm else (last,):
+            self.vector(f"{name}.weight", width, around=1)
+        for layer in range(self._layers):
+            self.matrix(f"blk.{layer}.attn_qkv.weight", 3 * width, width)
+            self.matrix(f"blk.{layer}.attn_output.weight", width, width)
+            self.matrix(f"blk.{layer}.ffn_up.weight", 2 * inner, width)
+            self.matrix(f"blk.{layer}.ffn_down.weight", width, inner)
+            for name in ("attn_norm", "ffn_norm"):
+                self.vector(f"blk.{layer}.{name}.weight", width, around=1)
+
+    def gemma(self, tokens: int) -> None:
+        """All tensors of a gemma3 or gemma-embedding, but for a head of its own."""
+        self.matrix("token_embd.weight", tokens, self._width)
+        self.vector("output_norm.weight", self._width, around=1)
+        for layer in range(self._layers):
+            self.causal_attention(layer, with_head_norms=True)
+            self.gated(layer)
+            names = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+            for name in names:
+                self.vector(f"blk.{layer}.{name}.weight", self._width, around=1)
 
     def embeddings(self, tokens: int) -> None:
         """Of the tokens, and the norm after them."""
