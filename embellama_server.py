@@ -38,7 +38,8 @@ The life of one request
 10. BATCHING     a free worker takes a batch: inputs of several requests, up to a budget;
                  clients in turn, urgent ones first, nothing past its deadline
 11. CONTEXTS     one llama.cpp call per batch; rows copied out, checked by WORKERS
-    PASSES       a decoder's batch takes two: what is pooled needs the head, the rest not
+    PASSES       a decoder's batch takes several: its head is computed for what is pooled
+                 at most
 12. BATCHING     the last vector of a job wakes the event loop
 13. VECTORS      scaled to length 1; floats, bytes or bits, in the dialect's shape
 14. CONNECTIONS  bytes leave in order, a stream's as they are made and read; the next
@@ -2847,6 +2848,11 @@ class GgufHeader:
         return self.number("pooling_type") == _POOLING_RANK
 
     @property
+    def has_dense(self) -> bool:
+        """Whether it has layers for what was pooled."""
+        return b"dense_2.weight" in self.tensors
+
+    @property
     def cell_bytes(self) -> int:
         """What a KV cell takes in f16; an upper bound where layers differ."""
         heads = self.number("attention.head_count") or 1
@@ -4670,16 +4676,14 @@ class Context(AbortableContext):
             self._main = main = self._new_handle(model, options.max_tokens, inputs)
             self.pooling = pooling = llama.llama_pooling_type(main.pointer)
             self._is_per_token = pooling == llama.LLAMA_POOLING_TYPE_NONE
+            self.is_mean = pooling == llama.LLAMA_POOLING_TYPE_MEAN
             self._row_length = llama.llama_model_n_embd_out(model)
             if pooling == llama.LLAMA_POOLING_TYPE_RANK:
                 self._row_length = max(1, llama.llama_model_n_cls_out(model))
             self._memory = llama.llama_get_memory(main.pointer)  # None: an encoder
             # Of a decoder whose tokens see none of those after them.
-            self.pools_one_token = (
-                self._memory is not None
-                and llama.llama_get_causal_attn(main.pointer)
-                and pooling != llama.LLAMA_POOLING_TYPE_MEAN
-                and not self._is_per_token
+            self.is_causal = self._memory is not None and bool(
+                llama.llama_get_causal_attn(main.pointer)
             )
             is_cpu_encoder = self._memory is None and not options.on_gpu
             # A GPU's output pages are pinned, a decoder does write logits, and only
@@ -4996,6 +5000,13 @@ class StepContext(AbortableContext):
 # No token sees those after it, so all but the last are read without any output, and only
 # then the last with embeddings on. Compared with f32 weights both ways are as true (f32:
 # 1e-6 between them; Q4_K_M: each about 1e-3 from f32).
+# A mean needs the rows of all tokens, and nothing in the C API gives those alone. But ggml
+# asks of each node of a graph whether we want to see it, and ends the graph where we then
+# say no: after the rows, before the head. What remains is room for a step's logits, which
+# hold nothing: so steps are small. Gemma 3 270M, ms of processor time and MB at its peak:
+#     tokens            25       8 x 25       440        2,800
+#     all in one call   223, 58  1236, 409    2746, 891  23956, 5693
+#     steps of 128      76, 34   524, 140     1269, 140  10727, 183
 
 _UBATCH_TOKENS: Final = 512  # a multiple of a tile: 128 and 256 were no faster
 
@@ -5016,7 +5027,61 @@ def passes_of(
     return [fronts, ends] if fronts else [ends]
 
 
-class CausalContext(Context):
+_STEP_TOKENS: Final = (
+    128  # whose rows are computed at once; 64 to 512 took the same time
+)
+
+
+def step_sizes(tokens: int) -> Iterator[int]:
+    """Return how many tokens each step has.
+
+    They are cut at multiples of a tile, and none has less than one (unless all have): then
+    64, 128 and 512 a step agree to the last bit. With an end of 8 tokens vectors moved by
+    as much as a neighbour moves them.
+    """
+    while tokens:
+        size = min(tokens, _STEP_TOKENS)
+        if 0 < tokens - size < FLASH_TILE_TOKENS:
+            size -= FLASH_TILE_TOKENS
+        yield size
+        tokens -= size
+
+
+def steps_of(inputs: Sequence[TokenIds]) -> Iterator[list[StepRow]]:
+    """Return calls, in order, that have an output for each token."""
+    waiting = collections.deque(StepRow(n, 0, ids) for n, ids in enumerate(inputs))
+    for left in step_sizes(sum(map(len, inputs))):
+        step = list[StepRow]()
+        while left:
+            row = waiting.popleft()
+            size = min(left, len(row.ids))
+            begin, ids, rest = row.begin, row.ids[:size], row.ids[size:]
+            step.append(StepRow(row.sequence, begin, ids, outputs=size))
+            if len(rest):
+                waiting.appendleft(StepRow(row.sequence, begin + size, rest))
+            left -= size
+        yield step
+
+
+class PassesContext(Context):
+    """What a worker embeds with if a decoder's tokens see none of those after them."""
+
+    def _begin(self, inputs: Sequence[TokenIds], threads: int, *, fresh: bool) -> None:
+        """Make ready for them. Raises EngineError where llama.cpp would end the process."""
+        count, tokens, options = len(inputs), sum(map(len, inputs)), self._options
+        is_small = count <= options.max_inputs and tokens <= options.max_tokens
+        if not (is_small and inputs and all(map(len, inputs))):
+            raise EngineError(f"a batch of {tokens} tokens and {count} inputs")
+        self._set_threads(self._main, threads)
+        self._llama.llama_memory_clear(self._memory, fresh)
+
+    def _decode(self, rows: Sequence[StepRow]) -> None:
+        self._tokens.fill(rows)
+        code = self._llama.llama_decode(self._main.pointer, self._batch)
+        self._check(code, f"{len(rows)} inputs")
+
+
+class CausalContext(PassesContext):
     """What a worker embeds with if a vector is that of a decoder's last or first token."""
 
     MAX_INPUTS = 32  # llama.cpp keeps two rows of logits for each
@@ -5024,25 +5089,109 @@ class CausalContext(Context):
     def embed(
         self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
     ) -> Vectors:
-        llama, handle, options = self._llama, self._main, self._options
-        count, tokens = len(inputs), sum(map(len, inputs))
-        # llama.cpp would end the process.
-        if not 0 < count <= options.max_inputs or tokens > options.max_tokens:
-            raise EngineError(f"a batch of {tokens} tokens and {count} inputs")
-        self._set_threads(handle, threads)
-        llama.llama_memory_clear(self._memory, fresh)
+        llama = self._llama
+        self._begin(inputs, threads, fresh=fresh)
         of_first = self.pooling == llama.LLAMA_POOLING_TYPE_CLS
         for rows in passes_of(inputs, of_first=of_first):
-            self._tokens.fill(rows)
-            llama.llama_set_embeddings(handle.pointer, rows[0].outputs > 0)
-            self._check(
-                llama.llama_decode(handle.pointer, self._batch), f"{count} inputs"
-            )
-        return self._rows(handle, count)
+            llama.llama_set_embeddings(self._main.pointer, rows[0].outputs > 0)
+            self._decode(rows)
+        return self._rows(self._main, len(inputs))
 
     def _adapt(self, params: Any) -> None:
         params.n_ubatch = min(params.n_ubatch, _UBATCH_TOKENS)
         params.n_outputs_max = params.n_seq_max
+
+
+# What llama.cpp calls a graph's node with the rows of tokens, where it pools nothing. Were
+# it called otherwise, the head would be computed as well.
+_ROWS_NODE: Final = b"result_embd_pooled"
+
+
+def head_stopper(llama: Any) -> Any:
+    """Return the callback that ends a graph once it has the rows of its tokens."""
+    kind = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)
+    name_of = kind(("ggml_get_name", llama._lib))
+
+    def wants(node: int, is_question: bool, _: object) -> bool:
+        """Whether we want to see a node; if it is shown, whether to go on after it."""
+        return is_question and name_of(node) == _ROWS_NODE
+
+    return llama.ggml_backend_sched_eval_callback(wants)
+
+
+class RowsContext(PassesContext):
+    """Gives the rows of a decoder's tokens, as they are before its head."""
+
+    MAX_INPUTS = 64
+
+    def __init__(
+        self,
+        llama: Any,
+        model: Any,
+        options: ContextOptions,
+        input_rows: InputRows | None = None,
+    ) -> None:
+        self._head_stopper = head_stopper(llama)  # lives as long as the llama_context
+        super().__init__(llama, model, options, input_rows)
+
+    def embed(
+        self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
+    ) -> Vectors:
+        import numpy as np
+
+        self._begin(inputs, threads, fresh=fresh)
+        return np.concatenate([self._step(rows).copy() for rows in steps_of(inputs)])
+
+    def _step(self, rows: Sequence[StepRow]) -> Vectors:
+        """Return the rows of a step's tokens: until the next step only."""
+        import numpy as np
+
+        self._decode(rows)
+        found = self._llama.llama_get_embeddings(self._main.pointer)
+        if not found:
+            raise EngineError("llama.cpp kept no vectors of tokens")
+        shape = self._batch.n_tokens, self._row_length
+        return np.ctypeslib.as_array(found, shape)
+
+    def _adapt(self, params: Any) -> None:
+        params.n_ubatch = min(params.n_ubatch, _STEP_TOKENS)
+        params.n_outputs_max = _STEP_TOKENS
+        params.pooling_type = self._llama.LLAMA_POOLING_TYPE_NONE
+        params.cb_eval = self._head_stopper
+
+
+class MeanContext(RowsContext):
+    """What a worker embeds with if a vector is the mean of a decoder's tokens."""
+
+    def embed(
+        self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
+    ) -> Vectors:
+        import numpy as np
+
+        self._begin(inputs, threads, fresh=fresh)
+        means = np.zeros((len(inputs), self._row_length))
+        for step in steps_of(inputs):
+            found, end = self._step(step), 0
+            for row in step:
+                begin, end = end, end + len(row.ids)
+                means[row.sequence] += found[begin:end].sum(axis=0, dtype=np.float64)
+        means /= [[len(ids)] for ids in inputs]
+        return means.astype(np.float32)
+
+
+def kind_for(context: Context, header: GgufHeader) -> type[Context]:
+    """Return what computes as a plain context does, without the head if there is one.
+
+    Layers for what was pooled would stand behind the rows, whose graph ends before them.
+    """
+    if not context.is_causal or header.has_dense:
+        return Context
+    return MeanContext if context.is_mean else CausalContext
+
+
+def kind_of_rows(kind: type[Context]) -> type[Context]:
+    """Return what gives the rows of tokens where ``kind`` gives vectors of inputs."""
+    return RowsContext if issubclass(kind, PassesContext) else Context
 
 
 # ==============================================================================
@@ -5351,7 +5500,7 @@ class Engine:
         number = self._pooling_types()[pooling or self._settings.pooling]
         options |= {"on_gpu": self._gpu_layers != 0, "rope": self._rope}
         wanted = ContextOptions(max_tokens=max_tokens, pooling=number, **options)
-        kind = Context if pooling else self._kind
+        kind = kind_of_rows(self._kind) if pooling else self._kind
         return kind(self._llama, self._model, wanted, self._input_rows)
 
     def _step_context(self, cells: int, sequences: int) -> StepContext:
@@ -5415,7 +5564,7 @@ class Engine:
             suffix=suffix,
             max_chars=tokenizer.max_chars,
             prompts=tuple(prompts),
-            has_dense=b"dense_2.weight" in header.tensors,
+            has_dense=header.has_dense,
             norms_before_cut=header.norms_before_cut,
         )
         if pooling == "none":
@@ -5427,8 +5576,7 @@ class Engine:
         if self._settings.pooling == "auto" and header.is_generator:
             return "none"
         with contextlib.closing(self._context(FLASH_TILE_TOKENS)) as context:
-            number = context.pooling
-            self._kind = CausalContext if context.pools_one_token else Context
+            number, self._kind = context.pooling, kind_for(context, header)
         names = (n for n, found in self._pooling_types().items() if found == number)
         pooling = next(names, "other")
         if pooling in POOLINGS:

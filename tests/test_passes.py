@@ -7,6 +7,7 @@ with a state.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import chat_models, models
+from tests import chat_models, gemma, models, words
 from tests.test_engine import loaded, run_python
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -31,6 +32,11 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 # Around a tile of flash attention, gemma3's window, a KV cell block and a ubatch.
 LENGTHS = (1, 2, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 511, 512)
 BATCHES = ((1, 1, 1), (1, 2, 65), (64, 63, 129, 1), (25,) * 8, (9,) * 32, (200, 311))
+CONTEXTS = {
+    "last": es.CausalContext,
+    "cls": es.CausalContext,
+    "mean": es.MeanContext,
+}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -48,12 +54,15 @@ def ids_of(engine: es.Engine, *sizes: int) -> list[es.TokenIds]:
     return [chance.integers(5, n_vocab, size, np.int32) for size in sizes]
 
 
+def plain_options(engine: es.Engine, tokens: int = 512) -> es.ContextOptions:
+    """Those of a context that pools as the model does."""
+    pooling = engine._pooling_types()[engine.card.pooling]
+    return es.ContextOptions(max_tokens=tokens, max_inputs=4, pooling=pooling)
+
+
 def plain_context(engine: es.Engine) -> es.Context:
     """What computes an input's tokens in one call, all with embeddings on."""
-    made = engine.new_context()
-    options = es.ContextOptions(max_tokens=512, pooling=made.pooling)
-    made.close()
-    return es.Context(engine._llama, engine._model, options)
+    return es.Context(engine._llama, engine._model, plain_options(engine))
 
 
 def assert_alike(rows: Any, expected: Any) -> None:
@@ -80,14 +89,29 @@ def test_each_token_is_read_once_and_only_the_last_has_an_output(
     assert all(len(row.ids) == row.outputs == 1 for row in ends)
 
 
-@pytest.mark.parametrize("pooling", ["last", "cls"])
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6))
+def test_each_token_is_read_once_and_has_an_output_for_a_mean(sizes: list[int]) -> None:
+    steps = list(es.steps_of([np.arange(size, dtype=np.int32) for size in sizes]))
+    read: list[list[int]] = [[] for _ in sizes]
+    for row in (row for step in steps for row in step):
+        assert row.begin == len(read[row.sequence])
+        assert row.outputs == len(row.ids) > 0
+        read[row.sequence] += [int(token) for token in row.ids]
+    assert read == [list(range(size)) for size in sizes]
+    lengths = [sum(len(row.ids) for row in step) for step in steps]
+    assert max(lengths) <= 128
+    assert min(lengths) >= min(64, sum(sizes))  # what is smaller is computed otherwise
+    assert all(length % 64 == 0 for length in lengths[:-1])
+
+
+@pytest.mark.parametrize("pooling", CONTEXTS)
 def test_a_decoders_vector_is_the_one_of_the_plain_way_whatever_its_length(
     decoder: Path, pooling: str
 ) -> None:
     with loaded(decoder, pooling=pooling) as engine:
         worker, long = engine.new_context(), engine.new_context(needs_long_context=True)
         with closing(worker), closing(long), closing(plain_context(engine)) as plain:
-            assert type(worker) is type(long) is es.CausalContext
+            assert type(worker) is type(long) is CONTEXTS[pooling]
             for length in LENGTHS:
                 inputs = ids_of(engine, length)
                 expected = plain.embed(inputs)
@@ -95,7 +119,7 @@ def test_a_decoders_vector_is_the_one_of_the_plain_way_whatever_its_length(
                 np.testing.assert_array_equal(long.embed(inputs), worker.embed(inputs))
 
 
-@pytest.mark.parametrize("pooling", ["last", "cls"])
+@pytest.mark.parametrize("pooling", CONTEXTS)
 def test_a_decoders_vector_is_the_one_of_the_plain_way_whatever_its_neighbours(
     decoder: Path, pooling: str
 ) -> None:
@@ -108,16 +132,82 @@ def test_a_decoders_vector_is_the_one_of_the_plain_way_whatever_its_neighbours(
                 assert_alike(worker.embed(inputs, threads=2), expected)
 
 
-def test_an_input_longer_than_a_ubatch_is_read_in_several(decoder: Path) -> None:
-    with loaded(decoder, pooling="last", batch_tokens=2000) as engine:
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_an_input_longer_than_a_ubatch_is_read_in_several(
+    decoder: Path, pooling: str
+) -> None:
+    with loaded(decoder, pooling=pooling, batch_tokens=2000) as engine:
         (ids,) = ids_of(engine, 1500)
         worker, long = engine.new_context(), engine.new_context(needs_long_context=True)
-        options = es.ContextOptions(max_tokens=1500, pooling=worker.pooling)
-        plain = es.Context(engine._llama, engine._model, options)
+        plain = es.Context(engine._llama, engine._model, plain_options(engine, 1500))
         with closing(worker), closing(long), closing(plain):
             expected = plain.embed([ids])
             assert_alike(worker.embed([ids]), expected)
             assert_alike(long.embed([ids]), expected)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_decoders_rows_of_tokens_are_those_of_the_plain_way(
+    decoder: Path, pooling: str
+) -> None:
+    with loaded(decoder, pooling=pooling) as engine:
+        none = int(engine._llama.LLAMA_POOLING_TYPE_NONE)
+        options = es.ContextOptions(max_tokens=512, pooling=none)
+        plain = es.Context(engine._llama, engine._model, options)
+        made = engine.new_context(needs_long_context=True, per_token=True)
+        with closing(made), closing(plain):
+            assert type(made) is es.RowsContext
+            for length in (1, 63, 130, 512):
+                inputs = ids_of(engine, length)
+                rows = made.embed(inputs)
+                assert rows.shape == (length, engine.card.n_embd)
+                assert_alike(rows, plain.embed(inputs))
+
+
+def test_a_mean_is_that_of_the_rows_to_the_last_bit(decoder: Path) -> None:
+    with loaded(decoder, pooling="mean") as engine:
+        worker = engine.new_context()
+        made = engine.new_context(needs_long_context=True, per_token=True)
+        with closing(worker), closing(made):
+            for length in LENGTHS:
+                inputs = ids_of(engine, length)
+                mean = made.embed(inputs).mean(axis=0, dtype=np.float64)
+                np.testing.assert_allclose(worker.embed(inputs)[0], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (200, 50), (5,) * 30])
+def test_the_head_of_a_decoder_is_not_reached_for_a_mean(
+    decoder: Path, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+    shown: list[bytes] = []
+
+    def recording(llama: Any) -> Any:
+        kind = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)
+        name_of = kind(("ggml_get_name", llama._lib))
+        stopper = whole(llama)
+
+        def wants(node: int, is_question: bool, _: object) -> bool:
+            (asked if is_question else shown).append(name_of(node))
+            return bool(stopper(node, is_question, None))
+
+        kept.append(stopper)
+        return llama.ggml_backend_sched_eval_callback(wants)
+
+    kept: list[Any] = []
+    whole = es.head_stopper
+    monkeypatch.setattr(es, "head_stopper", recording)
+    with (
+        loaded(decoder, pooling="mean") as engine,
+        closing(engine.new_context()) as worker,
+    ):
+        inputs = ids_of(engine, *sizes)
+        asked.clear()
+        shown.clear()
+        worker.embed(inputs)
+    assert set(shown) == {b"result_embd_pooled"}
+    assert len(shown) >= len(list(es.steps_of(inputs)))
+    assert not any(name.startswith(b"result_output") for name in asked)
 
 
 def test_a_causal_reranker_scores_as_the_plain_way_does(tmp_path: Path) -> None:
@@ -167,6 +257,33 @@ def test_an_abort_ends_either_pass_and_work_goes_on(
     np.testing.assert_array_equal(worker.embed(INPUTS), expected)
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_abort_ends_any_step_of_a_mean_and_work_goes_on(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = models.tiny_causal(tmp_path, context=512)
+    inputs = [np.arange(5, 5 + size, dtype=np.int32) for size in (120, 1, 30)]
+    with loaded(path, pooling="mean") as engine, closing(engine.new_context()) as made:
+        expected = made.embed(inputs)
+        whole = made._llama.llama_decode
+        calls: list[int] = []
+
+        def decode(pointer: Any, batch: Any) -> int:
+            if len(calls) == at:
+                made.abort()
+            calls.append(batch.n_tokens)
+            return int(whole(pointer, batch))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(made._llama, "llama_decode", decode)
+            with pytest.raises(es.CallAborted):
+                made.embed(inputs)
+        assert calls == [64, 87][: at + 1]
+        made.rearm()
+        np.testing.assert_array_equal(made.embed(inputs), expected)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize(
     "inputs",
     [
@@ -175,21 +292,24 @@ def test_an_abort_ends_either_pass_and_work_goes_on(
         [np.array([2**30, 5], np.int32)],
         [np.array([], np.int32)],
         [],
-        [np.array([5], np.int32)] * 40,
+        [np.array([5], np.int32), np.array([], np.int32)],
+        [np.array([5], np.int32)] * 70,
         [np.full(600, 5, np.int32)],
     ],
     ids=lambda inputs: str([ids[:2].tolist() for ids in inputs[:2]]),
 )
 def test_what_cannot_be_read_is_an_error_and_work_goes_on(
-    worker: es.CausalContext, inputs: list[es.TokenIds]
+    tmp_path: Path, pooling: str, inputs: list[es.TokenIds]
 ) -> None:
-    expected = worker.embed(INPUTS)
-    with pytest.raises(es.EngineError):
-        worker.embed(inputs)
-    np.testing.assert_array_equal(worker.embed(INPUTS), expected)
+    path = models.tiny_causal(tmp_path, context=512)
+    with loaded(path, pooling=pooling) as engine, closing(engine.new_context()) as made:
+        expected = made.embed(INPUTS)
+        with pytest.raises(es.EngineError):
+            made.embed(inputs)
+        np.testing.assert_array_equal(made.embed(INPUTS), expected)
 
 
-# 60,000 words, 2,000 tokens: with logits it takes 960 MB.
+# 60,000 words, 2,000 tokens: with logits it takes 960 MB, with those of 128 tokens 31.
 RESIDENT = """
 import numpy as np
 from pathlib import Path
@@ -197,7 +317,8 @@ from tests.test_engine import add_spm, llama
 from tests.test_passes import add_wide
 
 path = llama(Path(sys.argv[1]) / "wide.gguf", add_wide, trained=4096)
-engine = es.Engine(str(path), es.ModelSettings(), kit.quiet_log())
+options = es.ModelSettings(pooling=sys.argv[2])
+engine = es.Engine(str(path), options, kit.quiet_log())
 
 def peak_mb():
     status = open("/proc/self/status").read()
@@ -227,5 +348,20 @@ def add_wide(writer: Any) -> int:
     return len(tokens)
 
 
-def test_a_long_input_takes_no_memory_for_logits(tmp_path: Path) -> None:
-    run_python(RESIDENT, tmp_path)
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_long_input_takes_no_memory_for_logits(tmp_path: Path, pooling: str) -> None:
+    run_python(RESIDENT, tmp_path, pooling)
+
+
+@pytest.mark.chat
+def test_gemma_gives_the_means_that_llama_cpp_gives() -> None:
+    with loaded(gemma.fetched(), pooling="mean") as engine:
+        worker, plain = engine.new_context(), plain_context(engine)
+        with closing(worker), closing(plain):
+            inputs = [
+                np.array(engine.tokenizer.encode(" ".join(words.WORDS[:size])))
+                for size in (1, 20, 60, 130)
+            ]
+            assert_alike(worker.embed(inputs), plain.embed(inputs))
+            for ids in inputs:
+                assert_alike(worker.embed([ids]), plain.embed([ids]))
