@@ -6888,6 +6888,9 @@ class WorkQueue:
         """Abort calls that take too long; return those that do not end even then."""
         raise NotImplementedError
 
+    def tidy(self) -> None:
+        """Have what is not needed any more freed."""
+
     def abandon_all(self, error: ApiError) -> int:
         """End all work with ``error``. Return how many requests that were."""
         raise NotImplementedError
@@ -7055,6 +7058,9 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 # takes as long as two batches of 256: so long ones still get a third of the time, and a
 # short one waits for at most one of them.
 MAX_SKIPS: Final = 4
+# After the last long input its context is freed: 282 MB of Gemma 3 270M. To make it again
+# takes 0.1 s, and a long input seconds.
+LONG_IDLE_S: Final = 30.0
 
 
 class ReadyQueue:
@@ -7154,7 +7160,7 @@ class ReadyQueue:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A batch that llama.cpp computes."""
+    """A batch that llama.cpp computes; without items, long inputs' contexts are freed."""
 
     items: list[Item]
     tokens: int
@@ -7199,6 +7205,7 @@ class BatchQueue(JobQueue):
         self._ready = ReadyQueue(settings.batch_tokens, card.context_tokens)
         self._in_flight: dict[bytes, Item] = {}  # waiting or running, by key
         self._calls: dict[int, Call] = {}  # running, by worker
+        self._long_expires_at = math.inf  # long inputs' contexts; there may be some
         self._tuner = ThreadTuner(settings.threads, settings.workers - 1)
 
     # --- event loop ---
@@ -7242,6 +7249,11 @@ class BatchQueue(JobQueue):
         for job in over:
             job.finished()
         return stuck
+
+    def tidy(self) -> None:
+        with self._lock:
+            if self.clock() >= self._long_expires_at:
+                self._wake(1)
 
     # --- tokenizer threads ---
 
@@ -7324,7 +7336,7 @@ class BatchQueue(JobQueue):
                     long_context_is_free=not any(c.needs_long_context for c in running),
                     now=now,
                 )
-                if items:
+                if items or now >= self._long_expires_at:
                     return self._begin(items, worker, now)
                 self._asleep.add(worker)
                 self._work_ready[worker].wait()
@@ -7339,6 +7351,12 @@ class BatchQueue(JobQueue):
             call.is_aborted = call.is_overdue = False
             return True
 
+    def end_freeing(self, call: Call) -> None:
+        """Note that there is no long inputs' context any more."""
+        with self._lock:
+            del self._calls[call.worker]
+            self._wake(1)
+
     def settle(self, call: Call, outcomes: Sequence[Any]) -> list[Job]:
         """Record the outcomes of a call. Return the jobs that this ended.
 
@@ -7350,6 +7368,7 @@ class BatchQueue(JobQueue):
             del self._calls[call.worker]
             self.stuck -= call.is_stuck
             if call.needs_long_context:
+                self._long_expires_at = now + LONG_IDLE_S
                 self._wake(1)  # another long input may wait for it
             if call.computing is call.items and not call.is_aborted:
                 if call.threads == self.settings.threads:
@@ -7370,8 +7389,11 @@ class BatchQueue(JobQueue):
     def _begin(self, items: list[Item], worker: int, now: float) -> Call:
         """Mark a batch as running. Lock held."""
         tokens, threads = sum(item.tokens for item in items), self.settings.threads
+        is_long = not items or items[0].context_tokens > self.card.context_tokens
+        if is_long:
+            self._long_expires_at = math.inf
         has_others = self._calls or self._ready.tokens or not self._untokenized.is_empty
-        if self.settings.elastic and worker == 0:
+        if self.settings.elastic and worker == 0 and items:
             threads = self._tuner.threads(tokens, now, is_alone=not has_others)
         for other in self._calls.values():
             other.is_alone = False
@@ -7386,7 +7408,7 @@ class BatchQueue(JobQueue):
             began_at=now,
             is_alone=worker == 0 and not has_others,
             is_stretched=threads > self.settings.threads,
-            needs_long_context=items[0].context_tokens > self.card.context_tokens,
+            needs_long_context=is_long,
             computing=items,
             computing_since=now,
         )
@@ -7465,7 +7487,10 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 # retried alone, once, on a new context or with memory wiped: it never harms its neighbours
 # in the batch, and is not retried for ever.
 # Inputs longer than a worker's context are computed in the long-input context, which takes
-# any accepted length, is created for the first of them, and is used by workers in turn.
+# any accepted length, is created for the first of them, is used by workers in turn, and is
+# freed once none has come for a while.
+
+_LONG_PLACES: Final = ("long input", "input by tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -7510,7 +7535,7 @@ def _place(call: Call) -> int | str:
     """Return the key of a call's context: its worker's, or a shared one."""
     if not call.needs_long_context:
         return call.worker
-    return "input by tokens" if call.items[0].per_token else "long input"
+    return _LONG_PLACES[call.items[0].per_token]
 
 
 class Workers:
@@ -7557,7 +7582,10 @@ class BatchWorkers(Workers):
             return
         started.set_result(None)
         while call := self._queue.next_call(number):
-            self._compute(call)
+            if call.items:
+                self._compute(call)
+            else:
+                self._free_long_contexts(call)
             del call  # and with it its jobs' texts
 
     def close(self) -> None:
@@ -7657,6 +7685,14 @@ class BatchWorkers(Workers):
                 raise NoMemory(str(error)) from None
         return self._contexts[place]
 
+    def _free_long_contexts(self, call: Call) -> None:
+        for place in _LONG_PLACES:
+            if context := self._contexts.pop(place, None):
+                self._hooks.log("info", "freeing a context", place=place)
+                context.close()
+        trim_memory()
+        self._queue.end_freeing(call)
+
     def _write_dead_letters(self, call: Call, outcomes: Sequence[Any]) -> None:
         letters = self._hooks.dead_letters
         if letters is None:
@@ -7740,11 +7776,12 @@ class Pool(Generic[Work_co]):
         )
 
     def watch(self) -> Sequence[object]:
-        """Abort overdue calls, test a broken engine. To be called twice a second.
+        """Abort overdue calls, test a broken engine, tidy. To be called twice a second.
 
         Returns the calls that have just turned out to be stuck; their jobs are answered.
         """
         stuck = self.queue.end_overdue()
+        self.queue.tidy()
         if self.queue.breaker.canary_is_due(self.queue.clock()):
             self._send_canary()
         return stuck

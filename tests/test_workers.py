@@ -1215,6 +1215,55 @@ def test_a_long_input_that_fails_once_is_recovered_in_the_long_context() -> None
     assert engine.long_contexts_made == 1
 
 
+def test_the_long_context_is_freed_once_no_input_has_needed_it_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, now = long_engine(), [0.0]
+    freed, go_on = threading.Event(), threading.Event()
+
+    def trim() -> None:
+        freed.set()
+        kit.wait(go_on)
+
+    monkeypatch.setattr(es, "trim_memory", trim)
+    with desk(engine, workers=2) as at:
+        at.pool.queue.clock = lambda: now[0]
+        assert_vectors(at.result(LONG[0]))
+        now[0] = es.LONG_IDLE_S - 1
+        at.pool.watch()
+        assert_vectors(at.result("short"))
+        assert engine.contexts_open == 3
+        now[0] += 1
+        at.pool.watch()
+        kit.wait(freed)
+        assert engine.contexts_open == 2
+        waiting = at.submit(LONG[1])
+        assert_vectors(at.result("another"))
+        assert not at.finished[waiting]
+        go_on.set()
+        at.wait_for(waiting)
+        assert_vectors(waiting)
+        assert (engine.long_contexts_made, engine.contexts_open) == (2, 3)
+    assert engine.contexts_open == 0
+
+
+def test_the_long_context_stays_while_an_input_needs_it() -> None:
+    engine, now = long_engine(), [0.0]
+    with desk(engine, workers=2) as at:
+        at.pool.queue.clock = lambda: now[0]
+        assert_vectors(at.result(LONG[0]))
+        held = engine.hold_call("1")
+        job = at.submit(LONG[1])
+        kit.wait(held.began)
+        now[0] += es.LONG_IDLE_S
+        at.pool.watch()
+        assert_vectors(at.result("short"))
+        held.go.set()
+        at.wait_for(job)
+        assert_vectors(job)
+        assert (engine.long_contexts_made, engine.contexts_open) == (1, 3)
+
+
 def test_the_long_context_is_closed_at_the_end_even_if_the_first_stop_came_too_early() -> (
     None
 ):
