@@ -2868,10 +2868,14 @@ class GgufHeader:
         return bool(_NORMS_BEFORE_CUT.search(str(self.values.get("general.name", ""))))
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether its tokens see those after them, and it has no KV cells."""
+        return "bert" in self.architecture or self.architecture in _ENCODERS
+
+    @property
     def is_generator(self) -> bool:
         """Whether the model generates: a decoder that says of no pooling."""
-        is_encoder = "bert" in self.architecture or self.architecture in _ENCODERS
-        return not (is_encoder or self.number("pooling_type"))
+        return not (self.is_encoder or self.number("pooling_type"))
 
 
 class _Reader:
@@ -5008,7 +5012,7 @@ class StepContext(AbortableContext):
 #     all in one call   223, 58  1236, 409    2746, 891  23956, 5693
 #     steps of 128      76, 34   524, 140     1269, 140  10727, 183
 
-_UBATCH_TOKENS: Final = 512  # a multiple of a tile: 128 and 256 were no faster
+UBATCH_TOKENS: Final = 512  # a multiple of a tile: 128 and 256 were no faster
 
 
 def passes_of(
@@ -5027,9 +5031,7 @@ def passes_of(
     return [fronts, ends] if fronts else [ends]
 
 
-_STEP_TOKENS: Final = (
-    128  # whose rows are computed at once; 64 to 512 took the same time
-)
+ROW_TOKENS: Final = 128  # whose rows are computed at once; 64 to 512 took the same time
 
 
 def step_sizes(tokens: int) -> Iterator[int]:
@@ -5040,7 +5042,7 @@ def step_sizes(tokens: int) -> Iterator[int]:
     as much as a neighbour moves them.
     """
     while tokens:
-        size = min(tokens, _STEP_TOKENS)
+        size = min(tokens, ROW_TOKENS)
         if 0 < tokens - size < FLASH_TILE_TOKENS:
             size -= FLASH_TILE_TOKENS
         yield size
@@ -5098,7 +5100,7 @@ class CausalContext(PassesContext):
         return self._rows(self._main, len(inputs))
 
     def _adapt(self, params: Any) -> None:
-        params.n_ubatch = min(params.n_ubatch, _UBATCH_TOKENS)
+        params.n_ubatch = min(params.n_ubatch, UBATCH_TOKENS)
         params.n_outputs_max = params.n_seq_max
 
 
@@ -5122,7 +5124,7 @@ def head_stopper(llama: Any) -> Any:
 class RowsContext(PassesContext):
     """Gives the rows of a decoder's tokens, as they are before its head."""
 
-    MAX_INPUTS = 64
+    MAX_INPUTS = 32
 
     def __init__(
         self,
@@ -5154,8 +5156,8 @@ class RowsContext(PassesContext):
         return np.ctypeslib.as_array(found, shape)
 
     def _adapt(self, params: Any) -> None:
-        params.n_ubatch = min(params.n_ubatch, _STEP_TOKENS)
-        params.n_outputs_max = _STEP_TOKENS
+        params.n_ubatch = min(params.n_ubatch, ROW_TOKENS)
+        params.n_outputs_max = ROW_TOKENS
         params.pooling_type = self._llama.LLAMA_POOLING_TYPE_NONE
         params.cb_eval = self._head_stopper
 
@@ -12339,19 +12341,14 @@ class ModelFacts:
     modified_at: float = 0.0  # Unix time
     sha256: str = ""  # of its files; known when it was loaded, or asked for
     cell_bytes: int = 0  # of a KV cell
-    logit_rows: int = 0  # that a context has room for beside those of tokens
-    has_token_logits: bool = False  # whether it has room for those of each token too
+    # Tokens for whose logits a context has room: none, pooled, a step's, or all.
+    logits: str = "none"
 
 
 def facts_of(settings: Settings, path: str) -> ModelFacts:
     """Return what a model's header and the file system say. Raises StartupError."""
     with checked_model(path, "") as (_, header):
         kind = kind_of(settings, header)
-    pooling: str | None = settings.pooling
-    if pooling == "auto":  # POOLINGS are in the order of LLAMA_POOLING_TYPE_*
-        pooling = dict(enumerate(POOLINGS, 1)).get(header.number("pooling_type"))
-    pools_one = pooling not in (None, "mean")
-    is_decoder = "bert" not in header.architecture
     return facts_with(
         path,
         stamp=file_stamp(*part_paths(settings.model_path)),
@@ -12362,9 +12359,21 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
         n_vocab=header.n_tokens,
         trained_tokens=header.number("context_length"),
         cell_bytes=header.cell_bytes,
-        logit_rows=2 * CausalContext.MAX_INPUTS * (is_decoder and pools_one),
-        has_token_logits=is_decoder and not pools_one,
+        logits=_logits_of(settings, header),
     )
+
+
+def _logits_of(settings: ModelSettings, header: GgufHeader) -> str:
+    """Return for which tokens a model's contexts have room for logits; see PASSES."""
+    if header.is_encoder:
+        return "none"
+    pooling: str | None = settings.pooling
+    if pooling == "auto":  # POOLINGS are in the order of LLAMA_POOLING_TYPE_*
+        pooling = dict(enumerate(POOLINGS, 1)).get(header.number("pooling_type"))
+    is_causal = header.values.get(f"{header.architecture}.attention.causal", True)
+    if header.has_dense or not is_causal:
+        return "all"
+    return "step" if pooling == "mean" else "pooled"
 
 
 def kind_of(settings: ModelSettings, header: GgufHeader) -> str:
@@ -18221,33 +18230,51 @@ def may_pin() -> bool:
     return True
 
 
-# Fitted to what MiniLM, BERT-base and a model 768 wide took, at 256 to 8192 tokens a call
-# and with 1 to 4 workers: 10 to 45 % more than each of them.
-_WORKER_BYTES: Final = 40 << 20
+# Compared with what seven models took at their peak: README's table.
+_PROCESS_BYTES: Final = 8 << 20  # of llama.cpp, once
+_CONTEXT_BYTES: Final = 4 << 20
+_WORD_BYTES: Final = 64  # of the vocabulary
+_GENERATING_BYTES: Final = 40 << 20
 
 
 def needed_bytes(settings: Settings, facts: ModelFacts) -> int:
-    """Return the most memory that a model takes when its cache is full.
-
-    A decoder's context has room for logits, twice: see PASSES.
-    """
-    if facts.kind == "generate":
-        cells = settings.context_size or default_context_tokens(
-            settings, facts.trained_tokens
-        )
-        return facts.size_bytes + _WORKER_BYTES + cells * facts.cell_bytes
-    token_logits = 8 * facts.n_vocab * facts.has_token_logits
-    logits = 4 * facts.n_vocab * facts.logit_rows
-
-    def context_bytes(tokens: int) -> int:
-        return tokens * (2 * tokens + 40 * facts.n_embd + token_logits) + logits
-
+    """Return the most memory that a model takes when its cache is full."""
     trained = default_context_tokens(settings, facts.trained_tokens)
     longest = settings.max_input_tokens or settings.context_size or trained
+    if facts.kind == "generate":
+        cells = settings.context_size or trained
+        return facts.size_bytes + _GENERATING_BYTES + cells * facts.cell_bytes
     common = max(settings.batch_tokens, min(longest, settings.common_tokens))
-    workers = settings.workers * (_WORKER_BYTES + context_bytes(common))
-    long_context = context_bytes(longest) if longest > common else 0
-    return facts.size_bytes + workers + long_context + (settings.cache_mb << 20)
+    inputs = min(settings.batch_tokens, CausalContext.MAX_INPUTS) + 1
+    shared = facts.size_bytes + _PROCESS_BYTES + _WORD_BYTES * facts.n_vocab
+    needed = shared + settings.workers * context_bytes(facts, common, inputs)
+    if longest > common:
+        needed += context_bytes(facts, longest, 1)
+    if facts.logits == "none":  # for a moment, see Context.make_room()
+        rows = 1 << (max(longest, common) - 1).bit_length()
+        needed += 4 * facts.n_vocab * min(rows, max(longest, common))
+    return needed + (settings.cache_mb << 20)
+
+
+def context_bytes(facts: ModelFacts, tokens: int, inputs: int) -> int:
+    """Return what a context takes that computes so much in a call."""
+    at_once, rows, cells = tokens, 0, tokens  # at_once: tokens of a graph
+    if facts.logits == "none":
+        cells = 0
+    elif facts.logits == "pooled":
+        at_once, rows = min(tokens, UBATCH_TOKENS), 2 * inputs
+    elif facts.logits == "step":
+        at_once = min(tokens, ROW_TOKENS)
+        rows = max(at_once, inputs)
+    else:
+        rows = 2 * tokens
+    mask = (6 if cells else 2) * tokens  # bytes of each token's row
+    return (
+        _CONTEXT_BYTES
+        + cells * facts.cell_bytes
+        + 4 * rows * facts.n_vocab
+        + at_once * (mask + 40 * facts.n_embd)
+    )
 
 
 def check_memory(settings: Settings, facts: ModelFacts) -> None:

@@ -25,6 +25,9 @@ import pytest
 
 import embellama_server as es
 from tests import kit, models
+from tests.test_contexts import WIDE_LETTERS
+from tests.test_engine import bert, llama, run_python
+from tests.test_passes import add_wide
 
 SCRIPT = str(kit.ROOT / "embellama_server.py")
 
@@ -445,3 +448,48 @@ def test_a_pre_tokenizer_that_llama_cpp_does_not_know_is_a_sentence(
     said = bench.refusal(model_path=path)
     assert said.startswith(f"{path}: this llama-cpp-python does not know its pre-tok")
     assert "'of-tomorrow'" in said and "\n" not in said
+
+
+FORESEEN = """
+import numpy as np
+
+es._llama_cpp()
+path, pooling = sys.argv[1:]
+settings = es.Settings(model_path=path, pooling=pooling, cache_mb=0, workers=2)
+needed = es.needed_bytes(settings, es.facts_of(settings, path)) >> 20
+
+def mb(name):
+    status = open("/proc/self/status").read()
+    return int(status.split(name)[1].split()[0]) / 1024
+
+es.trim_memory()
+before = mb("VmRSS:")
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+engine = es.Engine(path, settings, kit.quiet_log())
+card, contexts = engine.card, []
+
+def some(size):
+    return np.arange(5, 5 + size, dtype=np.int32)
+
+for is_long in (False, False, *([True] * (card.max_input_tokens > 512))):
+    contexts.append(engine.new_context(needs_long_context=is_long))
+    if is_long:
+        contexts[-1].embed([some(card.max_input_tokens)])
+    else:
+        contexts[-1].embed([some(256 // card.batch_inputs)] * card.batch_inputs)
+        contexts[-1].embed([some(card.context_tokens)])
+taken = mb("VmHWM:") - before
+assert 0.85 < needed / taken < 1.25, (needed, taken)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is /proc's")
+@pytest.mark.parametrize("pooling", ["auto", "last", "mean"])
+def test_the_memory_that_is_foreseen_is_what_is_taken(
+    tmp_path: Path, pooling: str
+) -> None:
+    if pooling == "auto":  # an encoder
+        path = bert(tmp_path / "m.gguf", WIDE_LETTERS, trained=512)
+    else:
+        path = llama(tmp_path / "m.gguf", add_wide, trained=2048)
+    run_python(FORESEEN, path, pooling)
