@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 import embellama_server as es
 from tests import kit
+from tests.models import tiny_bert
 
 SCRIPT = str(kit.ROOT / "embellama_server.py")
 
@@ -33,8 +35,6 @@ def post(url: str, body: object) -> object:
 
 def program(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the real program to its end."""
-    import os
-
     return subprocess.run(
         [sys.executable, SCRIPT, *flags],
         env=os.environ | environment,
@@ -178,6 +178,28 @@ def test_the_user_s_own_file_is_named_after_its_stem(
         reply = post(server.url, {"input": ["a", "b"], "model": "my-model"})
         assert isinstance(reply, dict)
         assert reply["model"] == "my-model"
+        assert server.stop() == 0
+
+
+def test_a_child_is_started_again_as_it_was_whatever_became_of_the_file(
+    tmp_path: Path,
+) -> None:
+    copy = tmp_path / "served.py"
+    copy.write_bytes(Path(SCRIPT).read_bytes())
+    model = str(tiny_bert(tmp_path))
+    flags = ("--model-path", model, "--weights", "keep")
+    with kit.started(*flags, module=("-W", "default", str(copy))) as server:
+        before = post(server.url, {"input": "hello"})
+        command = Path(f"/proc/{server.child}/cmdline").read_bytes().split(b"\0")
+        assert command[1:3] == [b"-W", b"default"]
+        assert str(copy).encode() in command, "as an operator looks for it"
+        copy.write_text("half a f")
+        os.kill(server.child, signal.SIGKILL)
+        server.wait_for_log(" ready ", 2)
+        after = post(server.url, {"input": "hello"})
+        assert isinstance(before, dict)
+        assert isinstance(after, dict)
+        assert after["data"] == before["data"]
         assert server.stop() == 0
 
 

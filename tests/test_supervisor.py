@@ -748,4 +748,4 @@ def test_a_parent_that_cannot_be_started_is_a_sentence(
 
     monkeypatch.setattr(os, "execv", refused)
     with pytest.raises(es.StartupError, match="Permission denied; --no-supervise does"):
-        es.become_parent((), ("x",), kit.settings(), "")
+        es.become_parent((), ("x",), None, kit.settings(), "")
