@@ -4870,6 +4870,9 @@ class Context(AbortableContext):
 # checked before each call.
 
 STEP_TOKENS: Final = 512  # most in a step
+# Reading 2,048 tokens of Gemma 3 270M took 4.13 s in parts of 512, 4.18 of 256, 4.42 of 128
+# (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
+_PART_TOKENS: Final = 256
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 
 
@@ -4898,7 +4901,9 @@ class StepContext(AbortableContext):
         self._threads = 1
         params = llama.llama_context_default_params()
         params.n_ctx = options.cells
-        params.n_batch = params.n_ubatch = min(STEP_TOKENS, options.cells)
+        params.n_batch = min(STEP_TOKENS, options.cells)
+        # Of a step it computes so many at a time, with masks of as many rows of all cells.
+        params.n_ubatch = min(_PART_TOKENS, options.cells)
         params.n_seq_max = options.sequences
         params.kv_unified = True
         # By default llama.cpp keeps room for logits of every token of a step: 512 MiB at
