@@ -5212,12 +5212,14 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 # an idle server uses 0.5 % of a core; not at all (OMP_WAIT_POLICY=passive), and the
 # barriers of a short call cost more than its second thread saves (1.5 times one thread's
 # time at 24 tokens). 1,000 spins: as fast as the default on free cores (0.6), none idle.
-# But all threads share each step of a model that generates, which has some 400 barriers: of
-# 4 rows of Gemma 3 270M it took 39 ms with 1,000 spins, 36 with 10,000, 33 by default. With
-# a neighbour the default was at times 4 times as slow as 10,000.
+# But all threads share each step of a model that generates, which has some 400 barriers.
+# With libgomp's own 300,000 spins 1, 4 and 16 streams of Gemma 3 270M made 1.07, 1.12 and
+# 1.06 times the tokens of 10,000 (medians of 3 interleaved rounds on 2 cores). Beside a
+# busy process on one core the median step of one stream took 23.5 ms in each of three
+# runs, and 25 to 203 with 10,000; beside two 38 to 48, and 33 to 35.
 
 _POSITION_ROWS: Final = b"position_embd.weight"
-_SPINS, _SPINS_OF_STEPS = "1000", "10000"
+_SPINS, _SPINS_OF_STEPS = "1000", "300000"
 
 # Sequences that are kept beside the running ones, for prompts that begin like them; each
 # takes two rows of logits (2 MiB at a vocabulary of 262,144).
