@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,10 @@ class StepEngine(kit.FakeEngine):
         self.failures = {NAN_TOKEN: 10**9, BOOM_TOKEN: 10**9}
         self.vocab = None
         self.lies_about_room = 0  # how many steps find no cell
+        self.packed: list[
+            list[tuple[int, int]]
+        ] = []  # what was put in order, each time
+        self.fails_to_pack = 0  # how many times
 
     def llama_vocab_get_suppress_tokens(self, *_: object) -> None:
         return None
@@ -134,6 +138,16 @@ class FakeStepContext(es.StepContext):
         assert self.can_trim or not length, "only whole sequences"
         del self.sequences[sequence][length:]
         return True
+
+    def pack(self, parts: Iterable[tuple[int, int]]) -> None:
+        self._check_thread()
+        engine = self._engine
+        engine.packed.append([*parts])
+        for sequence, begin in engine.packed[-1]:
+            assert 0 <= begin <= len(self.sequences[sequence])
+        if engine.fails_to_pack:
+            engine.fails_to_pack -= 1
+            raise es.EngineError("as asked")
 
     def first_position(self, sequence: int) -> int:
         return 0 if self.sequences[sequence] else -1

@@ -300,6 +300,19 @@ def test_a_step_that_finds_no_cell_makes_room_and_goes_on() -> None:
         assert running.queue.prompt_cache.evictions >= 2
 
 
+def test_what_is_left_in_memory_is_put_in_order_once_no_reply_grows() -> None:
+    with generating() as running:
+        for one in [running.ask(prompt(n), 5 + n) for n in range(3)]:
+            one.wait()
+        settled(running)
+        assert [len(parts) for parts in running.engine.packed][-1:] == [3]
+        running.engine.fails_to_pack = 1
+        assert running.ask(prompt(8), 5).text() == said_after(prompt(8), 5)
+        assert running.ask(prompt(9), 5).text() == said_after(prompt(9), 5)
+        settled(running)
+        assert len(running.engine.contexts) == 2, "what is in memory was not trusted"
+
+
 def test_a_step_that_takes_far_too_long_ends_who_was_alone_in_it() -> None:
     with generating(stuck_after_s=0.1) as running:
         running.engine.block()

@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -622,6 +623,61 @@ class Context:
             self.compute(sequence, 1)
         self.said.append(sequence.held.tolist())
         self.do(self.table.finish(sequence))
+
+
+class Counting:
+    """llama.cpp's functions, and how many sequences it was told to take back."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.taken += name == "llama_state_seq_set_data"
+        return getattr(llama(), name)
+
+
+@pytest.mark.parametrize("kind", chat_models.GENERATING)
+def test_replies_that_grew_together_are_packed_and_say_the_same(
+    kind: str, tmp_path: Path
+) -> None:
+    path = chat_models.GENERATING[kind](tmp_path)
+    counting, dice = Counting(), random.Random(7)
+    shared = [dice.randrange(300, 400) for _ in range(40)]
+    replies = [[dice.randrange(300, 400) for _ in range(110)] for _ in range(3)]
+    room = es.StepOptions(cells=512, sequences=3)
+    packed = es.StepContext(counting, opened(path), room)
+    alone = es.StepContext(llama(), opened(path), room)
+    with contextlib.closing(packed), contextlib.closing(alone):
+        packed.decode([es.StepRow(0, 0, shared)], 1)
+        for each in (1, 2):
+            packed.copy(0, each, 40)
+        for at in range(100):
+            rows = [es.StepRow(n, 40 + at, replies[n][at : at + 1]) for n in range(3)]
+            packed.decode(rows, 1)
+        lengths = [100, 20 if packed.can_trim else 100, 100]
+        packed.trim(1, 40 + lengths[1])  # too short to be worth it
+        for _ in range(2):  # the second time there is nothing to do
+            packed.pack([(n, 40) for n in range(3)])
+        ends = [packed.last_position(n) for n in range(3)]
+        assert ends == [39 + length for length in lengths]
+        assert counting.taken == (2 if packed.can_trim else 0)
+        for n, length in enumerate(lengths):
+            rest = replies[n][length:][:10]
+            packed.decode([es.StepRow(n, 40 + length, rest, outputs=1)], 1)
+            alone.clear()
+            whole = [*shared, *replies[n][:length], *rest]
+            alone.decode([es.StepRow(0, 0, whole, outputs=1)], 1)
+            found = packed.logits(len(rest) - 1)
+            assert abs(found - alone.logits(len(whole) - 1)).max() < 0.2
+
+
+def test_own_parts_begin_after_what_others_hold_and_the_last_used_comes_first() -> None:
+    table = es.SequenceTable(1000, 8)
+    first = left(table, [*SYSTEM, 1, 2], 3, 4)
+    second = left(table, [*SYSTEM, 5], 6)
+    other = left(table, list(range(500, 530)), 7)
+    admitted(table, [*range(500, 520), 8])  # runs: it has no part in this
+    assert table.own_parts() == [(other.id, 20), (second.id, 40), (first.id, 40)]
 
 
 @pytest.mark.parametrize("kind", chat_models.GENERATING)
