@@ -4873,7 +4873,6 @@ STEP_TOKENS: Final = 512  # most in a step
 # Reading 2,048 tokens of Gemma 3 270M took 4.13 s in parts of 512, 4.18 of 256, 4.42 of 128
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
-_BLOCK_CELLS: Final = 64  # that flash attention looks at together
 _MAX_PACKED_BYTES: Final = 64 << 20  # 40 ms
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 
@@ -5000,7 +4999,7 @@ class StepContext(AbortableContext):
         for sequence, begin in parts if self.can_trim else ():
             end = self.last_position(sequence) + 1
             begin = max(begin, self._scattered.pop(sequence, end))
-            if end - begin < _BLOCK_CELLS:
+            if begin >= end:
                 continue
             llama.llama_memory_seq_cp(memory, sequence, spare, begin, end)
             size = llama.llama_state_seq_get_size(self._pointer, spare)
