@@ -8752,7 +8752,9 @@ _TILE_TOKENS: Final = 64
 _MIN_PIECE_TOKENS: Final = 8  # even in a step that is too long: a prompt must get on
 # A call of up to 3 rows gives the bits of each alone; one of 4 takes other kernels.
 _MAX_DETERMINISTIC_ROWS: Final = 3
-_READING_STEP_S: Final = 1.0  # while no reply grows: short prompts wait for no longer
+# While no reply grows: short prompts wait for no longer. 512 tokens of Gemma 3 270M take
+# 0.9 s here, and in two steps a tenth more.
+_READING_STEP_S: Final = 1.5
 _TURN_TOKENS: Final = 512  # of one client's prompts, then another's
 _OLDEST_PART: Final = 4  # one token of so many is read of the oldest prompt
 _MAX_OWED_TOKENS: Final = 256  # of those, until it goes first

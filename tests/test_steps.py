@@ -278,11 +278,11 @@ def test_before_the_speed_is_known_a_piece_is_one_tile() -> None:
     assert one.pieces[:2] == [64, 512]
 
 
-def test_a_slow_box_without_replies_looks_up_about_once_a_second() -> None:
+def test_a_slow_box_without_replies_looks_up_every_second_and_a_half() -> None:
     box = Box(slowness=6)
     box.add(one := prompt(2000))
     box.run(one)
-    assert max(one.pieces) == 128
+    assert max(one.pieces) == 192
     box = Box(slowness=60)
     box.add(one := prompt(2000))
     box.run(one)
