@@ -9367,6 +9367,7 @@ class GenerationWorker(Workers):
                 self._hooks.log("error", "bug", trace=trace)
                 self._fail_all(InternalError(_BUG))
             self._tell()
+            self._tidy()
 
     def close(self) -> None:
         for reply in (*self._replies, *self._displaced):
@@ -9648,14 +9649,14 @@ class GenerationWorker(Workers):
         self._replies.remove(reply)
         self._execute(self._table.finish(reply.sequence))
         self._count()
-        if not self._replies and self._context is not None:
-            self._pack(self._context)
 
-    def _pack(self, context: StepContext) -> None:
+    def _tidy(self) -> None:
         """While no reply grows, put in order what they have left in memory."""
+        if self._replies or self._displaced or self._context is None:
+            return
         try:
-            context.pack(self._table.own_parts())
-        except (EngineError, MemoryError) as error:
+            self._context.pack(self._table.own_parts())
+        except Exception as error:  # nobody waits for it
             self._hooks.log("error", "prefixes lost", reason=error)
             self._drop_context()
 

@@ -304,8 +304,8 @@ def test_what_is_left_in_memory_is_put_in_order_once_no_reply_grows() -> None:
     with generating() as running:
         for one in [running.ask(prompt(n), 5 + n) for n in range(3)]:
             one.wait()
-        settled(running)
-        assert [len(parts) for parts in running.engine.packed][-1:] == [3]
+        packed = running.engine.packed
+        until(lambda: packed and len(packed[-1]) == 3, "three prefixes in order")
         running.engine.fails_to_pack = 1
         assert running.ask(prompt(8), 5).text() == said_after(prompt(8), 5)
         assert running.ask(prompt(9), 5).text() == said_after(prompt(9), 5)
