@@ -18635,13 +18635,13 @@ sys.exit(Parent(command, **json.loads(given)).run())
 # again is what was started, though the file has been replaced since.
 _RUNNER: Final = """\
 import marshal, os, sys
-code, *sys.argv = sys.argv[1:]
-__file__ = sys.argv[0]
-if not sys.flags.safe_path:
-    sys.path[0] = os.path.dirname(os.path.abspath(__file__))
-with open(int(code), "rb") as code:
-    code.seek(0)
-    code = marshal.load(code)
+descriptor, *sys.argv = sys.argv[1:]
+__file__ = os.path.abspath(sys.argv[0])
+if not sys.flags.safe_path:  # as for a script
+    sys.path[0] = os.path.dirname(os.path.realpath(__file__))
+with open(int(descriptor), "rb") as file:
+    file.seek(0)
+    code = marshal.load(file)
 exec(code)
 """
 
@@ -18939,10 +18939,9 @@ def become_parent(
     }
     # -I and -S: nothing but the standard library, and nothing from the folder we are in.
     own = [sys.executable, "-I", "-S", "-c", _LAUNCHER, os.path.abspath(__file__)]
-    # Where systemd would put them; there might be one of them, so by way of elsewhere.
-    beyond = (
-        FIRST_INHERITED + len(listeners) + 1
-    )  # for the child's channel to its parent
+    # Where systemd would put them, before the child's channel to its parent; there might
+    # be one of them, so by way of elsewhere.
+    beyond = FIRST_INHERITED + len(listeners) + 1
     moved = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, beyond) for one in listeners]
     for number, descriptor in enumerate(moved, FIRST_INHERITED):
         os.dup2(descriptor, number)
@@ -20049,5 +20048,5 @@ def _fail(reason: str, *, code: int = 1) -> int:
     return code
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the code is this file's, for the child of SUPERVISOR
     sys.exit(main(code=sys._getframe().f_code))
