@@ -27,7 +27,7 @@ TOKENS = 12  # of a reply, unless it is to go on for long
 LONG = 1900  # tokens of a reply that nobody waits for
 TOO_LONG = "word " * 3000
 LEFT = "status=499"  # in the log: the client has left
-RUNNING = 'embellama_sequences{state="running"} 1'
+ALL_RUNNING = 'embellama_sequences{state="running"} 4'
 QUEUE_OF_ONE = ("--parallel", "1", "--queue-size", "1", "--max-client-batch-size", "1")
 
 
@@ -39,8 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(model: str) -> Iterator[kit.Server]:
-    """The program, with that model."""
-    with kit.started("--model-path", model, module=(SCRIPT,)) as running:
+    """The program, with that model, and room for four long replies."""
+    flags = ("--model-path", model, "--context-size", "8192")
+    with kit.started(*flags, module=(SCRIPT,)) as running:
         yield running
 
 
@@ -72,12 +73,12 @@ class Leavers:
         self._server = server
         self._before = self._count()
 
-    def wait(self, count: int = 1) -> None:
-        """Return once so many more have left, long before their replies were over."""
+    def wait(self, count: int = 1, *, tokens: int = LONG) -> None:
+        """Return once so many more have left, before they had ``tokens``."""
         self._server.wait_for_log(LEFT, self._before + count)
         lines = [line for line in self._server.log if LEFT in line]
         for line in lines[self._before :]:
-            assert int(line.partition(" reply_tokens=")[2].split()[0]) < LONG
+            assert int(line.partition(" reply_tokens=")[2].split()[0]) < tokens
 
     def _count(self) -> int:
         return sum(LEFT in line for line in self._server.log)
@@ -134,18 +135,22 @@ def test_openai_leaves_a_stream_and_a_reply_and_the_server_notices(
             next(stream)
         leavers.wait()
 
+    # It closes, as who sends no more does as well: that is noticed after HALF_CLOSED_S, by
+    # when one reply without log probabilities is done.
+    asks |= {"n": 4, "logprobs": True, "top_logprobs": 20}
+
     async def leave() -> None:
         async with openai.AsyncOpenAI(**base, max_retries=0) as client:  # type: ignore[arg-type]
             task = asyncio.create_task(client.chat.completions.create(**asks))
             async with asyncio.timeout(kit.DEADLINE_S):
-                while RUNNING not in await asyncio.to_thread(metrics, server):
+                while ALL_RUNNING not in await asyncio.to_thread(metrics, server):
                     assert not task.done()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
     asyncio.run(leave())
-    leavers.wait(2)
+    leavers.wait(2, tokens=4 * LONG)
 
 
 def metrics(server: kit.Server) -> str:
