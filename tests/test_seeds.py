@@ -444,8 +444,8 @@ async def test_requests_to_embed_are_counted_in_the_engine_s_figures() -> None:
             asyncio.create_task(running.ask("POST", "/v1/embeddings", {"input": text}))
             for text in ("c", "d", "e")
         ]
-        await asyncio.to_thread(engine.wait_until_computing)
-        while running.served.pool.queue.requests < len(asks):
+        queue = running.served.pool.queue
+        while (queue.requests, queue.running) != (len(asks), 1):
             await asyncio.sleep(0)
         shown = (await figures(running))["engine"]
         engine.release()
