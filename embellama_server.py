@@ -1744,7 +1744,7 @@ class OutOfMemory(ApiError, status=503, code="out_of_memory"):
     """The box has too little free memory for this input; it may have more soon."""
     problem = "needs more memory than is free now: try again, or send shorter inputs"
 class Overloaded(ApiError, status=503, code="overloaded", type="overloaded"):
-    """The queue is full, or too long to reach the request before its deadline."""
+    """The queue is full, or would take more than half of the request's time."""
 class TooManyConnections(ApiError, status=503, code="too_many_connections", type="overloaded"):
     """Too many connections, in total or from one address."""
 class RequestTimeout(ApiError, status=504, code="request_timeout"):
@@ -4873,7 +4873,7 @@ STEP_TOKENS: Final = 512  # most in a step
 # Reading 2,048 tokens of Gemma 3 270M took 4.13 s in parts of 512, 4.18 of 256, 4.42 of 128
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
-_MAX_PACKED_BYTES: Final = 64 << 20  # 40 ms
+_MAX_PACKED_BYTES: Final = 64 << 20  # at once; 38 MB took 45 ms
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 
 
@@ -8745,10 +8745,9 @@ class SequenceTable:
 # for longest.
 # A deterministic reply must not depend on others: its steps are its own, in turn with
 # theirs.
-
-# Of flash attention. Pieces of a prompt that begin and end at multiples of it give the
+# Pieces of a prompt that begin and end at multiples of a tile of flash attention give the
 # same bits as the whole.
-_TILE_TOKENS: Final = 64
+
 _MIN_PIECE_TOKENS: Final = 8  # even in a step that is too long: a prompt must get on
 # A call of up to 3 rows gives the bits of each alone; one of 4 takes other kernels.
 _MAX_DETERMINISTIC_ROWS: Final = 3
@@ -8779,7 +8778,7 @@ class StepSpeed:
         # At least half of a token's equal part, should replies have become faster.
         least_s = seconds / (rows + tokens) / 2
         token_s = max((seconds - rows_s) / tokens, least_s)
-        weight = self.WEIGHT * min(1.0, tokens / _TILE_TOKENS)  # few tell little
+        weight = self.WEIGHT * min(1.0, tokens / FLASH_TILE_TOKENS)  # few tell little
         self.token_s = self._average(self.token_s, token_s, weight)
 
     def decode_s(self, rows: int) -> float:
@@ -8852,13 +8851,13 @@ def piece_tokens(prompt: StepWork, room: int, *, is_first: bool) -> int:
         tokens = left
     elif not is_first or not room:
         tokens = 0
-    elif room >= _TILE_TOKENS:
-        tokens = (read + room) // _TILE_TOKENS * _TILE_TOKENS - read
+    elif room >= FLASH_TILE_TOKENS:
+        tokens = (read + room) // FLASH_TILE_TOKENS * FLASH_TILE_TOKENS - read
     else:  # pieces that kept to tiles would be half as long
         tokens = room - room % _MIN_PIECE_TOKENS or room
     # The end by itself, however much room there is: it is read alike whatever else runs.
-    if prompt.is_deterministic and tokens > _TILE_TOKENS:
-        tokens -= tokens % _TILE_TOKENS
+    if prompt.is_deterministic and tokens > FLASH_TILE_TOKENS:
+        tokens -= tokens % FLASH_TILE_TOKENS
     return tokens
 
 
@@ -8954,9 +8953,9 @@ class StepPlanner:
         # A third of a step even where the replies alone take too long: prompts wait, too.
         left_s = max(limit_s - rows_s, rows_s / 2)
         is_alone = self._kind > 0 or not is_growing
-        least = _TILE_TOKENS if is_alone else _MIN_PIECE_TOKENS
+        least = FLASH_TILE_TOKENS if is_alone else _MIN_PIECE_TOKENS
         if not self.speed.token_s:
-            return _TILE_TOKENS
+            return FLASH_TILE_TOKENS
         return max(least, int(left_s / self.speed.token_s))
 
 

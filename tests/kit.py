@@ -133,7 +133,9 @@ class FakeEngine(es.Engine):
         self.lock = threading.Lock()
 
     def block(self) -> None:
-        """From now on calls wait inside the engine."""
+        """From now on calls wait inside the engine; those before count as begun no more."""
+        while self._entered.acquire(blocking=False):
+            pass
         self._is_open = False
 
     def release(self) -> None:
@@ -143,7 +145,7 @@ class FakeEngine(es.Engine):
             self._gate.notify_all()
 
     def wait_until_computing(self) -> None:
-        """Return when one more call has begun."""
+        """Return when one more call has begun since block()."""
         assert self._entered.acquire(timeout=DEADLINE_S), "no worker began a call"
 
     def encode(self, text: str) -> list[int]:
