@@ -129,47 +129,48 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 24. WORKERS - the threads
 25. SAMPLING - which token comes next
 26. TEXT - tokens to the text that a client may see
-27. SEQUENCES - what of past prompts is still in memory
-28. STEPS - which tokens share the next call
-29. GENERATIONS - requests for text: what each has gained, and which wait
-30. GENERATOR - the thread that generates
+27. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+28. SEQUENCES - what of past prompts is still in memory
+29. STEPS - which tokens share the next call
+30. GENERATIONS - requests for text: what each has gained, and which wait
+31. GENERATOR - the thread that generates
 --- network wing ---
-31. MESSAGES - requests and responses, and the bytes of a response
-32. REQUESTS - bytes to requests
-33. CODINGS - compressed bodies, JSON, and what a client takes
-34. KEYS - who is asking, and how much each may ask for
-35. SOCKETS - how many, how much is held for them, how each ends
-36. CONNECTIONS - requests of one client, in order; back-pressure
-37. LISTENERS - where connections come from
+32. MESSAGES - requests and responses, and the bytes of a response
+33. REQUESTS - bytes to requests
+34. CODINGS - compressed bodies, JSON, and what a client takes
+35. KEYS - who is asking, and how much each may ask for
+36. SOCKETS - how many, how much is held for them, how each ends
+37. CONNECTIONS - requests of one client, in order; back-pressure
+38. LISTENERS - where connections come from
 --- hall ---
-38. GATE - who is let in
-39. MODELS - what is configured, what is in memory, and what a name means
-40. REGISTRY - when each model is in memory
-41. FORMS - what is asked and answered, declared once
-42. COMPUTE - from an EmbedRequest to its EmbedResult
-43. REPLIES - from messages to the text of a reply, as it grows
-44. HANDLING - what handlers work with: the service, and a request over HTTP
-45. VECTORS - numbers of a reply, in the types that clients ask for
-46. OPENAI - its shapes
-47. CHAT FORMS - what may be asked of a model that generates
-48. CHAT - OpenAI's chat and completions, whole and streamed
-49. COHERE - its vectors and scores, Jina's scores, and vLLM's
-50. TEI - the shapes of text-embeddings-inference
-51. TOKENS - texts as the tokens that a model reads, and back
-52. OLLAMA - its shapes
-53. SEEDS - what infer-server and LMServ promise
-54. ADMIN - health, readiness, metrics, models
-55. DESCRIPTION - the routes as an OpenAPI document, and as a page
-56. ROUTES - the table, and everything derived from it
-57. DISPATCH - from a request to its response
-58. TRIALS - a model loaded in another process first
-59. FOLDER - what a model's authors wrote beside its file
-60. LOADING - a model's way into memory
-61. SUPERVISOR - a small parent that outlives the server
-62. SERVER - builds every object; loading, ready, draining, stopped
-63. TUNING - the settings that are fastest on this box
-64. CHECKING - what a model is and gives, before it is served
-65. COMMAND LINE - flags in, exit code out
+39. GATE - who is let in
+40. MODELS - what is configured, what is in memory, and what a name means
+41. REGISTRY - when each model is in memory
+42. FORMS - what is asked and answered, declared once
+43. COMPUTE - from an EmbedRequest to its EmbedResult
+44. REPLIES - from messages to the text of a reply, as it grows
+45. HANDLING - what handlers work with: the service, and a request over HTTP
+46. VECTORS - numbers of a reply, in the types that clients ask for
+47. OPENAI - its shapes
+48. CHAT FORMS - what may be asked of a model that generates
+49. CHAT - OpenAI's chat and completions, whole and streamed
+50. COHERE - its vectors and scores, Jina's scores, and vLLM's
+51. TEI - the shapes of text-embeddings-inference
+52. TOKENS - texts as the tokens that a model reads, and back
+53. OLLAMA - its shapes
+54. SEEDS - what infer-server and LMServ promise
+55. ADMIN - health, readiness, metrics, models
+56. DESCRIPTION - the routes as an OpenAPI document, and as a page
+57. ROUTES - the table, and everything derived from it
+58. DISPATCH - from a request to its response
+59. TRIALS - a model loaded in another process first
+60. FOLDER - what a model's authors wrote beside its file
+61. LOADING - a model's way into memory
+62. SUPERVISOR - a small parent that outlives the server
+63. SERVER - builds every object; loading, ready, draining, stopped
+64. TUNING - the settings that are fastest on this box
+65. CHECKING - what a model is and gives, before it is served
+66. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -8361,7 +8362,27 @@ class ReplyText:
 
 
 # ==============================================================================
-# 27. SEQUENCES - what of past prompts is still in memory
+# 27. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# ==============================================================================
+# Models write both as text, between marks that their templates teach them.
+
+
+@dataclass(slots=True)
+class CallPart:
+    """What a call of a tool has gained; all but ``arguments`` comes in its first part."""
+
+    index: int  # of the call among those of its reply
+    arguments: str = ""  # of its JSON object: the parts together are valid JSON
+    id: str = ""  # the only part that has one is the first
+    name: str = ""  # of the function
+
+    def add(self, later: CallPart) -> None:
+        """Take in what the same call gained later."""
+        self.arguments += later.arguments
+
+
+# ==============================================================================
+# 28. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -8736,7 +8757,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 28. STEPS - which tokens share the next call
+# 29. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -8960,7 +8981,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 29. GENERATIONS - requests for text: what each has gained, and which wait
+# 30. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -8986,14 +9007,24 @@ class Delta:
 
     index: int  # of the reply, 0 to n - 1
     text: str = ""
-    tokens: int = 0
+    reasoning: str = ""  # the model's thoughts, which come before the text
+    calls: list[CallPart] = field(default_factory=list)  # of tools
+    tokens: int = 0  # of them all
+    reasoning_tokens: int = 0  # those of the thoughts
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str = ""  # in its last one: stop, or length
+    finish_reason: str = ""  # in its last one: stop, length, or tool_calls
 
     def add(self, later: Delta) -> None:
         """Take in what the same reply gained later."""
         self.text += later.text
+        self.reasoning += later.reasoning
+        for part in later.calls:
+            if self.calls and self.calls[-1].index == part.index:
+                self.calls[-1].add(part)
+            else:
+                self.calls.append(part)
         self.tokens += later.tokens
+        self.reasoning_tokens += later.reasoning_tokens
         self.logprobs += later.logprobs
         self.finish_reason = later.finish_reason or self.finish_reason
 
@@ -9313,7 +9344,7 @@ class Reply(StepWork):
 
 
 # ==============================================================================
-# 30. GENERATOR - the thread that generates
+# 31. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -9761,7 +9792,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 31. MESSAGES - requests and responses, and the bytes of a response
+# 32. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -9952,7 +9983,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 32. REQUESTS - bytes to requests
+# 33. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -10310,7 +10341,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 33. CODINGS - compressed bodies, JSON, and what a client takes
+# 34. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -10673,7 +10704,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 34. KEYS - who is asking, and how much each may ask for
+# 35. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -11060,7 +11091,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 35. SOCKETS - how many, how much is held for them, how each ends
+# 36. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -11368,7 +11399,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 36. CONNECTIONS - requests of one client, in order; back-pressure
+# 37. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -11815,7 +11846,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 37. LISTENERS - where connections come from
+# 38. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -12165,7 +12196,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 38. GATE - who is let in
+# 39. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -12395,7 +12426,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 39. MODELS - what is configured, what is in memory, and what a name means
+# 40. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -12742,7 +12773,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 40. REGISTRY - when each model is in memory
+# 41. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -13160,7 +13191,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 41. FORMS - what is asked and answered, declared once
+# 42. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -13597,7 +13628,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 42. COMPUTE - from an EmbedRequest to its EmbedResult
+# 43. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -13816,7 +13847,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 43. REPLIES - from messages to the text of a reply, as it grows
+# 44. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -13844,6 +13875,11 @@ class ReplyRequest:
     echoes_logprobs: bool = False
     reuses_cells: bool = True
     is_deterministic: bool = False
+    # what a reply may be
+    json_schema: Mapping[str, object] | None = None  # {}: any JSON object
+    grammar: str = ""  # GBNF, instead of a schema
+    tool_choice: str = "auto"  # none, required (any), or named: tools holds that one
+    calls_in_parallel: bool = True  # a reply may have several calls
     # how the prompt is rendered from messages
     tools: Sequence[Mapping[str, object]] = ()
     variables: Mapping[str, object] = field(default_factory=dict)  # of the template
@@ -14205,7 +14241,7 @@ class Replies:
 
 
 # ==============================================================================
-# 44. HANDLING - what handlers work with: the service, and a request over HTTP
+# 45. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -14627,7 +14663,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 45. VECTORS - numbers of a reply, in the types that clients ask for
+# 46. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -14750,7 +14786,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 46. OPENAI - its shapes
+# 47. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -14881,7 +14917,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 47. CHAT FORMS - what may be asked of a model that generates
+# 48. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -15258,7 +15294,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 48. CHAT - OpenAI's chat and completions, whole and streamed
+# 49. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only before
@@ -15591,7 +15627,7 @@ async def _events(
 
 
 # ==============================================================================
-# 49. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 50. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -15892,7 +15928,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 50. TEI - the shapes of text-embeddings-inference
+# 51. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -16150,7 +16186,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 51. TOKENS - texts as the tokens that a model reads, and back
+# 52. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -16369,7 +16405,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 52. OLLAMA - its shapes
+# 53. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -16595,7 +16631,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 53. SEEDS - what infer-server and LMServ promise
+# 54. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -16799,7 +16835,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 54. ADMIN - health, readiness, metrics, models
+# 55. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -17030,7 +17066,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 55. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 56. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -17342,7 +17378,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 56. ROUTES - the table, and everything derived from it
+# 57. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -17530,7 +17566,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 57. DISPATCH - from a request to its response
+# 58. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -17958,7 +17994,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 58. TRIALS - a model loaded in another process first
+# 59. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -18041,7 +18077,7 @@ class Trial:
 
 
 # ==============================================================================
-# 59. FOLDER - what a model's authors wrote beside its file
+# 60. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -18168,7 +18204,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 60. LOADING - a model's way into memory
+# 61. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -18602,7 +18638,7 @@ class Loader:
 
 
 # ==============================================================================
-# 61. SUPERVISOR - a small parent that outlives the server
+# 62. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -18987,7 +19023,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 62. SERVER - builds every object; loading, ready, draining, stopped
+# 63. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -19410,7 +19446,7 @@ class Server:
 
 
 # ==============================================================================
-# 63. TUNING - the settings that are fastest on this box
+# 64. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -19545,7 +19581,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 64. CHECKING - what a model is and gives, before it is served
+# 65. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -19684,7 +19720,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 65. COMMAND LINE - flags in, exit code out
+# 66. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
