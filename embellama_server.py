@@ -150,27 +150,28 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 43. COMPUTE - from an EmbedRequest to its EmbedResult
 44. REPLIES - from messages to the text of a reply, as it grows
 45. HANDLING - what handlers work with: the service, and a request over HTTP
-46. VECTORS - numbers of a reply, in the types that clients ask for
-47. OPENAI - its shapes
-48. CHAT FORMS - what may be asked of a model that generates
-49. CHAT - OpenAI's chat and completions, whole and streamed
-50. COHERE - its vectors and scores, Jina's scores, and vLLM's
-51. TEI - the shapes of text-embeddings-inference
-52. TOKENS - texts as the tokens that a model reads, and back
-53. OLLAMA - its shapes
-54. SEEDS - what infer-server and LMServ promise
-55. ADMIN - health, readiness, metrics, models
-56. DESCRIPTION - the routes as an OpenAPI document, and as a page
-57. ROUTES - the table, and everything derived from it
-58. DISPATCH - from a request to its response
-59. TRIALS - a model loaded in another process first
-60. FOLDER - what a model's authors wrote beside its file
-61. LOADING - a model's way into memory
-62. SUPERVISOR - a small parent that outlives the server
-63. SERVER - builds every object; loading, ready, draining, stopped
-64. TUNING - the settings that are fastest on this box
-65. CHECKING - what a model is and gives, before it is served
-66. COMMAND LINE - flags in, exit code out
+46. ANSWERS - replies on their way: whole, or part by part
+47. VECTORS - numbers of a reply, in the types that clients ask for
+48. OPENAI - its shapes
+49. CHAT FORMS - what may be asked of a model that generates
+50. CHAT - OpenAI's chat and completions, whole and streamed
+51. COHERE - its vectors and scores, Jina's scores, and vLLM's
+52. TEI - the shapes of text-embeddings-inference
+53. TOKENS - texts as the tokens that a model reads, and back
+54. OLLAMA - its shapes
+55. SEEDS - what infer-server and LMServ promise
+56. ADMIN - health, readiness, metrics, models
+57. DESCRIPTION - the routes as an OpenAPI document, and as a page
+58. ROUTES - the table, and everything derived from it
+59. DISPATCH - from a request to its response
+60. TRIALS - a model loaded in another process first
+61. FOLDER - what a model's authors wrote beside its file
+62. LOADING - a model's way into memory
+63. SUPERVISOR - a small parent that outlives the server
+64. SERVER - builds every object; loading, ready, draining, stopped
+65. TUNING - the settings that are fastest on this box
+66. CHECKING - what a model is and gives, before it is served
+67. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -14663,7 +14664,81 @@ def _record_replies(
 
 
 # ==============================================================================
-# 46. VECTORS - numbers of a reply, in the types that clients ask for
+# 46. ANSWERS - replies on their way: whole, or part by part
+# ==============================================================================
+# What is the same in every dialect: when the first part goes out, what is sent in the
+# silence before it, and what ends the wait.
+
+
+class ReplyWriter:
+    """Writes the replies to one request as a dialect has them: whole, or in parts."""
+
+    content_type: ClassVar[str] = EVENT_STREAM  # of the parts
+
+    def __init__(self, replies: Replies) -> None:
+        self.replies = replies
+
+    def whole(self, replies: Sequence[Delta]) -> bytes:
+        """Return the body of a reply that is not streamed; of each all it gained."""
+        raise NotImplementedError
+
+    def opening(self) -> bytes:
+        """Return what comes before anything else, if there is such a thing."""
+        return b""
+
+    def heartbeat(self) -> bytes:
+        """Return a part that says nothing; the first token has not come yet."""
+        raise NotImplementedError
+
+    def part(self, delta: Delta) -> bytes:
+        """Return what a reply has gained, if it shows."""
+        raise NotImplementedError
+
+    def closing(self) -> bytes:
+        """Return what comes last; they are over."""
+        raise NotImplementedError
+
+
+async def answer(
+    context: RequestContext, writer: ReplyWriter, *, is_streamed: bool
+) -> Response:
+    """Have replies grow, and send them as their writer has them. Raises ApiErrors."""
+    replies = writer.replies
+    headers = replies.entry.headers
+    if is_streamed:
+        reply = stream_response(_parts(context, writer), writer.content_type)
+        return dataclasses.replace(reply, headers=(*reply.headers, *headers))
+    grown = [Delta(index) for index in range(replies.count)]
+    with growing(context, replies):
+        while deltas := await replies.more():
+            for delta in deltas:
+                grown[delta.index].add(delta)
+    body = writer.whole(grown)
+    return Response(200, body, headers=headers, is_compressible=True)
+
+
+async def _parts(
+    context: RequestContext, writer: ReplyWriter
+) -> AsyncGenerator[bytes, None]:
+    replies, heartbeat_s = writer.replies, context.service.settings.heartbeat_s
+    opening, deltas = writer.opening(), list[Delta]()
+    with growing(context, replies):
+        while not deltas and not replies.are_over:
+            left_s = context.deadline_at - time.monotonic()
+            if left_s <= 0:
+                raise too_late(context)
+            deltas = await replies.more(min(heartbeat_s or left_s, left_s))
+            if not deltas:
+                yield opening + writer.heartbeat()
+                opening = b""
+        while deltas:
+            yield opening + b"".join(map(writer.part, deltas))
+            opening, deltas = b"", await replies.more()
+    yield writer.closing()
+
+
+# ==============================================================================
+# 47. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -14786,7 +14861,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 47. OPENAI - its shapes
+# 48. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -14917,7 +14992,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 48. CHAT FORMS - what may be asked of a model that generates
+# 49. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -15294,7 +15369,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 49. CHAT - OpenAI's chat and completions, whole and streamed
+# 50. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only before
@@ -15308,15 +15383,16 @@ def _event_of(json_bytes: bytes) -> bytes:
     return bytes(framed(json_bytes, EVENT_STREAM))
 
 
-class _Writer:
+class _Writer(ReplyWriter):
     """Writes the replies to one request as JSON: whole, or as events of a stream."""
 
     prefix: ClassVar[str]  # of the id
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, replies: Replies) -> None:
-        self.replies = replies
+    def __init__(self, replies: Replies, options: StreamOptionsForm | None) -> None:
+        super().__init__(replies)
+        self._ends_with_usage = options is not None and options.include_usage
         self._about = {
             "id": f"{self.prefix}-{random.getrandbits(128):032x}",
             "object": self.kind,
@@ -15332,10 +15408,6 @@ class _Writer:
         """Return a whole reply as JSON would have it."""
         raise NotImplementedError
 
-    def opening(self) -> bytes:
-        """Return the first events of a stream, if it has any before the first text."""
-        return b""
-
     def _event(
         self,
         index: int,
@@ -15346,25 +15418,21 @@ class _Writer:
         """Return the event of one choice."""
         raise NotImplementedError
 
-    def events(self, delta: Delta) -> bytes:
-        """Return what a reply has gained as events, if it shows."""
+    def part(self, delta: Delta) -> bytes:
         text, logprobs, reason = delta.text, delta.logprobs, delta.finish_reason
         shown = self._event(delta.index, text, logprobs) if text or logprobs else b""
         ending = self._event(delta.index, finish_reason=reason) if reason else b""
         return shown + ending
 
     def heartbeat(self) -> bytes:
-        """Return an event that says nothing."""
         return self._event(0)
 
-    def closing(self, *, with_usage: bool) -> bytes:
-        """Return the last events."""
+    def closing(self) -> bytes:
         told = json_codec().dumps(self._told())
         usage = b"%b],%b" % (self._before, told[1:])
-        return (_event_of(usage) if with_usage else b"") + _DONE
+        return (_event_of(usage) if self._ends_with_usage else b"") + _DONE
 
     def whole(self, replies: Sequence[Delta]) -> bytes:
-        """Return the body of a reply that is not streamed."""
         choices = {"choices": [*map(self.choice, replies)]}
         return json_codec().dumps(self._about | choices | self._told())
 
@@ -15443,9 +15511,14 @@ class _CompletionWriter(_Writer):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, replies: Replies, echoed: Sequence[PromptText]) -> None:
+    def __init__(
+        self,
+        replies: Replies,
+        options: StreamOptionsForm | None,
+        echoed: Sequence[PromptText],
+    ) -> None:
         """``echoed``: the prompts, if replies are to begin with them."""
-        super().__init__(replies)
+        super().__init__(replies, options)
         self._echoed = {
             n: echoed[n // replies.n] for n in range(replies.count) if echoed
         }
@@ -15462,9 +15535,9 @@ class _CompletionWriter(_Writer):
             "finish_reason": reply.finish_reason,
         }
 
-    def events(self, delta: Delta) -> bytes:
+    def part(self, delta: Delta) -> bytes:
         self._echo(delta)
-        return super().events(delta)
+        return super().part(delta)
 
     def _echo(self, delta: Delta) -> None:
         """Put the prompt before the first that comes of a reply."""
@@ -15576,7 +15649,8 @@ async def chat_completions(context: RequestContext, form: ChatForm) -> Response:
     """A reply to messages, whole or as a stream of events."""
     request = chat_request(form)
     replies = await replies_for(context, request, are_streamed=form.stream)
-    return await _answer(context, form, _ChatWriter(replies))
+    writer = _ChatWriter(replies, form.stream_options)
+    return await answer(context, writer, is_streamed=form.stream)
 
 
 async def completions(context: RequestContext, form: CompletionForm) -> Response:
@@ -15584,50 +15658,12 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
     request = completion_request(form)
     replies = await replies_for(context, request, are_streamed=form.stream)
     echoed = await prompt_texts(replies, form.prompt) if form.echo else ()
-    return await _answer(context, form, _CompletionWriter(replies, echoed))
-
-
-async def _answer(
-    context: RequestContext, form: GenerateForm, writer: _Writer
-) -> Response:
-    replies = writer.replies
-    headers = replies.entry.headers
-    if form.stream:
-        options = form.stream_options or StreamOptionsForm()
-        events = _events(context, writer, with_usage=options.include_usage)
-        reply = stream_response(events)
-        return dataclasses.replace(reply, headers=(*reply.headers, *headers))
-    choices = [Delta(index) for index in range(replies.count)]
-    with growing(context, replies):
-        while deltas := await replies.more():
-            for delta in deltas:
-                choices[delta.index].add(delta)
-    body = writer.whole(choices)
-    return Response(200, body, headers=headers, is_compressible=True)
-
-
-async def _events(
-    context: RequestContext, writer: _Writer, *, with_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    replies, heartbeat_s = writer.replies, context.service.settings.heartbeat_s
-    opening, deltas = writer.opening(), list[Delta]()
-    with growing(context, replies):
-        while not deltas and not replies.are_over:
-            left_s = context.deadline_at - time.monotonic()
-            if left_s <= 0:
-                raise too_late(context)
-            deltas = await replies.more(min(heartbeat_s or left_s, left_s))
-            if not deltas:
-                yield opening + writer.heartbeat()
-                opening = b""
-        while deltas:
-            yield opening + b"".join(map(writer.events, deltas))
-            opening, deltas = b"", await replies.more()
-    yield writer.closing(with_usage=with_usage)
+    writer = _CompletionWriter(replies, form.stream_options, echoed)
+    return await answer(context, writer, is_streamed=form.stream)
 
 
 # ==============================================================================
-# 50. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 51. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -15928,7 +15964,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 51. TEI - the shapes of text-embeddings-inference
+# 52. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -16186,7 +16222,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 52. TOKENS - texts as the tokens that a model reads, and back
+# 53. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -16405,7 +16441,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 53. OLLAMA - its shapes
+# 54. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -16631,7 +16667,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 54. SEEDS - what infer-server and LMServ promise
+# 55. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -16835,7 +16871,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 55. ADMIN - health, readiness, metrics, models
+# 56. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -17066,7 +17102,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 56. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 57. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -17378,7 +17414,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 57. ROUTES - the table, and everything derived from it
+# 58. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -17566,7 +17602,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 58. DISPATCH - from a request to its response
+# 59. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -17994,7 +18030,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 59. TRIALS - a model loaded in another process first
+# 60. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -18077,7 +18113,7 @@ class Trial:
 
 
 # ==============================================================================
-# 60. FOLDER - what a model's authors wrote beside its file
+# 61. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -18204,7 +18240,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 61. LOADING - a model's way into memory
+# 62. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -18638,7 +18674,7 @@ class Loader:
 
 
 # ==============================================================================
-# 62. SUPERVISOR - a small parent that outlives the server
+# 63. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -19023,7 +19059,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 63. SERVER - builds every object; loading, ready, draining, stopped
+# 64. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -19446,7 +19482,7 @@ class Server:
 
 
 # ==============================================================================
-# 64. TUNING - the settings that are fastest on this box
+# 65. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -19581,7 +19617,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 65. CHECKING - what a model is and gives, before it is served
+# 66. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -19720,7 +19756,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 66. COMMAND LINE - flags in, exit code out
+# 67. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
