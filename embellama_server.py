@@ -14699,6 +14699,20 @@ class ReplyWriter:
         raise NotImplementedError
 
 
+def likelihoods(logprobs: Sequence[TokenLogprob]) -> list[dict[str, object]]:
+    """Return how likely each token was, as OpenAI's chat and Ollama's routes show it."""
+    return [
+        _likelihood(one.text, one.logprob)
+        | {"top_logprobs": [_likelihood(*other) for other in one.top]}
+        for one in logprobs
+    ]
+
+
+def _likelihood(text: bytes, logprob: float) -> dict[str, object]:
+    readable = text.decode("utf-8", "replace")
+    return {"token": readable, "logprob": logprob, "bytes": [*text]}
+
+
 async def answer(
     context: RequestContext, writer: ReplyWriter, *, is_streamed: bool
 ) -> Response:
@@ -15493,17 +15507,7 @@ class _ChatWriter(_Writer):
     def _shown(logprobs: Sequence[TokenLogprob]) -> dict[str, object] | None:
         if not logprobs:
             return None
-        content = [
-            _shown_token(one.text, one.logprob)
-            | {"top_logprobs": [_shown_token(*other) for other in one.top]}
-            for one in logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-
-def _shown_token(text: bytes, logprob: float) -> dict[str, object]:
-    readable = text.decode("utf-8", "replace")
-    return {"token": readable, "logprob": logprob, "bytes": [*text]}
+        return {"content": likelihoods(logprobs), "refusal": None}
 
 
 class _CompletionWriter(_Writer):
