@@ -836,7 +836,7 @@ async def test_a_token_that_is_half_a_character_shows_its_bytes() -> None:
             task = asyncio.create_task(ask(running, path, **body))
             generation = await speaker.heard()
             for text, logprob in (("", half), ("\U0001f600!", other)):
-                generation.put(es.Delta(0, text, 1, [logprob]))
+                generation.put(es.Delta(0, text, tokens=1, logprobs=[logprob]))
             generation.put(es.Delta(0, finish_reason="stop"))
             speaker.end(generation)
             generation.changed()
