@@ -184,7 +184,7 @@ async def test_a_reply_that_ends_while_it_is_looked_at_loses_nothing(
     def take_and_end(generation: es.Generation) -> list[es.Delta]:
         found = take(generation)
         if not generation.is_over:  # the generating thread goes on, and tells it later
-            generation.put(es.Delta(0, "the end", 1, finish_reason="length"))
+            generation.put(es.Delta(0, "the end", tokens=1, finish_reason="length"))
             asked.speaker.end(generation)
             asyncio.get_running_loop().call_soon(generation.changed)
         return found
