@@ -15,6 +15,7 @@
     python embellama_server.py tune --model-path m.gguf           # measure this box
     python embellama_server.py check m.gguf                       # see what it is
     python embellama_server.py openapi                            # describe the API
+    python embellama_server.py emit systemd                       # print its unit
 
 A GGUF that says how token vectors become one embeds or ranks; another decoder generates.
 It speaks the dialects of OpenAI, text-embeddings-inference, Cohere, Jina and Ollama.
@@ -171,7 +172,10 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 64. SERVER - builds every object; loading, ready, draining, stopped
 65. TUNING - the settings that are fastest on this box
 66. CHECKING - what a model is and gives, before it is served
-67. COMMAND LINE - flags in, exit code out
+67. DEPLOYMENT - what the printed files have in common
+68. UNITS - the server under systemd
+69. WATCHING - what scrapes, draws and alerts
+70. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -224,6 +228,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tomllib
@@ -19760,7 +19765,619 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 67. COMMAND LINE - flags in, exit code out
+# 67. DEPLOYMENT - what the printed files have in common
+# ==============================================================================
+# `emit` prints the files that run, watch and front this server. They are templates, filled
+# in from the settings in force and the tables above, so they name no metric, route or port
+# that is not there. Equal settings give equal files: no time, no host name. No secret
+# either: a file says where the secret is to be.
+
+JOB: Final = "embellama"  # what Prometheus calls this server
+# Settings that name files with secrets: each service manager has its own way to bring them.
+SECRET_FILES: Final = ("api_key_file", "tls_cert", "tls_key", "tls_client_ca")
+_PLACE: Final = re.compile(r"(?m)^( *)<([a-z_]+)>\n|<([a-z_]+)>")
+
+
+def filled(template: str, **parts: str) -> str:
+    """Return the template with each <name> replaced.
+
+    One that has a line to itself becomes any number of lines, indented as it is.
+    """
+
+    def part(place: re.Match[str]) -> str:
+        indent, lines, word = place.groups()
+        return parts[word] if word else textwrap.indent(parts[lines], indent)
+
+    return _PLACE.sub(part, template)
+
+
+def lines_of(*lines: str) -> str:
+    """Return each with an end."""
+    return "".join(f"{line}\n" for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What files are made from."""
+
+    loaded: LoadedSettings
+    python: str  # the interpreter that runs us
+    program: str  # this file
+
+    @property
+    def settings(self) -> Settings:
+        """Those that are not of one model."""
+        return self.loaded.settings
+
+    @property
+    def secret_names(self) -> list[str]:
+        """The settings whose values may not be written down, of those that are set."""
+        set_ones = (r.name for r in SETTING_ROWS if r.secret)
+        return [name for name in set_ones if getattr(self.settings, name)]
+
+    @property
+    def secret_files(self) -> list[str]:
+        """The settings that name files with secrets, of those that are set."""
+        return [name for name in SECRET_FILES if getattr(self.settings, name)]
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests must carry a key."""
+        return bool(self.settings.api_key or self.settings.api_key_file)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        hosts = [
+            self.settings.host,
+            *(host_and_port(t)[0] for t in self.settings.listen),
+        ]
+        return all(
+            h in ("localhost", "none", "::1") or h.startswith("127.") for h in hosts
+        )
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT for programs on the same machine. Raises StartupError."""
+        host, port = self.settings.host, self.settings.port
+        if host == "none":
+            if not self.settings.listen:
+                raise StartupError(
+                    "only the unix socket is listened on, which asks nobody for a key and "
+                    "must not be passed on: add --listen 127.0.0.1:8080"
+                )
+            host, port = host_and_port(self.settings.listen[0])
+        if host in ("localhost", "0.0.0.0", "::"):
+            host = "127.0.0.1"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
+    def stop_s(self) -> int:
+        """How long a stop may take: whoever kills us sooner cuts off replies."""
+        settings = self.settings
+        return math.ceil(settings.drain_grace_s + settings.drain_timeout_s) + 10
+
+    def memory_mb(self, workers: int = 0) -> int:
+        """Return the memory to allow, in MiB; 0: not known, as a file is not there yet.
+
+        What loading each model foresees from its file's header, a quarter more, and the
+        bounds of what is held for clients.
+        """
+        total = self.settings.max_buffered_mb
+        for model in self.loaded.models:
+            if workers:
+                model = dataclasses.replace(model, workers=workers)
+            if not model.model_path:
+                return 0
+            needed = needed_bytes(model, facts_of(model, model.model_path)) >> 20
+            total += needed * 5 // 4 + model.queue_mb
+        return -(-total // 64) * 64
+
+    @property
+    def model_files(self) -> list[str]:
+        """Every file that models' settings name: absolute, sorted, once."""
+        names = [row.name for row in MODEL_ROWS if row.is_path]
+        found = {getattr(model, name) for model in self.loaded.models for name in names}
+        return sorted(os.path.abspath(path) for path in found if path)
+
+    @property
+    def model_folders(self) -> list[str]:
+        """Their folders: parts of a model and SHA256SUMS stand beside it."""
+        return sorted({os.path.dirname(path) for path in self.model_files})
+
+    def in_folder(self, root: str, path: str) -> str:
+        """Return where a model's file is when the folders of all are below ``root``."""
+        folder, name = os.path.split(path)
+        folders = self.model_folders
+        number = f"/{folders.index(folder) + 1}" if len(folders) > 1 else ""
+        return f"{root}{number}/{name}"
+
+    def config(self, name: str, moved: Callable[[str], str]) -> str:
+        """Return the settings as a TOML file; ``moved`` says where a model's file will be.
+
+        It has no secrets, and no other files: where these are is the service's to say.
+        """
+        rows = {row.name: row for row in SETTING_ROWS}
+        lines = [head_line(name)]
+        for key, value in self.loaded.given().items():
+            if key in _MODEL_NAMES or not rows[key].is_path:
+                value = moved(str(value)) if rows[key].is_path else value
+                lines.append(f"{key} = {toml_value(value)}")
+        paths = {row.table_key for row in MODEL_ROWS if row.is_path}
+        for table in self.loaded.tables:
+            lines += ["", "[[models]]"]
+            for key, value in table.items():
+                if key in paths:
+                    value = moved(os.path.abspath(os.path.expanduser(str(value))))
+                lines.append(f"{key} = {toml_value(value)}")
+        return "\n".join(lines) + "\n"
+
+
+_MODEL_NAMES: Final = frozenset(row.name for row in MODEL_ROWS)
+
+
+def head_line(name: str) -> str:
+    """Return what every printed file begins with."""
+    return f"# embellama_server {__version__}: emit {name}"
+
+
+# --- YAML ---
+# A JSON string is a YAML string, which spares the rules for the others: that no is false,
+# 010 is 8 and 1:30 is 90. Written by hand, as PyYAML is no part of us.
+
+_PLAIN_KEY: Final = re.compile(
+    r"(?!(?i:y|yes|n|no|on|off|true|false|null)$)[A-Za-z][A-Za-z0-9_./-]*"
+)
+
+
+def yaml_text(value: object, indent: str = "") -> str:
+    """Return mappings, lists, strings, whole numbers and booleans as lines of YAML."""
+    if not isinstance(value, (dict, list)) or not value:
+        return f"{indent}{_scalar(value)}\n"
+    is_list = isinstance(value, list)
+    pairs = value.items() if isinstance(value, dict) else (("-", v) for v in value)
+    deeper, text = f"{indent}  ", ""
+    for key, item in pairs:
+        mark = key if is_list else f"{_scalar_key(key)}:"
+        if isinstance(item, (dict, list)) and item:
+            below = yaml_text(item, deeper)
+            text += (
+                f"{indent}{mark} {below.lstrip()}"
+                if is_list
+                else f"{indent}{mark}\n{below}"
+            )
+        elif isinstance(item, str) and _is_block(item):
+            text += f"{indent}{mark} |\n{textwrap.indent(item, deeper)}"
+        else:
+            text += f"{indent}{mark} {_scalar(item)}\n"
+    return text
+
+
+def _scalar_key(key: str) -> str:
+    return key if _PLAIN_KEY.fullmatch(key) else _scalar(key)
+
+
+def _scalar(value: object) -> str:
+    # These characters end a line in YAML, or may not be there at all.
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(
+        c if c.isprintable() or c > "\uffff" else f"\\u{ord(c):04x}" for c in text
+    )
+
+
+def _is_block(text: str) -> bool:
+    """Return whether it is easier to read, and the same, as lines of their own."""
+    lines = text.removesuffix("\n").split("\n")
+    is_plain = all(line.isprintable() and line == line.rstrip() for line in lines)
+    is_framed = text.endswith("\n") and lines[0] == lines[0].strip() != "" != lines[-1]
+    return is_plain and is_framed
+
+
+# ==============================================================================
+# 68. UNITS - the server under systemd
+# ==============================================================================
+# Closed as far as the server still works, tried switch by switch: `systemd-analyze
+# security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
+# memory is free; not ~@resources, which numpy's mbind and --cpu-affinity need.
+
+_SERVICE: Final = """\
+<head>
+# To /etc/systemd/system; embellama.toml to /etc/embellama. Then:
+#   systemctl daemon-reload && systemctl enable --now embellama
+<copies>
+[Unit]
+Description=embellama_server: embeddings, reranking and chat
+After=network.target
+StartLimitIntervalSec=300
+StartLimitBurst=10
+
+[Service]
+# notify-reload, from systemd 253, would also let `systemctl reload` wait for the result
+Type=notify
+NotifyAccess=main
+ExecStart=<python> <program> --config /etc/embellama/embellama.toml
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+RestartSec=1
+# 2: the configuration is wrong, so another try is no use
+RestartPreventExitStatus=2
+WatchdogSec=<watchdog_s>
+TimeoutStartSec=600
+# more than --drain-grace-s and --drain-timeout-s
+TimeoutStopSec=<stop_s>
+KillMode=mixed
+# our parent starts a child again that the kernel has ended
+OOMPolicy=continue
+<memory>
+# --max-connections, files and the rest
+LimitNOFILE=<descriptors>
+LimitCORE=0
+
+<placed>
+DynamicUser=yes
+UMask=0077
+
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+LockPersonality=yes
+<devices>
+PrivateTmp=yes
+PrivateUsers=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+RemoveIPC=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+<addresses>
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+_ON_CPU: Final = """\
+MemoryDenyWriteExecute=yes
+PrivateDevices=yes
+"""
+# CUDA writes code and runs it.
+_ON_GPU: Final = """\
+PrivateDevices=no
+DevicePolicy=closed
+DeviceAllow=char-nvidia* rw
+DeviceAllow=char-drm rw
+DeviceAllow=/dev/kfd rw
+"""
+_SOCKET: Final = """\
+<head>
+# Beside embellama.service, if `systemctl restart embellama` is to refuse nobody: systemd
+# then holds the sockets, and clients wait. These replace --host, --port, --listen, --uds.
+[Socket]
+<streams>
+NoDelay=yes
+Backlog=1024
+FileDescriptorName=listen
+
+[Install]
+WantedBy=sockets.target
+"""
+# Where a unit with DynamicUser may write, by setting: the switch that makes the folder,
+# and systemd's word for where that is.
+_FOLDERS: Final = {
+    "uds": ("RuntimeDirectory", "%t"),
+    "audit_log": ("LogsDirectory", "%L"),
+    "dead_letter": ("StateDirectory", "%S"),
+}
+_FILE: Final = "embellama_server.py"
+_HIDDEN: Final = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
+
+
+def systemd_files(deployment: Deployment) -> dict[str, str]:
+    """A hardened unit, its socket, and its settings."""
+    settings = deployment.settings
+    seen = functools.partial(_seen, deployment)
+    python, program = deployment.python, deployment.program
+    copies = [f"#   {p} as {seen(p)}" for p in deployment.model_files if _is_hidden(p)]
+    if _is_hidden(python) or _is_hidden(program):
+        python, program = "/opt/embellama/.venv/bin/python", f"/opt/embellama/{_FILE}"
+        copies.append(f"#   {_FILE}, and an environment for it, in /opt/embellama")
+    if copies:
+        copies.insert(0, "# The unit sees no home and no /tmp. Put there first:")
+    is_on_gpu = any(model.gpu or model.gpu_layers for model in deployment.loaded.models)
+    is_closed = (
+        deployment.is_local and settings.model_path and not settings.otlp_endpoint
+    )
+    memory_mb = deployment.memory_mb()
+    service = filled(
+        _SERVICE,
+        head=lines_of(head_line("systemd")),
+        copies=lines_of(*copies),
+        python=_word(python),
+        program=_word(program),
+        watchdog_s=str(math.ceil(settings.watchdog_s * 1.5)),
+        stop_s=str(deployment.stop_s),
+        memory=_memory_limit(memory_mb),
+        descriptors=str(settings.max_connections + 1024),
+        placed=lines_of(*_placed(deployment)),
+        devices=_ON_GPU if is_on_gpu else _ON_CPU,
+        addresses="IPAddressDeny=any\nIPAddressAllow=localhost\n" * bool(is_closed),
+    )
+    files = {"embellama.service": service}
+    if streams := _streams(settings):
+        stream_lines = lines_of(*(f"ListenStream={stream}" for stream in streams))
+        parts = {"head": lines_of(head_line("systemd")), "streams": stream_lines}
+        files["embellama.socket"] = filled(_SOCKET, **parts)
+    return files | {"embellama.toml": deployment.config("systemd", seen)}
+
+
+def _is_hidden(path: str) -> bool:
+    """Return whether the unit does not see a file, because of ProtectHome or PrivateTmp."""
+    return os.path.abspath(path).startswith(_HIDDEN)
+
+
+def _seen(deployment: Deployment, path: str) -> str:
+    """Return where the unit finds a model's file."""
+    is_hidden = _is_hidden(path)
+    return deployment.in_folder("/opt/embellama/models", path) if is_hidden else path
+
+
+def _word(text: str) -> str:
+    """Return one word of a line, whatever is in it."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    is_plain = re.fullmatch(r"[\w./@+:=%$-]+", text)
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
+
+
+def _memory_limit(memory_mb: int) -> str:
+    if not memory_mb:
+        return "# MemoryMax= cannot be foreseen: the model's file is not there yet\n"
+    why = (
+        "# foreseen from the models' headers, a quarter more, and what clients may take"
+    )
+    return lines_of(why, f"MemoryMax={memory_mb}M", "MemorySwapMax=0")
+
+
+def _placed(deployment: Deployment) -> Iterator[str]:
+    """Yield lines for what is not in embellama.toml: secrets, and where to write."""
+    settings = deployment.settings
+    if names := deployment.secret_names:
+        yield "# of mode 600, with a line NAME=VALUE for " + ", ".join(
+            map(variable_of, names)
+        )
+        yield "EnvironmentFile=/etc/embellama/secrets.env"
+    if not deployment.has_keys and not deployment.is_local:
+        yield "# no --api-key-file: whoever reaches the port may ask"
+    if deployment.secret_files:
+        yield "# read by systemd, once: after a change, restart instead of reload"
+    for name in deployment.secret_files:
+        path = os.path.abspath(getattr(settings, name)).replace("%", "%%")
+        yield f"LoadCredential={name}:{path}"
+        yield f"Environment={variable_of(name)}=%d/{name}"
+    yield "CacheDirectory=embellama"
+    yield "Environment=EMBELLAMA_CACHE_DIR=%C/embellama"
+    for name, (switch, place) in _FOLDERS.items():
+        if path := getattr(settings, name):
+            yield f"{switch}=embellama"
+            file = os.path.basename(path).replace("%", "%%")
+            assigned = f"{variable_of(name)}={place}/embellama/{file}"
+            plain = re.fullmatch(r"[\w./=%-]+", assigned)
+            yield f"Environment={assigned if plain else json.dumps(assigned)}"
+
+
+def _streams(settings: Settings) -> list[str]:
+    """Return what a socket unit listens on; nothing if a host is a name, not an address."""
+    hosts = [(settings.host, settings.port)] if settings.host != "none" else []
+    found = [settings.uds] if settings.uds else []
+    for host, port in [*hosts, *map(host_and_port, settings.listen)]:
+        for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
+            try:
+                version = ipaddress.ip_address(address).version
+            except ValueError:
+                return []
+            found.append(f"[{address}]:{port}" if version == 6 else f"{address}:{port}")
+    return found
+
+
+# ==============================================================================
+# 69. WATCHING - what scrapes, draws and alerts
+# ==============================================================================
+# Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
+# Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
+# fewer than 100 requests says nothing. Shares are of a histogram's bucket: a quantile
+# between two bounds is a guess.
+
+_OUR_FAILURES: Final = (
+    *(InternalError, NonFiniteVector, EngineFailed, EngineUnavailable),
+    *(ModelUnavailable, OutOfMemory, RequestTimeout),
+)
+_SHED: Final = (Overloaded, RateLimited, TooManyConnections)
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One row: what is wrong, for how long already, and what to do about it."""
+
+    name: str
+    severity: str  # page, ticket or info
+    lasting: str  # until it is said
+    expression: str  # PromQL
+    meaning: str
+    action: str
+
+
+def promql(template: str, **parts: str) -> str:
+    """Return an expression with its <parts>, of this job alone."""
+    fixed = {"job": f'job="{JOB}"', "by": "by (job, instance)"}
+    fixed["failures"] = "|".join(kind.code for kind in _OUR_FAILURES)
+    fixed["refusals"] = "|".join(kind.code for kind in _SHED)
+    return filled(template, **fixed, **parts)
+
+
+# Too fast in both windows: the long one says that it matters, the short that it goes on.
+_BURNING: Final = """\
+sum <by> (rate(embellama_errors_total{<job>,code=~"<failures>"}[<long>]))
+  > <limit> * sum <by> (rate(embellama_http_request_seconds_count{<job>,kind="request"}[<long>]))
+and
+sum <by> (rate(embellama_errors_total{<job>,code=~"<failures>"}[<short>]))
+  > <limit> * sum <by> (rate(embellama_http_request_seconds_count{<job>,kind="request"}[<short>]))
+and
+sum <by> (increase(embellama_http_request_seconds_count{<job>,kind="request"}[<long>])) >= 100
+"""
+_SHEDDING: Final = """\
+sum <by> (rate(embellama_errors_total{<job>,code=~"<refusals>"}[5m]))
+  > 0.01 * sum <by> (rate(embellama_http_request_seconds_count{<job>,kind="request"}[5m]))
+"""
+_SLOW: Final = """\
+sum <by> (rate(embellama_http_request_seconds_bucket{<job>,kind="request",le="1"}[15m]))
+  < 0.95 * sum <by> (rate(embellama_http_request_seconds_count{<job>,kind="request"}[15m]))
+unless on (job, instance)
+rate(embellama_generation_tokens_total{<job>}[15m]) > 0
+"""
+_SLOW_FIRST_TOKEN: Final = """\
+sum <by> (rate(embellama_first_token_seconds_bucket{<job>,le="5"}[15m]))
+  < 0.95 * sum <by> (rate(embellama_first_token_seconds_count{<job>}[15m]))
+"""
+_USELESS_CACHE: Final = """\
+sum <by> (rate(embellama_cache_lookups_total{<job>,result=~"hit|shared"}[1h]))
+  < 0.01 * sum <by> (rate(embellama_cache_lookups_total{<job>}[1h]))
+and
+sum <by> (rate(embellama_cache_lookups_total{<job>}[1h])) > 10
+"""
+# fmt: off
+ALERTS: Final = (
+    Alert("EmbellamaDown", "page", "2m", promql("up{<job>} == 0"),
+        "It does not answer Prometheus.",
+        "Look whether the process is there (systemctl status, kubectl get pods). Exit code 2: a setting is wrong, and the "
+        "log's last line says which. If the address has changed, correct prometheus.yml."),
+    Alert("EmbellamaAbsent", "page", "5m", promql("absent(up{<job>})"),
+        "Prometheus has no such target.",
+        "Look at Prometheus's page of targets: was the job renamed, or does discovery find nothing?"),
+    Alert("EmbellamaNotReady", "page", "5m", promql('embellama_phase{<job>,phase="loading"} == 1'),
+        "It has been loading for minutes and answers 503.",
+        "GET /ready says what it waits for, the log why. Let a slow disk go on; correct an error, or serve the model that "
+        "worked before."),
+    Alert("EmbellamaEngineBroken", "page", "1m", promql("embellama_engine_broken{<job>} == 1"),
+        "llama.cpp fails on every input.",
+        "The log says how. Run `embellama_server.py check FILE` there: is the file damaged, is there too little memory? "
+        "Restart it; if that does not help, serve the model that worked before."),
+    Alert("EmbellamaWorkerStuck", "page", "1m", promql('embellama_workers{<job>,state="stuck"} > 0'),
+        "A call of llama.cpp does not end, even when told to.",
+        "The server replaces its process by itself. If it happens again, keep the model's name and the request id from the "
+        "log, and serve the model that worked before."),
+    Alert("EmbellamaRestarting", "page", "0m", promql("changes(process_start_time_seconds{<job>}[15m]) > 3"),
+        "It has started more than three times in a quarter of an hour.",
+        "Read the log before each start, and the kernel's (dmesg). Killed for want of memory: fewer --workers, a smaller "
+        "--cache-mb. A crash: keep the stack, and go back to the version or model before."),
+    Alert("EmbellamaFailingFast", "page", "2m", promql(_BURNING, limit="0.072", long="1h", short="5m"),
+        "So many requests fail that a month's error budget is gone in two days.",
+        "sum by (code) (rate(embellama_errors_total[5m])) says how they fail. Undo what changed last: model, version, settings."),
+    Alert("EmbellamaFailing", "page", "15m", promql(_BURNING, limit="0.03", long="6h", short="30m"),
+        "So many requests fail that a month's error budget is gone in five days.",
+        "As EmbellamaFailingFast. There is time to find the inputs: the log has request ids, --dead-letter the texts."),
+    Alert("EmbellamaShedding", "ticket", "10m", promql(_SHEDDING),
+        "More than one request in a hundred is refused: the queue, a key's limit or the connections are full.",
+        "One client too many: lower its key's rate= and tokens=. All of them: another server behind a proxy (emit haproxy), "
+        "or a smaller model."),
+    Alert("EmbellamaSlow", "ticket", "15m", promql(_SLOW),
+        "More than one request in twenty takes over a second.",
+        "Compare embellama_queue_seconds with embellama_batch_seconds. Waits: as EmbellamaShedding. Calls: long texts, or "
+        "another program on these cores."),
+    Alert("EmbellamaSlowFirstToken", "ticket", "15m", promql(_SLOW_FIRST_TOKEN),
+        "More than one reply in twenty begins after more than five seconds.",
+        "embellama_sequences says how many wait for a place: raise --parallel if there is memory, shorten prompts, or add a server."),
+    Alert("EmbellamaCacheUseless", "info", "1h", promql(_USELESS_CACHE),
+        "Hardly an input is found in the cache.",
+        "Give its memory back with --cache-mb 0, or send equal texts to the same server."),
+    Alert("EmbellamaModelFlapping", "info", "0m", promql("increase(embellama_model_loads_total{<job>}[1h]) > 5"),
+        "A model was loaded more than five times in an hour.",
+        "Raise --idle-unload-s or --max-memory-mb, or serve it elsewhere."),
+)
+# fmt: on
+
+
+def prometheus_files(deployment: Deployment) -> dict[str, str]:
+    """What to scrape, and which rules to load."""
+    settings = deployment.settings
+    scrape: dict[str, object] = {
+        "job_name": JOB,
+        "scheme": "https" if settings.tls_cert else "http",
+        "metrics_path": f"{settings.root_path.rstrip('/')}/metrics",
+        "static_configs": [{"targets": [deployment.address]}],
+    }
+    if deployment.has_keys and "metrics" not in settings.open_route:
+        key = {"type": "Bearer", "credentials_file": "/etc/prometheus/embellama.key"}
+        scrape["authorization"] = key
+    if settings.tls_cert:
+        scrape["tls_config"] = _scraper_tls(settings)
+    config = {
+        "global": {"scrape_interval": "15s", "evaluation_interval": "15s"},
+        "rule_files": ["embellama-alerts.yml"],
+        "scrape_configs": [scrape],
+    }
+    text = lines_of(head_line("prometheus"), "# More servers: more targets.")
+    return {"prometheus.yml": text + yaml_text(config)}
+
+
+def _scraper_tls(settings: Settings) -> dict[str, str]:
+    """Return where Prometheus is to have what it needs for TLS."""
+    folder = "/etc/prometheus"
+    files = {"ca_file": f"{folder}/embellama-ca.pem"}
+    if settings.tls_client_ca:
+        files["cert_file"] = f"{folder}/embellama-client.pem"
+        files["key_file"] = f"{folder}/embellama-client.key"
+    return files
+
+
+def alerts_files(_: Deployment) -> dict[str, str]:
+    """Rules for Prometheus."""
+    rules = [
+        {
+            "alert": alert.name,
+            "expr": alert.expression,
+            "for": alert.lasting,
+            "labels": {"severity": alert.severity},
+            "annotations": {"summary": alert.meaning, "runbook": alert.action},
+        }
+        for alert in ALERTS
+    ]
+    groups = {"groups": [{"name": JOB, "rules": rules}]}
+    return {"embellama-alerts.yml": f"{head_line('alerts')}\n{yaml_text(groups)}"}
+
+
+# --- the table ---
+
+
+@dataclass(frozen=True, slots=True)
+class Emitter:
+    """One row: what `emit NAME` prints."""
+
+    files: Callable[[Deployment], dict[str, str]]  # their texts by name
+
+    @property
+    def help(self) -> str:
+        """What the files are."""
+        return (self.files.__doc__ or "").strip().removesuffix(".")
+
+
+EMITTERS: Final = {
+    "systemd": Emitter(systemd_files),
+    "prometheus": Emitter(prometheus_files),
+    "alerts": Emitter(alerts_files),
+}
+
+
+# ==============================================================================
+# 70. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
@@ -19958,6 +20575,48 @@ def _check_models(call: Invocation) -> int:
     return 0
 
 
+# --- emit ---
+
+
+def _emit(call: Invocation) -> int:
+    names, folder = call.own["names"], call.own["output"]
+    for name in names or [""]:
+        if name not in (*EMITTERS, "all"):
+            raise BadSetting("emit", "NAME", name, f"one of {', '.join(EMITTERS)}, all")
+    loaded = call.read_settings()
+    if not loaded.settings.port:
+        bound = "the files name a port: say which, 1 to 65535"
+        raise BadSetting(loaded.sources["port"], "port", 0, bound)
+    program = str(Path(__file__).absolute())
+    deployment = Deployment(loaded, sys.executable, program)
+    files: dict[str, str] = {}
+    for name in EMITTERS if "all" in names else dict.fromkeys(names):
+        files |= EMITTERS[name].files(deployment)
+    if folder:
+        return _write_files(Path(folder), files, can_replace=call.own["force"])
+    if len(files) == 1:
+        return _print("".join(files.values()).rstrip("\n"))
+    parts = (f"# ===== {name} =====\n{text}" for name, text in files.items())
+    return _print("\n".join(parts).rstrip("\n"))
+
+
+def _write_files(folder: Path, files: Mapping[str, str], *, can_replace: bool) -> int:
+    taken = [name for name in files if os.path.lexists(folder / name)]
+    if taken and not can_replace:
+        raise StartupError(
+            f"{folder} has {', '.join(taken)} already; --force replaces what is there"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            unfinished = folder / f".{name}.new"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, folder / name)
+    except (OSError, UnicodeError) as error:
+        raise StartupError(f"--output {folder} cannot be written: {error}") from None
+    return _print("\n".join(str(folder / name) for name in files))
+
+
 # --- serve ---
 
 
@@ -20066,7 +20725,8 @@ VERBS: Final = {
     "serve": Verb(_serve,
         "An embedding, reranking and chat server in one file. `embellama_server.py check "
         "--help`: see what a model is. `embellama_server.py tune --help`: find this box's "
-        "best settings. `embellama_server.py openapi`: describe the API.",
+        "best settings. `embellama_server.py emit --help`: print its deployment files. "
+        "`embellama_server.py openapi`: describe the API.",
         "Each flag is also a variable (--port: EMBELLAMA_PORT) and a TOML key (port). "
         "Lists in a variable have commas or are JSON arrays. Precedence: flag, "
         "environment, file, default.",
@@ -20101,6 +20761,19 @@ VERBS: Final = {
             "--min-cosine": {"type": _cosine, "default": SAME_COSINE,
                 "help": "The lowest cosine to the reference that will do. "
                 f"[0 to 1; default: {SAME_COSINE}]"},
+        }),
+    "emit": Verb(_emit,
+        "Print the files that deploy this server with the settings given: "
+        + ", ".join(EMITTERS) + ", or all.",
+        "The server's settings are accepted too, before the names. No file has a secret.",
+        flags={
+            "names": {"nargs": "*", "metavar": "NAME",
+                "help": "Which, one or several. "
+                + " ".join(f"{n}: {row.help}." for n, row in EMITTERS.items())},
+            "--output": {"default": "", "metavar": "DIR",
+                "help": "Write the files there. [default: print them]"},
+            "--force": {"action": "store_true",
+                "help": "Replace files that are there already."},
         }),
     "openapi": Verb(_openapi, "Print the API as an OpenAPI document.",
         has_settings=False),

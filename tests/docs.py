@@ -142,12 +142,34 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def emit_table() -> str:
+    """Every name that ``emit`` knows, and its files."""
+    plain = es.Deployment(es.load_settings({}, {}), "python", "embellama_server.py")
+    lines = ["| name | files | what they are |", "|---|---|---|"]
+    for name, row in es.EMITTERS.items():
+        files = ", ".join(f"`{file}`" for file in row.files(plain))
+        lines.append(f"| `{name}` | {files} | {row.help} |")
+    return "\n".join(lines)
+
+
+def alerts_table() -> str:
+    """Every alert: the runbook."""
+    lines = ["| alert | for | what it means | what to do |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.name}, {row.severity} | {row.lasting} | {row.meaning} | {row.action} |"
+        for row in es.ALERTS
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "endpoints": routes_table,
     "settings": settings_table,
     "errors": errors_table,
     "metrics": metrics_table,
     "limits": limits_table,
+    "emit": emit_table,
+    "alerts": alerts_table,
     "request": functools.partial(form_table, es.EmbeddingsForm),
     "chat": functools.partial(form_table, es.ChatForm),
 }
