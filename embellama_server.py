@@ -154,28 +154,29 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 46. ANSWERS - replies on their way: whole, or part by part
 47. VECTORS - numbers of a reply, in the types that clients ask for
 48. OPENAI - its shapes
-49. CHAT FORMS - what may be asked of a model that generates
-50. CHAT - OpenAI's chat and completions, whole and streamed
-51. COHERE - its vectors and scores, Jina's scores, and vLLM's
-52. TEI - the shapes of text-embeddings-inference
-53. TOKENS - texts as the tokens that a model reads, and back
-54. OLLAMA - its shapes
-55. SEEDS - what infer-server and LMServ promise
-56. ADMIN - health, readiness, metrics, models
-57. DESCRIPTION - the routes as an OpenAPI document, and as a page
-58. ROUTES - the table, and everything derived from it
-59. DISPATCH - from a request to its response
-60. TRIALS - a model loaded in another process first
-61. FOLDER - what a model's authors wrote beside its file
-62. LOADING - a model's way into memory
-63. SUPERVISOR - a small parent that outlives the server
-64. SERVER - builds every object; loading, ready, draining, stopped
-65. TUNING - the settings that are fastest on this box
-66. CHECKING - what a model is and gives, before it is served
-67. DEPLOYMENT - what the printed files have in common
-68. UNITS - the server under systemd
-69. WATCHING - what scrapes, draws and alerts
-70. COMMAND LINE - flags in, exit code out
+49. TOOLS - which functions a model may call, and which it must
+50. CHAT FORMS - what may be asked of a model that generates
+51. CHAT - OpenAI's chat and completions, whole and streamed
+52. COHERE - its vectors and scores, Jina's scores, and vLLM's
+53. TEI - the shapes of text-embeddings-inference
+54. TOKENS - texts as the tokens that a model reads, and back
+55. OLLAMA - its shapes
+56. SEEDS - what infer-server and LMServ promise
+57. ADMIN - health, readiness, metrics, models
+58. DESCRIPTION - the routes as an OpenAPI document, and as a page
+59. ROUTES - the table, and everything derived from it
+60. DISPATCH - from a request to its response
+61. TRIALS - a model loaded in another process first
+62. FOLDER - what a model's authors wrote beside its file
+63. LOADING - a model's way into memory
+64. SUPERVISOR - a small parent that outlives the server
+65. SERVER - builds every object; loading, ready, draining, stopped
+66. TUNING - the settings that are fastest on this box
+67. CHECKING - what a model is and gives, before it is served
+68. DEPLOYMENT - what the printed files have in common
+69. UNITS - the server under systemd
+70. WATCHING - what scrapes, draws and alerts
+71. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -14120,6 +14121,7 @@ class Replies:
     timeout_s: float  # to their end
     charge: Callable[..., None]  # as Gate has it, for one caller
     generations: list[Generation] = field(default_factory=list)
+    reasoning_tokens: int = 0  # of thoughts, among those that were taken
     _grown: set[int] = field(default_factory=set)  # indexes: there may be more to take
     _over: set[int] = field(default_factory=set)  # from which all was taken
     _error: ApiError | None = None
@@ -14181,6 +14183,7 @@ class Replies:
             for delta in generation.take():
                 delta.index += index * self.n
                 deltas.append(delta)
+                self.reasoning_tokens += delta.reasoning_tokens
             if is_over:
                 self._over.add(index)
                 self._error = self._error or generation.error
@@ -14671,8 +14674,8 @@ def _record_replies(
 # ==============================================================================
 # 46. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
-# What is the same in every dialect: when the first part goes out, what is sent in the
-# silence before it, and what ends the wait.
+# What is the same in every dialect: when the first part goes out, what is sent in a long
+# silence, and what ends the wait for the first token.
 
 
 class ReplyWriter:
@@ -14692,7 +14695,7 @@ class ReplyWriter:
         return b""
 
     def heartbeat(self) -> bytes:
-        """Return a part that says nothing; the first token has not come yet."""
+        """Return a part that says nothing: for long nothing else has come that shows."""
         raise NotImplementedError
 
     def part(self, delta: Delta) -> bytes:
@@ -14750,9 +14753,17 @@ async def _parts(
             if not deltas:
                 yield opening + writer.heartbeat()
                 opening = b""
+        told_at = time.monotonic()
         while deltas:
-            yield opening + b"".join(map(writer.part, deltas))
-            opening, deltas = b"", await replies.more()
+            shown = opening + b"".join(map(writer.part, deltas))
+            opening, now = b"", time.monotonic()
+            # The model may write for long what shows later, or never: hidden thoughts.
+            if not shown and 0 < heartbeat_s <= now - told_at:
+                shown = writer.heartbeat()
+            if shown:
+                told_at = now
+                yield shown
+            deltas = await replies.more()
     yield writer.closing()
 
 
@@ -15011,7 +15022,194 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 49. CHAT FORMS - what may be asked of a model that generates
+# 49. TOOLS - which functions a model may call, and which it must
+# ==============================================================================
+# The functions are the client's: the model writes a call, the client makes it and says in
+# a later message what came of it. Reference: OpenAI's API, "Function calling".
+
+_FUNCTION_NAME: Final = re.compile("[A-Za-z0-9_-]{1,128}")  # OpenAI's longest have 64
+_DEMANDS: Final = ("required", "named")
+
+
+def checked(form: type) -> Kind:
+    """An object that this form could read, as it came."""
+    kind = nested(form)
+    return Kind(lambda value, name: kind.read(value, name) and value, kind.schema)
+
+
+def _read_function_name(value: object, name: str) -> str:
+    text = TEXT.read(value, name)
+    if not _FUNCTION_NAME.fullmatch(text):
+        raise InvalidValue(
+            f"{name} must be 1 to 128 of the letters A to Z and a to z, digits, _ and -",
+            param=name,
+        )
+    return str(text)
+
+
+def _read_tool_type(value: object, name: str) -> str:
+    if value != "function":
+        other = f", not {value:.40}" if isinstance(value, str) else ""
+        raise InvalidValue(
+            f"{name} must be function{other}: this server has no tools of its own, and a "
+            "model's calls are of the client's functions",
+            param=name,
+        )
+    return value
+
+
+_NAME_OF_FUNCTION: Final = Kind(
+    _read_function_name, {"type": "string", "pattern": f"^{_FUNCTION_NAME.pattern}$"}
+)
+_FUNCTION: Final = {"enum": ["function"]}
+_TOOL_TYPE: Final = Kind(_read_tool_type, _FUNCTION)
+
+
+@dataclass(slots=True, kw_only=True)
+class FunctionForm:
+    """A function that the model may call."""
+
+    name: str = required(_NAME_OF_FUNCTION, "Its name.")
+    description: str | None = optional(TEXT, "What it does.")
+    parameters: Mapping[str, object] | None = optional(OBJECT, "JSON Schema.")
+    strict: bool = optional(
+        FLAG, "Arguments keep to the schema wherever tool_choice demands a call.", False
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class ToolForm:
+    """A tool that the model may use."""
+
+    type: str = required(_TOOL_TYPE, "The only kind of tool there is.")
+    function: FunctionForm = required(nested(FunctionForm), "The function.")
+
+
+@dataclass(slots=True, kw_only=True)
+class CallForm:
+    """A call of a function, in an assistant's message."""
+
+    name: str = required(NAME, "The function's name.")
+    arguments: object = optional(either(TEXT, OBJECT), "Its arguments as JSON.")
+
+
+@dataclass(slots=True, kw_only=True)
+class ToolCallForm:
+    """A use of a tool, in an assistant's message."""
+
+    id: str | None = optional(NAME, "Its id, which the tool's message repeats.")
+    type: str = optional(_TOOL_TYPE, "The kind of tool.", "function")
+    function: CallForm = required(nested(CallForm), "The call.")
+
+
+Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", ...}}
+
+
+def _without_nulls(value: Mapping[str, object]) -> dict[str, object]:
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def _named_once(tools: list[Tool], name: str) -> list[Tool]:
+    """Return them without nulls, which a template would show. Raises InvalidValue."""
+    found: dict[str, int] = {}
+    for index, tool in enumerate(tools):
+        said = tool["function"]["name"]
+        if found.setdefault(said, index) != index:
+            where = f"{name}[{index}].function.name"
+            raise InvalidValue(
+                f"{where} is {said}, as is that of {name}[{found[said]}]: functions need "
+                "names of their own",
+                param=where,
+            )
+    return [
+        _without_nulls(tool) | {"function": _without_nulls(tool["function"])}
+        for tool in tools
+    ]
+
+
+TOOLS: Final = then(list_of(checked(ToolForm), at_least=0), _named_once)
+TOOL_CALLS: Final = list_of(checked(ToolCallForm), at_least=0)
+
+
+# --- which of them ---
+
+
+class ToolChoice(NamedTuple):
+    """Which calls a reply may have, or must."""
+
+    mode: str  # as ReplyRequest's tool_choice
+    names: Collection[str] = ()  # only of these; none: of all
+
+
+def offered(
+    tools: Sequence[Tool] | None, choice: ToolChoice | None
+) -> tuple[Sequence[Tool], str]:
+    """Return the tools that a choice leaves, and its mode. Raises InvalidValue."""
+    mode, names = choice or ToolChoice("auto")
+    tools = tools or ()
+    unknown = {*names} - {tool["function"]["name"] for tool in tools}
+    if unknown:
+        raise InvalidValue(
+            f"tool_choice names {min(unknown)}, which none of the tools is called",
+            param="tool_choice",
+        )
+    if mode in _DEMANDS and not tools:
+        raise InvalidValue(
+            "tool_choice demands a call, and there are no tools: send some, or choose "
+            "auto",
+            param="tool_choice",
+        )
+    if mode == "none" or not tools:
+        return (), mode
+    return [t for t in tools if not names or t["function"]["name"] in names], mode
+
+
+def _name_in(value: object, name: str) -> str:
+    """Return the name of the function that a choice of a tool names."""
+    if isinstance(value, dict) and value.get("type") == "function":
+        # The Responses API, and who mixes it up with this one, says it one level higher.
+        inner = value.get("function")
+        where = name if inner is None else f"{name}.function"
+        named = OBJECT.read(value if inner is None else inner, where)
+        return str(_NAME_OF_FUNCTION.read(named.get("name"), f"{where}.name"))
+    raise InvalidValue(
+        f'{name} must be {{"type": "function", "function": {{"name": ...}}}}',
+        param=name,
+    )
+
+
+def _read_tool_choice(value: object, name: str) -> ToolChoice:
+    if not isinstance(value, dict):
+        return ToolChoice(_MODE.read(value, name))
+    if value.get("type") != "allowed_tools":
+        return ToolChoice("named", [_name_in(value, name)])
+    inner = value.get("allowed_tools")
+    where = name if inner is None else f"{name}.allowed_tools"
+    allowed = OBJECT.read(value if inner is None else inner, where)
+    mode = _ALLOWED_MODE.read(allowed.get("mode", "auto"), f"{where}.mode")
+    return ToolChoice(mode, _NAMED_TOOLS.read(allowed.get("tools"), f"{where}.tools"))
+
+
+_MODE: Final = one_of("auto", "none", "required", any="required")  # Mistral's word
+_ALLOWED_MODE: Final = one_of("auto", "required")
+_NAMED_TOOL: Final = Kind(
+    _name_in,
+    an_object(type=_FUNCTION, function=an_object(name=_NAME_OF_FUNCTION.schema)),
+)
+_NAMED_TOOLS: Final = list_of(_NAMED_TOOL)
+_ALLOWED: Final = an_object(mode=_ALLOWED_MODE.schema, tools=_NAMED_TOOLS.schema)
+TOOL_CHOICE: Final = Kind(
+    _read_tool_choice,
+    any_of(
+        _MODE.schema,
+        _NAMED_TOOL.schema,
+        an_object(type={"enum": ["allowed_tools"]}, allowed_tools=_ALLOWED),
+    ),
+)
+
+
+# ==============================================================================
+# 50. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -15021,12 +15219,6 @@ _COMPLETION_TOKENS: Final = 16  # OpenAI's default
 
 
 # --- what a field may hold ---
-
-
-def checked(form: type) -> Kind:
-    """An object that this form could read, as it came."""
-    kind = nested(form)
-    return Kind(lambda value, name: kind.read(value, name) and value, kind.schema)
 
 
 def refused(why: str) -> Kind:
@@ -15094,15 +15286,6 @@ def _read_format(value: object, name: str) -> None:
         raise InvalidValue(f'{name} must be {{"type": "text"}}', param=name)
 
 
-def _read_tool_choice(value: object, name: str) -> object:
-    if isinstance(value, dict) or value == "required":
-        raise InvalidValue(
-            f"{name} that demands a call is not supported yet: use auto or none",
-            param=name,
-        )
-    return _AUTO_OR_NONE.read(value, name)
-
-
 def _range(name: str) -> Kind:
     low, high, _ = SAMPLING_RANGES[name]
     is_whole = isinstance(getattr(SamplingOptions(), name), int)
@@ -15117,43 +15300,12 @@ _STOPS: Final = Kind(_read_stop, any_of(_STOP_TEXT, array(_STOP_TEXT)))
 _PART: Final = an_object(type={"enum": ["text"]}, text=STRING)
 _MESSAGE_CONTENT: Final = Kind(_read_content, any_of(STRING, array(_PART)))
 _FORMAT: Final = Kind(_read_format, an_object(type={"enum": ["text"]}))
-_AUTO_OR_NONE: Final = one_of("auto", "none")
-_TOOL_CHOICE: Final = Kind(_read_tool_choice, _AUTO_OR_NONE.schema)
+# How thoughts are shown, in the words of llama-server and others: apart from the text, in
+# it between tags, or not at all.
+_REASONING_FORMAT: Final = one_of(
+    "auto", "none", "hidden", deepseek="auto", parsed="auto", raw="none"
+)
 _TEXT_ONLY: Final = list_of(one_of("text"))
-
-
-@dataclass(slots=True, kw_only=True)
-class FunctionForm:
-    """A function that the model may call."""
-
-    name: str = required(NAME, "Its name.")
-    description: str | None = optional(TEXT, "What it does.")
-    parameters: Mapping[str, object] | None = optional(OBJECT, "JSON Schema.")
-
-
-@dataclass(slots=True, kw_only=True)
-class ToolForm:
-    """A tool that the model may use."""
-
-    type: str = required(one_of("function"), "The only kind of tool there is.")
-    function: FunctionForm = required(nested(FunctionForm), "The function.")
-
-
-@dataclass(slots=True, kw_only=True)
-class CallForm:
-    """A call of a function, in an assistant's message."""
-
-    name: str = required(NAME, "The function's name.")
-    arguments: object = optional(either(TEXT, OBJECT), "Its arguments as JSON.")
-
-
-@dataclass(slots=True, kw_only=True)
-class ToolCallForm:
-    """A use of a tool, in an assistant's message."""
-
-    id: str | None = optional(NAME, "Its id, which the tool's message repeats.")
-    type: str = optional(one_of("function"), "The kind of tool.", "function")
-    function: CallForm = required(nested(CallForm), "The call.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15169,8 +15321,9 @@ class MessageForm:
     )
     name: str | None = optional(NAME, "Of the speaker, or of the function.")
     tool_calls: list[Mapping[str, object]] | None = optional(
-        list_of(checked(ToolCallForm), at_least=0), "The assistant's calls of tools."
+        TOOL_CALLS, "The assistant's calls of tools."
     )
+    function_call: None = optional(refused("use tool_calls"), "Older than tools.")
     tool_call_id: str | None = optional(NAME, "Of the call that a tool answers.")
     reasoning_content: str | None = optional(TEXT, "The assistant's thoughts.")
     reasoning: str | None = optional(TEXT, "The same, as others call it.")
@@ -15182,6 +15335,15 @@ class StreamOptionsForm:
     """What a stream holds besides the text."""
 
     include_usage: bool = optional(FLAG, "End with a chunk of the usage.", False)
+
+
+@dataclass(slots=True, kw_only=True)
+class ReasoningForm:
+    """How the model thinks, as OpenRouter has it."""
+
+    effort: str | None = optional(NAME, "The same as reasoning_effort.")
+    enabled: bool | None = optional(FLAG, "false: no thinking.")
+    exclude: bool = optional(FLAG, "Do not show the thoughts.", False)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15261,13 +15423,23 @@ class ChatForm(GenerateForm):
     top_logprobs: int | None = optional(
         integer(0, 20), "And this many of the likeliest tokens; needs logprobs."
     )
-    tools: list[Mapping[str, object]] | None = optional(
-        list_of(checked(ToolForm), at_least=0),
-        "Shown to the model; its calls are text of the reply.",
+    tools: list[Tool] | None = optional(TOOLS, "Functions that the model may call.")
+    tool_choice: ToolChoice | None = optional(
+        TOOL_CHOICE,
+        "none hides the tools, required demands a call, of a named function or of any.",
     )
-    tool_choice: str | None = optional(_TOOL_CHOICE, "none hides the tools.")
+    parallel_tool_calls: bool = optional(FLAG, "A reply may have several calls.", True)
     response_format: None = optional(_FORMAT, "Text only.")
     reasoning_effort: str | None = optional(NAME, "Of the template; none: no thinking.")
+    reasoning: ReasoningForm | None = optional(
+        nested(ReasoningForm), "The same, as OpenRouter has it."
+    )
+    reasoning_format: str = optional(
+        _REASONING_FORMAT,
+        "auto: thoughts are reasoning_content; none: they stay in the text, between "
+        "<think> and </think>; hidden: they are left out.",
+        "auto",
+    )
     chat_template_kwargs: Mapping[str, object] | None = optional(
         OBJECT, "More variables of the template."
     )
@@ -15345,21 +15517,40 @@ def chat_request(form: ChatForm) -> ReplyRequest:
             "add_generation_prompt",
             param="continue_final_message",
         )
-    variables = dict(form.chat_template_kwargs or {})
-    if form.reasoning_effort is not None:
-        variables["reasoning_effort"] = form.reasoning_effort
-        variables.setdefault("enable_thinking", form.reasoning_effort != "none")
+    tools, tool_choice = offered(form.tools, form.tool_choice)
     most = form.max_completion_tokens
     return _request_of(
         form,
         messages=messages,
         max_tokens=form.max_tokens if most is None else most,
         top_logprobs=(form.top_logprobs or 0) if form.logprobs else None,
-        tools=() if form.tool_choice == "none" else form.tools or (),
-        variables=variables,
+        tools=tools,
+        tool_choice=tool_choice,
+        calls_in_parallel=form.parallel_tool_calls,
+        variables=_variables(form),
         adds_turn=form.add_generation_prompt is not False and not continues,
         continues_last=continues,
     )
+
+
+def _variables(form: ChatForm) -> dict[str, object]:
+    """Return what a form says to the template."""
+    variables = dict(form.chat_template_kwargs or {})
+    reasoning = form.reasoning or ReasoningForm()
+    effort = form.reasoning_effort or reasoning.effort
+    if reasoning.enabled is False:
+        effort = "none"
+    if effort is not None:
+        variables["reasoning_effort"] = effort
+    if effort is not None or reasoning.enabled is not None:
+        variables.setdefault("enable_thinking", effort != "none")
+    return variables
+
+
+def thoughts_of(form: ChatForm) -> str:
+    """Return how a form wants thoughts to be shown: auto, none or hidden."""
+    is_excluded = form.reasoning is not None and form.reasoning.exclude
+    return "hidden" if is_excluded else form.reasoning_format
 
 
 def _message(form: MessageForm, name: str) -> Message:
@@ -15388,11 +15579,13 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 50. CHAT - OpenAI's chat and completions, whole and streamed
+# 51. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
-# the role once, in the first chunk; nothing empty but heartbeats, and these only before
-# the first token; finish_reason in a chunk of its own; usage in one, the last.
+# the role once, in the first chunk; nothing empty but heartbeats, and these only where
+# nothing else shows; thoughts, text and calls in chunks of their own; id, type and name of
+# a call in its first chunk, and there alone; finish_reason in a chunk of its own; usage in
+# one, the last.
 
 _FINGERPRINT: Final = f"embellama_{__version__}"
 _DONE: Final = b"data: [DONE]\n\n"
@@ -15427,24 +15620,11 @@ class _Writer(ReplyWriter):
         """Return a whole reply as JSON would have it."""
         raise NotImplementedError
 
-    def _event(
-        self,
-        index: int,
-        text: str | None = None,
-        logprobs: Sequence[TokenLogprob] = (),
-        finish_reason: str | None = None,
-    ) -> bytes:
-        """Return the event of one choice."""
+    def part(self, delta: Delta) -> bytes:
         raise NotImplementedError
 
-    def part(self, delta: Delta) -> bytes:
-        text, logprobs, reason = delta.text, delta.logprobs, delta.finish_reason
-        shown = self._event(delta.index, text, logprobs) if text or logprobs else b""
-        ending = self._event(delta.index, finish_reason=reason) if reason else b""
-        return shown + ending
-
     def heartbeat(self) -> bytes:
-        return self._event(0)
+        raise NotImplementedError
 
     def closing(self) -> bytes:
         told = json_codec().dumps(self._told())
@@ -15462,7 +15642,7 @@ class _Writer(ReplyWriter):
             "completion_tokens": replies.tokens,
             "total_tokens": replies.prompt_tokens + replies.tokens,
             "prompt_tokens_details": {"cached_tokens": replies.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": replies.reasoning_tokens},
         }
         performance = {  # infer-server's
             "prefill_time_ms": round(times.prefill_s * 1000, 3),
@@ -15474,45 +15654,121 @@ class _Writer(ReplyWriter):
         return {"usage": usage, "performance": performance}
 
 
+class _ShownThoughts:
+    """Puts thoughts where a request wants them, whatever marks the model has for them."""
+
+    def __init__(self, form: str) -> None:
+        """``form``: auto, they stay apart; none, they are text; hidden."""
+        self._form = form
+        self._open: set[int] = set()  # indexes of replies whose thoughts have not ended
+
+    def shown(self, delta: Delta) -> Delta:
+        """Return the delta as it is to be shown."""
+        thought, index = delta.reasoning, delta.index
+        if self._form == "auto" or not (thought or index in self._open):
+            return delta
+        if self._form == "hidden":
+            return dataclasses.replace(delta, reasoning="")
+        if thought and index not in self._open:
+            self._open.add(index)
+            thought = f"<think>{thought}"
+        if delta.text or delta.calls or delta.finish_reason:
+            self._open.discard(index)
+            thought += "</think>"
+        return dataclasses.replace(delta, reasoning="", text=thought + delta.text)
+
+
 class _ChatWriter(_Writer):
     """Of POST /v1/chat/completions."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self,
+        replies: Replies,
+        options: StreamOptionsForm | None = None,
+        thoughts: str = "auto",
+    ) -> None:
+        """``thoughts``: see _ShownThoughts."""
+        super().__init__(replies, options)
+        self._thoughts = _ShownThoughts(thoughts)
+
     def choice(self, reply: Delta) -> dict[str, object]:
+        reply = self._thoughts.shown(reply)
+        content = None if reply.calls and not reply.text else reply.text
+        message: dict[str, object] = {"role": "assistant", "content": content}
+        message["refusal"] = None
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
+        if reply.calls:
+            message["tool_calls"] = [
+                _begun_call(call.id, call.name, call.arguments) for call in reply.calls
+            ]
         return {
             "index": reply.index,
-            "message": {"role": "assistant", "content": reply.text, "refusal": None},
+            "message": message,
             "logprobs": self._shown(reply.logprobs),
             "finish_reason": reply.finish_reason,
         }
 
     def opening(self) -> bytes:
-        said = b'{"role":"assistant","content":""}'
-        return b"".join(self._chunk(n, said) for n in range(self.replies.count))
+        said = {"role": "assistant", "content": ""}
+        return b"".join(self._event(n, said) for n in range(self.replies.count))
+
+    def part(self, delta: Delta) -> bytes:
+        delta = self._thoughts.shown(delta)
+        index, logprobs = delta.index, delta.logprobs
+        events = []
+        for gained in self._gains(delta):
+            events.append(self._event(index, gained, logprobs))
+            logprobs = []  # of all its tokens with the first of what they say
+        if delta.finish_reason:
+            events.append(self._event(index, {}, finish_reason=delta.finish_reason))
+        return b"".join(events)
+
+    def heartbeat(self) -> bytes:
+        return self._event(0, {})
+
+    @staticmethod
+    def _gains(delta: Delta) -> Iterator[dict[str, object]]:
+        """Yield what a message has gained, one kind at a time."""
+        if delta.reasoning:
+            yield {"reasoning_content": delta.reasoning}
+        if delta.text or (delta.logprobs and not delta.reasoning and not delta.calls):
+            yield {"content": delta.text}
+        for part in delta.calls:
+            if part.id:
+                begun = _begun_call(part.id, part.name, "")
+                yield {"tool_calls": [{"index": part.index} | begun]}
+            if part.arguments:
+                more = {"index": part.index, "function": {"arguments": part.arguments}}
+                yield {"tool_calls": [more]}
 
     def _event(
         self,
         index: int,
-        text: str | None = None,
+        gained: Mapping[str, object],
         logprobs: Sequence[TokenLogprob] = (),
         finish_reason: str | None = None,
     ) -> bytes:
-        dumps = json_codec().dumps
-        gained = b"{}" if text is None else b'{"content":%b}' % dumps(text)
-        more = dumps(self._shown(logprobs)), dumps(finish_reason)
-        return self._chunk(index, gained, *more)
-
-    def _chunk(self, index: int, gained: bytes, *more: bytes) -> bytes:
-        logprobs, reason = more or (b"null", b"null")
-        form = b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}]}'
-        return _event_of(form % (self._before, index, gained, logprobs, reason))
+        choice = {
+            "index": index,
+            "delta": gained,
+            "logprobs": self._shown(logprobs),
+            "finish_reason": finish_reason,
+        }
+        return _event_of(b"%b%b]}" % (self._before, json_codec().dumps(choice)))
 
     @staticmethod
     def _shown(logprobs: Sequence[TokenLogprob]) -> dict[str, object] | None:
         if not logprobs:
             return None
         return {"content": likelihoods(logprobs), "refusal": None}
+
+
+def _begun_call(id: str, name: str, arguments: str) -> dict[str, object]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": id, "type": "function", "function": function}
 
 
 class _CompletionWriter(_Writer):
@@ -15546,7 +15802,13 @@ class _CompletionWriter(_Writer):
 
     def part(self, delta: Delta) -> bytes:
         self._echo(delta)
-        return super().part(delta)
+        text, logprobs, reason = delta.text, delta.logprobs, delta.finish_reason
+        shown = self._event(delta.index, text, logprobs) if text or logprobs else b""
+        ending = self._event(delta.index, finish_reason=reason) if reason else b""
+        return shown + ending
+
+    def heartbeat(self) -> bytes:
+        return self._event(0)
 
     def _echo(self, delta: Delta) -> None:
         """Put the prompt before the first that comes of a reply."""
@@ -15568,12 +15830,12 @@ class _CompletionWriter(_Writer):
     def _event(
         self,
         index: int,
-        text: str | None = None,
+        text: str = "",
         logprobs: Sequence[TokenLogprob] = (),
         finish_reason: str | None = None,
     ) -> bytes:
         choice = {
-            "text": text or "",
+            "text": text,
             "index": index,
             "logprobs": self._shown(index, logprobs),
             "finish_reason": finish_reason,
@@ -15630,14 +15892,22 @@ _PERFORMANCE: Final = an_object(
     tokens_per_second=NUMBER,
     batch_size=INTEGER,
 )
-_REASON: Final = {"enum": ["stop", "length"]}
-_MESSAGE: Final = an_object(role=const("assistant"), content=STRING, refusal=ANYTHING)
+_REASONS_OF_CHAT: Final = {"enum": ["stop", "length", "tool_calls"]}
+_REASONS_OF_TEXT: Final = {"enum": ["stop", "length"]}
+_CALLED: Final = an_object(name=STRING, arguments=STRING)
+_CALLS: Final = array(an_object(id=STRING, type=const("function"), function=_CALLED))
+_MESSAGE: Final = an_object(
+    *("reasoning_content", "tool_calls"),  # only if there are some
+    role=const("assistant"),
+    content=any_of(STRING, {"type": "null"}),
+    refusal=ANYTHING,
+    reasoning_content=STRING,
+    tool_calls=_CALLS,
+)
 
 
 def _reply_schema(kind: str, **choice: Schema) -> Schema:
-    choices = array(
-        an_object(index=INTEGER, logprobs=ANYTHING, finish_reason=_REASON, **choice)
-    )
+    choices = array(an_object(index=INTEGER, logprobs=ANYTHING, **choice))
     return an_object(
         id=STRING,
         object=const(kind),
@@ -15650,15 +15920,19 @@ def _reply_schema(kind: str, **choice: Schema) -> Schema:
     )
 
 
-CHAT_REPLY: Final = _reply_schema(_ChatWriter.kind, message=_MESSAGE)
-COMPLETION_REPLY: Final = _reply_schema(_CompletionWriter.kind, text=STRING)
+CHAT_REPLY: Final = _reply_schema(
+    _ChatWriter.kind, message=_MESSAGE, finish_reason=_REASONS_OF_CHAT
+)
+COMPLETION_REPLY: Final = _reply_schema(
+    _CompletionWriter.kind, text=STRING, finish_reason=_REASONS_OF_TEXT
+)
 
 
 async def chat_completions(context: RequestContext, form: ChatForm) -> Response:
     """A reply to messages, whole or as a stream of events."""
     request = chat_request(form)
     replies = await replies_for(context, request, are_streamed=form.stream)
-    writer = _ChatWriter(replies, form.stream_options)
+    writer = _ChatWriter(replies, form.stream_options, thoughts_of(form))
     return await answer(context, writer, is_streamed=form.stream)
 
 
@@ -15672,7 +15946,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 51. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 52. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -15973,7 +16247,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 52. TEI - the shapes of text-embeddings-inference
+# 53. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -16231,7 +16505,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 53. TOKENS - texts as the tokens that a model reads, and back
+# 54. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -16450,7 +16724,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 54. OLLAMA - its shapes
+# 55. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -16676,7 +16950,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 55. SEEDS - what infer-server and LMServ promise
+# 56. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -16880,7 +17154,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 56. ADMIN - health, readiness, metrics, models
+# 57. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -17111,7 +17385,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 57. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 58. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -17423,7 +17697,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 58. ROUTES - the table, and everything derived from it
+# 59. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -17611,7 +17885,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 59. DISPATCH - from a request to its response
+# 60. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -18039,7 +18313,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 60. TRIALS - a model loaded in another process first
+# 61. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -18122,7 +18396,7 @@ class Trial:
 
 
 # ==============================================================================
-# 61. FOLDER - what a model's authors wrote beside its file
+# 62. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -18249,7 +18523,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 62. LOADING - a model's way into memory
+# 63. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -18683,7 +18957,7 @@ class Loader:
 
 
 # ==============================================================================
-# 63. SUPERVISOR - a small parent that outlives the server
+# 64. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -19068,7 +19342,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 64. SERVER - builds every object; loading, ready, draining, stopped
+# 65. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -19491,7 +19765,7 @@ class Server:
 
 
 # ==============================================================================
-# 65. TUNING - the settings that are fastest on this box
+# 66. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -19626,7 +19900,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 66. CHECKING - what a model is and gives, before it is served
+# 67. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -19765,7 +20039,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 67. DEPLOYMENT - what the printed files have in common
+# 68. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -19974,7 +20248,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 68. UNITS - the server under systemd
+# 69. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -20189,7 +20463,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 69. WATCHING - what scrapes, draws and alerts
+# 70. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -20377,7 +20651,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 70. COMMAND LINE - flags in, exit code out
+# 71. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import http.client
@@ -325,6 +326,8 @@ class Speaker:
         self.cancelled: list[es.Generation] = []
         self.refusal: es.ApiError | None = None  # of all that are submitted
         self.words: Sequence[str] | None = None  # instead of the prompt's
+        # Or what each reply gains in turn; the last one has a finish_reason.
+        self.gains: Sequence[es.Delta] | None = None
         self.is_paused = False
         self.submitted = asyncio.Event()
 
@@ -390,25 +393,41 @@ class Speaker:
                 ]
         said, others = generation.tokens // request.n, self.words
         words = words if others is None else [*others]
-        is_last = said + 1 >= request.max_tokens
         for index in range(request.n):
-            delta = es.Delta(index)
-            if said < request.max_tokens:
-                generation.tokens += 1
-                generation.step_rows += self._rows
-                delta.tokens = 1
-            if said < min(len(words), request.max_tokens):
-                delta.text = f" {words[said]}" if said else words[said]
-                delta.finish_reason = "length" if is_last else ""
-                if request.top_logprobs is not None:
-                    delta.logprobs = [self._logprob(request, delta.text, -0.5)]
+            if self.gains is None:
+                delta = self._word(request, words, said, index)
             else:
-                delta.finish_reason = "stop" if said < request.max_tokens else "length"
+                delta = self._gained(request, self.gains[said], index)
+            generation.tokens += delta.tokens
+            generation.step_rows += self._rows * delta.tokens
             generation.put(delta)
         generation.first_token_at = generation.first_token_at or now
         if delta.finish_reason:
             self.end(generation)
         generation.changed()
+
+    def _word(
+        self, request: es.GenerationRequest, words: Sequence[str], said: int, index: int
+    ) -> es.Delta:
+        most = request.max_tokens
+        delta = es.Delta(index, tokens=int(said < most))
+        if said < min(len(words), most):
+            delta.text = f" {words[said]}" if said else words[said]
+            delta.finish_reason = "length" if said + 1 >= most else ""
+            if request.top_logprobs is not None:
+                delta.logprobs = [self._logprob(request, delta.text, -0.5)]
+        else:
+            delta.finish_reason = "stop" if said < most else "length"
+        return delta
+
+    def _gained(
+        self, request: es.GenerationRequest, gain: es.Delta, index: int
+    ) -> es.Delta:
+        delta = es.Delta(index, tokens=1)  # a reply's own: it will be merged into
+        delta.add(copy.deepcopy(gain))
+        if request.top_logprobs is not None:
+            delta.logprobs = [self._logprob(request, f"t{index}", -0.5)]
+        return delta
 
     @staticmethod
     def _logprob(

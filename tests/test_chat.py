@@ -545,6 +545,7 @@ RENDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no tools": ({"tools": []}, {"tools": ()}),
     "auto": ({"tools": [TOOL], "tool_choice": "auto"}, {"tools": [TOOL]}),
     "none": ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ()}),
+    "required": ({"tools": [TOOL], "tool_choice": "required"}, {"tools": [TOOL]}),
     "parallel": ({"tools": [TOOL], "parallel_tool_calls": True}, {"tools": [TOOL]}),
     "format": ({"response_format": {"type": "text"}}, {}),
     "modalities": ({"modalities": ["text"]}, {}),
@@ -561,6 +562,23 @@ RENDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no thinking": (
         {"reasoning_effort": "none"},
         {"variables": {"reasoning_effort": "none", "enable_thinking": False}},
+    ),
+    "OpenRouter's": (
+        {"reasoning": {"effort": "low", "max_tokens": 5}},
+        {"variables": {"reasoning_effort": "low", "enable_thinking": True}},
+    ),
+    "OpenRouter's no thinking": (
+        {"reasoning": {"effort": "low", "enabled": False}},
+        {"variables": {"reasoning_effort": "none", "enable_thinking": False}},
+    ),
+    "OpenRouter's thinking": (
+        {"reasoning": {"enabled": True}},
+        {"variables": {"enable_thinking": True}},
+    ),
+    "OpenRouter's nothing": ({"reasoning": {}}, {"variables": {}}),
+    "both": (
+        {"reasoning": {"effort": "low"}, "reasoning_effort": "high"},
+        {"variables": {"reasoning_effort": "high", "enable_thinking": True}},
     ),
     "the variable wins": (
         {
@@ -653,10 +671,14 @@ BAD: tuple[tuple[str, dict[str, Any], str, str, str], ...] = (
     (CHAT, {"response_format": {"type": "json_object"}}, "invalid_value", "response_format", "not supported yet"),
     (CHAT, {"response_format": {"type": "json_schema"}}, "invalid_value", "response_format", "not supported yet"),
     (CHAT, {"response_format": {"type": "xml"}}, "invalid_value", "response_format", '"text"'),
-    (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "invalid_value", "tool_choice", "not supported yet"),
-    (CHAT, {"tools": [TOOL], "tool_choice": TOOL}, "invalid_value", "tool_choice", "not supported yet"),
-    (CHAT, {"tools": [{"type": "search"}]}, "invalid_value", "tools[0].type", "function"),
-    (CHAT, {"tools": [{"type": "function"}]}, "invalid_value", "tools[0].function", "missing"),
+    (CHAT, {"tools": [{"type": "search"}]}, "invalid_value", "tools[0].type", "not search"),
+    (CHAT, {"tools": [TOOL, TOOL]}, "invalid_value", "tools[1].function.name", "as is that of tools[0]"),
+    (CHAT, {"tool_choice": "required"}, "invalid_value", "tool_choice", "no tools"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "invalid_value", "tool_choice", "names g"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]}, "invalid_value", "messages[0].tool_calls[0].type", "not custom"),
+    (CHAT, {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "invalid_value", "messages[0].function_call", "use tool_calls"),
+    (CHAT, {"reasoning_format": "xml"}, "invalid_value", "reasoning_format", "one of auto"),
+    (CHAT, {"reasoning": "low"}, "invalid_value", "reasoning", "an object"),
     (CHAT, {"functions": []}, "invalid_value", "functions", "use tools"),
     (CHAT, {"function_call": "auto"}, "invalid_value", "function_call", "tool_choice"),
     (CHAT, {"audio": {"voice": "x"}}, "invalid_value", "audio", "only text"),
