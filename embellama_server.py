@@ -15620,12 +15620,6 @@ class _Writer(ReplyWriter):
         """Return a whole reply as JSON would have it."""
         raise NotImplementedError
 
-    def part(self, delta: Delta) -> bytes:
-        raise NotImplementedError
-
-    def heartbeat(self) -> bytes:
-        raise NotImplementedError
-
     def closing(self) -> bytes:
         told = json_codec().dumps(self._told())
         usage = b"%b],%b" % (self._before, told[1:])
