@@ -573,6 +573,12 @@ def free_memory_bytes(root: Path = Path("/")) -> float:
     return max(0.0, min((free for _, free in memory_bytes(root)), default=math.inf))
 
 
+def tightest_memory_bytes() -> tuple[int, int]:
+    """Return (limit, what is free of it) where least is free; zeros if unknown."""
+    limits = [(limit, free) for limit, free in memory_bytes() if limit > 0]
+    return min(limits, key=lambda pair: pair[1], default=(0, 0))
+
+
 def memory_bytes(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
     """Yield (limit, what is free of it) of this box, our cgroup and its parents (v2, v1).
 
@@ -2033,7 +2039,8 @@ class Metric:
     kind: str  # counter, gauge or histogram
     help: str
     label: str = ""
-    values: tuple[str, ...] = ("",)  # every value the label can have
+    # Every value that the label can have; (): they are added, as models and routes are.
+    values: tuple[str, ...] = ("",)
     buckets: tuple[float, ...] = ()
 
 
@@ -2045,6 +2052,7 @@ METRICS: Final = (
     Metric("embellama_phase", "gauge", "1 for the phase the server is in.", "phase", ("loading", "ready", "leaving", "draining", "stopped")),
     Metric("embellama_http_requests_total", "counter", "Requests that ended, by status class; a client that disconnected counts as 4xx.", "status", STATUS_CLASSES),
     Metric("embellama_http_request_seconds", "histogram", "Whole request, head to response; probes: health, readiness, metrics.", "kind", ("request", "probe"), _SECONDS),
+    Metric("embellama_route_requests_total", "counter", "Requests that ended, by the path of their route; none: there is no such route.", "route", ()),
     Metric("embellama_http_connections", "gauge", "Open connections."),
     Metric("embellama_http_buffered_bytes", "gauge", "Requests and replies held for clients."),
     Metric("embellama_http_streams", "gauge", "Streamed replies under way."),
@@ -2074,6 +2082,9 @@ METRICS: Final = (
     Metric("embellama_prompt_cache_cells", "gauge", "KV cells: of replies that grow (those reserved included), of prefixes only, free.", "state", ("running", "idle", "free")),
     Metric("embellama_queue_inputs", "gauge", "Inputs waiting or running."),
     Metric("embellama_queue_tokens", "gauge", "Tokens waiting or running."),
+    Metric("embellama_queue_limit_inputs", "gauge", "Most inputs that may, of all models in memory."),
+    Metric("embellama_queue_limit_tokens", "gauge", "Most tokens that may, of all models in memory."),
+    Metric("embellama_backlog_seconds", "gauge", "How long the admitted work will take, at the speed of the last calls, by model.", "model", ()),
     Metric("embellama_workers", "gauge", "Worker threads, by state; stuck: in a call that does not end.", "state", ("busy", "idle", "stuck")),
     Metric("embellama_engine_broken", "gauge", "1 while the engine fails on every input and work is refused."),
     Metric("embellama_cache_lookups_total", "counter", "Inputs found in the cache, already under way for another request (shared), or neither.", "result", ("hit", "shared", "miss")),
@@ -2086,6 +2097,8 @@ METRICS: Final = (
     Metric("embellama_cache_evictions_total", "counter", "Cached vectors dropped for newer ones."),
     Metric("embellama_cache_entries", "gauge", "Vectors in the cache."),
     Metric("embellama_cache_bytes", "gauge", "Memory used by the cache."),
+    Metric("embellama_config_reloads_total", "counter", "Times that the configuration was read again.", "outcome", ("applied", "refused")),
+    Metric("embellama_memory_limit_bytes", "gauge", "Memory that all processes of this box or cgroup may use; 0: not known."),
     Metric("process_start_time_seconds", "gauge", "When the process started, Unix time."),
     Metric("process_cpu_seconds_total", "counter", "CPU time used."),
     Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
@@ -2101,6 +2114,9 @@ OLD_METRIC_NAMES: Final = {
 }
 
 
+RECENT_S: Final = 60.0  # what "recent" means
+
+
 class Telemetry:
     """The values of METRICS. Event-loop thread only.
 
@@ -2109,7 +2125,8 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._rows = {row.name: row for row in METRICS}
-        self._models: list[str] = []  # values of the label "model", in order of arrival
+        # Values of labels that METRICS leaves open, in order of arrival.
+        self._added: dict[str, list[str]] = {"model": [], "route": []}
         self._values = {(row.name, v): 0.0 for row in METRICS for v in row.values}
         # Observations per bucket; the last bucket is for those above all bounds.
         self._hits = {
@@ -2118,15 +2135,18 @@ class Telemetry:
             for label in row.values
             if row.buckets
         }
+        # Histograms without labels: when, and the sum and number of each by then.
+        self._past: collections.deque[tuple[float, dict[str, tuple[float, int]]]]
+        self._past = collections.deque([(-math.inf, self._sums())])
         self.set("embellama_build_info", 1, __version__)
         self.set("process_start_time_seconds", time.time())
 
-    def add_model(self, label: str) -> None:
-        """Show this model's series from now on; may be repeated."""
-        if label not in self._models:
-            self._models.append(label)
-            names = (row.name for row in METRICS if row.label == "model")
-            self._values |= {(name, label): 0.0 for name in names}
+    def add(self, name: str, value: str) -> None:
+        """Show the series of one more value of the label ``name``; may be repeated."""
+        if value not in self._added[name]:
+            self._added[name].append(value)
+            names = (row.name for row in METRICS if row.label == name)
+            self._values |= {(each, value): 0.0 for each in names}
 
     def count(self, name: str, by: float = 1, label: str = "") -> None:
         """Add to a counter."""
@@ -2150,11 +2170,25 @@ class Telemetry:
 
     def total(self, name: str) -> float:
         """Return the sum over all models of a metric that has a series for each."""
-        return sum(self._values[name, label] for label in self._models)
+        return sum(self._values[name, label] for label in self._added["model"])
 
-    def mean(self, name: str) -> float:
-        """Return the mean of what was observed; 0 if nothing was."""
-        return self._values[name, ""] / (sum(self._hits[name, ""]) or 1)
+    def remember(self, now: float) -> None:
+        """Note what was observed until ``now``, for recent_mean(). Call it now and then."""
+        self._past.append((now, self._sums()))
+        while self._past[1][0] <= now - RECENT_S:
+            self._past.popleft()
+
+    def recent_mean(self, name: str) -> float:
+        """Return the mean of what was observed in the last minute; 0 if nothing was."""
+        (total, count), (old_total, old_count) = self._sums()[name], self._past[0][1][name]
+        return (total - old_total) / (count - old_count or 1)
+
+    def _sums(self) -> dict[str, tuple[float, int]]:
+        return {
+            name: (self._values[name, ""], sum(hits))
+            for (name, label), hits in self._hits.items()
+            if not label
+        }
 
     def exposition(self) -> str:
         """Return all values as Prometheus text 0.0.4."""
@@ -2163,7 +2197,7 @@ class Telemetry:
             old = OLD_METRIC_NAMES.get(row.name)
             for name in (row.name, old) if old else (row.name,):
                 lines += (f"# HELP {name} {row.help}", f"# TYPE {name} {row.kind}")
-                for label in row.values or self._models:
+                for label in row.values or self._added[row.label]:
                     lines += self._series(row, name, label)
         return "\n".join(lines) + "\n"
 
@@ -12830,7 +12864,7 @@ class ModelRegistry:
         self.names = ModelNames(entries)
         self.entries = entries
         for entry in entries:
-            self._telemetry.add_model(entry.label)
+            self._telemetry.add("model", entry.label)
 
     @property
     def is_loading(self) -> bool:
@@ -17029,6 +17063,10 @@ INFER_METRICS: Final = an_object(
         "hit_rate hits misses evictable_size protected_size total_cached "
         "total_capacity evictions node_count"
     ),
+    embellama=an_object(
+        averages_over_s=NUMBER,
+        backlog_s={"type": "object", "additionalProperties": NUMBER},
+    ),
 )
 
 
@@ -17043,6 +17081,15 @@ async def infer_metrics(context: RequestContext) -> Response:
         "gpu": await off_loop(_gpu_figures) if uses_gpu else None,
         "engine": _engine_figures(service),
         "cache": _cache_figures(service.models.prompt_cache_counts()),
+        # What is not infer-server's.
+        "embellama": {
+            "averages_over_s": RECENT_S,
+            "backlog_s": {
+                entry.label: round(entry.loaded.pool.queue.backlog.wait_s, 3)
+                for entry in service.models.entries
+                if entry.loaded
+            },
+        },
     }
     return Response(200, json_codec().dumps(shown))
 
@@ -17064,13 +17111,12 @@ async def _cpu_figures() -> dict[str, float]:
 
 
 def _memory_figures() -> dict[str, float]:
-    limits = [(limit, free) for limit, free in memory_bytes() if limit > 0]
-    limit, free = min(limits, key=lambda pair: pair[1], default=(1, 1))
+    limit, free = tightest_memory_bytes()
     used = min(limit, limit - free)
     return {
         "used_gb": round(used / _GIB, 3),
         "total_gb": round(limit / _GIB, 3),
-        "utilization_percent": round(100 * used / limit, 1),
+        "utilization_percent": round(100 * used / (limit or 1), 1),
     }
 
 
@@ -17115,7 +17161,7 @@ def _engine_figures(service: Service) -> dict[str, float]:
     running = sum(min(queue.requests, queue.running) for queue in queues)
 
     def mean_ms(name: str) -> float:
-        return round(1000 * telemetry.mean(f"embellama_{name}_seconds"), 3)
+        return round(1000 * telemetry.recent_mean(f"embellama_{name}_seconds"), 3)
 
     return {
         "total_requests": int(completed + failed) + under_way,
@@ -17252,6 +17298,10 @@ def _gauges(service: Service) -> Iterator[tuple[Any, ...]]:
     queues = [pool.queue for pool in pools]
     yield "embellama_queue_inputs", sum(queue.backlog.inputs for queue in queues)
     yield "embellama_queue_tokens", sum(queue.backlog.tokens for queue in queues)
+    limits = [queue.backlog.limit for queue in queues]
+    yield "embellama_queue_limit_inputs", sum(limit.inputs for limit in limits)
+    yield "embellama_queue_limit_tokens", sum(limit.tokens for limit in limits)
+    yield "embellama_memory_limit_bytes", tightest_memory_bytes()[0]
     yield "embellama_engine_broken", any(queue.breaker.is_open for queue in queues)
     workers = sum(pool.settings.workers for pool in pools)
     busy, stuck = sum(q.busy for q in queues), sum(q.stuck for q in queues)
@@ -17259,8 +17309,9 @@ def _gauges(service: Service) -> Iterator[tuple[Any, ...]]:
     yield "embellama_workers", workers - busy, "idle"
     yield "embellama_workers", stuck, "stuck"
     for entry in service.models.entries:
-        inputs = entry.loaded.pool.queue.backlog.inputs if entry.loaded else 0
-        yield "embellama_model_queue_inputs", inputs, entry.label
+        backlog = entry.loaded.pool.queue.backlog if entry.loaded else None
+        yield "embellama_model_queue_inputs", backlog.inputs if backlog else 0, entry.label
+        yield "embellama_backlog_seconds", backlog.wait_s if backlog else 0, entry.label
     yield from _prompt_cache_gauges(service.models)
     counts = service.models.cache_counts()
     yield "embellama_cache_lookups_total", counts.hits, "hit"
@@ -17947,6 +17998,9 @@ _FLOODS: Final = (
 )
 
 
+_NO_ROUTE: Final = "none"  # a request's label in the metrics
+
+
 class Dispatcher:
     """What connections talk to: from a Request to a Response, or an error's."""
 
@@ -17957,6 +18011,8 @@ class Dispatcher:
         self._log = log
         self._audit = audit
         self._tracer = tracer
+        for path in (*(route.path for route in ROUTES), _NO_ROUTE):
+            service.telemetry.add("route", path)
         self._refused: collections.Counter[str] = collections.Counter()
         self._last_refusal: dict[str, object] = {}  # these two: not yet logged
 
@@ -18210,6 +18266,8 @@ class Dispatcher:
         is_probe = context.route is not None and context.route.is_probe
         kind = "probe" if is_probe else "request"
         telemetry.count("embellama_http_requests_total", label=f"{status // 100}xx")
+        path = context.route.path if context.route else _NO_ROUTE
+        telemetry.count("embellama_route_requests_total", label=path)
         telemetry.observe("embellama_http_request_seconds", seconds, kind)
         self._log(
             "debug" if is_probe and status // 100 == 2 else "info",
@@ -19612,6 +19670,7 @@ class Server:
         settings = self.service.settings
         self._notifier.beat(settings)
         self._dispatcher.log_refusals()
+        self.service.telemetry.remember(time.monotonic())
         self._loop.call_later(_TICK_S, self._tick)
         for loaded in self._everything_loaded():
             if loaded.pool.watch() or loaded.pool.has_lost_a_thread:
@@ -19709,9 +19768,15 @@ class Server:
     async def _reload(self) -> dict[str, object]:
         monotonic_us = time.monotonic_ns() // 1000
         self._notifier.tell(RELOADING=1, MONOTONIC_USEC=monotonic_us)
+        count = functools.partial(
+            self.service.telemetry.count, "embellama_config_reloads_total"
+        )
         try:
-            return await self._replace_settings()
+            changed = await self._replace_settings()
+            count(label="applied")
+            return changed
         except (BadSetting, StartupError, EngineError, NotReady) as error:
+            count(label="refused")
             self.log("error", "not reloaded, nothing has changed", reason=error)
             raise ReloadRefused(f"nothing has changed: {error}") from None
         finally:

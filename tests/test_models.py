@@ -1743,6 +1743,9 @@ async def test_a_reload_that_fails_has_changed_nothing(
             "freed",
         )
         assert await running.metric('embellama_model_loaded{model="a@1"}') == 1
+        for outcome, times in (("applied", 0), ("refused", 1)):
+            name = f'embellama_config_reloads_total{{outcome="{outcome}"}}'
+            assert await running.metric(name) == times
 
 
 async def test_a_reload_leaves_alone_what_an_administrator_added(

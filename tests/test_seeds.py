@@ -340,6 +340,8 @@ async def test_infer_server_s_metrics_have_its_shape() -> None:
     async with kit.running_service() as running:
         shown = await figures(running)
         assert shown.pop("gpu") is None
+        own = shown.pop("embellama")  # under one further key, which its clients ignore
+        assert own == {"averages_over_s": 60, "backlog_s": {"fake@1": 0}}
         names = {part: list(fields) for part, fields in shown.items()}
         assert names == {p: list(f) for p, f in SHAPE.items() if p != "gpu"}
         for part, fields in shown.items():

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import json
 import os
 import re
 import threading
@@ -282,8 +283,41 @@ async def test_every_metric_is_there_from_the_start_and_counts_afterwards() -> N
             'embellama_errors_total{code="unknown_url"} 1',
             'embellama_http_requests_total{status="2xx"} 2',
             'embellama_http_requests_total{status="4xx"} 1',
+            'embellama_route_requests_total{route="/v1/embeddings"} 1',
+            'embellama_route_requests_total{route="none"} 1',
+            'embellama_route_requests_total{route="/v1/rerank"} 0',
+            'embellama_backlog_seconds{model="fake@1"} 0',
         ):
             assert f"\n{line}\n" in text
+        limit = running.served.pool.queue.backlog.limit
+        assert f"\nembellama_queue_limit_inputs {limit.inputs}\n" in text
+        assert f"\nembellama_queue_limit_tokens {limit.tokens}\n" in text
+        if Path("/proc/meminfo").exists():
+            (size,) = re.findall(r"\nembellama_memory_limit_bytes ([0-9]+)\n", text)
+            assert int(size) > 1 << 28
+
+
+async def test_the_backlog_is_told_in_seconds() -> None:
+    engine = kit.FakeEngine()
+    async with kit.running_service(engine, cache_mb=0) as running:
+        for text in ("a", "b"):
+            await running.ask("POST", "/v1/embeddings", {"input": text})
+        backlog = running.served.pool.queue.backlog
+        engine.block()
+        asked = asyncio.create_task(
+            running.ask("POST", "/v1/embeddings", {"input": ["c d"] * 3})
+        )
+        while not backlog.inputs:
+            await asyncio.sleep(0)
+        text = (await running.ask("GET", "/metrics")).body.decode()
+        wait_s = backlog.wait_s
+        shown = json.loads((await running.ask("GET", "/v1/metrics")).body)["embellama"]
+        engine.release()
+        assert (await asked).status == 200
+    assert wait_s > 0
+    (told,) = re.findall(r'\nembellama_backlog_seconds\{model="fake@1"\} (.*)\n', text)
+    assert float(told) == pytest.approx(wait_s)
+    assert shown["backlog_s"] == {"fake@1": pytest.approx(wait_s, abs=1e-3)}
 
 
 async def test_the_front_page_lists_the_routes() -> None:

@@ -137,7 +137,7 @@ def test_every_series_is_there_from_the_start_and_zero() -> None:
         numbers = [number for _, _, number in family.samples]
         if row.name in NOT_ZERO:
             assert min(numbers) > 0, row.name
-        elif row.label != "model":  # whose values come with the models
+        elif row.values:  # others are added, as models and routes are
             assert set(numbers) == {0}, row.name
         if row.kind == "histogram":
             each = one_by_one(family)
@@ -172,19 +172,44 @@ def test_a_model_has_its_series_from_when_it_is_named(name: str) -> None:
     with pytest.raises(KeyError):
         telemetry.set(name, 1, "a@1")
     for label in ("a@1", "a@2", ODD):
-        telemetry.add_model(label)
+        telemetry.add("model", label)
     assert of_models(telemetry, name) == {"a@1": 0, "a@2": 0, ODD: 0}
     telemetry.count(name, 3, "a@2")
     telemetry.count(name, 4, ODD)
-    telemetry.add_model("a@2")  # again: nothing is forgotten
+    telemetry.add("model", "a@2")  # again: nothing is forgotten
     assert of_models(telemetry, name) == {"a@1": 0, "a@2": 3, ODD: 4}
     assert telemetry.value(name, ODD) == 4
+
+
+def test_recent_means_are_of_the_last_minute() -> None:
+    telemetry, name = es.Telemetry(), "embellama_queue_seconds"
+    assert telemetry.recent_mean(name) == 0
+    telemetry.observe(name, 8)
+    for half in range(240):  # two minutes, twice a second
+        telemetry.remember(half / 2)
+        assert telemetry.recent_mean(name) == (8 if half / 2 < es.RECENT_S else 0)
+    for seconds in (1, 2):
+        telemetry.observe(name, seconds)
+    assert telemetry.recent_mean(name) == 1.5
+    assert len(telemetry._past) <= 2 * es.RECENT_S + 1
+
+
+def test_routes_and_models_have_series_of_their_own() -> None:
+    telemetry = es.Telemetry()
+    telemetry.add("route", "/v1/models/{model}")
+    telemetry.add("model", "a@1")
+    telemetry.count("embellama_route_requests_total", label="/v1/models/{model}")
+    with pytest.raises(KeyError):
+        telemetry.count("embellama_route_requests_total", label="a@1")
+    text = telemetry.exposition()
+    assert 'embellama_route_requests_total{route="/v1/models/{model}"} 1\n' in text
+    assert 'embellama_backlog_seconds{model="a@1"} 0\n' in text
 
 
 def test_models_are_told_apart_in_every_family_that_names_them() -> None:
     assert len(OF_MODELS) >= 6
     telemetry = es.Telemetry()
-    telemetry.add_model("a@1")
+    telemetry.add("model", "a@1")
     for number, name in enumerate(OF_MODELS, 1):
         telemetry.set(name, number, "a@1")
     found = [of_models(telemetry, name) for name in OF_MODELS]
@@ -194,14 +219,14 @@ def test_models_are_told_apart_in_every_family_that_names_them() -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_name_is_a_label_that_reads_back(label: str) -> None:
     telemetry = es.Telemetry()
-    telemetry.add_model(label)
+    telemetry.add("model", label)
     telemetry.count("embellama_model_inputs_total", 2, label)
     assert of_models(telemetry, "embellama_model_inputs_total") == {label: 2}
 
 
 def test_telemetries_do_not_share_their_models() -> None:
     one, other = es.Telemetry(), es.Telemetry()
-    one.add_model("a@1")
+    one.add("model", "a@1")
     assert of_models(other, OF_MODELS[0]) == {}
 
 
