@@ -2180,7 +2180,10 @@ class Telemetry:
 
     def recent_mean(self, name: str) -> float:
         """Return the mean of what was observed in the last minute; 0 if nothing was."""
-        (total, count), (old_total, old_count) = self._sums()[name], self._past[0][1][name]
+        (total, count), (old_total, old_count) = (
+            self._sums()[name],
+            self._past[0][1][name],
+        )
         return (total - old_total) / (count - old_count or 1)
 
     def _sums(self) -> dict[str, tuple[float, int]]:
@@ -17310,7 +17313,11 @@ def _gauges(service: Service) -> Iterator[tuple[Any, ...]]:
     yield "embellama_workers", stuck, "stuck"
     for entry in service.models.entries:
         backlog = entry.loaded.pool.queue.backlog if entry.loaded else None
-        yield "embellama_model_queue_inputs", backlog.inputs if backlog else 0, entry.label
+        yield (
+            "embellama_model_queue_inputs",
+            backlog.inputs if backlog else 0,
+            entry.label,
+        )
         yield "embellama_backlog_seconds", backlog.wait_s if backlog else 0, entry.label
     yield from _prompt_cache_gauges(service.models)
     counts = service.models.cache_counts()
