@@ -585,12 +585,11 @@ def memory_bytes(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
     The box's is the kernel's estimate; inactive page cache counts as free, as in
     Kubernetes.
     """
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         meminfo = (root / "proc/meminfo").read_text()
         sizes = dict(re.findall(r"(MemTotal|MemAvailable):\s+([0-9]+) kB", meminfo))
-        if "MemAvailable" in sizes:
-            total, free = sizes.get("MemTotal", "0"), sizes["MemAvailable"]
-            yield int(total) * 1024, int(free) * 1024
+        free = int(sizes["MemAvailable"]) * 1024
+        yield int(sizes.get("MemTotal", "0")) * 1024, free
     for mount, limit_name, used_name, cache_name in _CGROUP_MEMORY:
         for folder in _cgroup_folders(root, mount):
             with contextlib.suppress(OSError, ValueError):  # no limit is "max"
