@@ -747,6 +747,7 @@ NO_VERSION: Final = (r"(?s)(?!.*@[0-9]+$).*", "a name that does not end in @VERS
 # As browsers send it: extensions and desktop apps have their own schemes, sandboxed pages
 # and local files send null. A * stands for any text.
 ORIGIN: Final = r"(?i)\*|null|[a-z][a-z0-9+.-]*://[^/?#\s,]*"
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 RELOADS: Final = ("at once", "with the model", "never")  # never: it takes a restart
 MAX_INPUTS: Final = 8192  # per request: Chroma sends 5,461 texts in one
@@ -788,6 +789,7 @@ class Option:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     pattern: tuple[str, str] = ("", "")  # a regular expression, and what to call it
+    reads: Callable[[str], object] | None = None  # raises ValueError, saying why not
     is_path: bool = False  # "~" is the home directory
     magic: bytes = b""  # a file that must exist and begin with these bytes
     auto: Callable[[Mapping[str, Any]], Any] | None = None  # default from rows above
@@ -844,6 +846,25 @@ class Option:
         if self.kind is bool:
             return "on, off"
         return (self.bound or "text") + ", repeatable" * (self.kind is tuple)
+
+
+def proxy_network(text: str) -> Network | None:
+    """Read a --trusted-proxy: an address or network; None for the unix socket.
+
+    Raises ValueError, also for all addresses at once: every client could then say who it
+    is, which is what "*" means to others.
+    """
+    if text == "unix":
+        return None
+    network: Network = ipaddress.ip_network(text)
+    first = network.network_address
+    if isinstance(first, ipaddress.IPv6Address) and first.ipv4_mapped:
+        # As an address of a dual-stack socket: we call it by its IPv4 form.
+        length = max(0, network.prefixlen - 96)
+        network = ipaddress.IPv4Network((first.ipv4_mapped, length))
+    if network.prefixlen == 0:
+        raise ValueError("every address would be trusted, a client's too")
+    return network
 
 
 def flag_of(name: str) -> str:
@@ -1112,6 +1133,12 @@ class Settings(ModelSettings):
         "Requests allowed at once above that rate; 0: ten seconds' worth.", 0, 1 << 20)
     token_limit: int = option(0,
         "Tokens per minute, likewise per key or address; 0: no limit.", 0, 1 << 30)
+    trusted_proxy: tuple[str, ...] = option((),
+        "Proxy that is believed when it says by X-Forwarded-For or Forwarded who its "
+        "client is; unix: whatever comes over --uds; repeatable.",
+        pattern=(r"unix|[0-9A-Fa-f:.]+(/[0-9]{1,3})?",
+                 "an address, a network like 10.0.0.0/8, or unix"),
+        reads=proxy_network)
     allowed_host: tuple[str, ...] = option((),
         "Another Host name for requests from this machine while there are no keys; "
         "repeatable.")
@@ -1574,6 +1601,11 @@ def _problem(row: Option, value: Any, can_be_empty: bool) -> str:
         is_choice = not row.choices or item in row.choices
         if not is_choice or (regex and not re.fullmatch(regex, item)):
             return bound
+        try:
+            if row.reads is not None:
+                row.reads(item)
+        except ValueError as error:
+            return f"{bound}: {error}"
     if value == "" and not can_be_empty:
         return "must not be empty; leave it out for the default"
     if row.minimum is not None and row.maximum is not None:
@@ -2275,6 +2307,7 @@ class RequestSpan:
     inputs: int | None = None
     tokens: int | None = None
     stream_bytes: int | None = None  # of a body in parts
+    client: str = ""  # its address, or unix
 
 
 class Tracer:
@@ -2425,6 +2458,7 @@ def _rows(span: RequestSpan, wall_ns: int) -> Iterator[dict[str, object]]:
         "error.type": str(span.status) if is_error else None,
         "url.path": span.path,
         "url.scheme": span.scheme,
+        "client.address": span.client or None,
         "embellama.model": span.model,
         "embellama.inputs": span.inputs,
         "embellama.tokens": span.tokens,
@@ -10746,6 +10780,131 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
+# 0. PROXIES - which client one speaks for
+# ==============================================================================
+# Pure. Any client can write any header, so these are read only where the other end of the
+# connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
+# there the first address that no listed proxy has is the client's, and what stands left of
+# it is the client's own word. uvicorn's "*" takes that. An entry that is no address ends
+# the search: then it is the peer, as if nothing was said.
+# Most proxies write one of X-Forwarded-For and Forwarded (RFC 7239) and pass on the other
+# as it came, so two that disagree say nothing.
+
+# From the right: however much a client writes before, what proxies added is what is read.
+_MAX_ENTRIES: Final = 16
+_MAX_TEXT: Final = 1024  # characters
+_NODE: Final = re.compile(
+    r"(?:\[(?P<in_brackets>[0-9A-Fa-f:.]{2,45})\]|(?P<v4>[0-9.]{7,15}))"
+    r"(?::[0-9A-Za-z._-]{1,32})?|(?P<v6>[0-9A-Fa-f:.]{2,45})"
+)
+_WORD: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # a token: RFC 9110, 5.6.2
+_PAIR: Final = rf'({_WORD})=({_WORD}|"(?:[^"\\]|\\.)*+")'
+_PAIRS: Final = re.compile(
+    rf"[ \t]*+(?:{_PAIR})?[ \t]*+(?:;[ \t]*+(?:{_PAIR})?[ \t]*+)*+"
+)
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Where a request comes from, as far as is known."""
+
+    peer: str  # the address of the other end, or UNIX_PEER
+    address: str  # the client's: the peer's, or what a trusted proxy says
+    scheme: str = ""  # that the client spoke, if a trusted proxy says so: http or https
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was sent on this machine, perhaps through a proxy here."""
+        return is_this_machine(self.peer) and is_this_machine(self.address)
+
+
+def is_trusted(peer: str, trusted: tuple[str, ...]) -> bool:
+    """Whether a peer is one of the --trusted-proxy."""
+    if peer == UNIX_PEER:
+        return peer in trusted
+    # The zone of a link-local address says by which interface it came.
+    address = _address_of(peer.partition("%")[0]) if trusted else None
+    return address is not None and _is_listed(address, trusted)
+
+
+def sender_of(head: Head, peer: str, trusted: tuple[str, ...]) -> Sender:
+    """Return who sent a head, by the headers of proxies if the peer is trusted."""
+    if not is_trusted(peer, trusted):
+        return Sender(peer, peer)
+    said, scheme = list[str](), ""
+    if field := head.get("x-forwarded-for"):
+        said.append(_client(map(_address_of, _entries(field)), trusted)[0])
+        last = head.get("x-forwarded-proto").rpartition(",")[2].strip(" \t").lower()
+        scheme = last if last in ("http", "https") else ""
+    if field := head.get("forwarded"):
+        elements = [_forwarded(entry) for entry in _entries(field)]
+        nodes = (_address_of(element.get("for", "")) for element in elements)
+        client, at = _client(nodes, trusted)
+        said.append(client)
+        proto = elements[at].get("proto", "").lower() if client else ""
+        scheme = proto if proto in ("http", "https") else scheme
+    if not said or "" in said or len(set(said)) > 1:
+        return Sender(peer, peer)
+    return Sender(peer, said[0], scheme)
+
+
+def _entries(field: str) -> list[str]:
+    """Return the last entries of a list, the rightmost first.
+
+    Commas in quotes divide too: no part of such a text reads as an element, and a quote
+    that a client opened cannot swallow what a proxy wrote after it.
+    """
+    tail = field[-_MAX_TEXT:]
+    if len(tail) < len(field):
+        tail = tail.partition(",")[2]  # of the first one a part may be missing
+    return [entry.strip(" \t") for entry in tail.split(",")[: -_MAX_ENTRIES - 1 : -1]]
+
+
+def _client(
+    nodes: Iterable[Address | None], trusted: tuple[str, ...]
+) -> tuple[str, int]:
+    """Return the first address that is not listed, and its index; empty if none is."""
+    for at, address in enumerate(nodes):
+        if address is None:
+            break
+        if not _is_listed(address, trusted):
+            return str(address), at
+    return "", 0
+
+
+def _forwarded(element: str) -> dict[str, str]:
+    """Return the parameters of an element, by lower-case name; empty if it is malformed."""
+    pairs = re.findall(_PAIR, element) if _PAIRS.fullmatch(element) else []
+    found = {name.lower(): re.sub(r'\\(.)|"', r"\1", value) for name, value in pairs}
+    return found if len(found) == len(pairs) else {}
+
+
+def _address_of(node: str) -> Address | None:
+    """Return the address of ``192.0.2.1:80``, ``[2001:db8::1]:80`` or without the port."""
+    found = _NODE.fullmatch(node)
+    if found is None:
+        return None
+    try:
+        if found["v4"]:
+            return ipaddress.IPv4Address(found["v4"])
+        address = ipaddress.IPv6Address(found["in_brackets"] or found["v6"])
+    except ValueError:
+        return None
+    return address.ipv4_mapped or address
+
+
+def _is_listed(address: Address, trusted: tuple[str, ...]) -> bool:
+    return any(address in network for network in _networks(trusted))
+
+
+@functools.lru_cache(maxsize=8)  # one until a reload
+def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
+    return tuple(filter(None, map(proxy_network, trusted)))
+
+
+# ==============================================================================
 # 35. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
@@ -11173,18 +11332,24 @@ class Capacity:
     _freed_bytes: int = 0  # since memory was last trimmed
     _trimming: asyncio.Future[None] | None = None
 
-    def why_full(self, address: str) -> TooManyConnections | None:
+    def why_full(self, peer: str) -> TooManyConnections | None:
         """Return the refusal of one more connection; None if there is a place."""
-        limits = self.limits
-        neighbours = 0 if address == UNIX_PEER else self.per_address[address]
-        if self.places >= limits.max_connections:
-            flag, limit = "--max-connections", limits.max_connections
-        elif neighbours >= limits.max_connections_per_address:
-            flag = "--max-connections-per-address"
-            limit = limits.max_connections_per_address
-        else:
+        limit = self.limits.max_connections
+        if self.places >= limit:
+            why = f"more than {limit} connections (--max-connections): close some"
+            return too_many(why)
+        # Connections of many clients: each request counts for its own, see Slot.
+        if peer == UNIX_PEER or is_trusted(peer, self.limits.trusted_proxy):
             return None
-        return too_many(f"more than {limit} connections ({flag}): close some")
+        return self.why_crowded(network_of(peer))
+
+    def why_crowded(self, address: str) -> TooManyConnections | None:
+        """Return the refusal of one more of a client's; None if it may have it."""
+        limit = self.limits.max_connections_per_address
+        if self.per_address[address] < limit:
+            return None
+        why = f"more than {limit} connections (--max-connections-per-address)"
+        return too_many(f"{why}: close some")
 
     def hold(self, size: int) -> None:
         """Hold ``size`` more bytes; negative: fewer.
@@ -11231,6 +11396,55 @@ class Capacity:
                 f"and {limit >> 20} MiB are allowed (--max-buffered-mb): try again",
                 retry_after_s=random.uniform(1, 3),
             )
+
+
+class Slot:
+    """Who asks on a connection, and for whom it counts: a proxy's for its clients."""
+
+    def __init__(self, capacity: Capacity, peer: str) -> None:
+        self.sender = Sender(peer, peer)  # of the request that is read or answered
+        self._capacity = capacity
+        self._address = ""  # as it is counted; empty: it has no place
+
+    def take(self) -> None:
+        """Take one of --max-connections."""
+        self._capacity.places += 1
+        self._count_for(network_of(self.sender.peer))
+
+    def free(self) -> None:
+        """Give it back."""
+        self._capacity.places -= 1
+        self._count_for("")
+
+    def find_sender(self, head: Head) -> Sender:
+        """Read who sends a request, until it is forgotten. Raises TooManyConnections."""
+        peer, trusted = self.sender.peer, self._capacity.limits.trusted_proxy
+        if trusted:
+            self.sender = sender_of(head, peer, trusted)
+        if self.sender.address != peer and self._address:
+            address = network_of(self.sender.address)
+            if crowded := self._capacity.why_crowded(address):
+                raise crowded
+            self._count_for(address)
+        return self.sender
+
+    def forget_sender(self) -> None:
+        """The request is answered. May be repeated."""
+        peer = self.sender.peer
+        if self.sender.address != peer:
+            self.sender = Sender(peer, peer)
+            if self._address:
+                self._count_for(network_of(peer))
+
+    def _count_for(self, address: str) -> None:
+        counts = self._capacity.per_address
+        if self._address:
+            counts[self._address] -= 1
+            if not counts[self._address]:
+                del counts[self._address]
+        self._address = address
+        if address:
+            counts[address] += 1
 
 
 @dataclass(slots=True, eq=False)
@@ -11496,11 +11710,10 @@ class Connections(Capacity):
 
     def add(self, peer: str, full: TooManyConnections | None = None) -> Connection:
         """Create a client's connection; ``full`` says why it has no place."""
-        made = Connection(self, peer, full or self.why_full(network_of(peer)))
+        made = Connection(self, peer, full or self.why_full(peer))
         self.open.add(made)
         if made.full is None:
-            self.places += 1
-            self.per_address[made.address] += 1
+            made.slot.take()
             return made
         if len(self.turned_away) >= TURNED_AWAY:
             self.drop_oldest()
@@ -11522,10 +11735,7 @@ class Connections(Capacity):
             return
         self.open.remove(connection)
         if connection.full is None:
-            self.places -= 1
-            self.per_address[connection.address] -= 1
-            if not self.per_address[connection.address]:
-                del self.per_address[connection.address]
+            connection.slot.free()
         else:
             del self.turned_away[connection]
         self.changed.set()
@@ -11549,7 +11759,7 @@ class Connection(ClientSocket):
         super().__init__(shared)
         self._shared = shared
         self.peer = peer
-        self.address = network_of(peer)
+        self.slot = Slot(shared, peer)
         self.full = full  # why it has no place: only probes are answered
         limits = HttpLimits(body_bytes=shared.limits.max_body_bytes)
         self._parser = RequestParser(limits)
@@ -11722,7 +11932,8 @@ class Connection(ClientSocket):
         try:
             if self.full is not None and not self._shared.app.is_probe(head):
                 raise self.full
-            self._ticket = self._shared.app.admit(head, self.peer)
+            sender = self.slot.find_sender(head)
+            self._ticket = self._shared.app.admit(head, sender)
             if head.body_bytes != 0:  # else it needs no room: a probe is answered
                 self._shared.check_room(self.held, head.body_bytes or 0)
         except ApiError as error:
@@ -11730,9 +11941,10 @@ class Connection(ClientSocket):
             is_kept = head.keep_alive and not self._is_ending
             if size > _SKIPPED_BYTES or head.expects_continue or not is_kept:
                 raise
-            response = self._shared.app.refuse(error, head, self.peer)
+            response = self._shared.app.refuse(error, head, self.slot.sender)
             self._write(response, head, close=False)
             self._is_skipped = True
+            self.slot.forget_sender()
         else:
             if head.body_bytes != 0 and head.expects_continue:
                 self._transport.write(CONTINUE)
@@ -11806,6 +12018,7 @@ class Connection(ClientSocket):
             self._refuse(error)
             return
         self._task = self._head = self._ticket = None
+        self.slot.forget_sender()
         self._has_begun = False
         self._doing = _Doing.READING
         if close:
@@ -11840,7 +12053,7 @@ class Connection(ClientSocket):
         try:
             # Else the request has its reply already, if only a part.
             if not (self._is_skipped or self._has_begun):
-                response = self._shared.app.refuse(error, head, self.peer)
+                response = self._shared.app.refuse(error, head, self.slot.sender)
                 self._write(response, head, close=True)
         except Exception:
             self._transport.abort()
@@ -12315,7 +12528,7 @@ class Gate:
             origins.append(".+")
         self._origins = re.compile("|".join([*origins, _LOCAL_ORIGIN]), re.IGNORECASE)
 
-    def admit(self, head: Head, peer: str, access: str) -> Caller:
+    def admit(self, head: Head, sender: Sender, access: str) -> Caller:
         """Return the caller of a route with this ``access``.
 
         Asked in this order: does another site's page send it, is the route open, who is
@@ -12327,12 +12540,13 @@ class Gate:
         is_open = access in open_routes and "none" not in open_routes
         is_probe = is_open and access in ("health", "ready")  # tells the version
         if not self._keys and not is_probe:
-            self._check_browser(head, peer)
+            self._check_browser(head, sender)
         if is_open:
-            return Caller(network_of(peer))
+            return Caller(network_of(sender.address))
         if not self._keys:
-            name = self._check_keyless_admin(head, peer) if access == "admin" else ""
-            caller = Caller(network_of(peer), name, self._allowed)
+            is_admin = access == "admin"
+            name = self._check_keyless_admin(head, sender.peer) if is_admin else ""
+            caller = Caller(network_of(sender.address), name, self._allowed)
         else:
             key, signed = self._presented(head, now)
             if access == "admin" and not key.is_admin:
@@ -12411,7 +12625,8 @@ class Gate:
         """
         names = (name for name, _ in head.headers)
         is_passed_on = any(name.startswith(_PROXY_HEADERS) for name in names)
-        if peer == UNIX_PEER and not is_passed_on:
+        is_proxy = UNIX_PEER in self._settings.trusted_proxy  # it may say nothing
+        if peer == UNIX_PEER and not is_passed_on and not is_proxy:
             return ""
         with contextlib.suppress(Unauthorized):
             return self._admin_keys.holder(head, time.time()).name
@@ -12419,14 +12634,15 @@ class Gate:
         if path := self._admin_key_path:
             also = f", or to the key in {path} (Authorization: Bearer KEY)"
         raise AdminOnly(
-            f"without --api-key, /admin answers only on the unix socket (--uds){also}"
+            "without --api-key, /admin answers only on the unix socket (--uds; not with "
+            f"--trusted-proxy unix){also}"
         )
 
-    def _check_browser(self, head: Head, peer: str) -> None:
+    def _check_browser(self, head: Head, sender: Sender) -> None:
         """Refuse what only a browser under another site's control would send."""
         host, origin = _bare_host(head.host), head.get("origin")
         is_ours = host in self._hosts or _PRIVATE_HOST.fullmatch(host)
-        if not is_ours and peer != UNIX_PEER and is_this_machine(peer):
+        if not is_ours and sender.address != UNIX_PEER and sender.is_here:
             raise HostNotAllowed(
                 f"Host {host[:255]} may be a stranger's name for this machine; if it is "
                 f"yours, start the server with --allowed-host {host[:255]}, or with keys"
@@ -14408,7 +14624,7 @@ class RequestContext:
 
     service: Service
     head: Head
-    peer: str  # the address of the other end, or UNIX_PEER
+    sender: Sender
     path: str  # as the table of routes has it
     route: Route | None  # None: OPTIONS, or refused before one was found
     caller: Caller = Caller("")
@@ -18023,16 +18239,16 @@ class Dispatcher:
 
     # --- what connections call ---
 
-    def admit(self, head: Head, peer: str) -> RequestContext:
+    def admit(self, head: Head, sender: Sender) -> RequestContext:
         """Check a request by its head. Raises ApiErrors."""
         path = self._local_path(head)
         if head.method == "OPTIONS":
             _refuse_body(head)
-            context = self._context(head, peer, path, None)
-            context.caller = Caller(network_of(peer))
+            context = self._context(head, sender, path, None)
+            context.caller = Caller(network_of(sender.address))
             return context
         route, coding = find_route(path, head.method), ""
-        caller = self._service.gate.admit(head, peer, route.access)
+        caller = self._service.gate.admit(head, sender, route.access)
         if route.form is None:
             _refuse_body(head)
         else:
@@ -18044,7 +18260,7 @@ class Dispatcher:
         if route.takes_work:
             self._service.models.refuse_if_full(caller.client)
         # Last: what is refused above, most requests under overload, gets one in refuse().
-        context = self._context(head, peer, path, route)
+        context = self._context(head, sender, path, route)
         context.caller, context.coding = caller, coding
         context.media_type = media_type
         prefix, brace, _ = route.path.partition("{")
@@ -18074,30 +18290,32 @@ class Dispatcher:
         # It has begun: closing it now is noticed.
         return dataclasses.replace(response, body=await anext(parts), parts=parts)
 
-    def refuse(self, error: BaseException, head: Head | None, peer: str) -> Response:
+    def refuse(
+        self, error: BaseException, head: Head | None, sender: Sender
+    ) -> Response:
         """Return the reply to a request that was not admitted or could not be read."""
         path = self._local_path(head) if head else ""
         route = maybe_route(path, head.method) if head else None
-        context = self._context(head or _NO_HEAD, peer, path, route)
+        context = self._context(head or _NO_HEAD, sender, path, route)
         response = self._error_response(context, error)
-        context.log_fields["address"] = peer
+        context.log_fields["address"] = sender.address
         if self._audit is not None and head is not None:
             context.log_fields["key"] = self._service.gate.name_of(head)
         if isinstance(error, _FLOODS):
-            self.count_refusal(error, peer, response.status)
+            self.count_refusal(error, sender.address, response.status)
         else:
             self._log_request(context, response.status)
         self._write_audit(context, response.status)
         return self._with_common_headers(context, response, 0.0)
 
-    def count_refusal(self, error: ApiError, peer: str, status: int = 0) -> None:
+    def count_refusal(self, error: ApiError, address: str, status: int = 0) -> None:
         """Count a client that was refused, or dropped without a reply."""
         status = status or error.status
         self._service.telemetry.count(
             "embellama_http_requests_total", label=f"{status // 100}xx"
         )
         self._refused[error.code] += 1
-        self._last_refusal = {"last": error.message, "address": peer}
+        self._last_refusal = {"last": error.message, "address": address}
 
     def log_refusals(self) -> None:
         """Log recent refusals in one line: a flood of them must not flood the log."""
@@ -18116,9 +18334,9 @@ class Dispatcher:
         return local_path(head.path, self._service.settings.root_path)
 
     def _context(
-        self, head: Head, peer: str, path: str, route: Route | None
+        self, head: Head, sender: Sender, path: str, route: Route | None
     ) -> RequestContext:
-        context = RequestContext(self._service, head, peer, path, route)
+        context = RequestContext(self._service, head, sender, path, route)
         asked = head.get("x-request-id")  # kept if it is fit for a log
         # uuid4() takes ten times as long, and the id is no secret.
         made = f"req_{random.getrandbits(128):032x}"
@@ -18174,7 +18392,7 @@ class Dispatcher:
             return response
         headers = (*response.headers, ("vary", "accept-encoding"))
         response = dataclasses.replace(response, headers=headers)
-        pays = for_whom == "all" or not is_this_machine(context.peer)
+        pays = for_whom == "all" or not context.sender.is_here
         coding = accepted_coding(context.head) if pays else ""
         if not coding:
             return response
@@ -18297,7 +18515,7 @@ class Dispatcher:
         self._audit.write(
             id=context.request_id,
             key=log_fields.get("key"),
-            address=context.peer,
+            address=context.sender.address,
             method=context.head.method[:_METHOD_LENGTH] or None,
             path=context.head.path[:_PATH_LENGTH] or None,
             status=status,
@@ -18315,11 +18533,12 @@ class Dispatcher:
 
     def _span(self, context: RequestContext, status: int) -> RequestSpan:
         head, log_fields = context.head, context.log_fields
+        is_tls = bool(self._service.settings.tls_cert)
         return RequestSpan(
             head.method,
             context.route.path if context.route else "",
             head.path,
-            "https" if self._service.settings.tls_cert else "http",
+            context.sender.scheme or ("https" if is_tls else "http"),
             status,
             context.begun_at,
             time.monotonic(),
@@ -18329,6 +18548,7 @@ class Dispatcher:
             typing.cast(int | None, log_fields.get("inputs")),
             typing.cast(int | None, log_fields.get("tokens")),
             typing.cast(int | None, log_fields.get("stream_bytes")),
+            context.sender.address,
         )
 
 

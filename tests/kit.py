@@ -676,6 +676,11 @@ def quiet_log() -> es.Log:
     return es.Log("error", "text", io.StringIO())
 
 
+def direct(peer: str) -> es.Sender:
+    """Who asks from there, without a proxy."""
+    return es.Sender(peer, peer)
+
+
 def settings(**changes: Any) -> es.Settings:
     """Settings for tests: any free port, one worker, a model file nobody opens."""
     base: dict[str, Any] = {"port": 0, "workers": 1, "model_path": "fake.gguf"}

@@ -914,7 +914,7 @@ async def answered(running: RunningService, peer: str) -> es.Response:
     named = (("content-type", "application/json"), ("accept-encoding", "gzip"))
     head = es.Head("POST", URL, "", 1, named, len(body))
     dispatcher = es.Dispatcher(running.service, kit.quiet_log(), None, None)
-    ticket = dispatcher.admit(head, peer)
+    ticket = dispatcher.admit(head, kit.direct(peer))
     room = es.Reservation(running.service.connections)
     return await dispatcher.respond(es.Request(head, body), ticket, room)
 

@@ -119,10 +119,10 @@ def test_without_keys_no_address_is_an_administrators(
 ) -> None:
     asked = head(kit.path_of(route), route.method, host="localhost:8080")
     if route.access != "admin":
-        assert gate().admit(asked, peer, route.access).key_name == ""
+        assert gate().admit(asked, kit.direct(peer), route.access).key_name == ""
         return
     with pytest.raises(es.AdminOnly) as caught:
-        gate().admit(asked, peer, route.access)
+        gate().admit(asked, kit.direct(peer), route.access)
     assert (caught.value.status, caught.value.code) == (403, "admin_only")
 
 
@@ -181,11 +181,11 @@ def reset_after(
 def test_over_the_unix_socket_no_key_is_needed_but_where_a_proxy_passes_on() -> None:
     for route in ADMIN_ROUTES:
         asked = head(kit.path_of(route), route.method)
-        assert gate().admit(asked, es.UNIX_PEER, "admin").key_name == ""
+        assert gate().admit(asked, kit.direct(es.UNIX_PEER), "admin").key_name == ""
         for fields in FORGED[4:11]:
             asked = head(kit.path_of(route), route.method, **fields)
             with pytest.raises(es.AdminOnly):
-                gate().admit(asked, es.UNIX_PEER, "admin")
+                gate().admit(asked, kit.direct(es.UNIX_PEER), "admin")
 
 
 def test_the_servers_own_key_is_this_users_alone_new_each_time_and_goes_with_it(
@@ -316,7 +316,7 @@ async def test_more_slashes_are_refused_just_as_none(tmp_path: Path) -> None:
                 sent = head(spelled, route.method, host="localhost", **bearer(key))
                 for peer in ("127.0.0.1", "192.0.2.1", ""):
                     with pytest.raises((es.Unauthorized, es.AdminOnly)):
-                        app.admit(sent, peer)
+                        app.admit(sent, kit.direct(peer))
 
 
 def raw_post(length: int, *fields: str) -> bytes:
@@ -413,18 +413,20 @@ def test_the_limit_holds_where_work_is_asked_for_and_nowhere_else(
         asked = head(
             kit.path_of(route), route.method, host="localhost", **bearer(ADMIN)
         )
-        caller = gatekeeper.admit(asked, es.UNIX_PEER, "key")
+        caller = gatekeeper.admit(asked, kit.direct(es.UNIX_PEER), "key")
         gatekeeper.charge(caller, 100)  # much more than there is
         passes = contextlib.nullcontext()
         is_limited = route.access == "key"
         with pytest.raises(es.RateLimited) if is_limited else passes:
-            gatekeeper.admit(asked, es.UNIX_PEER, route.access)
+            gatekeeper.admit(asked, kit.direct(es.UNIX_PEER), route.access)
 
 
 def test_a_probe_is_told_nothing_of_limits() -> None:
     gatekeeper = gate(rate_limit=0.01, token_limit=10)
     for access in ("health", "ready"):
-        caller = gatekeeper.admit(head(host="localhost"), "127.0.0.1", access)
+        caller = gatekeeper.admit(
+            head(host="localhost"), kit.direct("127.0.0.1"), access
+        )
         assert gatekeeper.rates.headers(caller, 0.0) == ()
 
 
@@ -471,17 +473,17 @@ def test_an_address_or_ipv6_network_has_a_bucket(
 ) -> None:
     gatekeeper = gate(rate_limit=0.01, rate_burst=1)
     first, second = peers
-    gatekeeper.admit(head(host="localhost"), first, "key")
+    gatekeeper.admit(head(host="localhost"), kit.direct(first), "key")
     with pytest.raises(es.RateLimited) if is_shared else contextlib.nullcontext():
-        gatekeeper.admit(head(host="localhost"), second, "key")
+        gatekeeper.admit(head(host="localhost"), kit.direct(second), "key")
 
 
 def test_a_key_has_one_bucket_wherever_it_asks_from(tmp_path: Path) -> None:
     path = key_file(tmp_path, search="rate=0.01 burst=1")
     gatekeeper, asked = gate(api_key_file=path), head(**bearer(PLAIN))
-    gatekeeper.admit(asked, "192.0.2.1", "key")
+    gatekeeper.admit(asked, kit.direct("192.0.2.1"), "key")
     with pytest.raises(es.RateLimited):
-        gatekeeper.admit(asked, "192.0.2.2", "key")
+        gatekeeper.admit(asked, kit.direct("192.0.2.2"), "key")
 
 
 async def test_a_wrong_key_uses_up_nobody_s_requests(tmp_path: Path) -> None:
@@ -745,7 +747,9 @@ def test_an_origin_s_capitals_do_not_matter(option: str, origin: str) -> None:
     exposed = fields["access-control-expose-headers"].split(", ")
     assert {"*", "x-request-id", "retry-after-ms"} <= set(exposed)
     assert gatekeeper.preflight_headers(asked, "GET")
-    assert gatekeeper.admit(head(origin=origin, host="localhost"), "127.0.0.1", "key")
+    assert gatekeeper.admit(
+        head(origin=origin, host="localhost"), kit.direct("127.0.0.1"), "key"
+    )
 
 
 async def test_a_preflight_needs_no_key_and_says_what_may_be_sent(
@@ -838,13 +842,15 @@ def test_without_keys_a_request_from_this_machine_names_this_machine(
     accesses = ("key", "admin", "metrics")
     for peer, access in itertools.product(("127.0.0.1", "::1"), accesses):
         if is_ours:
-            assert gatekeeper.admit(head(host=host, **fields), peer, access)
+            assert gatekeeper.admit(head(host=host, **fields), kit.direct(peer), access)
             continue
         with pytest.raises(es.HostNotAllowed) as caught:
-            gatekeeper.admit(head(host=host, **fields), peer, access)
+            gatekeeper.admit(head(host=host, **fields), kit.direct(peer), access)
         assert (caught.value.status, caught.value.code) == (403, "host_not_allowed")
         advised = re.findall(r"--allowed-host (\S+),", caught.value.message)
-        assert gate(allowed_host=advised).admit(head(host=host), peer, "key")
+        assert gate(allowed_host=advised).admit(
+            head(host=host), kit.direct(peer), "key"
+        )
 
 
 def test_a_key_of_the_administrator_s_that_finds_no_place_leaves_nothing(
@@ -858,7 +864,7 @@ def test_a_key_of_the_administrator_s_that_finds_no_place_leaves_nothing(
 
 def test_a_name_of_its_own_is_this_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "GPU.example.com")
-    assert gate().admit(head(host="gpu.example.com:80"), "127.0.0.1", "key")
+    assert gate().admit(head(host="gpu.example.com:80"), kit.direct("127.0.0.1"), "key")
 
 
 async def test_a_stranger_s_host_is_a_warning_a_second_with_the_remedy() -> None:
@@ -876,24 +882,28 @@ async def test_a_stranger_s_host_is_a_warning_a_second_with_the_remedy() -> None
 
 def test_the_option_s_capitals_do_not_matter() -> None:
     asked = head(host="Box.Example")
-    assert gate(allowed_host=("Box.Example",)).admit(asked, "127.0.0.1", "key")
+    assert gate(allowed_host=("Box.Example",)).admit(
+        asked, kit.direct("127.0.0.1"), "key"
+    )
 
 
 @pytest.mark.parametrize("peer", [es.UNIX_PEER, "192.0.2.1"])
 def test_on_other_ways_in_any_host_will_do(peer: str) -> None:
-    assert gate().admit(head(host="evil.example"), peer, "key")
+    assert gate().admit(head(host="evil.example"), kit.direct(peer), "key")
 
 
 def test_the_name_it_listens_on_is_its_own() -> None:
     gatekeeper = gate(host="Box.internal")
-    assert gatekeeper.admit(head(host="box.internal:80"), "127.0.0.1", "key")
+    assert gatekeeper.admit(
+        head(host="box.internal:80"), kit.direct("127.0.0.1"), "key"
+    )
 
 
 def test_with_keys_no_host_or_origin_is_refused(tmp_path: Path) -> None:
     gatekeeper = gate(api_key_file=key_file(tmp_path))
     fields = {"host": "evil.example", "origin": "https://evil.example"}
     asked = head(**fields, sec_fetch_site="cross-site", **bearer(PLAIN))
-    assert gatekeeper.admit(asked, "127.0.0.1", "key").key_name == "search"
+    assert gatekeeper.admit(asked, kit.direct("127.0.0.1"), "key").key_name == "search"
 
 
 PAGES: list[tuple[dict[str, str], bool]] = [
@@ -932,10 +942,10 @@ def test_without_keys_a_page_of_another_site_may_not_ask(
 ) -> None:
     asked = head(host="localhost:8080", **fields)
     if may_ask:
-        assert gate(cors_origin=(EXAMPLE,)).admit(asked, peer, "key")
+        assert gate(cors_origin=(EXAMPLE,)).admit(asked, kit.direct(peer), "key")
         return
     with pytest.raises(es.HostNotAllowed, match="--cors-origin"):
-        gate(cors_origin=(EXAMPLE,)).admit(asked, peer, "key")
+        gate(cors_origin=(EXAMPLE,)).admit(asked, kit.direct(peer), "key")
 
 
 ORIGINS: list[tuple[str, list[str], list[str]]] = [  # the option, who may, who may not
@@ -981,7 +991,7 @@ def test_extensions_and_desktop_apps_may_ask_if_that_is_said(
             == bool(gatekeeper.preflight_headers(asked, "GET"))
         )
         with contextlib.nullcontext() if is_told else pytest.raises(es.HostNotAllowed):
-            gatekeeper.admit(asked, "127.0.0.1", "key")
+            gatekeeper.admit(asked, kit.direct("127.0.0.1"), "key")
     if option == "*":  # who does not say an origin cannot be told that it may
         assert gatekeeper.cors_headers(head()) == (("vary", "origin"),)
 
@@ -997,17 +1007,21 @@ def test_extensions_and_desktop_apps_may_ask_if_that_is_said(
 def test_what_a_refusal_advises_is_accepted(origin: str) -> None:
     asked = head(host="h", origin=origin, sec_fetch_site="cross-site")
     try:
-        gate().admit(asked, "127.0.0.1", "key")
+        gate().admit(asked, kit.direct("127.0.0.1"), "key")
     except es.HostNotAllowed as error:
         advised = re.findall(r"--cors-origin (\S+) allows", error.message)
         for option in advised:
             assert re.fullmatch(es.ORIGIN, option)
-            assert gate(cors_origin=(option,)).admit(asked, "127.0.0.1", "key")
+            assert gate(cors_origin=(option,)).admit(
+                asked, kit.direct("127.0.0.1"), "key"
+            )
             for other in ("http://evil.example", "app://evil", "null"):  # nobody else
                 if other.lower() != origin.lower():
                     with pytest.raises(es.HostNotAllowed):
                         sent = head(host="h", origin=other)
-                        gate(cors_origin=(option,)).admit(sent, "127.0.0.1", "key")
+                        gate(cors_origin=(option,)).admit(
+                            sent, kit.direct("127.0.0.1"), "key"
+                        )
         is_origin = re.fullmatch(es.ORIGIN, origin) and "*" not in origin
         assert len(advised) == bool(is_origin and len(origin) < 256)
 
@@ -1031,10 +1045,10 @@ def test_without_keys_a_link_of_another_site_may_be_followed(
 ) -> None:
     asked = head("/docs", method, host="localhost:8080", **(LINK | fields))
     if may_ask:
-        assert gate().admit(asked, "127.0.0.1", "docs")
+        assert gate().admit(asked, kit.direct("127.0.0.1"), "docs")
         return
     with pytest.raises(es.HostNotAllowed, match="Origin|refused"):
-        gate().admit(asked, "127.0.0.1", "docs")
+        gate().admit(asked, kit.direct("127.0.0.1"), "docs")
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -1067,7 +1081,9 @@ async def test_the_host_is_checked_on_every_route_but_open_probes(
 )
 def test_a_probe_that_is_not_open_is_checked_as_others(opened: tuple[str, ...]) -> None:
     with pytest.raises(es.HostNotAllowed):
-        gate(open_route=opened).admit(head(host="evil.example"), "::1", "health")
+        gate(open_route=opened).admit(
+            head(host="evil.example"), kit.direct("::1"), "health"
+        )
 
 
 def test_none_closes_what_other_words_open(tmp_path: Path) -> None:
@@ -1075,8 +1091,11 @@ def test_none_closes_what_other_words_open(tmp_path: Path) -> None:
     gatekeeper = gate(api_key_file=key_file(tmp_path), open_route=words)
     for access in OPEN_ROUTES[:-1]:
         with pytest.raises(es.Unauthorized):
-            gatekeeper.admit(head(), "127.0.0.1", access)
-        assert gatekeeper.admit(head(**bearer(PLAIN)), "", access).key_name == "search"
+            gatekeeper.admit(head(), kit.direct("127.0.0.1"), access)
+        assert (
+            gatekeeper.admit(head(**bearer(PLAIN)), kit.direct(""), access).key_name
+            == "search"
+        )
 
 
 # --- bodies that are of no use ---
@@ -1370,7 +1389,10 @@ async def test_wrong_keys_are_a_line_a_second_with_the_last_address(
         told: list[str] = []
         for count in (1, 8, 0, 50):  # of each second
             for number in range(count):
-                assert app.refuse(error, head(), f"192.0.2.{number}").status == 401
+                assert (
+                    app.refuse(error, head(), kit.direct(f"192.0.2.{number}")).status
+                    == 401
+                )
             assert refused_lines(running) == told
             running.server._tick()
             lines = refused_lines(running)
@@ -1510,11 +1532,11 @@ async def test_a_key_file_that_is_opened_to_others_is_noticed(tmp_path: Path) ->
 def test_a_new_file_does_not_fill_the_buckets_again(tmp_path: Path) -> None:
     path = key_file(tmp_path, search="rate=0.01 burst=1")
     gatekeeper, asked = gate(api_key_file=path), head(**bearer(PLAIN))
-    gatekeeper.admit(asked, "", "key")
+    gatekeeper.admit(asked, kit.direct(""), "key")
     key_file(tmp_path, search="rate=0.01 burst=1 # changed")
     gatekeeper.renew(kit.settings(api_key_file=path))
     with pytest.raises(es.RateLimited):
-        gatekeeper.admit(asked, "", "key")
+        gatekeeper.admit(asked, kit.direct(""), "key")
 
 
 @pytest.mark.parametrize(

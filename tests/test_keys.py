@@ -742,11 +742,11 @@ def test_a_request_that_came_too_early_may_be_sent_again_as_it_was_signed(
     monkeypatch.setattr(time, "monotonic", lambda: now)
     gate = signing_gate(tmp_path, "rate=1 burst=1")
     first, second = (signed_head(signature(at=wall(), body=c)) for c in (b"1", b"2"))
-    assert gate.admit(first, "", "key").body_sha256 == hex_of("1")
+    assert gate.admit(first, kit.direct(""), "key").body_sha256 == hex_of("1")
     with pytest.raises(es.RateLimited):
-        gate.admit(second, "", "key")
+        gate.admit(second, kit.direct(""), "key")
     now += 1.5
-    assert gate.admit(second, "", "key").body_sha256 == hex_of("2")
+    assert gate.admit(second, kit.direct(""), "key").body_sha256 == hex_of("2")
     now += 1.5
     assert "used before" in refusal(gate.admit, second, "", "key").message
 
@@ -755,7 +755,7 @@ def test_what_was_signed_before_the_gate_stood_is_refused(tmp_path: Path) -> Non
     asked = signed_head(signature(at=wall()))
     gate = signing_gate(tmp_path)
     assert "older than this server" in refusal(gate.admit, asked, "", "key").message
-    assert gate.admit(signed_head(signature(at=wall())), "", "key")
+    assert gate.admit(signed_head(signature(at=wall())), kit.direct(""), "key")
 
 
 def renewed(gate: es.Gate, folder: Path, **changes: Any) -> None:
@@ -769,11 +769,11 @@ def test_a_reload_forgets_no_signature_and_refuses_none_but_with_a_wider_window(
 ) -> None:
     gate = signing_gate(tmp_path)
     used, kept = (signed_head(signature(at=wall(), body=c)) for c in (b"1", b"2"))
-    gate.admit(used, "", "key")
+    gate.admit(used, kit.direct(""), "key")
     for window_s in (300.0, 100.0):
         renewed(gate, tmp_path, signature_window_s=window_s)
         assert "used before" in refusal(gate.admit, used, "", "key").message
-    assert gate.admit(kept, "", "key")
+    assert gate.admit(kept, kit.direct(""), "key")
     late = signed_head(signature(at=wall(), body=b"3"))
     renewed(gate, tmp_path, signature_window_s=200.0)
     for asked in (used, late):
@@ -785,7 +785,7 @@ def test_a_signature_is_not_good_again_after_a_time_without_keys(
 ) -> None:
     gate = signing_gate(tmp_path)
     asked = signed_head(signature(at=wall()))
-    gate.admit(asked, "", "key")
+    gate.admit(asked, kit.direct(""), "key")
     renewed(gate, tmp_path, api_key_file="")
     renewed(gate, tmp_path)
     refusal(gate.admit, asked, "", "key")

@@ -115,6 +115,7 @@ MATCHING: dict[str, tuple[Any, Any]] = {
     "listen": (("[::1]:0", "localhost:65535"), ("192.0.2.1:80",)),
     "uds_mode": ("0600", "777"),
     "root_path": ("/embeddings/model-a", "/a/"),
+    "trusted_proxy": (("10.0.0.0/8", "unix"), ("2001:db8::1",)),
     "cors_origin": (("https://a.example", "http://[::1]:80"), ("http://b",)),
 }
 

@@ -305,7 +305,7 @@ def test_a_traceparent_that_breaks_a_rule_is_ignored(text: str) -> None:
 
 def test_a_request_is_one_span_and_each_part_a_child_of_it(spans_of: Spans) -> None:
     before = time.time_ns()
-    server, *parts = spans_of(request_span())
+    server, *parts = spans_of(request_span(client="203.0.113.7"))
     assert server["name"] == "POST /v1/embeddings"
     assert (server["kind"], server["parentSpanId"]) == (2, "")
     assert attributes(server) == {
@@ -314,6 +314,7 @@ def test_a_request_is_one_span_and_each_part_a_child_of_it(spans_of: Spans) -> N
         "http.response.status_code": 200,
         "url.path": "/v1/embeddings",
         "url.scheme": "http",
+        "client.address": "203.0.113.7",
         "embellama.model": "all-MiniLM-L6-v2",
         "embellama.inputs": 2,
         "embellama.tokens": 2**40,
