@@ -139,44 +139,45 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 32. MESSAGES - requests and responses, and the bytes of a response
 33. REQUESTS - bytes to requests
 34. CODINGS - compressed bodies, JSON, and what a client takes
-35. KEYS - who is asking, and how much each may ask for
-36. SOCKETS - how many, how much is held for them, how each ends
-37. CONNECTIONS - requests of one client, in order; back-pressure
-38. LISTENERS - where connections come from
+35. PROXIES - which client one speaks for
+36. KEYS - who is asking, and how much each may ask for
+37. SOCKETS - how many, how much is held for them, how each ends
+38. CONNECTIONS - requests of one client, in order; back-pressure
+39. LISTENERS - where connections come from
 --- hall ---
-39. GATE - who is let in
-40. MODELS - what is configured, what is in memory, and what a name means
-41. REGISTRY - when each model is in memory
-42. FORMS - what is asked and answered, declared once
-43. COMPUTE - from an EmbedRequest to its EmbedResult
-44. REPLIES - from messages to the text of a reply, as it grows
-45. HANDLING - what handlers work with: the service, and a request over HTTP
-46. ANSWERS - replies on their way: whole, or part by part
-47. VECTORS - numbers of a reply, in the types that clients ask for
-48. OPENAI - its shapes
-49. TOOLS - which functions a model may call, and which it must
-50. CHAT FORMS - what may be asked of a model that generates
-51. CHAT - OpenAI's chat and completions, whole and streamed
-52. COHERE - its vectors and scores, Jina's scores, and vLLM's
-53. TEI - the shapes of text-embeddings-inference
-54. TOKENS - texts as the tokens that a model reads, and back
-55. OLLAMA - its shapes
-56. SEEDS - what infer-server and LMServ promise
-57. ADMIN - health, readiness, metrics, models
-58. DESCRIPTION - the routes as an OpenAPI document, and as a page
-59. ROUTES - the table, and everything derived from it
-60. DISPATCH - from a request to its response
-61. TRIALS - a model loaded in another process first
-62. FOLDER - what a model's authors wrote beside its file
-63. LOADING - a model's way into memory
-64. SUPERVISOR - a small parent that outlives the server
-65. SERVER - builds every object; loading, ready, draining, stopped
-66. TUNING - the settings that are fastest on this box
-67. CHECKING - what a model is and gives, before it is served
-68. DEPLOYMENT - what the printed files have in common
-69. UNITS - the server under systemd
-70. WATCHING - what scrapes, draws and alerts
-71. COMMAND LINE - flags in, exit code out
+40. GATE - who is let in
+41. MODELS - what is configured, what is in memory, and what a name means
+42. REGISTRY - when each model is in memory
+43. FORMS - what is asked and answered, declared once
+44. COMPUTE - from an EmbedRequest to its EmbedResult
+45. REPLIES - from messages to the text of a reply, as it grows
+46. HANDLING - what handlers work with: the service, and a request over HTTP
+47. ANSWERS - replies on their way: whole, or part by part
+48. VECTORS - numbers of a reply, in the types that clients ask for
+49. OPENAI - its shapes
+50. TOOLS - which functions a model may call, and which it must
+51. CHAT FORMS - what may be asked of a model that generates
+52. CHAT - OpenAI's chat and completions, whole and streamed
+53. COHERE - its vectors and scores, Jina's scores, and vLLM's
+54. TEI - the shapes of text-embeddings-inference
+55. TOKENS - texts as the tokens that a model reads, and back
+56. OLLAMA - its shapes
+57. SEEDS - what infer-server and LMServ promise
+58. ADMIN - health, readiness, metrics, models
+59. DESCRIPTION - the routes as an OpenAPI document, and as a page
+60. ROUTES - the table, and everything derived from it
+61. DISPATCH - from a request to its response
+62. TRIALS - a model loaded in another process first
+63. FOLDER - what a model's authors wrote beside its file
+64. LOADING - a model's way into memory
+65. SUPERVISOR - a small parent that outlives the server
+66. SERVER - builds every object; loading, ready, draining, stopped
+67. TUNING - the settings that are fastest on this box
+68. CHECKING - what a model is and gives, before it is served
+69. DEPLOYMENT - what the printed files have in common
+70. UNITS - the server under systemd
+71. WATCHING - what scrapes, draws and alerts
+72. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -10780,7 +10781,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 0. PROXIES - which client one speaks for
+# 35. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -10905,7 +10906,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 35. KEYS - who is asking, and how much each may ask for
+# 36. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -11292,7 +11293,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 36. SOCKETS - how many, how much is held for them, how each ends
+# 37. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -11655,7 +11656,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 37. CONNECTIONS - requests of one client, in order; back-pressure
+# 38. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -12101,7 +12102,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 38. LISTENERS - where connections come from
+# 39. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -12451,7 +12452,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 39. GATE - who is let in
+# 40. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -12684,7 +12685,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 40. MODELS - what is configured, what is in memory, and what a name means
+# 41. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -13031,7 +13032,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 41. REGISTRY - when each model is in memory
+# 42. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -13449,7 +13450,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 42. FORMS - what is asked and answered, declared once
+# 43. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -13886,7 +13887,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 43. COMPUTE - from an EmbedRequest to its EmbedResult
+# 44. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -14105,7 +14106,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 44. REPLIES - from messages to the text of a reply, as it grows
+# 45. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -14501,7 +14502,7 @@ class Replies:
 
 
 # ==============================================================================
-# 45. HANDLING - what handlers work with: the service, and a request over HTTP
+# 46. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -14923,7 +14924,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 46. ANSWERS - replies on their way: whole, or part by part
+# 47. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -15019,7 +15020,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 47. VECTORS - numbers of a reply, in the types that clients ask for
+# 48. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -15142,7 +15143,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 48. OPENAI - its shapes
+# 49. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -15273,7 +15274,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 49. TOOLS - which functions a model may call, and which it must
+# 50. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -15460,7 +15461,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 50. CHAT FORMS - what may be asked of a model that generates
+# 51. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -15830,7 +15831,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 51. CHAT - OpenAI's chat and completions, whole and streamed
+# 52. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -16191,7 +16192,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 52. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 53. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -16492,7 +16493,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 53. TEI - the shapes of text-embeddings-inference
+# 54. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -16750,7 +16751,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 54. TOKENS - texts as the tokens that a model reads, and back
+# 55. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -16969,7 +16970,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 55. OLLAMA - its shapes
+# 56. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -17195,7 +17196,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 56. SEEDS - what infer-server and LMServ promise
+# 57. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -17411,7 +17412,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 57. ADMIN - health, readiness, metrics, models
+# 58. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -17651,7 +17652,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 58. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 59. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -17963,7 +17964,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 59. ROUTES - the table, and everything derived from it
+# 60. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -18151,7 +18152,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 60. DISPATCH - from a request to its response
+# 61. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -18590,7 +18591,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 61. TRIALS - a model loaded in another process first
+# 62. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -18673,7 +18674,7 @@ class Trial:
 
 
 # ==============================================================================
-# 62. FOLDER - what a model's authors wrote beside its file
+# 63. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -18800,7 +18801,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 63. LOADING - a model's way into memory
+# 64. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -19234,7 +19235,7 @@ class Loader:
 
 
 # ==============================================================================
-# 64. SUPERVISOR - a small parent that outlives the server
+# 65. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -19619,7 +19620,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 65. SERVER - builds every object; loading, ready, draining, stopped
+# 66. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -20049,7 +20050,7 @@ class Server:
 
 
 # ==============================================================================
-# 66. TUNING - the settings that are fastest on this box
+# 67. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -20184,7 +20185,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 67. CHECKING - what a model is and gives, before it is served
+# 68. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -20323,7 +20324,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 68. DEPLOYMENT - what the printed files have in common
+# 69. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -20532,7 +20533,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 69. UNITS - the server under systemd
+# 70. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -20747,7 +20748,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 70. WATCHING - what scrapes, draws and alerts
+# 71. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -20935,7 +20936,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 71. COMMAND LINE - flags in, exit code out
+# 72. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
