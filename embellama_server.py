@@ -7955,6 +7955,654 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
+# 0. GBNF - grammars as llama-server takes them, written and read
+# ==============================================================================
+# Other rooms write rules with GrammarRules and literal(), and put their names together
+# to a root, which is what a reply may be:
+#     rules = GrammarRules()
+#     answer = rules.add('"yes" | "no"')
+#     text = rules.text(f"{literal('<answer>')} {answer} {literal('</answer>')}")
+# A grammar is read here and not by llama.cpp, which recurses as deep as a text wants, needs
+# exponential time to look for rules that call themselves first and overlooks some, and
+# drops upper bounds over 2,000 in silence.
+
+MAX_GRAMMAR_CHARS: Final = 1 << 18  # read in 0.5 s
+_MAX_REPEATS: Final = 10**9
+_MAX_CODE_POINT: Final = 0x10FFFF
+_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+_UNESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
+_LEXEME: Final = re.compile(
+    r"""
+    (?P<space>[ \t]+|\#[^\r\n]*)|(?P<line>\r\n|[\r\n])
+    |(?P<rule>[a-zA-Z0-9-]+)(?:[ \t]|\#[^\r\n]*)*::=|(?P<name>[a-zA-Z0-9-]+)
+    |"(?P<text>(?:[^"\\]|\\.)*)"|\[(?P<not>\^?)(?P<chars>(?:[^\]\\]|\\.)+)\]|(?P<any>\.)
+    |(?P<repeat>[*+?])|\{\s*(?P<low>[0-9]+)\s*(?P<upto>,?)\s*(?P<high>[0-9]*)\s*\}
+    |(?P<token>!?<(?:\[[0-9]{1,9}\]|[^>]*)>)|(?P<open>\()|(?P<close>\))|(?P<or>\|)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_CHAR: Final = re.compile(
+    r"\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})"
+    r'|\\([nrt"\\\[\]-])|([^\\])',
+    re.DOTALL,
+)
+
+
+def literal(text: str) -> str:
+    """Return the GBNF of just this text."""
+    return '"' + "".join(_ESCAPES.get(c, c) for c in text) + '"'
+
+
+class GrammarRules:
+    """Collects the rules of a grammar. Names are ours, so none is there twice."""
+
+    def __init__(self) -> None:
+        self._bodies: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # by body
+        self._chars = 0
+
+    def add(self, body: str) -> str:
+        """Return the name of a rule; equal ones are one. Raises InvalidValue."""
+        if body not in self._names:
+            self._names[body] = name = self.reserve()
+            self.define(name, body)
+        return self._names[body]
+
+    def reserve(self) -> str:
+        """Return the name of a rule to define() later: it may then use itself."""
+        name = f"r{len(self._bodies)}"
+        self._bodies[name] = ""
+        return name
+
+    def define(self, name: str, body: str) -> None:
+        """Say what a reserved name stands for. Raises InvalidValue."""
+        self._bodies[name] = body
+        self._chars += len(name) + len(body) + len(" ::= \n")
+        if self._chars > MAX_GRAMMAR_CHARS:
+            raise InvalidValue(
+                f"the grammar of what is asked for has more than {MAX_GRAMMAR_CHARS} "
+                "characters: ask for less at once"
+            )
+
+    def text(self, root: str) -> str:
+        """Return the whole grammar; a reply is what ``root``, a rule's body, says."""
+        lines = (f"{name} ::= {body}\n" for name, body in self._bodies.items())
+        return "".join((f"root ::= {root}\n", *lines))
+
+
+@dataclass(slots=True, eq=False)
+class GrammarRule:
+    """Alternatives, each by its first item; None is the empty one."""
+
+    firsts: list[GrammarItem | None] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class GrammarItem:
+    """One of some bytes, or a token, or a rule some times; and what follows."""
+
+    bytes: int = 0  # bit b is set: the byte b
+    token: int | None = None
+    is_other: bool = False  # any token but that
+    rule: GrammarRule | None = None
+    low: int = 1  # times of the rule
+    high: float = 1
+    next: GrammarItem | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """A rule, just once."""
+        return self.rule is not None and self.low == self.high == 1
+
+    def takes(self, token: int) -> bool:
+        """Whether it is this token, whatever its text."""
+        return self.token is not None and (self.token == token) != self.is_other
+
+
+def read_gbnf(
+    text: str, param: str, token: Callable[[str], int | None] | None = None
+) -> GrammarRule:
+    """Return the rule root of a grammar; ``token`` gives the id of ``<name>``.
+
+    Raises InvalidValue, which names the field ``param``.
+    """
+    return _GbnfReader(text, param, token).read()
+
+
+_Sequence = list[
+    list[GrammarItem]
+]  # symbols, each of them items: the bytes of a text, mostly
+
+
+class _GbnfReader:
+    """Reads GBNF."""
+
+    def __init__(
+        self, text: str, param: str, token: Callable[[str], int | None] | None
+    ) -> None:
+        self._text, self._param, self._token = text, param, token
+        self._at = 0
+        self._rules: dict[str, GrammarRule] = {}
+        self._used: dict[str, int] = {}  # where each name is used first
+        self._sets: dict[str, GrammarRule] = {}  # of characters
+        # What is open, a rule and groups in it: each with its last alternative so far.
+        self._open: list[tuple[GrammarRule, _Sequence]] = []
+        if not text.strip() or len(text) > MAX_GRAMMAR_CHARS:
+            self._fail(f"must have 1 to {MAX_GRAMMAR_CHARS} characters")
+
+    def read(self) -> GrammarRule:
+        """Return the rule root. Raises InvalidValue."""
+        self._read()
+        for name, at in self._used.items():
+            if not self._rules[name].firsts:
+                self._at = at
+                self._fail(f"uses {name!r:.60} and has no such rule")
+        self._at = 0
+        if "root" not in self._rules:
+            self._fail("has no rule root, with which replies begin")
+        return self._rules["root"]
+
+    def _fail(self, problem: str) -> typing.NoReturn:
+        line = self._text.count("\n", 0, self._at) + 1
+        where = f" (line {line})" if self._at else ""
+        raise InvalidValue(f"{self._param} {problem}{where}", param=self._param)
+
+    def _read(self) -> None:
+        goes_on = True  # the end of a line is not that of a rule
+        while self._at < len(self._text):
+            lexeme = _LEXEME.match(self._text, self._at)
+            if lexeme is None or lexeme.lastgroup is None:
+                self._fail(f"cannot be read at {self._text[self._at :]!r:.60}")
+            kind = lexeme.lastgroup
+            if kind == "line":
+                if len(self._open) == 1 and not goes_on:
+                    self._end(*self._open.pop())
+            elif kind == "rule":
+                if self._open:
+                    self._fail("begins a rule in the line of another one")
+                rule = self._rules.setdefault(lexeme["rule"], GrammarRule())
+                rule.firsts.clear()  # of rules with one name the last one counts
+                self._open.append((rule, []))
+            elif kind != "space":
+                if not self._open:
+                    self._fail(f"has {lexeme[0]!r:.60} outside of a rule")
+                self._add(kind, lexeme)
+            goes_on = kind in ("rule", "or") or (goes_on and kind in ("line", "space"))
+            self._at = lexeme.end()
+        if len(self._open) > 1:
+            self._fail("ends inside parentheses")
+        if self._open:
+            self._end(*self._open.pop())
+
+    def _add(self, kind: str, lexeme: re.Match[str]) -> None:
+        rule, symbols = self._open[-1]
+        if kind == "or":
+            self._end(rule, symbols)
+            symbols.clear()
+        elif kind == "open":
+            self._open.append((GrammarRule(), []))
+        elif kind == "close":
+            if len(self._open) == 1:
+                self._fail("closes a parenthesis that is not open")
+            self._end(*self._open.pop())
+            self._open[-1][1].append([GrammarItem(rule=rule)])
+        elif kind in ("repeat", "high"):
+            symbols.append([self._repeated(lexeme, symbols)])
+        else:
+            symbols.append(self._symbol(kind, lexeme))
+
+    def _end(self, rule: GrammarRule, symbols: _Sequence) -> None:
+        """Add an alternative to a rule."""
+        items = [item for symbol in symbols for item in symbol]
+        for item, following in itertools.pairwise(items):
+            item.next = following
+        rule.firsts.append(items[0] if items else None)
+
+    def _repeated(self, lexeme: re.Match[str], symbols: _Sequence) -> GrammarItem:
+        if not symbols:
+            self._fail(f"has nothing before {lexeme[0]!r:.60}")
+        items = symbols.pop()
+        low, high = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}.get(
+            lexeme[0], (int(lexeme["low"] or 0), float(lexeme["high"] or math.inf))
+        )
+        if lexeme["low"] and not lexeme["upto"]:
+            high = low
+        if not low <= high or max(low, high if high < math.inf else 0) > _MAX_REPEATS:
+            self._fail(f"has {lexeme[0]!r:.60}, of which nothing can be so often")
+        if len(items) == 1 and items[0].is_plain:
+            return GrammarItem(rule=items[0].rule, low=int(low), high=high)
+        self._end(rule := GrammarRule(), [items])
+        return GrammarItem(rule=rule, low=int(low), high=high)
+
+    def _symbol(self, kind: str, lexeme: re.Match[str]) -> list[GrammarItem]:
+        if kind == "name":
+            name = lexeme["name"]
+            self._used.setdefault(name, self._at)
+            return [GrammarItem(rule=self._rules.setdefault(name, GrammarRule()))]
+        if kind == "text":
+            text = "".join(char for char, _ in self._chars(lexeme["text"]))
+            try:
+                return [GrammarItem(1 << byte) for byte in text.encode()]
+            except UnicodeEncodeError:
+                self._fail(f"has {lexeme[0]!r:.60}, with half a character")
+        if kind == "token":
+            return [self._token_item(lexeme["token"])]
+        if (known := self._sets.get(lexeme[0])) is None:
+            known = self._sets[lexeme[0]] = self._set(kind, lexeme)
+        first = known.firsts[0]
+        if len(known.firsts) == 1 and first is not None and first.next is None:
+            return [GrammarItem(first.bytes)]
+        return [GrammarItem(rule=known)]
+
+    def _set(self, kind: str, lexeme: re.Match[str]) -> GrammarRule:
+        ranges = [(0, _MAX_CODE_POINT)]
+        if kind == "chars":
+            ranges = self._ranges(lexeme["chars"])
+            ranges = _complement(ranges) if lexeme["not"] else ranges
+        rule, ascii_bytes = GrammarRule(), 0
+        for low, high in ranges:
+            for sequence in _utf8_sequences(low, high):
+                masks = [(2 << most) - (1 << least) for least, most in sequence]
+                if len(masks) == 1:
+                    ascii_bytes |= masks[0]
+                else:
+                    self._end(rule, [[GrammarItem(mask) for mask in masks]])
+        if ascii_bytes or not rule.firsts:
+            rule.firsts.append(GrammarItem(ascii_bytes))
+        return rule
+
+    def _ranges(self, text: str) -> list[tuple[int, int]]:
+        chars = collections.deque(self._chars(text))
+        ranges = []
+        while chars:
+            low, _ = chars.popleft()
+            high = low
+            if len(chars) > 1 and chars[0] == ("-", False):
+                chars.popleft()
+                high, _ = chars.popleft()
+            if low > high:
+                self._fail(f"has the range {low!r} to {high!r}, which is backwards")
+            ranges.append((ord(low), ord(high)))
+        return ranges
+
+    def _chars(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Give each character, and whether it is escaped."""
+        at = 0
+        while at < len(text):
+            found = _CHAR.match(text, at)
+            code = found and (found[1] or found[2] or found[3])
+            if found is None or (code and int(code, 16) > _MAX_CODE_POINT):
+                self._fail(f"has {text[at:]!r:.60}, which is no escape that it knows")
+            char = chr(int(code, 16)) if code else found[4] or found[5]
+            yield _UNESCAPED.get(char, char) if found[4] else char, not found[5]
+            at = found.end()
+
+    def _token_item(self, text: str) -> GrammarItem:
+        is_other, name = text.startswith("!"), text.removeprefix("!")
+        if name.startswith("<["):
+            return GrammarItem(token=int(name[2:-2]), is_other=is_other)
+        token = self._token(name) if self._token else None
+        if token is None:
+            self._fail(f"has {name!r:.60}, which is no token of this model")
+        return GrammarItem(token=token, is_other=is_other)
+
+
+def _complement(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    begin, others = 0, []
+    for low, high in sorted(ranges):
+        if begin < low:
+            others.append((begin, low - 1))
+        begin = max(begin, high + 1)
+    return [*others, (begin, _MAX_CODE_POINT)] if begin <= _MAX_CODE_POINT else others
+
+
+_ByteRanges = list[tuple[int, int]]
+# Those that UTF-8 writes with as many bytes; the halves of pairs, it does not write.
+_UTF8_LENGTHS: Final = (
+    *((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF)),
+    (0x10000, _MAX_CODE_POINT),
+)
+
+
+def _utf8_sequences(low: int, high: int) -> Iterator[_ByteRanges]:
+    """Give ranges of bytes, one after the other, that together are these characters."""
+    for least, most in _UTF8_LENGTHS:
+        if max(low, least) <= min(high, most):
+            first, last = chr(max(low, least)), chr(min(high, most))
+            yield from _byte_ranges(first.encode(), last.encode())
+
+
+def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
+    first, last, rest = low[0], high[0], len(low) - 1
+    if not rest or first == last:
+        tails = _byte_ranges(low[1:], high[1:]) if rest else [[]]
+        yield from ([(first, last), *tail] for tail in tails)
+        return
+    lowest, highest = b"\x80" * rest, b"\xbf" * rest
+    if low[1:] != lowest:
+        yield from _byte_ranges(low, low[:1] + highest)
+        first += 1
+    if high[1:] != highest:
+        yield from _byte_ranges(high[:1] + lowest, high)
+        last -= 1
+    if first <= last:
+        yield [(first, last), *[(0x80, 0xBF)] * rest]
+
+
+# ==============================================================================
+# 0. GRAMMARS - which bytes, and so which tokens, may come next
+# ==============================================================================
+# Followed here and not by llama.cpp, which ends the process at a token that was not tested
+# before, and takes time and memory without bound where a text can be read in many ways:
+# here too much work is an error. It costs little, as where a byte leads is found once for
+# all replies under a grammar. What may come is a set of stacks of items; those whose tops
+# are rules are opened until all tops are bytes, so a set of them is a state.
+
+_MAX_WORK: Final = 50_000  # stacks looked at for one token: 0.1 s
+_MAX_STACKS: Final = 50_000  # that a grammar remembers: 20 MB
+
+
+class TooMuchWork(Exception):
+    """A text can be read by a grammar in too many ways."""
+
+
+@dataclass(slots=True, eq=False)
+class _Stack:
+    """What is yet to come: an item, and what is under it. Equal ones are one object."""
+
+    item: GrammarItem
+    times: int  # that its rule was read
+    under: _Stack | None
+
+
+class GrammarState:
+    """What a grammar allows after some text."""
+
+    __slots__ = (
+        "_grammar",
+        "_tops",
+        "following",
+        "has_tokens",
+        "is_complete",
+        "places",
+    )
+
+    def __init__(
+        self, grammar: Grammar, tops: Collection[_Stack], *, is_complete: bool
+    ) -> None:
+        self._grammar = grammar
+        self._tops = tops
+        self.is_complete = is_complete  # the text may end here
+        self.has_tokens = any(top.item.token is not None for top in tops)
+        # what has been found out: the state after a byte, and the tokens that may come
+        self.following: dict[int, GrammarState | None] = {}
+        self.places: Any = None  # see TokenTexts
+
+    @property
+    def is_over(self) -> bool:
+        """The text must end here."""
+        return self.is_complete and not self._tops
+
+    def next_bytes(self) -> list[int]:
+        """Return the bytes that may come."""
+        mask = 0
+        for top in self._tops:
+            mask |= top.item.bytes
+        return [byte for byte in range(256) if mask >> byte & 1]
+
+    def after(self, text: bytes, token: int | None = None) -> GrammarState | None:
+        """Return what is allowed then, or None if this is not. Raises TooMuchWork.
+
+        ``token``: the one that has this text. One without text comes only by its id.
+        """
+        state: GrammarState | None = self if text else None
+        for byte in text:
+            if state is None:
+                break
+            if byte in state.following:
+                state = state.following[byte]
+            else:
+                state = state._step(byte)
+        if self.has_tokens and token is not None:
+            taken = [top for top in self._tops if top.item.takes(token)]
+            others = state._tops if state else ()
+            return self._grammar.state_after(taken, others) if taken else state
+        return state
+
+    def _step(self, byte: int) -> GrammarState | None:
+        taken = [top for top in self._tops if top.item.bytes >> byte & 1]
+        state = self._grammar.state_after(taken) if taken else None
+        self.following[byte] = state
+        return state
+
+
+class Grammar:
+    """A grammar, and what it has found out about itself. Used by one thread at a time."""
+
+    def __init__(
+        self, text: str, param: str, token: Callable[[str], int | None] | None = None
+    ) -> None:
+        """``token`` gives the id of ``<name>``. Raises InvalidValue, with ``param``."""
+        self.param = param  # the field that asks for it
+        self._stacks: dict[tuple[GrammarItem, int, _Stack | None], _Stack] = {}
+        self._states: dict[tuple[frozenset[_Stack], bool], GrammarState] = {}
+        self._work = _MAX_WORK
+        root = read_gbnf(text, param, token)
+        _check_recursion(root, param)
+        try:
+            self.start = self._close([self._stack(item, None) for item in root.firsts])
+        except TooMuchWork as error:
+            raise InvalidValue(str(error), param=param) from None
+
+    def begin(self) -> None:
+        """Allow as much work as one token may take."""
+        self._work = _MAX_WORK
+        if len(self._stacks) > _MAX_STACKS:
+            for state in self._states.values():
+                state.following.clear()
+            self._stacks.clear()
+            self._states.clear()
+
+    def state_after(
+        self, taken: Iterable[_Stack], others: Iterable[_Stack] = ()
+    ) -> GrammarState:
+        """Return the state once the tops of these stacks were read."""
+        return self._close([*map(self._rest, taken), *others])
+
+    def _stack(
+        self, item: GrammarItem | None, under: _Stack | None, times: int = 0
+    ) -> _Stack | None:
+        if item is None:
+            return under
+        key = item, times, under
+        if (stack := self._stacks.get(key)) is None:
+            stack = self._stacks[key] = _Stack(*key)
+        return stack
+
+    def _rest(self, stack: _Stack) -> _Stack | None:
+        return self._stack(stack.item.next, stack.under)
+
+    def _close(self, todo: list[_Stack | None]) -> GrammarState:
+        """Return the state of all stacks that begin with bytes, once rules are opened."""
+        seen: set[_Stack | None] = set()
+        tops = []
+        while todo:
+            stack = todo.pop()
+            if stack in seen:
+                continue
+            seen.add(stack)
+            if stack is None:
+                continue
+            if stack.item.rule is None:
+                tops.append(stack)
+            else:
+                todo += self._opened(stack, stack.item.rule)
+            self._work -= 1
+            if self._work < len(todo):
+                raise TooMuchWork(f"{self.param} can be read in too many ways")
+        key = frozenset(tops), None in seen
+        if (state := self._states.get(key)) is None:
+            state = GrammarState(self, key[0], is_complete=key[1])
+            self._states[key] = state
+        return state
+
+    def _opened(self, stack: _Stack, rule: GrammarRule) -> Iterator[_Stack | None]:
+        item, times = stack.item, stack.times
+        if times >= item.low:
+            yield self._rest(stack)
+        if times < item.high:
+            # Without an upper bound it is only counted up to the lower one.
+            times = min(times + 1, item.low) if item.high == math.inf else times + 1
+            is_last = times == item.high
+            under = stack.under
+            under = self._rest(stack) if is_last else self._stack(item, under, times)
+            for first in rule.firsts:
+                yield self._stack(first, under)
+
+
+def _check_recursion(root: GrammarRule, param: str) -> None:
+    """Raise InvalidValue if a rule begins with itself: nothing could be read by it."""
+    rules = {root: None}
+    for rule in (queue := [root]):
+        for item in _items(rule):
+            if item.rule is not None and item.rule not in rules:
+                rules[item.rule] = None
+                queue.append(item.rule)
+    empty: set[GrammarRule] = set()
+    users: dict[GrammarRule, list[GrammarRule]] = {rule: [] for rule in rules}
+    for rule in rules:
+        for item in _items(rule):
+            if item.rule is not None:
+                users[item.rule].append(rule)
+    todo = [*rules]
+    while todo:
+        rule = todo.pop()
+        if rule not in empty and any(_is_empty(first, empty) for first in rule.firsts):
+            empty.add(rule)
+            todo += users[rule]
+    # Rules are taken away that begin with none of the rest, until there is no rest.
+    begins = {rule: {*_first_rules(rule, empty)} for rule in rules}
+    begun_by: dict[GrammarRule, list[GrammarRule]] = {rule: [] for rule in rules}
+    for rule, others in begins.items():
+        for other in others:
+            begun_by[other].append(rule)
+    left = {rule: len(others) for rule, others in begins.items()}
+    todo = [rule for rule, count in left.items() if not count]
+    while todo:
+        for user in begun_by[left_rule := todo.pop()]:
+            left[user] -= 1
+            todo += [user] if not left[user] else []
+        del left[left_rule]
+    if left:
+        raise InvalidValue(
+            f"{param} has a rule that begins with itself (left recursion)", param=param
+        )
+
+
+def _items(rule: GrammarRule) -> Iterator[GrammarItem]:
+    for first in rule.firsts:
+        item = first
+        while item is not None:
+            yield item
+            item = item.next
+
+
+def _is_empty(first: GrammarItem | None, empty: Collection[GrammarRule]) -> bool:
+    """Whether an alternative may be without text."""
+    item = first
+    while item is not None and item.rule is not None:
+        if item.low and item.rule not in empty:
+            return False
+        item = item.next
+    return item is None
+
+
+def _first_rules(
+    rule: GrammarRule, empty: Collection[GrammarRule]
+) -> Iterator[GrammarRule]:
+    for first in rule.firsts:
+        item = first
+        while item is not None and item.rule is not None:
+            yield item.rule
+            if item.low and item.rule not in empty:
+                break
+            item = item.next
+
+
+# A state with more of them has no list of its tokens: most come, or it would take 10 ms.
+_MAX_PREFIXES: Final = 2000
+
+
+class TokenTexts:
+    """The bytes of all tokens of a model, by which those are found that may come."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        """``pieces``: of each token, in the order of their ids. Takes 0.5 s."""
+        import numpy as np
+
+        ids = sorted(
+            filter(pieces.__getitem__, range(len(pieces))), key=pieces.__getitem__
+        )
+        self.pieces = pieces
+        self._sorted = [pieces[token] for token in ids]
+        self._ids = np.array(ids, np.int64)
+        firsts = bytes(piece[0] if piece else 0 for piece in pieces)
+        self._firsts = np.frombuffer(firsts, np.uint8)
+
+    def allowed(self, state: GrammarState) -> Any:
+        """Return the ids that may come, ascending; None if they are too many to list."""
+        import numpy as np
+
+        if state.places is None:
+            state.places = False
+            places = None if state.has_tokens else self._places(state)
+            if places is not None:
+                state.places = np.sort(self._ids[places])
+        return None if state.places is False else state.places
+
+    def possible(self, state: GrammarState) -> Any:
+        """Return the ids that begin with a byte that may come, or that need no text."""
+        import numpy as np
+
+        may_begin = np.zeros(256, bool)
+        may_begin[state.next_bytes()] = True
+        if state.has_tokens:
+            may_begin[:] = True
+        return np.flatnonzero(may_begin[self._firsts])
+
+    def _places(self, state: GrammarState) -> list[int] | None:
+        found: list[int] = []
+        todo = [(state, 0, len(self._sorted), 0)]
+        prefixes = 0
+        while todo:  # tokens from low to high, which begin alike, and what comes then
+            at, low, high, length = todo.pop()
+            while low < high and len(self._sorted[low]) == length:
+                found.append(low)
+                low += 1
+            for byte in at.next_bytes() if low < high else ():
+                begin, end = self._range(byte, length, low, high)
+                if begin == end:
+                    continue
+                prefixes += 1
+                following = at.after(bytes([byte]))
+                assert following is not None, "it is one of its next bytes"
+                todo.append((following, begin, end, length + 1))
+            if prefixes + len(todo) > _MAX_PREFIXES:
+                return None
+        return found
+
+    def _range(self, byte: int, at: int, low: int, high: int) -> tuple[int, int]:
+        """Return from where to where tokens have this byte there."""
+
+        def byte_of(piece: bytes) -> int:
+            return piece[at]
+
+        begin = bisect.bisect_left(self._sorted, byte, low, high, key=byte_of)
+        end = bisect.bisect_right(self._sorted, byte, begin, high, key=byte_of)
+        return begin, end
+
+
+# ==============================================================================
 # 25. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but

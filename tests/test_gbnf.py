@@ -1,0 +1,112 @@
+"""Grammars as text: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests.llama_grammars import LlamaGrammar, Words
+
+REFUSED = [
+    ("", "must have 1 to 262144 characters"),
+    (" \n", "must have 1 to 262144 characters"),
+    ('a ::= "x"', "has no rule root"),
+    ("root ::= a", "uses 'a' and has no such rule (line 1)"),
+    ('root ::= "x"\na ::= b "y"', "uses 'b' and has no such rule (line 2)"),
+    ('root ::= "x', "cannot be read at '\"x'"),
+    ("root ::= [a", "cannot be read at '[a'"),
+    ("root ::= []", "cannot be read at '[]'"),
+    ("root ::= [z-a]", "has the range 'z' to 'a', which is backwards"),
+    ('root ::= "\\q"', "has '\\\\q', which is no escape that it knows"),
+    ('root ::= "\\U00110000"', "which is no escape that it knows"),
+    ('root ::= "\\ud800"', "with half a character"),
+    ("root ::= *", "has nothing before '*'"),
+    ('root ::= ("a"', "ends inside parentheses"),
+    ('root ::= "a")', "closes a parenthesis that is not open"),
+    ('root ::= "a"{3,2}', "has '{3,2}', of which nothing can be so often"),
+    ('root ::= "a"{9999999999}', "of which nothing can be so often"),
+    ('root ::= "a" root2 ::= "b"', "begins a rule in the line of another one"),
+    ('root ::= "a"\n| "b"', "has '|' outside of a rule (line 2)"),
+    ('root ::= root "a" | "b"', "left recursion"),
+    ('root ::= a "x"\na ::= b?  root\nb ::= "b"', "left recursion"),
+    ('root ::= e root "x"\ne ::= f\nf ::= "" | "y"', "left recursion"),
+    ('root ::= (root | "a"){2} "b"', "left recursion"),
+    ("root ::= <|nothing|>", "has '<|nothing|>', which is no token of this model"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), REFUSED)
+def test_what_is_no_grammar_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(es.InvalidValue, match=re.escape(problem)) as caught:
+        es.Grammar(text, "grammar")
+    assert caught.value.message.startswith("grammar ")
+    assert caught.value.param == "grammar"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """A vocabulary in which every byte is a token."""
+    return Words(tmp_path_factory.mktemp("vocabulary"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text() | st.text(st.characters(min_codepoint=0x10000)))
+def test_a_literal_is_its_text_and_nothing_else(words: Words, text: str) -> None:
+    written = f"root ::= {es.literal(text)}"
+    state: es.GrammarState | None = es.Grammar(written, "grammar").start
+    if encoded := text.encode():
+        assert state is not None
+        state = state.after(encoded)
+    assert state is not None
+    assert state.is_over
+    if "\0" not in text:
+        theirs = LlamaGrammar(words, written)
+        assert theirs.parses
+        assert theirs.accepts(encoded)
+        theirs.close()
+
+
+def test_equal_rules_are_one() -> None:
+    rules = es.GrammarRules()
+    assert rules.add('"a"') == rules.add('"a"') != rules.add('"b"')
+
+
+def test_a_rule_may_use_itself() -> None:
+    rules = es.GrammarRules()
+    name = rules.reserve()
+    rules.define(name, f'"(" {name}? ")"')
+    grammar = es.Grammar(rules.text(name), "grammar")
+    assert grammar.start.after(b"((()))") is not None
+    assert grammar.start.after(b"((())))") is None
+
+
+def test_a_grammar_that_grows_too_large_is_refused() -> None:
+    rules = es.GrammarRules()
+    with pytest.raises(es.InvalidValue, match="more than 262144 characters"):
+        for number in range(100):
+            rules.add(es.literal(f"{number}" * 4000))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "root ::= " + "(" * 5_000 + '"a"' + ")" * 5_000,
+        "root ::= r0\n"
+        + "".join(f"r{n} ::= r{n + 1}\n" for n in range(2_000))
+        + 'r2000 ::= "a"',
+        "root ::= " + '"a" | ' * 5_000 + '"a"',
+        'root ::= "a"{500000000}',
+        "root ::= " + "[a-z]" * 10_000,
+    ],
+    ids=["groups", "a chain", "alternatives", "repeats", "long"],
+)
+def test_no_grammar_takes_long_to_read(text: str) -> None:
+    begun = time.monotonic()
+    grammar = es.Grammar(text, "grammar")
+    assert grammar.start.next_bytes()[0] == ord("a")
+    assert time.monotonic() - begun < 5
