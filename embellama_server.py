@@ -128,56 +128,58 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 22. QUEUE - which jobs are admitted, whose turn it is, how each ends
 23. BATCHING - which waiting inputs share the next call, and what becomes of it
 24. WORKERS - the threads
-25. SAMPLING - which token comes next
-26. TEXT - tokens to the text that a client may see
-27. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-28. SEQUENCES - what of past prompts is still in memory
-29. STEPS - which tokens share the next call
-30. GENERATIONS - requests for text: what each has gained, and which wait
-31. GENERATOR - the thread that generates
+25. GBNF - grammars as llama-server takes them, written and read
+26. GRAMMARS - which bytes, and so which tokens, may come next
+27. SAMPLING - which token comes next
+28. TEXT - tokens to the text that a client may see
+29. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+30. SEQUENCES - what of past prompts is still in memory
+31. STEPS - which tokens share the next call
+32. GENERATIONS - requests for text: what each has gained, and which wait
+33. GENERATOR - the thread that generates
 --- network wing ---
-32. MESSAGES - requests and responses, and the bytes of a response
-33. REQUESTS - bytes to requests
-34. CODINGS - compressed bodies, JSON, and what a client takes
-35. PROXIES - which client one speaks for
-36. KEYS - who is asking, and how much each may ask for
-37. SOCKETS - how many, how much is held for them, how each ends
-38. CONNECTIONS - requests of one client, in order; back-pressure
-39. LISTENERS - where connections come from
+34. MESSAGES - requests and responses, and the bytes of a response
+35. REQUESTS - bytes to requests
+36. CODINGS - compressed bodies, JSON, and what a client takes
+37. PROXIES - which client one speaks for
+38. KEYS - who is asking, and how much each may ask for
+39. SOCKETS - how many, how much is held for them, how each ends
+40. CONNECTIONS - requests of one client, in order; back-pressure
+41. LISTENERS - where connections come from
 --- hall ---
-40. GATE - who is let in
-41. MODELS - what is configured, what is in memory, and what a name means
-42. REGISTRY - when each model is in memory
-43. FORMS - what is asked and answered, declared once
-44. COMPUTE - from an EmbedRequest to its EmbedResult
-45. REPLIES - from messages to the text of a reply, as it grows
-46. HANDLING - what handlers work with: the service, and a request over HTTP
-47. ANSWERS - replies on their way: whole, or part by part
-48. VECTORS - numbers of a reply, in the types that clients ask for
-49. OPENAI - its shapes
-50. TOOLS - which functions a model may call, and which it must
-51. CHAT FORMS - what may be asked of a model that generates
-52. CHAT - OpenAI's chat and completions, whole and streamed
-53. COHERE - its vectors and scores, Jina's scores, and vLLM's
-54. TEI - the shapes of text-embeddings-inference
-55. TOKENS - texts as the tokens that a model reads, and back
-56. OLLAMA - its shapes
-57. SEEDS - what infer-server and LMServ promise
-58. ADMIN - health, readiness, metrics, models
-59. DESCRIPTION - the routes as an OpenAPI document, and as a page
-60. ROUTES - the table, and everything derived from it
-61. DISPATCH - from a request to its response
-62. TRIALS - a model loaded in another process first
-63. FOLDER - what a model's authors wrote beside its file
-64. LOADING - a model's way into memory
-65. SUPERVISOR - a small parent that outlives the server
-66. SERVER - builds every object; loading, ready, draining, stopped
-67. TUNING - the settings that are fastest on this box
-68. CHECKING - what a model is and gives, before it is served
-69. DEPLOYMENT - what the printed files have in common
-70. UNITS - the server under systemd
-71. WATCHING - what scrapes, draws and alerts
-72. COMMAND LINE - flags in, exit code out
+42. GATE - who is let in
+43. MODELS - what is configured, what is in memory, and what a name means
+44. REGISTRY - when each model is in memory
+45. FORMS - what is asked and answered, declared once
+46. COMPUTE - from an EmbedRequest to its EmbedResult
+47. REPLIES - from messages to the text of a reply, as it grows
+48. HANDLING - what handlers work with: the service, and a request over HTTP
+49. ANSWERS - replies on their way: whole, or part by part
+50. VECTORS - numbers of a reply, in the types that clients ask for
+51. OPENAI - its shapes
+52. TOOLS - which functions a model may call, and which it must
+53. CHAT FORMS - what may be asked of a model that generates
+54. CHAT - OpenAI's chat and completions, whole and streamed
+55. COHERE - its vectors and scores, Jina's scores, and vLLM's
+56. TEI - the shapes of text-embeddings-inference
+57. TOKENS - texts as the tokens that a model reads, and back
+58. OLLAMA - its shapes
+59. SEEDS - what infer-server and LMServ promise
+60. ADMIN - health, readiness, metrics, models
+61. DESCRIPTION - the routes as an OpenAPI document, and as a page
+62. ROUTES - the table, and everything derived from it
+63. DISPATCH - from a request to its response
+64. TRIALS - a model loaded in another process first
+65. FOLDER - what a model's authors wrote beside its file
+66. LOADING - a model's way into memory
+67. SUPERVISOR - a small parent that outlives the server
+68. SERVER - builds every object; loading, ready, draining, stopped
+69. TUNING - the settings that are fastest on this box
+70. CHECKING - what a model is and gives, before it is served
+71. DEPLOYMENT - what the printed files have in common
+72. UNITS - the server under systemd
+73. WATCHING - what scrapes, draws and alerts
+74. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -7955,7 +7957,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 0. GBNF - grammars as llama-server takes them, written and read
+# 25. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -8290,7 +8292,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 
 
 # ==============================================================================
-# 0. GRAMMARS - which bytes, and so which tokens, may come next
+# 26. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -8603,7 +8605,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 25. SAMPLING - which token comes next
+# 27. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -8934,7 +8936,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 26. TEXT - tokens to the text that a client may see
+# 28. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -9087,7 +9089,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 27. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# 29. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
 # ==============================================================================
 # Models write both as text, between marks that their templates teach them.
 
@@ -9107,7 +9109,7 @@ class CallPart:
 
 
 # ==============================================================================
-# 28. SEQUENCES - what of past prompts is still in memory
+# 30. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -9482,7 +9484,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 29. STEPS - which tokens share the next call
+# 31. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -9706,7 +9708,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 30. GENERATIONS - requests for text: what each has gained, and which wait
+# 32. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -10069,7 +10071,7 @@ class Reply(StepWork):
 
 
 # ==============================================================================
-# 31. GENERATOR - the thread that generates
+# 33. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -10517,7 +10519,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 32. MESSAGES - requests and responses, and the bytes of a response
+# 34. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -10708,7 +10710,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 33. REQUESTS - bytes to requests
+# 35. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -11066,7 +11068,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 34. CODINGS - compressed bodies, JSON, and what a client takes
+# 36. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -11429,7 +11431,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 35. PROXIES - which client one speaks for
+# 37. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -11554,7 +11556,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 36. KEYS - who is asking, and how much each may ask for
+# 38. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -11941,7 +11943,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 37. SOCKETS - how many, how much is held for them, how each ends
+# 39. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -12304,7 +12306,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 38. CONNECTIONS - requests of one client, in order; back-pressure
+# 40. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -12750,7 +12752,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 39. LISTENERS - where connections come from
+# 41. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -13100,7 +13102,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 40. GATE - who is let in
+# 42. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -13333,7 +13335,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 41. MODELS - what is configured, what is in memory, and what a name means
+# 43. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -13680,7 +13682,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 42. REGISTRY - when each model is in memory
+# 44. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -14098,7 +14100,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 43. FORMS - what is asked and answered, declared once
+# 45. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -14535,7 +14537,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 44. COMPUTE - from an EmbedRequest to its EmbedResult
+# 46. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -14754,7 +14756,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 45. REPLIES - from messages to the text of a reply, as it grows
+# 47. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -15150,7 +15152,7 @@ class Replies:
 
 
 # ==============================================================================
-# 46. HANDLING - what handlers work with: the service, and a request over HTTP
+# 48. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -15572,7 +15574,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 47. ANSWERS - replies on their way: whole, or part by part
+# 49. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -15668,7 +15670,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 48. VECTORS - numbers of a reply, in the types that clients ask for
+# 50. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -15791,7 +15793,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 49. OPENAI - its shapes
+# 51. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -15922,7 +15924,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 50. TOOLS - which functions a model may call, and which it must
+# 52. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -16109,7 +16111,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 51. CHAT FORMS - what may be asked of a model that generates
+# 53. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -16479,7 +16481,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 52. CHAT - OpenAI's chat and completions, whole and streamed
+# 54. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -16840,7 +16842,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 53. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 55. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -17141,7 +17143,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 54. TEI - the shapes of text-embeddings-inference
+# 56. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -17399,7 +17401,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 55. TOKENS - texts as the tokens that a model reads, and back
+# 57. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -17618,7 +17620,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 56. OLLAMA - its shapes
+# 58. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -17844,7 +17846,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 57. SEEDS - what infer-server and LMServ promise
+# 59. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -18060,7 +18062,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 58. ADMIN - health, readiness, metrics, models
+# 60. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -18300,7 +18302,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 59. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 61. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -18612,7 +18614,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 60. ROUTES - the table, and everything derived from it
+# 62. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -18800,7 +18802,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 61. DISPATCH - from a request to its response
+# 63. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -19239,7 +19241,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 62. TRIALS - a model loaded in another process first
+# 64. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -19322,7 +19324,7 @@ class Trial:
 
 
 # ==============================================================================
-# 63. FOLDER - what a model's authors wrote beside its file
+# 65. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -19449,7 +19451,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 64. LOADING - a model's way into memory
+# 66. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -19883,7 +19885,7 @@ class Loader:
 
 
 # ==============================================================================
-# 65. SUPERVISOR - a small parent that outlives the server
+# 67. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -20268,7 +20270,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 66. SERVER - builds every object; loading, ready, draining, stopped
+# 68. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -20698,7 +20700,7 @@ class Server:
 
 
 # ==============================================================================
-# 67. TUNING - the settings that are fastest on this box
+# 69. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -20833,7 +20835,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 68. CHECKING - what a model is and gives, before it is served
+# 70. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -20972,7 +20974,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 69. DEPLOYMENT - what the printed files have in common
+# 71. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -21181,7 +21183,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 70. UNITS - the server under systemd
+# 72. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -21396,7 +21398,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 71. WATCHING - what scrapes, draws and alerts
+# 73. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -21584,7 +21586,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 72. COMMAND LINE - flags in, exit code out
+# 74. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
