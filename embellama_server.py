@@ -578,7 +578,7 @@ def free_memory_bytes(root: Path = Path("/")) -> float:
 
 def tightest_memory_bytes() -> tuple[int, int]:
     """Return (limit, what is free of it) where least is free; zeros if unknown."""
-    return min(memory_bytes(), key=lambda pair: pair[1], default=(0, 0))
+    return min((m for m in memory_bytes() if m[0]), key=lambda m: m[1], default=(0, 0))
 
 
 def memory_bytes(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
