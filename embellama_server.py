@@ -178,8 +178,9 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 70. CHECKING - what a model is and gives, before it is served
 71. DEPLOYMENT - what the printed files have in common
 72. UNITS - the server under systemd
-73. WATCHING - what scrapes, draws and alerts
-74. COMMAND LINE - flags in, exit code out
+73. CONTAINERS - the server in images, with Compose, in Kubernetes
+74. WATCHING - what scrapes, draws and alerts
+75. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -21046,6 +21047,11 @@ class Deployment:
         )
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether a model has layers there."""
+        return any(model.gpu or model.gpu_layers for model in self.loaded.models)
+
+    @property
     def address(self) -> str:
         """HOST:PORT for programs on the same machine. Raises StartupError."""
         host, port = self.settings.host, self.settings.port
@@ -21101,7 +21107,9 @@ class Deployment:
         number = f"/{folders.index(folder) + 1}" if len(folders) > 1 else ""
         return f"{root}{number}/{name}"
 
-    def config(self, name: str, moved: Callable[[str], str]) -> str:
+    def config(
+        self, name: str, moved: Callable[[str], str], without: Collection[str] = ()
+    ) -> str:
         """Return the settings as a TOML file; ``moved`` says where a model's file will be.
 
         It has no secrets, and no other files: where these are is the service's to say.
@@ -21109,9 +21117,10 @@ class Deployment:
         rows = {row.name: row for row in SETTING_ROWS}
         lines = [head_line(name)]
         for key, value in self.loaded.given().items():
-            if key in _MODEL_NAMES or not rows[key].is_path:
-                value = moved(str(value)) if rows[key].is_path else value
-                lines.append(f"{key} = {toml_value(value)}")
+            if key in without or (rows[key].is_path and key not in _MODEL_NAMES):
+                continue
+            value = moved(str(value)) if rows[key].is_path else value
+            lines.append(f"{key} = {toml_value(value)}")
         paths = {row.table_key for row in MODEL_ROWS if row.is_path}
         for table in self.loaded.tables:
             lines += ["", "[[models]]"]
@@ -21302,7 +21311,6 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
         copies.append(f"#   {_FILE}, and an environment for it, in /opt/embellama")
     if copies:
         copies.insert(0, "# The unit sees no home and no /tmp. Put there first:")
-    is_on_gpu = any(model.gpu or model.gpu_layers for model in deployment.loaded.models)
     is_closed = (
         deployment.is_local and settings.model_path and not settings.otlp_endpoint
     )
@@ -21318,7 +21326,7 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
         memory=_memory_limit(memory_mb),
         descriptors=str(settings.max_connections + 1024),
         placed=lines_of(*_placed(deployment)),
-        devices=_ON_GPU if is_on_gpu else _ON_CPU,
+        devices=_ON_GPU if deployment.is_on_gpu else _ON_CPU,
         addresses="IPAddressDeny=any\nIPAddressAllow=localhost\n" * bool(is_closed),
     )
     files = {"embellama.service": service}
@@ -21398,7 +21406,418 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 73. WATCHING - what scrapes, draws and alerts
+# 73. CONTAINERS - the server in images, with Compose, in Kubernetes
+# ==============================================================================
+# One image for every model and setting: the settings come as a file, models are mounted, and
+# nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
+# neither TLS nor certificates of clients are in the way, by Python: slim images lack curl.
+
+_DOCKERFILE: Final = """\
+<head>
+# Beside it: embellama_server.py. Then: docker build --tag embellama_server:<version> .
+# Without Compose, run it with --init --read-only --tmpfs /tmp --cap-drop ALL, a volume at
+# /cache, models at /models, and EMBELLAMA_... variables for settings.
+# To build the same again later, name the base by digest: python:3.13-slim@sha256:...
+ARG BASE=python:3.13-slim
+
+FROM ${BASE} AS build
+# Debian removes old versions, so one that is named here is soon not there.
+# hadolint ignore=DL3008
+RUN apt-get update \\
+ && apt-get install --yes --no-install-recommends build-essential cmake \\
+ && rm -rf /var/lib/apt/lists/*
+# For CPUs with AVX2 (2013). Without this the image runs only where it was built, or on newer
+# ones. GPU: a CUDA image with Python as BASE, and -DGGML_CUDA=ON.
+ARG CMAKE_ARGS="-DGGML_NATIVE=OFF"
+RUN python3 -m venv /opt/embellama \\
+ && /opt/embellama/bin/pip install --no-cache-dir <requirements>
+COPY embellama_server.py /opt/embellama/app/
+# A module starts from its bytecode; a script would be compiled at each start.
+RUN /opt/embellama/bin/python -m compileall -q /opt/embellama/app
+
+FROM ${BASE}
+# hadolint ignore=DL3008
+RUN apt-get update \\
+ && apt-get install --yes --no-install-recommends libgomp1 \\
+ && rm -rf /var/lib/apt/lists/* \\
+ && install --directory --owner=65532 --group=65532 /cache
+COPY --from=build /opt/embellama /opt/embellama
+ENV PATH=/opt/embellama/bin:${PATH} \\
+    PYTHONPATH=/opt/embellama/app \\
+    PYTHONDONTWRITEBYTECODE=1 \\
+    EMBELLAMA_HOST=0.0.0.0 \\
+    EMBELLAMA_UDS=/tmp/embellama.sock \\
+    EMBELLAMA_CACHE_DIR=/cache
+LABEL org.opencontainers.image.title="embellama_server" \\
+      org.opencontainers.image.version="<version>" \\
+      org.opencontainers.image.licenses="MIT"
+USER 65532:65532
+EXPOSE <port>
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=600s CMD <health>
+ENTRYPOINT ["python", "-m", "embellama_server"]
+"""
+_DOCKERIGNORE: Final = """\
+<head>
+*
+!embellama_server.py
+"""
+
+
+def docker_files(deployment: Deployment) -> dict[str, str]:
+    """An image: two stages, not root, a health check without curl."""
+    dockerfile = filled(
+        _DOCKERFILE,
+        head=lines_of(head_line("docker")),
+        version=__version__,
+        requirements=" ".join(f'"{row.requirement}"' for row in LIBRARIES),
+        port=str(deployment.settings.port),
+        health=_health_command("/ready"),
+    )
+    ignored = filled(_DOCKERIGNORE, head=lines_of(head_line("docker")))
+    return {"Dockerfile": dockerfile, ".dockerignore": ignored}
+
+
+def _health_command(path: str) -> str:
+    """Return a command that fails unless the path is answered with 200, as JSON."""
+    code = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(4); "
+        "s.connect('/tmp/embellama.sock'); "
+        rf"s.sendall(b'GET {path} HTTP/1.0\r\n\r\n'); "
+        "sys.exit(b' 200 ' not in s.recv(99))"
+    )
+    return json.dumps(["python", "-I", "-S", "-c", code])
+
+
+def _environment(deployment: Deployment, secrets: str) -> dict[str, str]:
+    """Return the variables that the settings file of a container leaves out."""
+    settings = deployment.settings
+    variables = {"config": "/etc/embellama/embellama.toml"}
+    variables |= {name: f"{secrets}/{name}" for name in deployment.secret_files}
+    for name in ("audit_log", "dead_letter"):
+        if path := getattr(settings, name):
+            variables[name] = f"/cache/{os.path.basename(path)}"
+    return {variable_of(name): value for name, value in variables.items()}
+
+
+def _container_config(deployment: Deployment, name: str) -> str:
+    moved = functools.partial(deployment.in_folder, "/models")
+    # The image listens everywhere; which addresses are asked for is decided outside.
+    return deployment.config(name, moved, without=("host", "listen", "uds_mode"))
+
+
+_NO_KEYS: Final = "# There is no --api-key-file: whoever reaches the port may ask."
+_COMPOSE: Final = """\
+<head>
+# Beside it: compose.toml, and the files of `emit docker`. Then: docker compose up --wait
+<notes>
+name: embellama
+services:
+  embellama:
+    build: .
+    image: embellama_server:<version>
+    restart: unless-stopped
+    ports:
+      - <published>
+    environment:
+      <environment>
+    <env_file>
+    volumes:
+      - ./compose.toml:/etc/embellama/embellama.toml:ro
+      - cache:/cache
+      <models>
+    <secrets>
+    user: "65532:65532"
+    read_only: true
+    tmpfs:
+      - /tmp
+    cap_drop:
+      - ALL
+    security_opt:
+      - no-new-privileges:true
+    <resources>
+    init: true
+    # more than --drain-grace-s and --drain-timeout-s
+    stop_grace_period: <stop_s>s
+    # the image's own, which builders of OCI images leave out
+    healthcheck:
+      test: <health>
+      interval: 30s
+      timeout: 5s
+      start_period: 600s
+volumes:
+  cache:
+<files>
+"""
+
+
+def compose_files(deployment: Deployment) -> dict[str, str]:
+    """The image with its settings, models and secrets."""
+    settings = deployment.settings
+    secrets: dict[str, object] = {
+        name: {"file": os.path.abspath(getattr(settings, name))}
+        for name in deployment.secret_files
+    }
+    folders = deployment.model_folders
+    inside = [
+        os.path.dirname(deployment.in_folder("/models", f"{f}/x")) for f in folders
+    ]
+    notes = [] if deployment.has_keys or deployment.is_local else [_NO_KEYS]
+    if deployment.secret_files:
+        notes.append("# User 65532 must be able to read the files of secrets.")
+    if names := deployment.secret_names:
+        known = ", ".join(map(variable_of, names))
+        notes.append(f"# secrets.env, of mode 600, has a line NAME=VALUE for {known}.")
+    resources: dict[str, object] = {"gpus": "all"} if deployment.is_on_gpu else {}
+    if memory_mb := deployment.memory_mb():
+        resources["mem_limit"] = f"{memory_mb}m"
+    host = "127.0.0.1:" if deployment.is_local else ""
+    mounted = [f"{f}:{i}:ro" for f, i in zip(folders, inside, strict=True)]
+    text = filled(
+        _COMPOSE,
+        head=lines_of(head_line("compose")),
+        notes=lines_of(*notes),
+        version=__version__,
+        published=json.dumps(f"{host}{settings.port}:{settings.port}"),
+        environment=yaml_text(_environment(deployment, "/run/secrets")),
+        env_file="env_file: secrets.env\n" * bool(deployment.secret_names),
+        models=_compose_text(mounted) if mounted else "",
+        secrets=yaml_text({"secrets": [*secrets]}) if secrets else "",
+        resources=yaml_text(resources) if resources else "",
+        stop_s=str(deployment.stop_s),
+        health=json.dumps(["CMD", *json.loads(_health_command("/ready"))]),
+        files=_compose_text({"secrets": secrets}) if secrets else "",
+    )
+    config = _container_config(deployment, "compose")
+    return {"compose.yaml": text, "compose.toml": config}
+
+
+def _compose_text(value: object) -> str:
+    """Return YAML in which Compose does not look for variables."""
+    return yaml_text(value).replace("$", "$$")
+
+
+_KUBERNETES: Final = """\
+<head>
+# kubectl apply -f embellama.yaml, once the image of `emit docker` is where the cluster finds
+# it (and is named so below), and these are there:
+<needs>
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: embellama
+data:
+  <config>
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: embellama
+  labels: {app.kubernetes.io/name: embellama}
+spec:
+  # How many is the HorizontalPodAutoscaler's to say.
+  selector:
+    matchLabels: {app.kubernetes.io/name: embellama}
+  strategy:
+    rollingUpdate: {maxUnavailable: 0, maxSurge: 1}
+  template:
+    metadata:
+      labels: {app.kubernetes.io/name: embellama}
+      annotations:
+        # other settings: other pods
+        embellama/config: "<digest>"
+    spec:
+      automountServiceAccountToken: false
+      # variables of a Service called embellama would look like our settings
+      enableServiceLinks: false
+      # more than --drain-grace-s and --drain-timeout-s; no preStop: the grace is that
+      terminationGracePeriodSeconds: <stop_s>
+      securityContext:
+        runAsNonRoot: true
+        runAsUser: 65532
+        runAsGroup: 65532
+        fsGroup: 65532
+        seccompProfile: {type: RuntimeDefault}
+      containers:
+        - name: embellama
+          image: embellama_server:<version>
+          imagePullPolicy: IfNotPresent
+          ports:
+            - {name: http, containerPort: <port>}
+          env:
+            <environment>
+          # Whole cores: --workers are the cores, rounded down. Requests equal limits, so
+          # neither is taken away.
+          resources:
+            requests: <resources>
+            limits: <resources>
+          # It listens before the model is loaded, so that only this one waits for it.
+          startupProbe:
+            <ready>
+            periodSeconds: 2
+            failureThreshold: 300
+          readinessProbe:
+            <ready>
+            periodSeconds: 2
+            failureThreshold: 2
+          livenessProbe:
+            <alive>
+            periodSeconds: 10
+            timeoutSeconds: 5
+            failureThreshold: 3
+          securityContext:
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities: {drop: [ALL]}
+          volumeMounts:
+            <mounts>
+      volumes:
+        # models: with Kubernetes 1.35 it may be an image instead,
+        # {name: models, image: {reference: registry.example/models:1}}
+        <volumes>
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: embellama
+  labels: {app.kubernetes.io/name: embellama}
+spec:
+  selector: {app.kubernetes.io/name: embellama}
+  ports:
+    - {name: http, port: <port>, targetPort: http}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: embellama
+spec:
+  maxUnavailable: 1
+  selector:
+    matchLabels: {app.kubernetes.io/name: embellama}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  name: embellama
+spec:
+  podSelector:
+    matchLabels: {app.kubernetes.io/name: embellama}
+  ingress:
+    - ports: [{port: http}]
+  # It asks nobody anything, unless for the default model, or to send spans.
+  policyTypes: <policies>
+---
+# The work is the CPU's, so its use says how much there is; waits would say it earlier.
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata:
+  name: embellama
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: embellama}
+  minReplicas: 2
+  maxReplicas: 10
+  metrics:
+    - type: Resource
+      resource:
+        name: cpu
+        target: {type: Utilization, averageUtilization: 70}
+  behavior:
+    scaleDown: {stabilizationWindowSeconds: 300}
+"""
+_POD_CORES: Final = 2  # unless --workers says
+_POD_GRACE_S: Final = 5.0  # unless --drain-grace-s says: until no Service names the pod
+
+
+def kubernetes_files(deployment: Deployment) -> dict[str, str]:
+    """ConfigMap, Deployment, Service, budget, network policy, autoscaler."""
+    settings = deployment.settings
+    config = _container_config(deployment, "kubernetes")
+    variables = _environment(deployment, "/run/secrets/embellama")
+    env: list[object] = [{"name": n, "value": v} for n, v in variables.items()]
+    grace_s = settings.drain_grace_s
+    if deployment.loaded.sources["drain_grace_s"] == "default":
+        grace_s = _POD_GRACE_S
+        env.append({"name": "EMBELLAMA_DRAIN_GRACE_S", "value": f"{grace_s:g}"})
+    for name in map(variable_of, deployment.secret_names):
+        source = {"secretKeyRef": {"name": "embellama", "key": name}}
+        env.append({"name": name, "valueFrom": source})
+    mounts, volumes = _pod_volumes(deployment)
+    asks_nobody = settings.model_path and not settings.otlp_endpoint
+    text = filled(
+        _KUBERNETES,
+        head=lines_of(head_line("kubernetes")),
+        needs=lines_of(*_pod_needs(deployment)),
+        config=yaml_text({"embellama.toml": config}),
+        digest=hashlib.sha256(config.encode()).hexdigest()[:16],
+        stop_s=str(math.ceil(grace_s + settings.drain_timeout_s) + 10),
+        version=__version__,
+        port=str(settings.port),
+        environment=yaml_text(env),
+        resources=json.dumps(_pod_resources(deployment)),
+        ready=_probe(deployment, "/ready"),
+        alive=_probe(deployment, "/health"),
+        mounts=yaml_text(mounts),
+        volumes=yaml_text(volumes),
+        policies="[Ingress, Egress]" if asks_nobody else "[Ingress]",
+    )
+    return {"embellama.yaml": text}
+
+
+def _pod_needs(deployment: Deployment) -> Iterator[str]:
+    if files := deployment.model_files:
+        yield "#   a PersistentVolumeClaim embellama-models, which many nodes can read, with"
+        yield from (f"#     {deployment.in_folder('', path)[1:]}" for path in files)
+    else:
+        yield "#   a network, for the default model; it is fetched once for each pod"
+    if keys := [*deployment.secret_files, *map(variable_of, deployment.secret_names)]:
+        yield f"#   a Secret embellama, with {', '.join(keys)}"
+    if not deployment.has_keys:
+        yield _NO_KEYS
+
+
+def _pod_resources(deployment: Deployment) -> dict[str, str]:
+    """Return what a pod gets. Memory: what loading the models foresees, see memory_mb()."""
+    settings, cores = deployment.settings, _POD_CORES
+    if deployment.loaded.sources["workers"] != "default":
+        cores = settings.workers * settings.threads
+    resources = {"cpu": str(cores)}
+    if memory_mb := deployment.memory_mb(cores):
+        resources["memory"] = f"{memory_mb}Mi"
+    if deployment.is_on_gpu:
+        resources["nvidia.com/gpu"] = "1"
+    return resources
+
+
+def _probe(deployment: Deployment, path: str) -> str:
+    settings = deployment.settings
+    if settings.tls_client_ca:  # the kubelet has no certificate
+        return f"exec: {{command: {_health_command(path)}}}\n"
+    scheme = ", scheme: HTTPS" if settings.tls_cert else ""
+    return f"httpGet: {{path: {path}, port: http{scheme}}}\n"
+
+
+def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
+    """Return where volumes are mounted, and what they are."""
+    config = "/etc/embellama"
+    mounts: list[object] = [{"name": "config", "mountPath": config, "readOnly": True}]
+    volumes: list[object] = [{"name": "config", "configMap": {"name": "embellama"}}]
+    for name, place in (("tmp", "/tmp"), ("cache", "/cache")):
+        mounts.append({"name": name, "mountPath": place})
+        volumes.append({"name": name, "emptyDir": {}})
+    if deployment.model_files:
+        claim = {"claimName": "embellama-models", "readOnly": True}
+        mounts.append({"name": "models", "mountPath": "/models", "readOnly": True})
+        volumes.append({"name": "models", "persistentVolumeClaim": claim})
+    if deployment.secret_files:
+        place = "/run/secrets/embellama"
+        mounts.append({"name": "secrets", "mountPath": place, "readOnly": True})
+        secret = {"secretName": "embellama", "defaultMode": 0o440}
+        volumes.append({"name": "secrets", "secret": secret})
+    return mounts, volumes
+
+
+# ==============================================================================
+# 74. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -21580,13 +21999,16 @@ class Emitter:
 
 EMITTERS: Final = {
     "systemd": Emitter(systemd_files),
+    "docker": Emitter(docker_files),
+    "compose": Emitter(compose_files),
+    "kubernetes": Emitter(kubernetes_files),
     "prometheus": Emitter(prometheus_files),
     "alerts": Emitter(alerts_files),
 }
 
 
 # ==============================================================================
-# 74. COMMAND LINE - flags in, exit code out
+# 75. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -5,12 +5,16 @@ Checkers that are no Python packages are skipped where they are not installed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
-import itertools
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +31,9 @@ CANARY = "canary-4f1d"  # in every setting that may hold a secret
 
 
 def needs(program: str) -> str:
-    """Where it is; skips the test if nowhere."""
-    found = shutil.which(program)
+    """Where it is, in this environment first; skips the test if nowhere."""
+    own = str(Path(sys.executable).parent)
+    found = shutil.which(program, path=f"{own}:{os.environ['PATH']}")
     if found is None:
         pytest.skip(f"not installed: {program}")
     return found
@@ -71,7 +76,7 @@ SETS: dict[str, str] = {
     "TLS": "--host 0.0.0.0 --api-key-file {shop}/keys --tls-cert {shop}/c.pem --tls-key {shop}/k.pem",
     "clients with certificates": "--tls-cert {shop}/c.pem --tls-key {shop}/k.pem --tls-client-ca {shop}/ca.pem",
     "unix socket": "--uds /run/embellama.sock",
-    "prefix": "--root-path /models/a/ --port 9000",
+    "prefix": "--root-path /embed/a/ --port 9000",
     "other address": "--host none --listen [::1]:8081 --listen 127.0.0.1:8082",
     "audit": "--audit-log /var/log/audit.jsonl --dead-letter /srv/dead.jsonl",
     "affinity": "--cpu-affinity auto --workers 4",
@@ -86,6 +91,15 @@ EVERY_SET = pytest.mark.parametrize("name", SETS)
 def flags_of(name: str, shop: Path) -> list[str]:
     """The flags of a set."""
     return SETS[name].format(shop=shop).split()
+
+
+def flags_and_environment(
+    name: str, shop: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same, as load_settings() takes them."""
+    parser = argparse.ArgumentParser()
+    es.add_flags(parser)
+    return vars(parser.parse_args(flags_of(name, shop))), {}
 
 
 # --- the verb ---
@@ -177,19 +191,24 @@ def test_the_settings_come_from_flags_variables_and_a_file_alike(
     assert files(tmp_path / "variable", "all") == by_flag
 
 
+def test_no_two_names_write_the_same_file(tmp_path: Path) -> None:
+    written = [file for name in es.EMITTERS for file in files(tmp_path / name, name)]
+    assert len(written) == len(set(written))
+    assert set(files(tmp_path / "all", "all")) == set(written)
+
+
 @EVERY_SET
 def test_every_flag_and_variable_in_a_file_is_one_of_ours(
     name: str, shop: Path, tmp_path: Path
 ) -> None:
     flags = {flag for row in es.SETTING_ROWS for flag in row.flags}
-    flags |= {"--now", "--help", "--force", "--output"}  # systemctl's; emit's
+    flags |= {"--now", "--wait"}  # systemctl's, docker's
     variables = {es.variable_of(row.name) for row in es.SETTING_ROWS}
     for file, text in files(tmp_path, *flags_of(name, shop), "all").items():
-        if file == "Dockerfile" or text.startswith("{"):
-            continue  # flags of other programs; calls
-        said = "\n".join(line for line in text.split("\n") if "exec-form" not in line)
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", said)) <= flags, file
-        assert set(re.findall(r"\bEMBELLAMA_[A-Z0-9_]+", said)) <= variables, file
+        if file != "Dockerfile":  # it has those of other programs
+            said = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)
+            assert set(said) <= flags, file
+        assert set(re.findall(r"\bEMBELLAMA_[A-Z0-9_]+", text)) <= variables, file
 
 
 @EVERY_SET
@@ -198,29 +217,11 @@ def test_the_settings_file_is_one_and_says_what_was_said(
 ) -> None:
     flags = flags_of(name, shop)
     config = files(tmp_path / "out", *flags, "systemd")["embellama.toml"]
-    here = str(shop)
-    config = config.replace("/opt/embellama/models", here)  # the unit sees no /tmp
+    config = config.replace("/opt/embellama/models", str(shop))  # a unit sees no /tmp
     place = tmp_path / "embellama.toml"
     place.write_text(config)
-    given: dict[str, Any] = {}
-    for flag, value in itertools.pairwise([*flags, ""]):
-        key = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--"):
-            given.setdefault(key, []).append(value)
     read = es.load_settings({"config": str(place)}, {})
-    asked = es.load_settings(
-        {
-            key: True
-            if key == "gpu"
-            else values
-            if key in ("listen", "model_path", "prompt")
-            and len(values) > 0
-            and (key != "model_path" or len(values) > 1)
-            else values[0]
-            for key, values in given.items()
-        },
-        {},
-    )
+    asked = es.load_settings(*flags_and_environment(name, shop))
     elsewhere = {
         row.name
         for row in es.SETTING_ROWS
@@ -230,6 +231,157 @@ def test_the_settings_file_is_one_and_says_what_was_said(
         for row in es.SETTING_ROWS:
             if row.name not in elsewhere:
                 assert getattr(one, row.name) == getattr(other, row.name), row.name
+
+
+# --- containers ---
+
+
+def documents(text: str) -> dict[str, Any]:
+    """The objects of a file for Kubernetes, by kind."""
+    return {one["kind"]: one for one in yaml.safe_load_all(text)}
+
+
+def container_of(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The one container of the pod."""
+    (found,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+@EVERY_SET
+def test_containers_are_given_the_settings_and_where_to_find_the_rest(
+    name: str, shop: Path, tmp_path: Path
+) -> None:
+    written = files(tmp_path, *flags_of(name, shop), "compose", "kubernetes")
+    objects = documents(written["embellama.yaml"])
+    service = yaml.safe_load(written["compose.yaml"])["services"]["embellama"]
+    env = {row["name"]: row.get("value") for row in container_of(objects)["env"]}
+    asked = es.load_settings(*flags_and_environment(name, shop))
+    for mapped in (env, service["environment"]):
+        assert mapped["EMBELLAMA_CONFIG"] == "/etc/embellama/embellama.toml"
+        for key in es.SECRET_FILES:
+            is_set = bool(getattr(asked.settings, key))
+            assert (es.variable_of(key) in mapped) == is_set
+    config = objects["ConfigMap"]["data"]["embellama.toml"]
+    assert tomllib.loads(config) == tomllib.loads(written["compose.toml"])
+    for path in re.findall(r'"(/models[^"]*)"', config):
+        folder = os.path.dirname(path)
+        assert any(f":{folder}:ro" in volume for volume in service["volumes"])
+    settings = {"port", "root_path", "model_path", "workers"}
+    for key in settings & tomllib.loads(config).keys() - {"model_path"}:
+        assert tomllib.loads(config)[key] == getattr(asked.settings, key)
+
+
+def test_models_of_one_name_in_two_folders_stay_two(tmp_path: Path) -> None:
+    flags = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.gguf").write_bytes(both.sound_gguf())
+        flags += ["--model-path", f"{name}={tmp_path / name}/m.gguf"]
+    written = files(tmp_path / "out", *flags, "all")
+    for file in ("embellama.toml", "compose.toml"):
+        paths = [model["path"] for model in tomllib.loads(written[file])["models"]]
+        assert len(set(paths)) == 2, paths
+        assert not any(path.startswith("/tmp") for path in paths)
+
+
+@pytest.mark.parametrize(
+    "grace", [[], ["--drain-grace-s", "0"], ["--drain-grace-s", "7"]]
+)
+def test_who_kills_waits_longer_than_the_server_needs(
+    grace: list[str], tmp_path: Path
+) -> None:
+    drain = ["--drain-timeout-s", "90"]
+    written = files(tmp_path, *grace, *drain, "systemd", "compose", "kubernetes")
+    grace_s = float(grace[1]) if grace else 0.0
+    (unit_s,) = re.findall(r"(?m)^TimeoutStopSec=(\d+)$", written["embellama.service"])
+    assert int(unit_s) > grace_s + 90
+    service = yaml.safe_load(written["compose.yaml"])["services"]["embellama"]
+    assert int(service["stop_grace_period"].removesuffix("s")) > grace_s + 90
+    objects = documents(written["embellama.yaml"])
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    env = {row["name"]: row.get("value") for row in container_of(objects)["env"]}
+    # A pod is still sent requests for a moment after it was told to end.
+    assert ("EMBELLAMA_DRAIN_GRACE_S" in env) == (not grace)
+    pod_s = float(env.get("EMBELLAMA_DRAIN_GRACE_S", grace_s))
+    assert pod["terminationGracePeriodSeconds"] > pod_s + 90
+
+
+@EVERY_SET
+def test_the_kubelet_waits_for_the_model_and_asks_what_is_open(
+    name: str, shop: Path, tmp_path: Path
+) -> None:
+    text = files(tmp_path, *flags_of(name, shop), "kubernetes")["embellama.yaml"]
+    container = container_of(documents(text))
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 600
+    asked = {
+        kind: json.dumps(container[f"{kind}Probe"])
+        for kind in ("startup", "readiness", "liveness")
+    }
+    assert "/ready" in asked["startup"] and "/ready" in asked["readiness"]
+    assert "/health" in asked["liveness"]
+    open_paths = {r.path for r in es.ROUTES if r.access in ("health", "ready")}
+    assert {"/ready", "/health"} <= open_paths
+    for probe in asked.values():
+        assert ("HTTPS" in probe) == (name == "TLS")
+        assert ("AF_UNIX" in probe) == (name == "clients with certificates")
+
+
+def test_a_container_s_health_is_asked_over_its_unix_socket(tmp_path: Path) -> None:
+    dockerfile = files(tmp_path / "out", "docker")["Dockerfile"]
+    (line,) = re.findall(r"(?m)^HEALTHCHECK .* CMD (\[.*\])$", dockerfile)
+    program, *arguments = json.loads(line)
+    assert program == "python"
+    place = tmp_path / "s"
+    assert "/tmp/embellama.sock" in arguments[-1]
+    arguments[-1] = arguments[-1].replace("/tmp/embellama.sock", str(place))
+    command = [sys.executable, *arguments]
+
+    def ask() -> int:
+        return subprocess.run(
+            command, check=False, capture_output=True, timeout=kit.DEADLINE_S
+        ).returncode
+
+    assert ask() != 0
+    # A key is asked for, and a Host that is allowed; not here.
+    with kit.started(
+        "--uds", str(place), "--api-key", CANARY, "--host", "127.0.0.1"
+    ) as server:
+        assert ask() == 0
+        assert server.stop() == 0
+    assert ask() != 0
+
+
+@pytest.mark.clients
+@EVERY_SET
+def test_hadolint_finds_nothing(name: str, shop: Path, tmp_path: Path) -> None:
+    program = needs("hadolint")
+    files(tmp_path, *flags_of(name, shop), "docker")
+    assert said_by(program, str(tmp_path / "Dockerfile")) == ""
+
+
+@pytest.mark.clients
+@EVERY_SET
+def test_compose_s_schema_allows_the_file(
+    name: str, shop: Path, tmp_path: Path
+) -> None:
+    program = needs("check-jsonschema")
+    files(tmp_path, *flags_of(name, shop), "compose")
+    schema = ("--builtin-schema", "vendor.compose-spec")
+    said_by(program, *schema, str(tmp_path / "compose.yaml"))
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("version", ["1.30.0", "1.34.0", "1.37.0"])
+@EVERY_SET
+def test_kubernetes_knows_every_field(
+    name: str, version: str, shop: Path, tmp_path: Path
+) -> None:
+    program = needs("kubernetes-validate")
+    files(tmp_path, *flags_of(name, shop), "kubernetes")
+    place = str(tmp_path / "embellama.yaml")
+    said_by(program, "--strict", "-k", version, place)
 
 
 # --- YAML ---
