@@ -1023,6 +1023,9 @@ class ModelSettings:
     step_ms: float = option(100.0,
         "Longest that a step may take while replies grow: a prompt is read in pieces "
         "that fit.", 1, 60_000)
+    draft_tokens: int = model_option(0,
+        "Most tokens that a step tries ahead of a reply, as its text or its prompt went "
+        "on before; only those that the model chooses are kept. 0: off.", 0, 8)
     chat_template: str = model_option("",
         "File with the chat template (Jinja) to use instead of the GGUF's.",
         is_path=True)
@@ -2103,9 +2106,10 @@ METRICS: Final = (
     Metric("embellama_batch_seconds", "histogram", "Duration of one llama.cpp call.", buckets=_SECONDS),
     Metric("embellama_queue_seconds", "histogram", "Time a job waited before its first input ran.", buckets=_SECONDS),
     Metric("embellama_step_seconds", "histogram", "Duration of one step of a model that generates.", buckets=_SECONDS),
-    Metric("embellama_step_tokens", "histogram", "Tokens in one step: one of each reply that goes on, the others of prompts.", buckets=tuple(2.0**n for n in range(12))),
+    Metric("embellama_step_tokens", "histogram", "Tokens in one step: one of each reply that goes on and those tried ahead of it, the others of prompts.", buckets=tuple(2.0**n for n in range(12))),
     Metric("embellama_prompt_tokens_total", "counter", "Tokens of prompts to reply to: computed, or found in the prompt cache.", "source", ("computed", "cached")),
     Metric("embellama_generation_tokens_total", "counter", "Tokens of replies."),
+    Metric("embellama_draft_tokens_total", "counter", "Tokens tried ahead of replies: accepted as the model chose them, or not.", "result", ("accepted", "rejected")),
     Metric("embellama_first_token_seconds", "histogram", "From a request's arrival to the first token of its reply.", buckets=_SECONDS),
     Metric("embellama_inter_token_seconds", "histogram", "Mean time between the tokens of a reply.", buckets=_SECONDS),
     Metric("embellama_prefill_seconds", "histogram", "From a request's first step to the first token of its reply.", buckets=_SECONDS),
@@ -5038,7 +5042,7 @@ class StepContext(AbortableContext):
             raise NoCells(f"no cells for a step of {batch.n_tokens} tokens")
         self._check(code, f"a step of {batch.n_tokens} tokens")
         for row in rows if len(rows) > 1 else ():
-            if len(row.ids) == 1:
+            if len(row.ids) == row.outputs:  # of a reply
                 self._scattered.setdefault(row.sequence, row.begin)
         if self._options.on_gpu:
             # Wait here, where the interpreter is free.
@@ -7635,10 +7639,12 @@ _LONG_PLACES: Final = ("long input", "input by tokens")
 class StepReport:
     """What a step computed."""
 
-    rows: int  # replies that grew
+    rows: int  # of replies, those tried ahead included
     prompt_tokens: int  # read
     tokens: int  # of replies: first ones follow a prompt
     seconds: float
+    draft_tokens: int = 0  # tried ahead
+    accepted_tokens: int = 0  # of those, the ones that the model chose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9485,7 +9491,136 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 31. STEPS - which tokens share the next call
+# 29. DRAFTS - how a reply may go on, tried ahead
+# ==============================================================================
+# Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
+# before. So what followed the last time is put into the step after the reply's next token,
+# and the model gives logits after each: tokens are chosen from them in order, by the same
+# sampler, as long as the one chosen is the one tried. Every token of a reply was so chosen
+# from the model's own logits; those of a step of several rows differ in their last bits
+# from those of one row, as they do where replies share a step.
+# A row more takes time, whether its token is kept or not. How often such guesses are right
+# is seen of each reply, from all its tokens, tried ahead or not; how long a step with more
+# rows takes is measured. More is tried only if nobody's reply becomes slower by it.
+
+_MAX_MATCH_TOKENS: Final = 64  # that are compared; more tell nothing new
+_CLOSE_MATCH_TOKENS: Final = 8  # of places with so many in common the latest is taken
+# How many guesses are right after 0, 1, 2 to 3, 4 to 7 ... tokens in common: between what
+# Gemma 3 270M gave for free texts (0.19, 0.50, 0.50 where sampled) and for those that quote
+# or edit code (0.38, 0.67, 0.85, 0.93 ...).
+_FIRST_ODDS: Final = (0.0, 0.2, 0.55, 0.7, 0.85, 0.95, 0.95, 0.95)
+_FIRST_ODDS_WEIGHT: Final = 4.0  # in guesses
+_ODDS_FADE: Final = 0.95  # what a guess counts for after the next one
+
+
+class Guess(NamedTuple):
+    """How a reply may go on, and of each token how likely it does, if it did so far."""
+
+    ids: Sequence[int] = ()
+    odds: Sequence[float] = ()
+
+
+def longest_match(ids: TokenIds) -> tuple[int, int]:
+    """Return where the longest end of ``ids`` that came before went on, and its length.
+
+    Of several the latest. (0, 0) if the last token is new. 30 us at 8,192 tokens: a table
+    of what was said would have to be kept for each reply.
+    """
+    import numpy as np
+
+    last = len(ids) - 1
+    (places,) = (ids[:last] == ids[last]).nonzero()
+    length = 1
+    while len(places) > 1 and length < _CLOSE_MATCH_TOKENS:
+        before = places[places >= length] - length
+        longer = before[ids[before] == ids[last - length]] + length
+        if not len(longer):
+            break
+        places, length = longer, length + 1
+    if not len(places):
+        return 0, 0
+    end = int(places[-1]) + 1
+    longest = min(end, _MAX_MATCH_TOKENS)
+    differ = ids[end - longest : end][::-1] != ids[last + 1 - longest :][::-1]
+    return end, int(np.argmax(differ)) if differ.any() else longest
+
+
+class PromptLookup:
+    """Guesses how one reply goes on, and how often that was right."""
+
+    def __init__(self, max_tokens: int) -> None:
+        """``max_tokens``: of a guess."""
+        self._max_tokens = max_tokens
+        self._right = [odds * _FIRST_ODDS_WEIGHT for odds in _FIRST_ODDS]
+        self._guessed = [_FIRST_ODDS_WEIGHT] * len(_FIRST_ODDS)
+        self._length = 0  # of the match that was guessed from, and what came since
+        self._due: list[int] = []  # what was guessed and is to come, last one first
+
+    def guess(self, ids: TokenIds, most: int) -> Guess:
+        """Return at most ``most`` tokens that may follow ``ids``."""
+        import numpy as np
+
+        end, self._length = longest_match(ids)
+        # A loop goes on in what is guessed.
+        found = np.resize(ids[end:], min(most, self._max_tokens) if end else 0).tolist()
+        self._due = found[::-1]
+        lengths = range(self._length, self._length + len(found))
+        return Guess(found, [self._odds(length) for length in lengths])
+
+    def learn(self, token: int) -> None:
+        """Note which token came next."""
+        if not self._due:
+            return
+        is_right = self._due.pop() == token
+        size = _size(self._length)
+        self._right[size] = self._right[size] * _ODDS_FADE + is_right
+        self._guessed[size] = self._guessed[size] * _ODDS_FADE + 1
+        self._length += 1
+        if not is_right:
+            self._due.clear()
+
+    def _odds(self, length: int) -> float:
+        size = _size(length)
+        return self._right[size] / self._guessed[size]
+
+
+def _size(length: int) -> int:
+    """Return the place of a match's length in tables."""
+    return min(length, _MAX_MATCH_TOKENS).bit_length()
+
+
+def draft_lengths(
+    odds: Sequence[Sequence[float]], step_s: Callable[[int], float], most: int
+) -> list[int]:
+    """Return how much of each reply's guess to try, so that most tokens a second come.
+
+    ``step_s``: how long a step of that many rows takes; 0: not known. ``most``: in all.
+    No reply is made slower: each is to gain what the step takes longer.
+    """
+    lengths, best = [0] * len(odds), [0] * len(odds)
+    gains = [each[0] if each else 0.0 for each in odds]  # of one token more
+    expected = [1.0] * len(odds)
+    alone_s, best_rate = step_s(len(odds)), 0.0
+    if alone_s:
+        best_rate = len(odds) / alone_s
+    for more in range(1, most + 1 if alone_s else 0):
+        # Where a token more is worth most to who gets it, else one reply gets them all.
+        reply = max(range(len(odds)), key=lambda n: gains[n] / expected[n])
+        if not gains[reply]:
+            break
+        expected[reply] += gains[reply]
+        lengths[reply] += 1
+        rest = odds[reply][lengths[reply] :]
+        gains[reply] *= rest[0] if rest else 0.0
+        seconds = step_s(len(odds) + more)
+        rate = sum(expected) / seconds
+        if rate > best_rate and min(expected) * alone_s >= seconds:
+            best, best_rate = lengths.copy(), rate
+    return best
+
+
+# ==============================================================================
+# 29. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -9536,8 +9671,13 @@ class StepSpeed:
         One without replies, too, reads all weights: it takes as long as with one.
         """
         rows = max(1, rows)
-        near = min(self._rows_s, key=lambda known: abs(known - rows), default=0)
+        below = max((n for n in self._rows_s if n <= rows), default=0)
+        above = min((n for n in self._rows_s if n >= rows), default=0)
+        if below != above and below and above:
+            part = (rows - below) / (above - below)
+            return self._rows_s[below] * (1 - part) + self._rows_s[above] * part
         # Steps of 1, 4 and 16 replies took 13, 31 and 71 ms: as if there were 2 more.
+        near = below or above
         return self._rows_s[near] * (rows + 2) / (near + 2) if near else 0.0
 
     def step_s(self, rows: int, tokens: int) -> float:
@@ -9561,6 +9701,11 @@ class StepWork:
     is_deterministic: bool = False
     needs_all_logits: bool = False  # of the prompt's tokens, not of its last one only
     last_row: int = 0  # the larger, the later
+    lookup: PromptLookup | None = None  # None: nothing is tried ahead
+
+    def guess(self) -> Guess:
+        """Return how the reply may go on after its next token."""
+        return Guess()
 
     @property
     def left_tokens(self) -> int:
@@ -9583,6 +9728,17 @@ class Step(NamedTuple, Generic[Planned]):
     pieces: list[tuple[Planned, int]]  # prompts, and how many tokens of each are read
     is_deterministic: bool
     oldest: Planned | None  # of the prompts that could have been read
+    drafts: Sequence[Sequence[int]]  # of each of the rows: tokens that are tried ahead
+
+    @property
+    def decoded(self) -> Iterator[tuple[Planned, Sequence[int]]]:
+        """Each reply that grows, and what is tried ahead of it."""
+        return zip(self.rows, self.drafts or [()] * len(self.rows), strict=True)
+
+    @property
+    def decode_rows(self) -> int:
+        """How many tokens of replies are computed, whether they are kept or not."""
+        return len(self.rows) + sum(map(len, self.drafts))
 
     @property
     def prompt_tokens(self) -> int:
@@ -9614,9 +9770,16 @@ class StepPlanner:
     """Decides what each step computes. ``step_s``: its longest time while replies grow."""
 
     def __init__(
-        self, speed: StepSpeed, *, step_s: float, batch_tokens: int, max_outputs: int
+        self,
+        speed: StepSpeed,
+        *,
+        step_s: float,
+        batch_tokens: int,
+        max_outputs: int,
+        draft_tokens: int = 0,
     ) -> None:
         self.speed = speed
+        self._draft_tokens = draft_tokens  # in a step
         self._step_s = step_s
         self._batch_tokens = batch_tokens
         self._max_outputs = max_outputs  # rows of logits in a step
@@ -9625,8 +9788,13 @@ class StepPlanner:
         self._served: dict[str, int] = {}  # tokens read of each client's prompts
         self._owed = [0.0, 0.0]  # tokens, to the oldest prompt; deterministic: second
 
-    def plan(self, work: Sequence[Planned]) -> Step[Planned] | None:
-        """Return the next step for all that is under way, oldest first; None: nothing."""
+    def plan(
+        self, work: Sequence[Planned], *, is_trial: bool = False
+    ) -> Step[Planned] | None:
+        """Return the next step for all that is under way, oldest first; None: nothing.
+
+        ``is_trial``: one that may fail, in which nothing is tried ahead.
+        """
         if not work:
             return None
         kinds = {one.kind for one in work}
@@ -9641,7 +9809,11 @@ class StepPlanner:
         prompts = [one for one in mine if one.left_tokens]
         is_growing = any(not one.left_tokens for one in work)
         pieces = self._pieces(prompts, len(rows), is_growing=is_growing)
-        return Step(rows, pieces, self._kind > 0, prompts[0] if prompts else None)
+        oldest = prompts[0] if prompts else None
+        drafts = list[Sequence[int]]()
+        if not (is_trial or self._kind or pieces):
+            drafts = self._drafts(rows)
+        return Step(rows, pieces, self._kind > 0, oldest, drafts)
 
     def done(self, step: Step[Planned], seconds: float) -> None:
         """Note that a step was computed, and how long it took."""
@@ -9654,7 +9826,20 @@ class StepPlanner:
             more = -tokens if prompt is step.oldest else tokens / (_OLDEST_PART - 1)
             owed = self._owed[step.is_deterministic] + more
             self._owed[step.is_deterministic] = max(-float(_TURN_TOKENS), owed)
-        self.speed.record(len(step.rows), step.prompt_tokens, seconds)
+        self.speed.record(step.decode_rows, step.prompt_tokens, seconds)
+
+    def _drafts(self, rows: Sequence[Planned]) -> list[Sequence[int]]:
+        """Return what to try ahead of each reply, as far as that makes them faster."""
+        room = min(self._max_outputs, self._batch_tokens) - len(rows)
+        room = min(room, self._draft_tokens)
+        # Where not everybody can have a token more, nobody gets any.
+        guesses = [row.guess() for row in rows] if len(rows) <= room else []
+        if not any(guess.odds for guess in guesses):
+            return []
+        odds = [guess.odds for guess in guesses]
+        lengths = draft_lengths(odds, self.speed.decode_s, room)
+        pairs = zip(guesses, lengths, strict=True)
+        return [guess.ids[:length] for guess, length in pairs]
 
     def _begin_turns(self, clients: Iterable[str]) -> None:
         """Forget clients whose prompts are read; new ones begin with the least served."""
@@ -9775,6 +9960,8 @@ class Generation:
     ended_at: float = 0.0
     cached_tokens: int = 0  # of the prompt, those that were in memory already
     tokens: int = 0  # of all replies
+    draft_tokens: int = 0  # that were tried ahead
+    accepted_tokens: int = 0  # of those, the ones that the model chose
     step_rows: int = 0  # rows of all steps that gave it tokens, for a mean
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # if asked for
     error: ApiError | None = None
@@ -10011,16 +10198,19 @@ class GenerationQueue(WorkQueue):
             self._step = RunningStep(context, generations, self.clock(), usual_s)
             return self._step
 
-    def end_step(self, step: RunningStep, tokens: int, *, worked: bool) -> float:
+    def end_step(self, step: RunningStep, *, worked: bool) -> float:
         """Note that it has ended. Return the seconds it took."""
         with self._lock:
             self._step, self.stuck = None, 0
             seconds = self.clock() - step.began_at
             if worked or not step.is_unwanted:
                 self.breaker.record(worked=worked)
-            if worked:
-                self.backlog.throughput.record(tokens, seconds)
             return seconds
+
+    def count_tokens(self, tokens: int, seconds: float) -> None:
+        """Note how long tokens took that were read or gained."""
+        with self._lock:
+            self.backlog.throughput.record(tokens, seconds)
 
 
 _GENERATION_BYTES: Final = 4096  # of a request, without its tokens
@@ -10045,6 +10235,44 @@ class Reply(StepWork):
         """How many it may have in all."""
         return self.generation.request.max_tokens
 
+    def guess(self) -> Guess:
+        # After the last one that is tried the model chooses one more.
+        left, sequence = self.max_tokens - self.tokens - 1, self.sequence
+        if self.lookup is None or left <= 0:
+            return Guess()
+        sequence.ids[sequence.length] = self.next_token
+        return self.lookup.guess(sequence.ids[: sequence.length + 1], left)
+
+    def note_prompt(
+        self, context: StepContext, at: int, tokens: int, piece: Callable[[int], bytes]
+    ) -> None:
+        """Note how likely each of a prompt's next tokens was, after those before it.
+
+        ``at``: the first one's place in the step.
+        """
+        request, begin = self.generation.request, self.sequence.length
+        for offset in range(min(tokens, self.prompt_tokens - begin - 1)):
+            row, token = context.logits(at + offset), request.ids[begin + offset + 1]
+            found = logprobs(row, token, request.top_logprobs or 0, piece)
+            self.generation.prompt_logprobs.append(found)
+
+    def lose(self) -> None:
+        """Keep the ids of what it has in memory, which is lost: see begin_again()."""
+        import numpy as np
+
+        self.lost_ids = self.sequence.ids[: self.prompt_tokens]
+        if not self.left_tokens:
+            self.lost_ids = np.append(self.sequence.held, np.int32(self.next_token))
+
+    def begin_again(self, sequence: CachedSequence) -> None:
+        """Read in another sequence what it had: as if that were its prompt."""
+        assert self.lost_ids is not None
+        self.sequence, self.prompt_tokens = sequence, len(self.lost_ids)
+        self.read_tokens = sequence.length
+        self.needs_all_logits = self.needs_all_logits and not self.tokens
+        if not self.tokens:
+            self.generation.prompt_logprobs.clear()
+
     def grow(self, row: Any, vocabulary: Vocabulary) -> Delta:
         """Choose the next token by its logits, (n_vocab,), and return what it adds.
 
@@ -10055,6 +10283,8 @@ class Reply(StepWork):
             return Delta(self.index, finish_reason="length")
         token = self.next_token = self.sampler.sample(row)
         self.tokens += 1
+        if self.lookup is not None:
+            self.lookup.learn(token)
         delta = Delta(self.index, tokens=1)
         if token in vocabulary.end_tokens and not request.sampling.ignore_eos:
             delta.text, delta.finish_reason = self.text.end(), "stop"
@@ -10069,6 +10299,22 @@ class Reply(StepWork):
             delta.text += self.text.end()
             delta.finish_reason = "length"
         return delta
+
+
+def rows_of(step: Step[Reply]) -> list[StepRow]:
+    """Return what llama.cpp is to compute: replies, then prompts."""
+    rows = list[StepRow]()
+    for reply, draft in step.decoded:
+        tried = [reply.next_token, *draft]
+        begin = reply.sequence.length
+        rows.append(StepRow(reply.sequence.id, begin, tried, outputs=len(tried)))
+    for reply, tokens in step.pieces:
+        begin = reply.sequence.length
+        ids = reply.sequence.ids[begin : begin + tokens]
+        outputs = int(tokens == reply.left_tokens)
+        outputs = tokens if reply.needs_all_logits else outputs
+        rows.append(StepRow(reply.sequence.id, begin, ids, outputs))
+    return rows
 
 
 # ==============================================================================
@@ -10098,6 +10344,7 @@ class GenerationWorker(Workers):
         self._queue = queue
         self._hooks = hooks
         self._threads = queue.settings.threads  # of each step
+        self._draft_tokens = queue.settings.draft_tokens
         self._vocabulary = vocabulary
         self._context: StepContext | None = None
         self._replies: list[Reply] = []  # that have cells, oldest first
@@ -10145,7 +10392,8 @@ class GenerationWorker(Workers):
             self._execute(self._table.evict_unused(-1.0))
         self._admit()
         on_trial = [one for one in self._replies if one in [*self._suspects][:1]]
-        if step := self._planner.plan(on_trial or self._replies):
+        work, is_trial = on_trial or self._replies, bool(on_trial)
+        if step := self._planner.plan(work, is_trial=is_trial):
             self._compute(step)
 
     def _renew(self) -> None:
@@ -10169,6 +10417,7 @@ class GenerationWorker(Workers):
             step_s=self._queue.settings.step_ms / 1000,
             batch_tokens=context.max_tokens,
             max_outputs=context.max_outputs,
+            draft_tokens=self._draft_tokens if context.can_trim else 0,
         )
 
     def _try_to_renew(self) -> bool:
@@ -10255,6 +10504,7 @@ class GenerationWorker(Workers):
             generation=generation,
             index=index,
             sequence=sequence,
+            lookup=PromptLookup(self._draft_tokens) if self._draft_tokens else None,
             sampler=Sampler(
                 tokenizer.llama,
                 tokenizer.vocab,
@@ -10280,7 +10530,7 @@ class GenerationWorker(Workers):
     def _compute(self, step: Step[Reply]) -> None:
         context = self._context
         assert context is not None
-        usual_s = self._speed.step_s(len(step.rows), step.prompt_tokens)
+        usual_s = self._speed.step_s(step.decode_rows, step.prompt_tokens)
         replies = [*step.rows, *(reply for reply, _ in step.pieces)]
         generations = {reply.generation for reply in replies}
         running = self._queue.begin_step(context, generations, usual_s)
@@ -10289,8 +10539,7 @@ class GenerationWorker(Workers):
             self._decode(context, step)
         except Exception as failure:
             error = failure
-        tokens = len(step.rows) + step.prompt_tokens
-        seconds = self._queue.end_step(running, tokens, worked=error is None)
+        seconds = self._queue.end_step(running, worked=error is None)
         if isinstance(error, CallAborted) and not running.is_overdue:
             return  # all have left, and llama.cpp has forgotten the step
         if error is not None:
@@ -10298,8 +10547,16 @@ class GenerationWorker(Workers):
             return
         self._planner.done(step, seconds)
         self._busy_s += seconds
-        grown = self._read_results(context, step)
-        self._report = StepReport(len(step.rows), step.prompt_tokens, grown, seconds)
+        grown, tried = self._read_results(context, step), sum(map(len, step.drafts))
+        self._queue.count_tokens(step.prompt_tokens + grown, seconds)
+        self._report = StepReport(
+            step.decode_rows,
+            step.prompt_tokens,
+            grown,
+            seconds,
+            draft_tokens=tried,
+            accepted_tokens=max(0, grown - len(step.rows)) if tried else 0,
+        )
         if self._has_nan:  # others will get those cells
             self._has_nan = False
             self._displace_all()
@@ -10307,16 +10564,7 @@ class GenerationWorker(Workers):
             self._forget_all(context)
 
     def _decode(self, context: StepContext, step: Step[Reply]) -> None:
-        rows = [
-            StepRow(reply.sequence.id, reply.sequence.length, [reply.next_token], 1)
-            for reply in step.rows
-        ]
-        for reply, tokens in step.pieces:
-            begin = reply.sequence.length
-            ids = reply.sequence.ids[begin : begin + tokens]
-            outputs = int(tokens == reply.left_tokens)
-            outputs = tokens if reply.needs_all_logits else outputs
-            rows.append(StepRow(reply.sequence.id, begin, ids, outputs))
+        rows = rows_of(step)
         threads = self._threads
         if not step.is_deterministic:  # the last bits depend on the number of threads
             threads = max(1, threads - self._hooks.cores.busy)
@@ -10332,18 +10580,39 @@ class GenerationWorker(Workers):
     def _read_results(self, context: StepContext, step: Step[Reply]) -> int:
         """Let replies grow by what was computed. Return by how many tokens."""
         at = grown = 0
-        for reply in step.rows:
-            reply.sequence.append(reply.next_token)
-            grown += self._grow(reply, context.logits(at), step)
-            at += 1
+        for reply, draft in step.decoded:
+            grown += self._grow_along(draft, reply, at, step)
+            at += 1 + len(draft)
         for reply, tokens in step.pieces:
             if reply.needs_all_logits:
-                self._note_prompt(reply, context, at, tokens)
+                reply.note_prompt(context, at, tokens, self._vocabulary.piece)
             reply.sequence.length += tokens
             at += tokens
             if not reply.left_tokens:
                 for each in (reply, *self._fork(reply)):
                     grown += self._grow(each, context.logits(at - 1), step)
+        return grown
+
+    def _grow_along(
+        self, draft: Sequence[int], reply: Reply, at: int, step: Step[Reply]
+    ) -> int:
+        """Choose a reply's next tokens, as long as they are those of its draft.
+
+        ``at``: its first row in the step. Return by how many tokens it grew.
+        """
+        context, sequence, grown = self._context, reply.sequence, 0
+        assert context is not None
+        sequence.append(reply.next_token)
+        while self._grow(reply, context.logits(at + grown), step):
+            grown += 1
+            is_over = grown > len(draft) or reply not in self._replies
+            if is_over or reply.next_token != draft[grown - 1]:
+                break
+            sequence.append(reply.next_token)
+        if grown <= len(draft):
+            context.trim(sequence.id, sequence.length)
+        reply.generation.draft_tokens += len(draft)
+        reply.generation.accepted_tokens += max(0, grown - 1)
         return grown
 
     def _fork(self, reply: Reply) -> list[Reply]:
@@ -10358,17 +10627,6 @@ class GenerationWorker(Workers):
             each.read_tokens = each.prompt_tokens
         self._replies += replies
         return replies
-
-    def _note_prompt(
-        self, reply: Reply, context: StepContext, at: int, tokens: int
-    ) -> None:
-        """Note how likely each token of a prompt was, after those before it."""
-        request, begin = reply.generation.request, reply.sequence.length
-        piece = self._vocabulary.piece
-        for offset in range(min(tokens, reply.prompt_tokens - begin - 1)):
-            row, token = context.logits(at + offset), request.ids[begin + offset + 1]
-            found = logprobs(row, token, request.top_logprobs or 0, piece)
-            reply.generation.prompt_logprobs.append(found)
 
     def _grow(self, reply: Reply, row: Any, step: Step[Reply]) -> int:
         """Choose a reply's next token. Return 1, or 0 if it has none."""
@@ -10470,13 +10728,8 @@ class GenerationWorker(Workers):
 
     def _displace_all(self) -> None:
         """Take the cells of all replies: each is read again, with what it has so far."""
-        import numpy as np
-
         for reply in self._replies:
-            ids = reply.sequence.ids[: reply.prompt_tokens]
-            if not reply.left_tokens:
-                ids = np.append(reply.sequence.held, np.int32(reply.next_token))
-            reply.lost_ids = ids
+            reply.lose()
         self._displaced.extend(self._replies)
         self._replies.clear()
 
@@ -10490,12 +10743,7 @@ class GenerationWorker(Workers):
         if admission is None:
             return False
         self._execute(admission.operations)
-        reply.sequence = admission.sequence
-        reply.prompt_tokens = len(reply.lost_ids)
-        reply.read_tokens = reply.sequence.length
-        reply.needs_all_logits = reply.needs_all_logits and not reply.tokens
-        if not reply.tokens:
-            reply.generation.prompt_logprobs.clear()
+        reply.begin_again(admission.sequence)
         self._replies.append(reply)
         self._count()
         return True
@@ -20314,6 +20562,9 @@ def count_step(telemetry: Telemetry, step: StepReport) -> None:
     """Count a step of a model that generates."""
     telemetry.count("embellama_generation_tokens_total", step.tokens)
     telemetry.count("embellama_prompt_tokens_total", step.prompt_tokens, "computed")
+    rejected = step.draft_tokens - step.accepted_tokens
+    telemetry.count("embellama_draft_tokens_total", step.accepted_tokens, "accepted")
+    telemetry.count("embellama_draft_tokens_total", rejected, "rejected")
     telemetry.observe("embellama_step_tokens", step.rows + step.prompt_tokens)
     telemetry.observe("embellama_step_seconds", step.seconds)
 

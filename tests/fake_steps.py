@@ -16,6 +16,7 @@ from tests import kit
 N_VOCAB = 300
 END = 299  # the token that ends a reply
 FIRST = 10  # of those that it says
+QUOTE_TOKEN = 6  # a reply after it says again what was before, with slips
 NAN_TOKEN, BOOM_TOKEN = 7, 8  # gives NaN as the last one; no step with it works
 SHORT_TOKEN = 9  # a reply after it ends at a length that is a multiple of 8
 
@@ -24,6 +25,9 @@ def next_token(ids: Sequence[int]) -> int:
     """What comes after these, all of which decide it."""
     if SHORT_TOKEN in ids and len(ids) % 8 == 0:
         return END
+    if QUOTE_TOKEN in ids and len(ids) % 7:
+        quoted = [*ids].index(QUOTE_TOKEN)
+        return int(ids[(len(ids) - quoted - 1) % quoted])
     digest = hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=4)
     return FIRST + int.from_bytes(digest.digest(), "big") % (END - FIRST)
 

@@ -238,11 +238,14 @@ async def test_sequences_and_the_prompt_cache_have_metrics() -> None:
 def test_a_step_is_counted() -> None:
     telemetry = es.Telemetry()
     es.count_step(telemetry, es.StepReport(3, 60, 4, 0.25))
-    es.count_step(telemetry, es.StepReport(3, 0, 3, 0.03))
+    report = es.StepReport(3, 0, 3, 0.03, draft_tokens=5, accepted_tokens=2)
+    es.count_step(telemetry, report)
     text = telemetry.exposition()
     for line in (
         "generation_tokens_total 7",
         'prompt_tokens_total{source="computed"} 60',
+        'draft_tokens_total{result="accepted"} 2',
+        'draft_tokens_total{result="rejected"} 3',
         "step_tokens_count 2",
         "step_tokens_sum 66",
         "step_seconds_sum 0.28",
