@@ -134,53 +134,54 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 28. TEXT - tokens to the text that a client may see
 29. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
 30. SEQUENCES - what of past prompts is still in memory
-31. STEPS - which tokens share the next call
-32. GENERATIONS - requests for text: what each has gained, and which wait
-33. GENERATOR - the thread that generates
+31. DRAFTS - how a reply may go on, tried ahead
+32. STEPS - which tokens share the next call
+33. GENERATIONS - requests for text: what each has gained, and which wait
+34. GENERATOR - the thread that generates
 --- network wing ---
-34. MESSAGES - requests and responses, and the bytes of a response
-35. REQUESTS - bytes to requests
-36. CODINGS - compressed bodies, JSON, and what a client takes
-37. PROXIES - which client one speaks for
-38. KEYS - who is asking, and how much each may ask for
-39. SOCKETS - how many, how much is held for them, how each ends
-40. CONNECTIONS - requests of one client, in order; back-pressure
-41. LISTENERS - where connections come from
+35. MESSAGES - requests and responses, and the bytes of a response
+36. REQUESTS - bytes to requests
+37. CODINGS - compressed bodies, JSON, and what a client takes
+38. PROXIES - which client one speaks for
+39. KEYS - who is asking, and how much each may ask for
+40. SOCKETS - how many, how much is held for them, how each ends
+41. CONNECTIONS - requests of one client, in order; back-pressure
+42. LISTENERS - where connections come from
 --- hall ---
-42. GATE - who is let in
-43. MODELS - what is configured, what is in memory, and what a name means
-44. REGISTRY - when each model is in memory
-45. FORMS - what is asked and answered, declared once
-46. COMPUTE - from an EmbedRequest to its EmbedResult
-47. REPLIES - from messages to the text of a reply, as it grows
-48. HANDLING - what handlers work with: the service, and a request over HTTP
-49. ANSWERS - replies on their way: whole, or part by part
-50. VECTORS - numbers of a reply, in the types that clients ask for
-51. OPENAI - its shapes
-52. TOOLS - which functions a model may call, and which it must
-53. CHAT FORMS - what may be asked of a model that generates
-54. CHAT - OpenAI's chat and completions, whole and streamed
-55. COHERE - its vectors and scores, Jina's scores, and vLLM's
-56. TEI - the shapes of text-embeddings-inference
-57. TOKENS - texts as the tokens that a model reads, and back
-58. OLLAMA - its shapes
-59. SEEDS - what infer-server and LMServ promise
-60. ADMIN - health, readiness, metrics, models
-61. DESCRIPTION - the routes as an OpenAPI document, and as a page
-62. ROUTES - the table, and everything derived from it
-63. DISPATCH - from a request to its response
-64. TRIALS - a model loaded in another process first
-65. FOLDER - what a model's authors wrote beside its file
-66. LOADING - a model's way into memory
-67. SUPERVISOR - a small parent that outlives the server
-68. SERVER - builds every object; loading, ready, draining, stopped
-69. TUNING - the settings that are fastest on this box
-70. CHECKING - what a model is and gives, before it is served
-71. DEPLOYMENT - what the printed files have in common
-72. UNITS - the server under systemd
-73. CONTAINERS - the server in images, with Compose, in Kubernetes
-74. WATCHING - what scrapes, draws and alerts
-75. COMMAND LINE - flags in, exit code out
+43. GATE - who is let in
+44. MODELS - what is configured, what is in memory, and what a name means
+45. REGISTRY - when each model is in memory
+46. FORMS - what is asked and answered, declared once
+47. COMPUTE - from an EmbedRequest to its EmbedResult
+48. REPLIES - from messages to the text of a reply, as it grows
+49. HANDLING - what handlers work with: the service, and a request over HTTP
+50. ANSWERS - replies on their way: whole, or part by part
+51. VECTORS - numbers of a reply, in the types that clients ask for
+52. OPENAI - its shapes
+53. TOOLS - which functions a model may call, and which it must
+54. CHAT FORMS - what may be asked of a model that generates
+55. CHAT - OpenAI's chat and completions, whole and streamed
+56. COHERE - its vectors and scores, Jina's scores, and vLLM's
+57. TEI - the shapes of text-embeddings-inference
+58. TOKENS - texts as the tokens that a model reads, and back
+59. OLLAMA - its shapes
+60. SEEDS - what infer-server and LMServ promise
+61. ADMIN - health, readiness, metrics, models
+62. DESCRIPTION - the routes as an OpenAPI document, and as a page
+63. ROUTES - the table, and everything derived from it
+64. DISPATCH - from a request to its response
+65. TRIALS - a model loaded in another process first
+66. FOLDER - what a model's authors wrote beside its file
+67. LOADING - a model's way into memory
+68. SUPERVISOR - a small parent that outlives the server
+69. SERVER - builds every object; loading, ready, draining, stopped
+70. TUNING - the settings that are fastest on this box
+71. CHECKING - what a model is and gives, before it is served
+72. DEPLOYMENT - what the printed files have in common
+73. UNITS - the server under systemd
+74. CONTAINERS - the server in images, with Compose, in Kubernetes
+75. WATCHING - what scrapes, draws and alerts
+76. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -9491,7 +9492,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 29. DRAFTS - how a reply may go on, tried ahead
+# 31. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -9620,7 +9621,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 29. STEPS - which tokens share the next call
+# 32. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -9894,7 +9895,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 32. GENERATIONS - requests for text: what each has gained, and which wait
+# 33. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -10318,7 +10319,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 33. GENERATOR - the thread that generates
+# 34. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -10768,7 +10769,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 34. MESSAGES - requests and responses, and the bytes of a response
+# 35. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -10959,7 +10960,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 35. REQUESTS - bytes to requests
+# 36. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -11317,7 +11318,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 36. CODINGS - compressed bodies, JSON, and what a client takes
+# 37. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -11680,7 +11681,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 37. PROXIES - which client one speaks for
+# 38. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -11805,7 +11806,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 38. KEYS - who is asking, and how much each may ask for
+# 39. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -12192,7 +12193,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 39. SOCKETS - how many, how much is held for them, how each ends
+# 40. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -12555,7 +12556,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 40. CONNECTIONS - requests of one client, in order; back-pressure
+# 41. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -13001,7 +13002,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 41. LISTENERS - where connections come from
+# 42. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -13351,7 +13352,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 42. GATE - who is let in
+# 43. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -13584,7 +13585,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 43. MODELS - what is configured, what is in memory, and what a name means
+# 44. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -13931,7 +13932,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 44. REGISTRY - when each model is in memory
+# 45. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -14349,7 +14350,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 45. FORMS - what is asked and answered, declared once
+# 46. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -14786,7 +14787,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 46. COMPUTE - from an EmbedRequest to its EmbedResult
+# 47. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -15005,7 +15006,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 47. REPLIES - from messages to the text of a reply, as it grows
+# 48. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -15401,7 +15402,7 @@ class Replies:
 
 
 # ==============================================================================
-# 48. HANDLING - what handlers work with: the service, and a request over HTTP
+# 49. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -15823,7 +15824,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 49. ANSWERS - replies on their way: whole, or part by part
+# 50. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -15919,7 +15920,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 50. VECTORS - numbers of a reply, in the types that clients ask for
+# 51. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -16042,7 +16043,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 51. OPENAI - its shapes
+# 52. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -16173,7 +16174,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 52. TOOLS - which functions a model may call, and which it must
+# 53. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -16360,7 +16361,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 53. CHAT FORMS - what may be asked of a model that generates
+# 54. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -16730,7 +16731,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 54. CHAT - OpenAI's chat and completions, whole and streamed
+# 55. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -17091,7 +17092,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 55. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 56. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -17392,7 +17393,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 56. TEI - the shapes of text-embeddings-inference
+# 57. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -17650,7 +17651,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 57. TOKENS - texts as the tokens that a model reads, and back
+# 58. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -17869,7 +17870,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 58. OLLAMA - its shapes
+# 59. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -18095,7 +18096,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 59. SEEDS - what infer-server and LMServ promise
+# 60. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -18311,7 +18312,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 60. ADMIN - health, readiness, metrics, models
+# 61. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -18551,7 +18552,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 61. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 62. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -18863,7 +18864,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 62. ROUTES - the table, and everything derived from it
+# 63. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -19051,7 +19052,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 63. DISPATCH - from a request to its response
+# 64. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -19490,7 +19491,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 64. TRIALS - a model loaded in another process first
+# 65. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -19573,7 +19574,7 @@ class Trial:
 
 
 # ==============================================================================
-# 65. FOLDER - what a model's authors wrote beside its file
+# 66. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -19700,7 +19701,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 66. LOADING - a model's way into memory
+# 67. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -20134,7 +20135,7 @@ class Loader:
 
 
 # ==============================================================================
-# 67. SUPERVISOR - a small parent that outlives the server
+# 68. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -20519,7 +20520,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 68. SERVER - builds every object; loading, ready, draining, stopped
+# 69. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -20952,7 +20953,7 @@ class Server:
 
 
 # ==============================================================================
-# 69. TUNING - the settings that are fastest on this box
+# 70. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -21087,7 +21088,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 70. CHECKING - what a model is and gives, before it is served
+# 71. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -21226,7 +21227,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 71. DEPLOYMENT - what the printed files have in common
+# 72. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -21443,7 +21444,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 72. UNITS - the server under systemd
+# 73. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -21657,7 +21658,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 73. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 74. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -22068,7 +22069,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 74. WATCHING - what scrapes, draws and alerts
+# 75. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -22259,7 +22260,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 75. COMMAND LINE - flags in, exit code out
+# 76. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
