@@ -161,27 +161,29 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 53. TOOLS - which functions a model may call, and which it must
 54. CHAT FORMS - what may be asked of a model that generates
 55. CHAT - OpenAI's chat and completions, whole and streamed
-56. COHERE - its vectors and scores, Jina's scores, and vLLM's
-57. TEI - the shapes of text-embeddings-inference
-58. TOKENS - texts as the tokens that a model reads, and back
-59. OLLAMA - its shapes
-60. SEEDS - what infer-server and LMServ promise
-61. ADMIN - health, readiness, metrics, models
-62. DESCRIPTION - the routes as an OpenAPI document, and as a page
-63. ROUTES - the table, and everything derived from it
-64. DISPATCH - from a request to its response
-65. TRIALS - a model loaded in another process first
-66. FOLDER - what a model's authors wrote beside its file
-67. LOADING - a model's way into memory
-68. SUPERVISOR - a small parent that outlives the server
-69. SERVER - builds every object; loading, ready, draining, stopped
-70. TUNING - the settings that are fastest on this box
-71. CHECKING - what a model is and gives, before it is served
-72. DEPLOYMENT - what the printed files have in common
-73. UNITS - the server under systemd
-74. CONTAINERS - the server in images, with Compose, in Kubernetes
-75. WATCHING - what scrapes, draws and alerts
-76. COMMAND LINE - flags in, exit code out
+56. ITEMS - what may be asked on OpenAI's /v1/responses
+57. RESPONSES - OpenAI's newer route: items, whole and streamed
+58. COHERE - its vectors and scores, Jina's scores, and vLLM's
+59. TEI - the shapes of text-embeddings-inference
+60. TOKENS - texts as the tokens that a model reads, and back
+61. OLLAMA - its shapes
+62. SEEDS - what infer-server and LMServ promise
+63. ADMIN - health, readiness, metrics, models
+64. DESCRIPTION - the routes as an OpenAPI document, and as a page
+65. ROUTES - the table, and everything derived from it
+66. DISPATCH - from a request to its response
+67. TRIALS - a model loaded in another process first
+68. FOLDER - what a model's authors wrote beside its file
+69. LOADING - a model's way into memory
+70. SUPERVISOR - a small parent that outlives the server
+71. SERVER - builds every object; loading, ready, draining, stopped
+72. TUNING - the settings that are fastest on this box
+73. CHECKING - what a model is and gives, before it is served
+74. DEPLOYMENT - what the printed files have in common
+75. UNITS - the server under systemd
+76. CONTAINERS - the server in images, with Compose, in Kubernetes
+77. WATCHING - what scrapes, draws and alerts
+78. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -15542,6 +15544,8 @@ class RequestContext:
     timer: asyncio.Timeout | None = None  # cancels the handler by then
     stage: str = "it was being read"  # what a deadline interrupts, as a clause
     parts: tuple[tuple[str, float, float], ...] = ()  # name, begin, end; monotonic
+    # The last part of a stream that fails; None: its error as one event or line.
+    failing: Callable[[ApiError], bytes] | None = None
     inputs: Sequence[object] = ()  # for the audit log
     log_fields: dict[str, object] = field(default_factory=dict)
 
@@ -16626,7 +16630,8 @@ class CompletionForm(GenerateForm):
 # --- from a form to what is asked of the model ---
 
 
-def _request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
+def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
+    """Return what a form asks for; ``more``: fields that it has under other names."""
     given = {name: getattr(form, name) for name in _SAMPLING}
     given["repeat_penalty"] = form.repeat_penalty or form.repetition_penalty
     given["seed"] = None if form.seed == -1 else form.seed
@@ -16671,7 +16676,7 @@ def chat_request(form: ChatForm) -> ReplyRequest:
         )
     tools, tool_choice = offered(form.tools, form.tool_choice)
     most = form.max_completion_tokens
-    return _request_of(
+    return reply_request_of(
         form,
         messages=messages,
         max_tokens=form.max_tokens if most is None else most,
@@ -16721,7 +16726,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
     if form.best_of not in (None, form.n):
         raise InvalidValue("best_of must be equal to n, or absent", param="best_of")
     asked = _COMPLETION_TOKENS if form.max_tokens is None else form.max_tokens
-    return _request_of(
+    return reply_request_of(
         form,
         prompts=form.prompt,
         max_tokens=asked,
@@ -17092,7 +17097,789 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 56. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 56. ITEMS - what may be asked on OpenAI's /v1/responses
+# ==============================================================================
+# Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
+# requests, so what refers to an earlier one is refused. A conversation is a list of items
+# there: what an assistant thought, said and called are several, and become one message.
+
+_MAX_PAIRS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512  # OpenAI's, of metadata
+_LOGPROBS: Final = "message.output_text.logprobs"
+_NOTHING_KEPT: Final = (
+    "nothing is kept here between requests, so send all items as input"
+)
+_TEXT_PARTS: Final = {
+    **dict.fromkeys(("input_text", "output_text", "text", "reasoning_text"), "text"),
+    "refusal": "refusal",
+}
+
+
+# --- what a field may hold ---
+
+
+def _read_item_parts(value: object, name: str) -> str | list[dict[str, str]]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise InvalidValue(f"{name} must be a string or a list of parts", param=name)
+    return [_read_item_part(part, f"{name}[{n}]") for n, part in enumerate(value)]
+
+
+def _read_item_part(part: object, name: str) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or kind not in _TEXT_PARTS:
+        other = f", not {kind:.40}" if isinstance(kind, str) else ""
+        raise InvalidValue(
+            f"{name} must be a part of type input_text or output_text{other}: this "
+            "server reads only text",
+            param=name,
+        )
+    key = _TEXT_PARTS[kind]
+    return {"type": "text", "text": TEXT.read(part.get(key), f"{name}.{key}")}
+
+
+_ITEM_PART: Final = any_of(
+    *(
+        an_object(type={"enum": [kind]}, **{key: STRING})
+        for kind, key in _TEXT_PARTS.items()
+    )
+)
+_ITEM_PARTS: Final = Kind(_read_item_parts, any_of(STRING, array(_ITEM_PART)))
+
+
+@dataclass(slots=True, kw_only=True)
+class SaidForm:
+    """A message."""
+
+    type: str = optional(one_of("message"), "May be absent.", "message")
+    role: str = required(
+        one_of("user", "assistant", "system", "developer"), "Who said it."
+    )
+    content: str | list[dict[str, str]] = required(
+        _ITEM_PARTS, "The text, or its parts."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class CalledForm:
+    """A call of a function by the assistant."""
+
+    type: str = required(one_of("function_call"), "The kind of item.")
+    call_id: str = required(NAME, "Its id, which the output repeats.")
+    name: str = required(NAME, "The function's name.")
+    arguments: str = required(TEXT, "Its arguments as JSON.")
+
+
+@dataclass(slots=True, kw_only=True)
+class CallOutputForm:
+    """What the function returned."""
+
+    type: str = required(one_of("function_call_output"), "The kind of item.")
+    call_id: str = required(NAME, "Of the call.")
+    output: str | list[dict[str, str]] = required(
+        _ITEM_PARTS, "The text, or its parts."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class ThoughtForm:
+    """What the assistant thought; what is encrypted cannot be read here."""
+
+    type: str = required(one_of("reasoning"), "The kind of item.")
+    content: str | list[dict[str, str]] | None = optional(_ITEM_PARTS, "The thoughts.")
+
+
+InputItem = SaidForm | CalledForm | CallOutputForm | ThoughtForm
+_ITEM_FORMS: Final[Mapping[str, type[InputItem]]] = {
+    "message": SaidForm,
+    "function_call": CalledForm,
+    "function_call_output": CallOutputForm,
+    "reasoning": ThoughtForm,
+}
+
+
+def _read_item(value: object, name: str) -> InputItem:
+    if not isinstance(value, dict):
+        raise InvalidValue(f"{name} must be an object, {{...}}", param=name)
+    kind = value.get("type") or "message"
+    if kind == "item_reference":
+        raise InvalidValue(f"{name} is an item_reference: {_NOTHING_KEPT}", param=name)
+    if not isinstance(kind, str) or kind not in _ITEM_FORMS:
+        other = f", not {kind:.40}" if isinstance(kind, str) else ""
+        raise InvalidValue(
+            f"{name} must be of type {', '.join(_ITEM_FORMS)}{other}", param=name
+        )
+    return parse_form(_ITEM_FORMS[kind], value, f"{name}.")
+
+
+_ITEMS: Final = list_of(
+    Kind(_read_item, any_of(*map(schema_of, _ITEM_FORMS.values()))),
+    "a string or a list of items",
+)
+
+
+def _read_items(value: object, name: str) -> list[InputItem]:
+    if isinstance(value, str):
+        return [SaidForm(role="user", content=value)]
+    return typing.cast(list[InputItem], _ITEMS.read(value, name))
+
+
+def _read_pairs(value: object, name: str) -> dict[str, str]:
+    if (
+        not isinstance(value, dict)
+        or len(value) > _MAX_PAIRS
+        or max(map(len, value), default=0) > _MAX_KEY_CHARS
+        or not all(isinstance(text, str) for text in value.values())
+        or max(map(len, value.values()), default=0) > _MAX_VALUE_CHARS
+    ):
+        raise InvalidValue(
+            f"{name} must be an object of at most {_MAX_PAIRS} texts of at most "
+            f"{_MAX_VALUE_CHARS} characters, with keys of at most {_MAX_KEY_CHARS}",
+            param=name,
+        )
+    return value
+
+
+_METADATA: Final[Schema] = {
+    "type": "object",
+    "maxProperties": _MAX_PAIRS,
+    "propertyNames": {"maxLength": _MAX_KEY_CHARS},
+    "additionalProperties": {"type": "string", "maxLength": _MAX_VALUE_CHARS},
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class FlatToolForm(FunctionForm):
+    """A function that the model may call."""
+
+    type: str = required(one_of("function"), "The only kind of tool there is.")
+
+
+def _read_tool(value: object, name: str) -> FlatToolForm | None:
+    """Return a function; None for another tool, which Codex sends and never needs."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        return None
+    return typing.cast(FlatToolForm, nested(FlatToolForm).read(value, name))
+
+
+def _only_functions(tools: list[FlatToolForm | None], name: str) -> list[FlatToolForm]:
+    functions = [tool for tool in tools if tool is not None]
+    times = collections.Counter(tool.name for tool in functions)
+    for said, count in times.most_common(1):
+        if count > 1:
+            raise InvalidValue(
+                f"{name} has {count} functions called {said}: they need names of their own",
+                param=name,
+            )
+    return functions
+
+
+def _read_choice(value: object, name: str) -> ToolChoice:
+    if isinstance(value, dict) and value.get("type") not in _CHOICES:
+        raise InvalidValue(
+            f"{name} demands a tool of another kind: only functions can be called here",
+            param=name,
+        )
+    return typing.cast(ToolChoice, TOOL_CHOICE.read(value, name))
+
+
+_TOOL: Final = Kind(_read_tool, any_of(schema_of(FlatToolForm), an_object(type=STRING)))
+_FUNCTIONS: Final = then(list_of(_TOOL, at_least=0), _only_functions)
+_CHOICES: Final = ("function", "allowed_tools")
+_NAMED: Final = an_object(
+    type={"enum": ["function"]}, name=schema_of(FunctionForm)["properties"]["name"]
+)
+_SOME: Final = an_object(
+    type={"enum": ["allowed_tools"]},
+    mode={"enum": ["auto", "required"]},
+    tools={**array(_NAMED), "minItems": 1},
+)
+_CHOICE: Final = Kind(
+    _read_choice, any_of({"enum": ["auto", "none", "required"]}, _NAMED, _SOME)
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class FormatForm:
+    """What the text of a reply has to be."""
+
+    type: str = required(
+        one_of("text", "json_object", "json_schema"), "Any text, or JSON."
+    )
+    name: str | None = optional(NAME, "Of the schema.")
+    description: str | None = optional(TEXT, "Of the schema.")
+    schema: Mapping[str, object] | None = optional(OBJECT, "JSON Schema.")
+    strict: bool | None = optional(
+        FLAG, "Whether it must fit the schema; it always does."
+    )
+
+
+def _check_format(form: FormatForm, name: str) -> FormatForm:
+    if form.type == "json_schema":
+        for key in ("name", "schema"):
+            if getattr(form, key) is None:
+                raise InvalidValue(f"{name}.{key} is missing", param=f"{name}.{key}")
+    return form
+
+
+@dataclass(slots=True, kw_only=True)
+class ResponseTextForm:
+    """How the text of a reply is to be."""
+
+    format: FormatForm | None = optional(
+        then(nested(FormatForm), _check_format), "Any text, or JSON."
+    )
+    verbosity: str | None = optional(NAME, "No effect.")
+
+
+@dataclass(slots=True, kw_only=True)
+class ResponseReasoningForm:
+    """How the model thinks."""
+
+    effort: str | None = optional(NAME, "Of the template; none: no thinking.")
+    summary: str | None = optional(NAME, "No effect: thoughts are sent as they are.")
+
+
+def _read_one(value: object, name: str) -> int:
+    if isinstance(value, bool) or value != 1:
+        raise InvalidValue(f"{name} must be 1: ask again for more", param=name)
+    return 1
+
+
+_ONE: Final = Kind(_read_one, {"type": "integer", "enum": [1]})
+_NOT: Final = choice(
+    {False: False, "false": False},
+    f"false: {_NOTHING_KEPT}",
+    {"enum": [False, 0, "false"]},
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class ResponsesForm(GenerateForm):
+    """The body of POST /v1/responses."""
+
+    input: list[InputItem] = required(
+        Kind(_read_items, any_of(STRING, _ITEMS.schema)),
+        "What was said so far: a text of the user, or a list of items.",
+        example="Hello!",
+    )
+    instructions: str | None = optional(TEXT, "What the model is told first.")
+    max_output_tokens: int | None = optional(integer(-1), "The same as max_tokens.")
+    n: int = optional(_ONE, "One response to each request.", 1)
+    top_logprobs: int | None = optional(
+        integer(0, 20), "Tell how likely each token was, and as many of the likeliest."
+    )
+    include: list[str] | None = optional(
+        list_of(NAME, at_least=0), f"{_LOGPROBS}; what else there is, is none of ours."
+    )
+    tools: list[FlatToolForm] | None = optional(
+        _FUNCTIONS, "Functions; tools of other kinds are left out."
+    )
+    tool_choice: ToolChoice | None = optional(
+        _CHOICE, "Which functions may or must be called; default: auto."
+    )
+    parallel_tool_calls: bool = optional(
+        FLAG, "Whether one reply may have several.", True
+    )
+    text: ResponseTextForm | None = optional(
+        nested(ResponseTextForm), "How the text is to be."
+    )
+    reasoning: ResponseReasoningForm | None = optional(
+        nested(ResponseReasoningForm), "How to think."
+    )
+    chat_template_kwargs: Mapping[str, object] | None = optional(
+        OBJECT, "More variables of the template."
+    )
+    truncation: str | None = optional(
+        one_of("auto", "disabled"), "Nothing is ever cut: what is too long is refused."
+    )
+    metadata: Mapping[str, str] | None = optional(
+        Kind(_read_pairs, _METADATA), "Texts that the reply repeats."
+    )
+    store: bool | None = optional(FLAG, "No effect: nothing is kept.")
+    background: bool = optional(_NOT, "Not here: a reply that nobody waits for.", False)
+    previous_response_id: None = optional(refused(_NOTHING_KEPT), "Not here.")
+    conversation: None = optional(refused(_NOTHING_KEPT), "Not here.")
+    prompt: None = optional(refused("no prompts are kept here"), "Not here.")
+    moderation: None = optional(refused("nothing is moderated here"), "Not here.")
+    context_management: None = optional(
+        refused("nothing is compacted here: send fewer items"), "Not here."
+    )
+
+
+# --- from a form to what is asked of the model ---
+
+
+def responses_request(form: ResponsesForm) -> ReplyRequest:
+    """Return what a form asks for. Raises InvalidValue."""
+    messages = _messages(form.input)
+    if not messages:
+        raise EmptyInput("input has nothing to reply to", param="input")
+    if form.instructions:
+        messages.insert(0, {"role": "system", "content": form.instructions})
+    last = messages[-1]
+    continues = last["role"] == "assistant" and bool(last.get("content"))
+    continues = continues and "tool_calls" not in last
+    functions = [*map(_tool_of, form.tools or ())]
+    tools, tool_choice = offered(functions, form.tool_choice)
+    variables = dict(form.chat_template_kwargs or {})
+    effort = form.reasoning.effort if form.reasoning else None
+    if effort is not None:
+        variables["reasoning_effort"] = effort
+        variables.setdefault("enable_thinking", effort != "none")
+    most, top = form.max_output_tokens, form.top_logprobs
+    wants_logprobs = _LOGPROBS in (form.include or ())
+    return reply_request_of(
+        form,
+        messages=messages,
+        max_tokens=form.max_tokens if most is None else most,
+        top_logprobs=top or 0 if top or wants_logprobs else None,
+        json_schema=_json_schema(form),
+        tools=tools,
+        tool_choice=tool_choice,
+        calls_in_parallel=form.parallel_tool_calls,
+        variables=variables,
+        adds_turn=not continues,
+        continues_last=continues,
+    )
+
+
+def _messages(items: Sequence[InputItem]) -> list[dict[str, Any]]:
+    """Return items as messages: an assistant's in a row are one, as far as they fit."""
+    messages: list[dict[str, Any]] = []
+    called: dict[str, str] = {}
+
+    def assistant(*but: str) -> dict[str, Any]:
+        # The last message, unless it has one of these fields already.
+        last = messages[-1] if messages else {}
+        if last.get("role") != "assistant" or any(last.get(key) for key in but):
+            messages.append(last := {"role": "assistant", "content": None})
+        return last
+
+    for item in items:
+        if isinstance(item, ThoughtForm):
+            if text := item.content:
+                own = ("reasoning_content", "content", "tool_calls")
+                assistant(*own)["reasoning_content"] = _thought(text)
+        elif isinstance(item, CalledForm):
+            called[item.call_id] = item.name
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            assistant().setdefault("tool_calls", []).append(call)
+        elif isinstance(item, CallOutputForm):
+            told = {"role": "tool", "content": item.output}
+            told["tool_call_id"] = item.call_id
+            if name := called.get(item.call_id):  # some templates write it
+                told["name"] = name
+            messages.append(told)
+        elif item.role == "assistant":
+            assistant("content", "tool_calls")["content"] = item.content
+        else:
+            messages.append({"role": item.role, "content": item.content})
+    return messages
+
+
+def _thought(parts: str | Sequence[Mapping[str, str]]) -> str:
+    if isinstance(parts, str):
+        return parts
+    return "\n".join(part["text"] for part in parts)
+
+
+def _tool_of(form: FlatToolForm) -> Tool:
+    """Return a function as chat has it: what is null, or not so, is not there."""
+    fields = ("name", "description", "parameters", "strict")
+    given = {name: getattr(form, name) for name in fields}
+    function = {
+        name: value for name, value in given.items() if value not in (None, False)
+    }
+    return {"type": "function", "function": function}
+
+
+def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
+    wanted = form.text.format if form.text else None
+    if wanted is None or wanted.type == "text":
+        return None
+    return wanted.schema if wanted.type == "json_schema" else {}
+
+
+# ==============================================================================
+# 57. RESPONSES - OpenAI's newer route: items, whole and streamed
+# ==============================================================================
+# A reply is a list of items here: what the model thought, said and called. In a stream
+# each is begun, grows and is done before the next one begins, as Codex knows no other
+# order. Each event tells where it belongs, and all have a number.
+
+Event = dict[str, object]
+
+
+class _OutputItem:
+    """An item of a reply as it grows, and the events that tell of it."""
+
+    prefix: ClassVar[str]  # of the id
+    growth: ClassVar[str]  # of the names of the events by which it grows
+
+    def __init__(self, index: int) -> None:
+        self.id = f"{self.prefix}_{random.getrandbits(128):032x}"
+        self.status = "in_progress"
+        self._index = index
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """All it has gained."""
+        self._pieces = ["".join(self._pieces)]
+        return self._pieces[0]
+
+    def shown(self) -> dict[str, object]:
+        """Return it as JSON would have it."""
+        raise NotImplementedError
+
+    def begin(self) -> list[Event]:
+        """Return the events by which it begins."""
+        return [self._framing("added")]
+
+    def grow(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Event]:
+        """Return the event of more text, if there is any."""
+        self._pieces.append(text)
+        more = self._more(logprobs)
+        return [self._event("delta", delta=text, **more)] if text or logprobs else []
+
+    def end(self, status: str) -> list[Event]:
+        """Return the events by which it ends."""
+        self.status = status
+        return [*self._last(), self._framing("done")]
+
+    def _more(self, logprobs: Sequence[TokenLogprob]) -> Event:
+        return {}
+
+    def _last(self) -> list[Event]:
+        raise NotImplementedError
+
+    def _event(self, step: str, **more: object) -> Event:
+        kind = f"response.{self.growth}.{step}"
+        return {"type": kind, "item_id": self.id, "output_index": self._index, **more}
+
+    def _framing(self, step: str) -> Event:
+        kind = f"response.output_item.{step}"
+        return {"type": kind, "output_index": self._index, "item": self.shown()}
+
+
+class _Text(_OutputItem):
+    """A message, whose content is one part: its text."""
+
+    prefix, growth, part = "msg", "output_text", "output_text"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self._logprobs: list[dict[str, object]] = []
+
+    def shown(self) -> dict[str, object]:
+        begun = {"id": self.id, "type": "message", "status": self.status}
+        return begun | {"role": "assistant", "content": self._content()}
+
+    def begin(self) -> list[Event]:
+        return [*super().begin(), self._part("added")]
+
+    def _content(self) -> list[Event]:
+        return [self._shown_part()] if self.status != "in_progress" else []
+
+    def _shown_part(self) -> Event:
+        part: Event = {"type": self.part, "text": self.text}
+        return part | {"annotations": [], "logprobs": self._logprobs}
+
+    def _part(self, step: str) -> Event:
+        # Its own name is of all kinds of parts.
+        event = self._event(step, content_index=0, part=self._shown_part())
+        return event | {"type": f"response.content_part.{step}"}
+
+    def _more(self, logprobs: Sequence[TokenLogprob]) -> Event:
+        shown = likelihoods(logprobs)
+        self._logprobs += shown
+        return {"content_index": 0, "logprobs": shown}
+
+    def _last(self) -> list[Event]:
+        more = {"content_index": 0, "text": self.text, "logprobs": self._logprobs}
+        return [self._event("done", **more), self._part("done")]
+
+
+class _Thoughts(_Text):
+    """What the model thought. There is no summary of it, as nobody makes one."""
+
+    prefix, growth, part = "rs", "reasoning_text", "reasoning_text"
+
+    def shown(self) -> dict[str, object]:
+        begun = {"id": self.id, "type": "reasoning", "status": self.status}
+        return begun | {"summary": [], "content": self._content()}
+
+    def _shown_part(self) -> Event:
+        return {"type": self.part, "text": self.text}
+
+    def _more(self, logprobs: Sequence[TokenLogprob]) -> Event:
+        return {"content_index": 0}
+
+    def _last(self) -> list[Event]:
+        text = self._event("done", content_index=0, text=self.text)
+        return [text, self._part("done")]
+
+
+class _Call(_OutputItem):
+    """A call of a function."""
+
+    prefix, growth = "fc", "function_call_arguments"
+
+    def __init__(self, index: int, part: CallPart) -> None:
+        super().__init__(index)
+        self._begun: dict[str, object] = {"call_id": part.id, "name": part.name}
+
+    def shown(self) -> dict[str, object]:
+        begun = {"id": self.id, "type": "function_call", "status": self.status}
+        return begun | self._begun | {"arguments": self.text}
+
+    def _last(self) -> list[Event]:
+        name = self._begun["name"]
+        return [self._event("done", name=name, arguments=self.text)]
+
+
+class ResponseOutput:
+    """The items of one response as it grows."""
+
+    def __init__(self) -> None:
+        self._items: list[_OutputItem] = []
+        self._open: tuple[str, int] | None = None  # what the last one is
+
+    def shown(self) -> list[dict[str, object]]:
+        """Return them as JSON would have them."""
+        return [item.shown() for item in self._items]
+
+    def add(self, delta: Delta) -> Iterator[Event]:
+        """Yield the events of what a reply has gained."""
+        gains: list[tuple[tuple[str, int], str, CallPart | None]] = []
+        if delta.reasoning:
+            gains.append((("thoughts", 0), delta.reasoning, None))
+        if delta.text or delta.logprobs:
+            gains.append((("text", 0), delta.text, None))
+        gains += ((("call", part.index), part.arguments, part) for part in delta.calls)
+        # What was piled up and merged goes on with what was there before.
+        for key, text, part in sorted(gains, key=lambda gain: gain[0] != self._open):
+            if key != self._open:
+                yield from self._next(key, part)
+            logprobs = delta.logprobs if key[0] == "text" else ()
+            yield from self._items[-1].grow(text, logprobs)
+
+    def end(self, status: str) -> Iterator[Event]:
+        """Yield the last events; an empty reply is an empty message."""
+        if not self._items:
+            yield from self._next(("text", 0), None)
+        yield from self._items[-1].end(status)
+        self._open = None
+
+    def cut(self) -> None:
+        """Note that it ends here, without an event."""
+        if self._open is not None:
+            self._items[-1].status = "incomplete"
+
+    def _next(self, key: tuple[str, int], part: CallPart | None) -> Iterator[Event]:
+        if self._open is not None:
+            yield from self._items[-1].end("completed")
+        index, self._open = len(self._items), key
+        kinds = {"thoughts": _Thoughts, "text": _Text}
+        item = kinds[key[0]](index) if part is None else _Call(index, part)
+        self._items.append(item)
+        yield from item.begin()
+
+
+class ResponseWriter(ReplyWriter):
+    """Writes a response as JSON: whole, or as the events of a stream."""
+
+    def __init__(self, replies: Replies, form: ResponsesForm) -> None:
+        super().__init__(replies)
+        self._output, self._numbers = ResponseOutput(), itertools.count()
+        self._reason = ""
+        self._about = {
+            "id": f"resp_{random.getrandbits(128):032x}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": replies.name,
+            **_repeated(form, replies.requests[0].sampling),
+        }
+
+    def opening(self) -> bytes:
+        return self._lifecycle("created") + self.heartbeat()
+
+    def heartbeat(self) -> bytes:
+        # A comment would not do: Codex waits 300 s for an event.
+        return self._lifecycle("in_progress")
+
+    def part(self, delta: Delta) -> bytes:
+        self._reason = delta.finish_reason or self._reason
+        return b"".join(map(self._event, self._output.add(delta)))
+
+    def closing(self) -> bytes:
+        is_cut = self._reason == "length"
+        status = "incomplete" if is_cut else "completed"
+        last = b"".join(map(self._event, self._output.end(status)))
+        return last + self._lifecycle(status)
+
+    def failing(self, error: ApiError) -> bytes:
+        """Return the last events of a stream that breaks off.
+
+        OpenAI's SDKs raise at "error" and its members, Codex at "response.failed".
+        """
+        self._output.cut()
+        told = error_object(error)
+        said = self._event({**told, "type": "error", "error": told})
+        failed = {"code": "server_error", "message": error.message}
+        return said + self._lifecycle("failed", error=failed)
+
+    def whole(self, replies: Sequence[Delta]) -> bytes:
+        (reply,) = replies
+        self.part(reply)
+        self.closing()
+        status = "incomplete" if self._reason == "length" else "completed"
+        return json_codec().dumps(self._snapshot(status))
+
+    def _event(self, event: Event) -> bytes:
+        kind, number = typing.cast(str, event["type"]), next(self._numbers)
+        shown = json_codec().dumps(event | {"sequence_number": number})
+        return b"event: " + kind.encode() + b"\n" + framed(shown, EVENT_STREAM)
+
+    def _lifecycle(self, step: str, **more: object) -> bytes:
+        status = "in_progress" if step == "created" else step
+        response = self._snapshot(status) | more
+        return self._event({"type": f"response.{step}", "response": response})
+
+    def _snapshot(self, status: str) -> dict[str, object]:
+        ends_at = int(time.time()) if status == "completed" else None
+        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return self._about | {
+            "status": status,
+            "completed_at": ends_at,
+            "incomplete_details": reason,
+            "output": self._output.shown(),
+            "usage": None if status == "in_progress" else self._usage(),
+        }
+
+    def _usage(self) -> dict[str, object]:
+        replies = self.replies
+        prompt, cached = replies.prompt_tokens, replies.cached_tokens
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": replies.tokens,
+            "output_tokens_details": {"reasoning_tokens": replies.reasoning_tokens},
+            "total_tokens": prompt + replies.tokens,
+        }
+
+
+def _repeated(form: ResponsesForm, sampling: SamplingOptions) -> dict[str, object]:
+    """Return what a response repeats of its request, as it was understood."""
+    text, reasoning = (
+        form.text or ResponseTextForm(),
+        form.reasoning or ResponseReasoningForm(),
+    )
+    wanted = text.format or FormatForm(type="text")
+    most = form.max_output_tokens
+    return {
+        "background": False,
+        "error": None,
+        "instructions": form.instructions,
+        "max_output_tokens": form.max_tokens if most is None else most,
+        "max_tool_calls": None,
+        "metadata": form.metadata or {},
+        "parallel_tool_calls": form.parallel_tool_calls,
+        "previous_response_id": None,
+        "reasoning": dataclasses.asdict(reasoning),
+        "service_tier": "default",
+        "store": False,
+        "temperature": sampling.temperature,
+        "text": {
+            "format": _given(wanted),
+            "verbosity": text.verbosity or "medium",
+        },
+        "tool_choice": _repeated_choice(form.tool_choice or ToolChoice("auto")),
+        "tools": [*map(dataclasses.asdict, form.tools or ())],
+        "top_logprobs": form.top_logprobs or 0,
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+        "user": form.user,
+    }
+
+
+def _given(form: FormatForm) -> dict[str, object]:
+    fields = dataclasses.asdict(form).items()
+    return {name: value for name, value in fields if value is not None}
+
+
+def _repeated_choice(choice: ToolChoice) -> object:
+    if not choice.names:
+        return choice.mode
+    tools = [{"type": "function", "name": name} for name in choice.names]
+    if choice.mode == "named":
+        return tools[0]
+    return {"type": "allowed_tools", "mode": choice.mode, "tools": tools}
+
+
+# --- the routes ---
+
+_OUTPUT_ITEM: Final = an_object(
+    *("role", "content", "summary", "call_id", "name", "arguments"),
+    type={"enum": ["message", "reasoning", "function_call"]},
+    id=STRING,
+    status={"enum": ["completed", "incomplete"]},
+    role=const("assistant"),
+    content=array(ANYTHING),
+    summary=array(ANYTHING),
+    call_id=STRING,
+    name=STRING,
+    arguments=STRING,
+)
+_RESPONSE_USAGE: Final = an_object(
+    input_tokens=INTEGER,
+    input_tokens_details=an_object(cached_tokens=INTEGER, cache_write_tokens=INTEGER),
+    output_tokens=INTEGER,
+    output_tokens_details=an_object(reasoning_tokens=INTEGER),
+    total_tokens=INTEGER,
+)
+RESPONSES_REPLY: Final = an_object(
+    id=STRING,
+    object=const("response"),
+    created_at=INTEGER,
+    status={"enum": ["completed", "incomplete"]},
+    completed_at=ANYTHING,
+    error=ANYTHING,
+    incomplete_details=ANYTHING,
+    instructions=ANYTHING,
+    metadata={"type": "object"},
+    model=STRING,
+    output=array(_OUTPUT_ITEM),
+    parallel_tool_calls=BOOLEAN,
+    temperature=NUMBER,
+    text={"type": "object"},
+    tool_choice=ANYTHING,
+    tools=array(ANYTHING),
+    top_p=NUMBER,
+    truncation=STRING,
+    usage=_RESPONSE_USAGE,
+)
+
+
+async def responses(context: RequestContext, form: ResponsesForm) -> Response:
+    """A reply to items, whole or as a stream of events."""
+    request = responses_request(form)
+    try:
+        replies = await replies_for(context, request, are_streamed=form.stream)
+    except ApiError as error:
+        if error.param == request.param:
+            error.param = "input"
+        raise
+    writer = ResponseWriter(replies, form)
+    context.failing = writer.failing
+    return await answer(context, writer, is_streamed=form.stream)
+
+
+# ==============================================================================
+# 58. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -17393,7 +18180,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 57. TEI - the shapes of text-embeddings-inference
+# 59. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -17651,7 +18438,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 58. TOKENS - texts as the tokens that a model reads, and back
+# 60. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -17870,7 +18657,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 59. OLLAMA - its shapes
+# 61. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -18096,7 +18883,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 60. SEEDS - what infer-server and LMServ promise
+# 62. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -18312,7 +19099,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 61. ADMIN - health, readiness, metrics, models
+# 63. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -18552,7 +19339,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 62. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 64. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -18864,7 +19651,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 63. ROUTES - the table, and everything derived from it
+# 65. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -18906,6 +19693,7 @@ _TABLE: Final = (
     Route("POST", "/v1/embeddings /embeddings", embeddings, EmbeddingsForm, EMBEDDINGS_REPLY, offers=_BYTES_TOO),
     Route("POST", "/v1/chat/completions /chat/completions", chat_completions, ChatForm, CHAT_REPLY, dialect=CHAT, offers=_EVENTS_TOO),
     Route("POST", "/v1/completions /completions", completions, CompletionForm, COMPLETION_REPLY, dialect=CHAT, offers=_EVENTS_TOO),
+    Route("POST", "/v1/responses /responses", responses, ResponsesForm, RESPONSES_REPLY, dialect=CHAT, offers=_EVENTS_TOO),
     Route("GET", "/v1/models /models", served_models, None, MODELS_REPLY, caching=CACHED),
     Route("GET", "/v1/models/{id} /models/{id}", served_model, None, MODEL_REPLY),
     Route("POST", "/v1/rerank /v2/rerank /v1/reranking /reranking", rerank, RerankForm, RERANK_REPLY, group="Cohere, Jina"),
@@ -19052,7 +19840,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 64. DISPATCH - from a request to its response
+# 66. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -19306,7 +20094,19 @@ class Dispatcher:
     def _error_response(
         self, context: RequestContext, error: BaseException
     ) -> Response:
-        """Return an error in its dialect. Anything but an ApiError is a bug, and logged."""
+        """Return an error in its dialect."""
+        told = self._told(context, error)
+        status, body = (
+            context.dialect.status_of(type(told)),
+            context.dialect.body_of(told),
+        )
+        return Response(status, body, headers=tuple(error_headers(told)))
+
+    def _told(self, context: RequestContext, error: BaseException) -> ApiError:
+        """Return what is told of an error, counted.
+
+        Anything but an ApiError is a bug, and logged.
+        """
         if not isinstance(error, ApiError):
             trace = "".join(traceback.format_exception(error))
             path = context.head.path[:80] or None
@@ -19317,9 +20117,7 @@ class Dispatcher:
         # Its frames hold the body and what was parsed from it, and it holds the frames: a
         # cycle, which would stay in memory until the garbage collector runs.
         error.__traceback__ = error.__context__ = error.__cause__ = None
-        dialect = context.dialect
-        status, body = dialect.status_of(type(error)), dialect.body_of(error)
-        return Response(status, body, headers=tuple(error_headers(error)))
+        return error
 
     def _with_common_headers(
         self, context: RequestContext, response: Response, took_s: float
@@ -19363,9 +20161,12 @@ class Dispatcher:
                 status = CLIENT_LEFT
             raise
         except Exception as error:
-            failed = self._error_response(context, error)
-            status = failed.status
-            last = bytes(framed(failed.body, response.content_type))
+            told, dialect = self._told(context, error), context.dialect
+            status = dialect.status_of(type(told))
+            if context.failing is not None:
+                last = context.failing(told)
+            else:
+                last = bytes(framed(dialect.body_of(told), response.content_type))
             size += len(last)
             yield last
             raise
@@ -19491,7 +20292,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 65. TRIALS - a model loaded in another process first
+# 67. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -19574,7 +20375,7 @@ class Trial:
 
 
 # ==============================================================================
-# 66. FOLDER - what a model's authors wrote beside its file
+# 68. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -19701,7 +20502,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 67. LOADING - a model's way into memory
+# 69. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -20135,7 +20936,7 @@ class Loader:
 
 
 # ==============================================================================
-# 68. SUPERVISOR - a small parent that outlives the server
+# 70. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -20520,7 +21321,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 69. SERVER - builds every object; loading, ready, draining, stopped
+# 71. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -20953,7 +21754,7 @@ class Server:
 
 
 # ==============================================================================
-# 70. TUNING - the settings that are fastest on this box
+# 72. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -21088,7 +21889,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 71. CHECKING - what a model is and gives, before it is served
+# 73. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -21227,7 +22028,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 72. DEPLOYMENT - what the printed files have in common
+# 74. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -21444,7 +22245,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 73. UNITS - the server under systemd
+# 75. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -21658,7 +22459,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 74. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 76. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -22069,7 +22870,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 75. WATCHING - what scrapes, draws and alerts
+# 77. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -22260,7 +23061,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 76. COMMAND LINE - flags in, exit code out
+# 78. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -731,6 +731,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/chat/completions": {"model": CHATTER, "messages": SAID},
     "/v1/completions": {"model": CHATTER, "prompt": "a b"},
     "/completions": {"model": CHATTER, "prompt": "a b"},
+    "/v1/responses": {"model": CHATTER, "input": "a b"},
+    "/responses": {"model": CHATTER, "input": "a b"},
     "/chat": {"model": CHATTER, "prompt": "a b"},
     "/v1/embeddings": {"input": "a b"},
     "/embeddings": {"input": "a b"},
@@ -768,7 +770,7 @@ def ranks(path: str) -> bool:
 
 def generates(path: str) -> bool:
     """Whether the route needs a model that generates."""
-    return "completions" in path or path == "/chat"
+    return "completions" in path or "responses" in path or path == "/chat"
 
 
 def model_of(path: str) -> str:

@@ -55,8 +55,10 @@ def body(path: str, inputs: Any, **more: Any) -> dict[str, Any]:
     texts = inputs if isinstance(inputs, list) else [inputs]
     if path == "/chat":
         return {"prompt": texts[0], "model": "chatter", **more}
+    said = [{"role": "user", "content": text} for text in texts]
+    if "responses" in path:
+        return {"input": said, "model": "chatter", **more}
     if "chat" in path:
-        said = [{"role": "user", "content": text} for text in texts]
         return {"messages": said, "model": "chatter", **more}
     if kit.generates(path):
         return {"prompt": inputs, "model": "chatter", **more}
@@ -90,7 +92,8 @@ def is_refused(reply: kit.Reply) -> bool:
 
 NAMING = ("/api/show", "/api/pull")  # a model, and nothing else
 ANY_NAME = [r.path for r in WORKING if r.dialect in (es.TEI, es.SEED)]
-TAKES_ONE = (*NAMING, "/api/embeddings", *(path for path in PATHS if "chat" in path))
+TALKS = [path for path in PATHS if "chat" in path or "responses" in path]
+TAKES_ONE = (*NAMING, "/api/embeddings", *TALKS)
 TAKES_MANY = [path for path in PATHS if path not in TAKES_ONE]
 
 
@@ -273,6 +276,8 @@ def test_nesting_is_as_deep_as_it_likes(
         names = ("inputs", "input", "unknown", "documents", "ids", "model")
         if kit.generates(path):
             names = ("messages", "prompt", "tools", "chat_template_kwargs", "stop")
+        if "responses" in path:
+            names = ("input", "instructions", "text", "tool_choice", *names)
         for name in names:
             raw = json.dumps(body(path, "a") | {name: "HERE"})
             is_refused(client.post(path, raw.replace('"HERE"', deep).encode()))

@@ -86,7 +86,7 @@ class Stream:
 
     def __init__(self, running: RunningService, path: str, **body: Any) -> None:
         self._running = running
-        self._raw = es.json_codec().dumps(ASK[path] | {"stream": True} | body)
+        self._raw = es.json_codec().dumps(ASK.get(path, {}) | {"stream": True} | body)
         self._path = path
 
     async def __aenter__(self) -> Self:

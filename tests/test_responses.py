@@ -1,0 +1,502 @@
+"""RESPONSES: OpenAI's newer route, whole and streamed, over a model that is a fake.
+
+The events are held against openai's own types, and against a machine that knows in which
+order they may come: read_events().
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import openai.types.responses as theirs
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embellama_server as es
+from tests import kit
+from tests.test_chat import Stream as ChatStream
+from tests.test_chat import chatting
+
+PATH = "/v1/responses"
+HELLO = "hello my friend"
+EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(theirs.ResponseStreamEvent)
+PART_EVENTS = {"message": "output_text", "reasoning": "reasoning_text"}
+LAST = ("response.completed", "response.incomplete", "response.failed")
+
+
+class Stream(ChatStream):
+    """A stream of responses, event by event."""
+
+    def __init__(self, running: kit.RunningService, **body: Any) -> None:
+        super().__init__(running, PATH, **{"input": HELLO} | body)
+
+
+async def ask(running: kit.RunningService, **body: Any) -> Any:
+    """A response that must be 200, checked against openai's type."""
+    reply = await running.ask("POST", PATH, {"input": HELLO} | body)
+    assert reply.status == 200, reply.body
+    theirs.Response.model_validate(reply.json, strict=True)
+    return reply.json
+
+
+async def refused(running: kit.RunningService, **body: Any) -> dict[str, Any]:
+    """The error object of a request that must be a 400."""
+    reply = await running.ask("POST", PATH, {"input": HELLO} | body)
+    assert reply.status == 400, reply.body
+    return reply.error
+
+
+def events_of(body: bytes) -> list[Any]:
+    """The events of a whole stream; asserts that each says its type twice."""
+    assert body.endswith(b"\n\n") and b"[DONE]" not in body
+    found = []
+    for event in body.decode().removesuffix("\n\n").split("\n\n"):
+        kind, data = event.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert kind == f"event: {found[-1]['type']}"
+    return found
+
+
+async def streamed(running: kit.RunningService, **body: Any) -> list[Any]:
+    """The events of a stream."""
+    body = {"input": HELLO, "stream": True} | body
+    reply = await running.ask("POST", PATH, body)
+    assert reply.status == 200, reply.body
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    return events_of(reply.body)
+
+
+def read_events(events: Sequence[Any]) -> Any:
+    """The response that a stream gave; asserts that no event stood in a wrong place."""
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+    for event in events:
+        EVENT.validate_python(event, strict=True)
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    begun = events[0]["response"]
+    assert (begun["status"], begun["output"], begun["usage"]) == (
+        "in_progress",
+        [],
+        None,
+    )
+    rest = [*events[2:]]
+    while rest[0]["type"] == "response.in_progress":  # heartbeats
+        assert rest.pop(0)["response"] == begun
+    last = rest.pop()
+    assert last["type"] in LAST
+    assert last["response"]["status"] == last["type"].removeprefix("response.")
+    items = [*read_items(rest)]
+    assert last["response"]["output"] == items
+    assert last["response"].keys() == begun.keys()
+    for name in (
+        "id",
+        "object",
+        "created_at",
+        "model",
+        "instructions",
+        "tools",
+        "text",
+    ):
+        assert last["response"][name] == begun[name]
+    return last["response"]
+
+
+def read_items(events: list[Any]) -> Iterable[Any]:
+    """The items of a stream, each of which is done before the next begins."""
+    for index in range(len(events)):
+        if not events:
+            return
+        added, at = events.pop(0), {"output_index": index}
+        assert added == added | at | {"type": "response.output_item.added"}
+        item = added["item"]
+        assert item["status"] == "in_progress"
+        at["item_id"] = item["id"]
+        if item["type"] == "function_call":
+            assert item["arguments"] == ""
+            name = "function_call_arguments"
+            grown = read_growth(events, name, at)
+            item = item | {"arguments": grown}
+            done = events.pop(0)
+            assert done["arguments"] == grown
+        else:
+            name = PART_EVENTS[item["type"]]
+            at["content_index"] = 0
+            assert item["content"] == []
+            part = events.pop(0)
+            assert part == part | at | {"type": "response.content_part.added"}
+            assert part["part"]["text"] == ""
+            logprobs: list[Any] = []
+            grown = read_growth(events, name, at, logprobs)
+            done = events.pop(0)
+            assert done["text"] == grown
+            whole = part["part"] | {"text": grown}
+            if name == "output_text":
+                whole |= {"logprobs": logprobs}
+            part = events.pop(0)
+            assert part == part | at | {"type": "response.content_part.done"}
+            assert part["part"] == whole
+            item = item | {"content": [whole]}
+        assert done == done | at | {"type": f"response.{name}.done"}
+        last = events.pop(0)
+        assert last["type"] == "response.output_item.done"
+        assert last["output_index"] == index
+        assert last["item"] == item | {"status": last["item"]["status"]}
+        wanted = ("completed",) if events else ("completed", "incomplete")
+        assert last["item"]["status"] in wanted
+        yield last["item"]
+
+
+def read_growth(
+    events: list[Any], name: str, at: dict[str, Any], logprobs: list[Any] | None = None
+) -> str:
+    """What an item has gained by deltas, none of which is empty."""
+    grown = ""
+    while events[0]["type"] == f"response.{name}.delta":
+        delta = events.pop(0)
+        assert delta == delta | at
+        assert delta["delta"] or delta.get("logprobs")
+        grown += delta["delta"]
+        if logprobs is not None:
+            logprobs += delta.get("logprobs", ())
+    return grown
+
+
+# --- whole responses ---
+
+
+async def test_a_response_has_all_of_openai_s_fields() -> None:
+    async with chatting(model_alias=("friend",)) as (running, _):
+        found = await ask(running, model="friend", instructions="", temperature=0.5)
+        assert found.pop("id").startswith("resp_")
+        (item,) = found["output"]
+        assert item.pop("id").startswith("msg_")
+        assert found.pop("created_at") <= found.pop("completed_at")
+        assert found == {
+            "object": "response",
+            "status": "completed",
+            "model": "friend",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": "",
+            "max_output_tokens": None,
+            "max_tool_calls": None,
+            "metadata": {},
+            "output": [
+                {
+                    "type": "message",
+                    "status": "completed",
+                    "role": "assistant",
+                    "content": [
+                        {
+                            "type": "output_text",
+                            "text": HELLO,
+                            "annotations": [],
+                            "logprobs": [],
+                        }
+                    ],
+                }
+            ],
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "service_tier": "default",
+            "store": False,
+            "temperature": 0.5,
+            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_logprobs": 0,
+            "top_p": found["top_p"],
+            "truncation": "disabled",
+            "usage": {
+                "input_tokens": 3,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": 4,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": 7,
+            },
+            "user": None,
+        }
+
+
+async def test_a_response_that_reaches_its_most_tokens_is_incomplete() -> None:
+    async with chatting() as (running, _):
+        for asked in ({"max_output_tokens": 2}, {"max_tokens": 2}):
+            found = await ask(running, **asked)
+            assert found["status"] == found["output"][0]["status"] == "incomplete"
+            assert found["incomplete_details"] == {"reason": "max_output_tokens"}
+            assert found["completed_at"] is None
+            assert found["output"][0]["content"][0]["text"] == "hello my"
+            assert found["max_output_tokens"] == 2
+            events = await streamed(running, **asked)
+            assert read_events(events)["status"] == "incomplete"
+        nothing = await ask(running, max_output_tokens=0)
+        assert nothing["output"][0]["content"][0]["text"] == ""
+
+
+async def test_a_response_repeats_what_was_asked() -> None:
+    tools: list[dict[str, Any]] = [
+        {"type": "function", "name": "f", "parameters": {"type": "object"}},
+        {"type": "web_search"},
+        {"type": "function", "name": "g", "description": "d", "strict": True},
+    ]
+    wanted = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    asked: dict[str, Any] = {
+        "instructions": "be brief",
+        "metadata": {"a": "b"},
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {"format": wanted, "verbosity": "low"},
+        "tools": tools,
+        "tool_choice": {"type": "function", "name": "g"},
+        "top_p": 0.5,
+        "truncation": "auto",
+        "store": True,
+        "user": "u",
+    }
+    async with chatting() as (running, _):
+        found = await ask(running, **asked)
+        for name in ("instructions", "metadata", "reasoning", "text", "tool_choice"):
+            assert found[name] == asked[name]
+        assert (found["store"], found["truncation"]) == (False, "disabled")
+        assert (found["top_p"], found["user"]) == (0.5, "u")
+        none: dict[str, Any] = {
+            "description": None,
+            "parameters": None,
+            "strict": False,
+        }
+        assert found["tools"] == [none | tools[0], none | tools[2]]
+        some = [{"type": "function", "name": "f"}]
+        choice = {"type": "allowed_tools", "mode": "auto", "tools": some}
+        assert (await ask(running, tools=tools, tool_choice=choice))[
+            "tool_choice"
+        ] == choice
+
+
+# --- streams ---
+
+
+async def test_a_stream_has_every_event_in_its_place() -> None:
+    async with chatting() as (running, _):
+        events = await streamed(running)
+        found = read_events(events)
+        assert found["output"][0]["content"][0]["text"] == HELLO
+        assert [event["type"].removeprefix("response.") for event in events] == [
+            *("created", "in_progress", "output_item.added", "content_part.added"),
+            *("output_text.delta",) * 3,
+            *("output_text.done", "content_part.done", "output_item.done", "completed"),
+        ]
+        whole = await ask(running)
+        for one in (found, whole):
+            for name in ("id", "created_at", "completed_at"):
+                del one[name]
+            del one["output"][0]["id"]
+        assert found == whole
+
+
+async def test_until_the_first_token_a_stream_says_that_it_is_in_progress() -> None:
+    async with chatting(heartbeat_s=0.02) as (running, speaker):
+        speaker.pause()
+        async with Stream(running) as stream:
+            await speaker.heard()
+            assert (await stream.head()).startswith("HTTP/1.1 200 ")
+            found = [await stream.event() for _ in range(4)]
+            speaker.step(4)
+            while found[-1]["type"] not in LAST:
+                found.append(await stream.event())
+    assert read_events(found)["output"][0]["content"][0]["text"] == HELLO
+    kinds = [event["type"] for event in found[:4]]
+    assert kinds == ["response.created"] + ["response.in_progress"] * 3
+
+
+async def test_an_error_within_a_stream_is_said_in_two_ways_and_breaks_it_off() -> None:
+    async with chatting() as (running, speaker):
+        speaker.pause()
+        async with Stream(running) as stream:
+            await speaker.heard()
+            speaker.step()
+            await stream.head()
+            await stream.until("hello")
+            speaker.fail(es.EngineFailed("NaN\u2028"))
+            rest = (await stream.rest()).decode()
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in rest.splitlines()
+        if line.startswith("data: ")
+    ]
+    error, failed = (EVENT.validate_python(event, strict=True) for event in events[-2:])
+    assert (error.type, error.message) == ("error", "NaN\u2028")
+    assert (error.code, error.param) == ("engine_failed", None)
+    assert events[-2]["error"]["message"] == "NaN\u2028"  # at which SDKs raise
+    assert failed.sequence_number == error.sequence_number + 1
+    assert (failed.type, failed.response.status) == ("response.failed", "failed")
+    assert failed.response.error.message == "NaN\u2028"
+    assert failed.response.output[0].content[0].text == "hello"
+    assert failed.response.output[0].status == "incomplete"
+
+
+async def test_how_likely_tokens_were_comes_with_their_text() -> None:
+    include = ["message.output_text.logprobs", "reasoning.encrypted_content"]
+    async with chatting() as (running, _):
+        for asked in ({"top_logprobs": 2}, {"include": include}, {}):
+            most = asked.get("top_logprobs", 0)
+            found = await ask(running, **asked)
+            told = found["output"][0]["content"][0]["logprobs"]
+            assert [one["token"] for one in told] == (
+                ["hello", " my", " friend"] if asked else []
+            )
+            assert {len(one["top_logprobs"]) for one in told} <= {most}
+            events = read_events(await streamed(running, **asked))
+            assert events["output"][0]["content"][0]["logprobs"] == told
+
+
+# --- items, from what a reply gains ---
+
+
+def call(index: int, arguments: str = "", name: str = "") -> es.CallPart:
+    """A part of a call; the first one has a name."""
+    return es.CallPart(index, arguments, f"call{index}" if name else "", name)
+
+
+WHOLE = (
+    es.Delta(0, reasoning="I think. Still."),
+    es.Delta(0, text="Hello my friend"),
+    es.Delta(0, calls=[call(0, '{"a": 1}', "f"), call(1, "{}", "g")]),
+)
+
+
+def test_the_events_of_thoughts_and_calls_are_of_openai_s_types() -> None:
+    output = es.ResponseOutput()
+    events = [event for delta in WHOLE for event in output.add(copy.deepcopy(delta))]
+    events += output.end("completed")
+    for number, event in enumerate(events):
+        EVENT.validate_python(event | {"sequence_number": number}, strict=True)
+    assert {str(event["type"]).split(".")[1] for event in events} == {
+        *("output_item", "content_part", "output_text", "reasoning_text"),
+        "function_call_arguments",
+    }
+
+
+def grown(deltas: Iterable[es.Delta], status: str = "completed") -> list[Any]:
+    """The items of a reply, read from its events; ids are numbers."""
+    output, events = es.ResponseOutput(), list[Any]()
+    for delta in deltas:
+        events += output.add(copy.deepcopy(delta))
+    events += output.end(status)
+    items = [*read_items([*events])]
+    assert items == output.shown()
+    return [item | {"id": n} for n, item in enumerate(items)]
+
+
+def test_a_reply_has_an_item_for_its_thoughts_its_text_and_each_call() -> None:
+    thoughts, text, first, second = grown(WHOLE)
+    assert thoughts == {
+        "type": "reasoning",
+        "id": 0,
+        "status": "completed",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": "I think. Still."}],
+    }
+    assert text["content"][0]["text"] == "Hello my friend"
+    assert first == {
+        "type": "function_call",
+        "id": 2,
+        "status": "completed",
+        "call_id": "call0",
+        "name": "f",
+        "arguments": '{"a": 1}',
+    }
+    assert (second["call_id"], second["name"]) == ("call1", "g")
+    assert [one["status"] for one in grown(WHOLE, "incomplete")] == [
+        *("completed",) * 3,
+        "incomplete",
+    ]
+    (nothing,) = grown([])
+    assert nothing["content"][0]["text"] == ""
+
+
+def in_letters() -> list[es.Delta]:
+    """The same reply, a letter at a time."""
+    letters: list[es.Delta] = []
+    for delta in WHOLE:
+        letters += (es.Delta(0, reasoning=letter) for letter in delta.reasoning)
+        letters += (es.Delta(0, text=letter) for letter in delta.text)
+        for part in delta.calls:
+            begun = dataclasses.replace(part, arguments="")
+            letters.append(es.Delta(0, calls=[begun]))
+            for letter in part.arguments:
+                letters.append(es.Delta(0, calls=[call(part.index, letter)]))
+    return letters
+
+
+@given(st.sets(st.integers(1, len(in_letters()) - 1)))
+def test_a_reply_has_the_same_items_however_its_deltas_are_merged(
+    cuts: set[int],
+) -> None:
+    letters, merged = in_letters(), list[es.Delta]()
+    for number, delta in enumerate(letters):
+        if number in cuts or not merged:
+            merged.append(es.Delta(0))
+        merged[-1].add(delta)
+    assert grown(merged) == grown(WHOLE)
+
+
+KINDS = st.one_of(
+    st.builds(lambda text: es.Delta(0, reasoning=text), st.text(max_size=3)),
+    st.builds(lambda text: es.Delta(0, text=text), st.text(max_size=3)),
+    st.just(es.Delta(0, calls=[call(0)])),  # the next one, see below
+)
+
+
+@given(st.lists(st.lists(KINDS, max_size=4), max_size=6))
+def test_nothing_a_reply_gains_is_lost_in_whatever_order_it_comes(
+    steps: list[list[es.Delta]],
+) -> None:
+    merged, calls = list[es.Delta](), 0
+    for step in steps:
+        merged.append(es.Delta(0))
+        for delta in map(copy.deepcopy, step):
+            for part in delta.calls:
+                part.index, part.id, part.name = calls, f"call{calls}", "f"
+                calls += 1
+            merged[-1].add(delta)
+    items = grown(merged)
+    said = {"reasoning": "", "message": ""}
+    for item in items:
+        if item["type"] in said:
+            said[item["type"]] += item["content"][0]["text"]
+    assert said["reasoning"] == "".join(delta.reasoning for delta in merged)
+    assert said["message"] == "".join(delta.text for delta in merged)
+    ids = [one["call_id"] for one in items if one["type"] == "function_call"]
+    assert ids == [f"call{n}" for n in range(calls)]
+
+
+# --- what is not kept ---
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_no_response_is_kept(method: str) -> None:
+    async with chatting() as (running, _):
+        for path in (f"{PATH}/resp_1", f"{PATH}/resp_1/input_items"):
+            assert (await running.ask(method, path)).error["code"] == "unknown_url"
+
+
+# --- what goes wrong before a stream begins ---
+
+
+async def test_an_error_before_the_first_event_has_its_own_status() -> None:
+    async with chatting() as (running, speaker):
+        for stream in (False, True):
+            too_long = await refused(running, input="word " * 100, stream=stream)
+            assert too_long["code"] == "context_length_exceeded"
+            assert too_long["param"] == "input"
+        speaker.refusal = es.Overloaded("full", retry_after_s=1)
+        reply = await running.ask("POST", PATH, {"input": HELLO, "stream": True})
+        assert (reply.status, reply.error["type"]) == (503, "overloaded")
