@@ -15554,6 +15554,12 @@ class RequestContext:
         """Whether any model name is accepted: TEI has one model, without a name."""
         return self.route is not None and self.route.dialect in (TEI, SEED)
 
+    def last_part(self, error: ApiError, content_type: str) -> bytes:
+        """Return the last part of a stream that fails."""
+        if self.failing is not None:
+            return self.failing(error)
+        return bytes(framed(self.dialect.body_of(error), content_type))
+
 
 async def off_loop(work: Callable[[], T]) -> T:
     """Do ``work`` in a thread, and wait for its end even when cancelled.
@@ -20161,12 +20167,9 @@ class Dispatcher:
                 status = CLIENT_LEFT
             raise
         except Exception as error:
-            told, dialect = self._told(context, error), context.dialect
-            status = dialect.status_of(type(told))
-            if context.failing is not None:
-                last = context.failing(told)
-            else:
-                last = bytes(framed(dialect.body_of(told), response.content_type))
+            told = self._told(context, error)
+            status = context.dialect.status_of(type(told))
+            last = context.last_part(told, response.content_type)
             size += len(last)
             yield last
             raise
