@@ -130,60 +130,63 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 24. WORKERS - the threads
 25. GBNF - grammars as llama-server takes them, written and read
 26. GRAMMARS - which bytes, and so which tokens, may come next
-27. SAMPLING - which token comes next
-28. TEXT - tokens to the text that a client may see
-29. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-30. SEQUENCES - what of past prompts is still in memory
-31. DRAFTS - how a reply may go on, tried ahead
-32. STEPS - which tokens share the next call
-33. GENERATIONS - requests for text: what each has gained, and which wait
-34. GENERATOR - the thread that generates
+27. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+28. SCHEMAS - JSON Schema: what several parts say together, as one
+29. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+30. SAMPLING - which token comes next
+31. TEXT - tokens to the text that a client may see
+32. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+33. SEQUENCES - what of past prompts is still in memory
+34. DRAFTS - how a reply may go on, tried ahead
+35. STEPS - which tokens share the next call
+36. GENERATIONS - requests for text: what each has gained, and which wait
+37. GENERATOR - the thread that generates
 --- network wing ---
-35. MESSAGES - requests and responses, and the bytes of a response
-36. REQUESTS - bytes to requests
-37. CODINGS - compressed bodies, JSON, and what a client takes
-38. PROXIES - which client one speaks for
-39. KEYS - who is asking, and how much each may ask for
-40. SOCKETS - how many, how much is held for them, how each ends
-41. CONNECTIONS - requests of one client, in order; back-pressure
-42. LISTENERS - where connections come from
+38. MESSAGES - requests and responses, and the bytes of a response
+39. REQUESTS - bytes to requests
+40. CODINGS - compressed bodies, JSON, and what a client takes
+41. PROXIES - which client one speaks for
+42. KEYS - who is asking, and how much each may ask for
+43. SOCKETS - how many, how much is held for them, how each ends
+44. CONNECTIONS - requests of one client, in order; back-pressure
+45. LISTENERS - where connections come from
 --- hall ---
-43. GATE - who is let in
-44. MODELS - what is configured, what is in memory, and what a name means
-45. REGISTRY - when each model is in memory
-46. FORMS - what is asked and answered, declared once
-47. COMPUTE - from an EmbedRequest to its EmbedResult
-48. REPLIES - from messages to the text of a reply, as it grows
-49. HANDLING - what handlers work with: the service, and a request over HTTP
-50. ANSWERS - replies on their way: whole, or part by part
-51. VECTORS - numbers of a reply, in the types that clients ask for
-52. OPENAI - its shapes
-53. TOOLS - which functions a model may call, and which it must
-54. CHAT FORMS - what may be asked of a model that generates
-55. CHAT - OpenAI's chat and completions, whole and streamed
-56. ITEMS - what may be asked on OpenAI's /v1/responses
-57. RESPONSES - OpenAI's newer route: items, whole and streamed
-58. COHERE - its vectors and scores, Jina's scores, and vLLM's
-59. TEI - the shapes of text-embeddings-inference
-60. TOKENS - texts as the tokens that a model reads, and back
-61. OLLAMA - its shapes
-62. SEEDS - what infer-server and LMServ promise
-63. ADMIN - health, readiness, metrics, models
-64. DESCRIPTION - the routes as an OpenAPI document, and as a page
-65. ROUTES - the table, and everything derived from it
-66. DISPATCH - from a request to its response
-67. TRIALS - a model loaded in another process first
-68. FOLDER - what a model's authors wrote beside its file
-69. LOADING - a model's way into memory
-70. SUPERVISOR - a small parent that outlives the server
-71. SERVER - builds every object; loading, ready, draining, stopped
-72. TUNING - the settings that are fastest on this box
-73. CHECKING - what a model is and gives, before it is served
-74. DEPLOYMENT - what the printed files have in common
-75. UNITS - the server under systemd
-76. CONTAINERS - the server in images, with Compose, in Kubernetes
-77. WATCHING - what scrapes, draws and alerts
-78. COMMAND LINE - flags in, exit code out
+46. GATE - who is let in
+47. MODELS - what is configured, what is in memory, and what a name means
+48. REGISTRY - when each model is in memory
+49. FORMS - what is asked and answered, declared once
+50. COMPUTE - from an EmbedRequest to its EmbedResult
+51. REPLIES - from messages to the text of a reply, as it grows
+52. HANDLING - what handlers work with: the service, and a request over HTTP
+53. ANSWERS - replies on their way: whole, or part by part
+54. VECTORS - numbers of a reply, in the types that clients ask for
+55. OPENAI - its shapes
+56. TOOLS - which functions a model may call, and which it must
+57. CHAT FORMS - what may be asked of a model that generates
+58. CHAT - OpenAI's chat and completions, whole and streamed
+59. ITEMS - what may be asked on OpenAI's /v1/responses
+60. RESPONSES - OpenAI's newer route: items, whole and streamed
+61. COHERE - its vectors and scores, Jina's scores, and vLLM's
+62. TEI - the shapes of text-embeddings-inference
+63. TOKENS - texts as the tokens that a model reads, and back
+64. OLLAMA - its shapes
+65. SEEDS - what infer-server and LMServ promise
+66. ADMIN - health, readiness, metrics, models
+67. DESCRIPTION - the routes as an OpenAPI document, and as a page
+68. ROUTES - the table, and everything derived from it
+69. DISPATCH - from a request to its response
+70. TRIALS - a model loaded in another process first
+71. FOLDER - what a model's authors wrote beside its file
+72. LOADING - a model's way into memory
+73. SUPERVISOR - a small parent that outlives the server
+74. SERVER - builds every object; loading, ready, draining, stopped
+75. TUNING - the settings that are fastest on this box
+76. CHECKING - what a model is and gives, before it is served
+77. DEPLOYMENT - what the printed files have in common
+78. UNITS - the server under systemd
+79. CONTAINERS - the server in images, with Compose, in Kubernetes
+80. WATCHING - what scrapes, draws and alerts
+81. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -204,6 +207,7 @@ import enum
 import errno
 import faulthandler
 import fcntl
+import fractions
 import functools
 import hashlib
 import hmac
@@ -8615,7 +8619,1088 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 27. SAMPLING - which token comes next
+# 27. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# ==============================================================================
+# Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
+# in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
+# digit beyond ASCII?) may not come at all, so that a reply suits either.
+
+_Ranges = list[tuple[int, int]]  # of code points
+_MAX_PATTERN_CHARS: Final = 2048
+_MAX_PATTERN_DEPTH: Final = 32
+_DIGIT: Final = [(48, 57)]
+_WORD_CHARS: Final = [(48, 57), (65, 90), (95, 95), (97, 122)]
+_SPACES: Final = [(9, 13), (32, 32)]
+_BEYOND_ASCII: Final = [(0x80, 0x10FFFF)]
+_OTHER_SPACES: Final = [
+    *((0x1C, 0x1F), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A)),
+    *((0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000)),
+    (0xFEFF, 0xFEFF),
+]
+# Of each: what surely is one, and what may be one.
+_CLASSES: Final[Mapping[str, tuple[_Ranges, _Ranges]]] = {
+    "d": (_DIGIT, _DIGIT + _BEYOND_ASCII),
+    "w": (_WORD_CHARS, _WORD_CHARS + _BEYOND_ASCII),
+    "s": (_SPACES, _SPACES + _OTHER_SPACES),
+}
+_LINE_BREAKS: Final = [(10, 10), (13, 13), (0x2028, 0x2029)]
+_CONTROLS: Final = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+_NOT_RAW: Final = [(0, 31), (34, 34), (92, 92)]  # in a JSON string
+_QUANTIFIER: Final = re.compile(r"([*+?]|\{([0-9]{1,9})(,?)([0-9]{0,9})\})\??")
+_CODE: Final = re.compile(
+    r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|u\{([0-9a-fA-F]{1,6})\}", re.ASCII
+)
+
+
+class PatternGrammar(NamedTuple):
+    """What a pattern allows, as GBNF, and how many characters that has."""
+
+    gbnf: str
+    least: int
+    most: float
+    repeats: str = ""  # GBNF of one character, if it is nothing but many of these
+
+
+_ANY_CHARS: Final = PatternGrammar("", 0, math.inf)  # its GBNF needs json_char()
+
+
+def pattern_grammar(pattern: str) -> PatternGrammar:
+    """Return what a regular expression allows inside a JSON string.
+
+    Raises ValueError for what it cannot say, like backward references.
+    """
+    if len(pattern) > _MAX_PATTERN_CHARS:
+        raise ValueError(f"has more than {_MAX_PATTERN_CHARS} characters")
+    return _PatternReader(pattern).read()
+
+
+def json_char(ranges: Sequence[tuple[int, int]]) -> str:
+    """Return the GBNF of one of these code points in a JSON string."""
+    raw = subtracted(ranges, _NOT_RAW)
+    found = [_set(raw)] if raw else []
+    for code in (*range(32), 34, 92):
+        if any(low <= code <= high for low, high in ranges):
+            found.append(literal(json.dumps(chr(code))[1:-1]))
+    return found[0] if len(found) == 1 else f"({' | '.join(found)})"
+
+
+def subtracted(ranges: Iterable[tuple[int, int]], others: _Ranges) -> _Ranges:
+    """Return what is in ``ranges`` and not in ``others``, ascending."""
+    left: _Ranges = []
+    for low, high in sorted(ranges):
+        for least, most in sorted(others):
+            if most < low or least > high:
+                continue
+            if low < least:
+                left.append((low, least - 1))
+            low = most + 1
+        if low <= high:
+            left.append((low, high))
+    return left
+
+
+def _set(ranges: _Ranges) -> str:
+    def char(code: int) -> str:
+        text = chr(code)
+        if text.isascii() and text.isalnum():
+            return text
+        return f"\\x{code:02x}" if code < 256 else f"\\U{code:08x}"
+
+    parts = (char(a) if a == b else f"{char(a)}-{char(b)}" for a, b in ranges)
+    return f"[{''.join(parts)}]"
+
+
+EVERY_CHAR: Final = [(0, 0x10FFFF)]
+
+
+class _PatternReader:
+    """Reads a regular expression of ECMA's kind."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+        self._depth = 0
+
+    def read(self) -> PatternGrammar:
+        """Return all of it: what stands at either end may be anything, unless anchored."""
+        found = self._choice()
+        if self._at < len(self._text):
+            raise ValueError("closes a parenthesis that is not open")
+        return found
+
+    def _peek(self, text: str) -> bool:
+        return self._text.startswith(text, self._at)
+
+    def _take(self, text: str) -> bool:
+        has_it = self._peek(text)
+        self._at += len(text) * has_it
+        return has_it
+
+    def _choice(self) -> PatternGrammar:
+        found = [self._sequence()]
+        while self._take("|"):
+            found.append(self._sequence())
+        if len(found) == 1:
+            return found[0]
+        gbnf = " | ".join(one.gbnf for one in found)
+        least, most = min(one.least for one in found), max(one.most for one in found)
+        return PatternGrammar(f"({gbnf})", least, most)
+
+    def _sequence(self) -> PatternGrammar:
+        is_whole = not self._depth
+        anything = _ANY_CHARS._replace(gbnf=f"{json_char(EVERY_CHAR)}*")
+        found: list[PatternGrammar] = []
+        if not (is_whole and self._take("^")) and is_whole:
+            found.append(anything)
+        is_ended = False
+        while self._at < len(self._text) and not (self._peek("|") or self._peek(")")):
+            if is_whole and self._take("$"):
+                is_ended = True
+                if self._at < len(self._text) and not self._peek("|"):
+                    raise ValueError("goes on after $")
+                break
+            found.append(self._repeated(self._atom()))
+        if is_whole and not is_ended:
+            found.append(anything)
+        if len(found) == 1:
+            return found[0]
+        gbnf = " ".join(one.gbnf for one in found) or '""'
+        least, most = sum(one.least for one in found), sum(one.most for one in found)
+        return PatternGrammar(gbnf, least, most)
+
+    def _repeated(self, one: PatternGrammar) -> PatternGrammar:
+        found = _QUANTIFIER.match(self._text, self._at)
+        if found is None:
+            return one
+        self._at = found.end()
+        if _QUANTIFIER.match(self._text, self._at):
+            raise ValueError(f"repeats what is repeated at {found[0]!r}")
+        low, high = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}.get(
+            found[1], (int(found[2] or 0), float(found[4] or math.inf))
+        )
+        high = low if found[2] and not found[3] else high
+        if high < low:
+            raise ValueError(f"has {found[0]}, which is backwards")
+        repeats = one.gbnf if one.least == one.most == 1 else ""
+        most = one.most * high if one.most and high else 0
+        gbnf = repeated(f"({one.gbnf})", int(low), high)
+        return PatternGrammar(gbnf, int(one.least * low), most, repeats)
+
+    def _atom(self) -> PatternGrammar:
+        if self._take("("):
+            return self._group()
+        if self._take("["):
+            return self._one_of(self._class())
+        if self._take("."):
+            return self._one_of(subtracted(EVERY_CHAR, _LINE_BREAKS))
+        char = self._text[self._at]
+        if char in "*+?{^$":
+            raise ValueError(
+                f"has {char} where it cannot stand: escape it, or anchor ends"
+            )
+        return self._one_of(self._char()[0])
+
+    def _one_of(self, ranges: _Ranges) -> PatternGrammar:
+        if not ranges:
+            raise ValueError("has a class without characters")
+        return PatternGrammar(json_char(ranges), 1, 1)
+
+    def _group(self) -> PatternGrammar:
+        named = re.compile(r"\?P?<[A-Za-z_]\w*>").match(self._text, self._at)
+        if named:
+            self._at = named.end()
+        elif not self._take("?:") and self._peek("?"):
+            raise ValueError(
+                f"has the group ({self._text[self._at :]:.4}, which looks around"
+            )
+        self._depth += 1
+        if self._depth > _MAX_PATTERN_DEPTH:
+            raise ValueError(f"has more than {_MAX_PATTERN_DEPTH} groups in groups")
+        found = self._choice()
+        self._depth -= 1
+        if not self._take(")"):
+            raise ValueError("ends inside a group")
+        return found._replace(gbnf=f"({found.gbnf})", repeats="")
+
+    def _class(self) -> _Ranges:
+        is_other = self._take("^")
+        found: _Ranges = []
+        while not self._take("]"):
+            if self._at >= len(self._text):
+                raise ValueError("ends inside [")
+            ranges, is_one = self._char(is_broad=is_other)
+            is_range = is_one and self._peek("-") and not self._peek("-]")
+            if is_range:
+                self._at += 1
+                if self._at >= len(self._text):
+                    raise ValueError("ends inside [")
+                ends, is_one = self._char()
+                if not is_one or ends[0][0] < ranges[0][0]:
+                    raise ValueError("has a range without a last character")
+                ranges = [(ranges[0][0], ends[0][0])]
+            found += ranges
+        return subtracted(EVERY_CHAR, found) if is_other else found
+
+    def _char(self, *, is_broad: bool = False) -> tuple[_Ranges, bool]:
+        """Return a character, or a class of them; and whether it is the first.
+
+        ``is_broad``: with all that may belong to the class, as it is excluded.
+        """
+        char = self._text[self._at]
+        self._at += 1
+        if char != "\\":
+            return [(ord(char), ord(char))], True
+        if self._at >= len(self._text):
+            raise ValueError("ends with a backslash")
+        if code := _CODE.match(self._text, self._at):
+            self._at = code.end()
+            number = int(code[1] or code[2] or code[3], 16)
+            if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+                raise ValueError(f"has \\{code[0]}, which is no character")
+            return [(number, number)], True
+        char = self._text[self._at]
+        self._at += 1
+        if char.lower() in _CLASSES:
+            sure, possible = _CLASSES[char.lower()]
+            if char.isupper():
+                return subtracted(EVERY_CHAR, sure if is_broad else possible), False
+            return (possible if is_broad else sure), False
+        if char in _CONTROLS and not self._text[self._at : self._at + 1].isdigit():
+            return [(_CONTROLS[char], _CONTROLS[char])], True
+        if char.isalnum():
+            raise ValueError(f"has \\{char}, which is not supported")
+        return [(ord(char), ord(char))], True
+
+
+def repeated(gbnf: str, low: int, high: float) -> str:
+    """Return the GBNF of something so many times."""
+    if (low, high) == (0, 1):
+        return f"{gbnf}?"
+    if high == math.inf:
+        return gbnf + {0: "*", 1: "+"}.get(low, f"{{{low},}}")
+    return f"{gbnf}{{{low},{int(high)}}}" if low != high else f"{gbnf}{{{low}}}"
+
+
+# --- numbers ---
+
+_MAX_WHOLE_DIGITS: Final = 39  # of an integer: 128 bits
+_EXACT_DIGITS: Final = 15  # so many always come back from a float64 as they were
+
+
+class NumberBound(NamedTuple):
+    """A bound of numbers."""
+
+    value: fractions.Fraction
+    is_open: bool  # numbers may not be equal to it
+
+
+def number_gbnf(
+    low: NumberBound | None, high: NumberBound | None, *, is_whole: bool
+) -> str:
+    """Return the GBNF of the numbers between bounds. Empty: there is none."""
+    finite = [
+        b.value for b in (low, high) if b and abs(b.value) < 10**_MAX_WHOLE_DIGITS
+    ]
+    if not finite:
+        whole = f'"-"? ("0" | [1-9] [0-9]{{0,{_MAX_WHOLE_DIGITS - 1}}})'
+        fraction = f'("." [0-9]{{1,{_EXACT_DIGITS + 2}}})? ([eE] [-+]? [0-9]{{1,2}})?'
+        return whole if is_whole else f"{whole} {fraction}"
+    # More digits than that could be rounded to an open bound.
+    longest = max(len(str(abs(int(value)))) for value in finite)
+    digits = 0 if is_whole else max(0, _EXACT_DIGITS - longest)
+    lowest, highest = _scaled(low, digits, 1), _scaled(high, digits, -1)
+    parts = []
+    if lowest is None or lowest < 0:  # "-0" is left out
+        most = None if lowest is None else -lowest
+        below = 1 if highest is None else max(1, -highest)
+        parts += [f'"-" {part}' for part in _magnitudes(below, most, digits)]
+    if highest is None or highest >= 0:
+        parts += _magnitudes(max(0, lowest or 0), highest, digits)
+    return " | ".join(parts)
+
+
+def _scaled(bound: NumberBound | None, digits: int, step: int) -> int | None:
+    """Return the first number inside, in units of the last digit; None: no bound."""
+    if bound is None or abs(bound.value) >= 10**_MAX_WHOLE_DIGITS:
+        return None
+    exact = bound.value * 10**digits
+    inside: int = math.ceil(exact) if step > 0 else math.floor(exact)
+    is_out = bound.is_open and inside == exact
+    return inside + step * is_out
+
+
+def _magnitudes(low: int, high: int | None, digits: int) -> Iterator[str]:
+    """Give alternatives: numbers from ``low`` to ``high``, in units of the last digit."""
+    most = 10 ** (_MAX_WHOLE_DIGITS if not digits else _EXACT_DIGITS) * 10**digits - 1
+    high = max(low, most) if high is None else high
+    length = len(str(low // 10**digits))
+    while low <= high:  # of one length, one after the other
+        last = min(high, 10 ** (length + digits) - 1)
+        size = length + digits
+        yield _between(f"{low:0{size}}", f"{last:0{size}}", length)
+        low, length = last + 1, length + 1
+
+
+def _between(low: str, high: str, whole: int) -> str:
+    """Return the GBNF of digits from ``low`` to ``high``, ``whole`` of them before the point.
+
+    Zeros at the end of a fraction may be left out.
+    """
+    return _tail(low, high, whole, len(low))
+
+
+def _tail(low: str | None, high: str | None, whole: int, left: int) -> str:
+    """None: the digits before have decided it already."""
+    if low is None and high is None:
+        if whole > 0:
+            return f"{_any_digits(whole)} {_tail(None, None, 0, left - whole)}"
+        if not left:
+            return '""'
+        return f'("." [0-9]{{1,{left}}})?' if not whole else f"[0-9]{{0,{left}}}"
+    if not left:
+        return '""'
+    parts = []
+    if whole <= 0 and not (low or "").strip("0"):
+        parts.append('""')
+    point = '"." ' if not whole else ""
+    first, last = int(low[0]) if low else 0, int(high[0]) if high else 9
+    lower, upper = low[1:] if low else None, high[1:] if high else None
+
+    def add(least: int, most: int, low: str | None, high: str | None) -> None:
+        if least <= most:
+            rest = _tail(low, high, whole - 1, left - 1)
+            digit = f"[{least}-{most}]" if least < most else f'"{least}"'
+            parts.append(f"{point}{digit} {rest}")
+
+    if low is not None and high is not None and first == last:
+        add(first, first, lower, upper)
+    else:
+        is_low, is_high = bool((lower or "").strip("0")), bool((upper or "").strip("9"))
+        is_low, is_high = is_low and low is not None, is_high and high is not None
+        if is_low:
+            add(first, first, lower, None)
+        add(first + is_low, last - is_high, None, None)
+        if is_high:
+            add(last, last, None, upper)
+    return f"({' | '.join(parts)})"
+
+
+def _any_digits(count: int) -> str:
+    return f"[0-9]{{{count}}}"
+
+
+# ==============================================================================
+# 28. SCHEMAS - JSON Schema: what several parts say together, as one
+# ==============================================================================
+# A grammar says one thing at a place, so references are followed and what must hold
+# together is merged. What cannot be, and every keyword that is not known, is refused by
+# name: nothing is left out in silence.
+
+_MAX_SCHEMA_CHARS: Final = 1 << 17  # converted in 1 s
+_MAX_JSON_DEPTH: Final = 1 << 8
+_MAX_SCHEMA_STEPS: Final = 20_000  # schemas that are looked at
+_MAX_BRANCHES: Final = 256
+_ANNOTATIONS: Final = frozenset(
+    [
+        "$id",
+        "$schema",
+        "$comment",
+        "$anchor",
+        "$defs",
+        "definitions",
+        "title",
+        "description",
+        "default",
+        "examples",
+        "example",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "discriminator",
+        "xml",
+        "externalDocs",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+    ]
+)
+_OBJECT_KEYS: Final = frozenset(
+    [
+        "properties",
+        "required",
+        "additionalProperties",
+        "propertyNames",
+        "minProperties",
+        "maxProperties",
+    ]
+)
+_ARRAY_KEYS: Final = frozenset(
+    ["items", "prefixItems", "minItems", "maxItems", "uniqueItems"]
+)
+_STRING_KEYS: Final = frozenset(["minLength", "maxLength", "pattern"])
+_NUMBER_KEYS: Final = frozenset(
+    ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"]
+)
+SCHEMA_KEYS: Final[Mapping[str, frozenset[str]]] = {
+    "object": _OBJECT_KEYS,
+    "array": _ARRAY_KEYS,
+    "string": _STRING_KEYS | {"format"},
+    "number": _NUMBER_KEYS | {"format"},
+    "integer": _NUMBER_KEYS | {"format"},
+    "boolean": frozenset(),
+    "null": frozenset(),
+}
+_OTHER_KEYS: Final = frozenset(
+    ["type", "nullable", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"]
+)
+_KNOWN_KEYS: Final = _ANNOTATIONS.union(_OTHER_KEYS, *SCHEMA_KEYS.values())
+JSON_TYPES: Final = ("object", "array", "string", "number", "boolean", "null")
+JsonSchema = Mapping[str, Any]  # of an object; what is nested may be true or false, too
+
+
+class FlatSchemas:
+    """The schemas of a request: each without $ref and allOf. ``where``: a path to one."""
+
+    def __init__(self, root: object, param: str) -> None:
+        self._root = root
+        self._param = param
+        self._steps = 0
+        if _depth_of(root) > _MAX_JSON_DEPTH:
+            self.fail(param, f"is nested more than {_MAX_JSON_DEPTH} deep")
+        if len(json.dumps(root)) > _MAX_SCHEMA_CHARS:
+            self.fail(param, f"has more than {_MAX_SCHEMA_CHARS} characters of JSON")
+
+    def fail(self, where: str, problem: str) -> typing.NoReturn:
+        """Raise InvalidValue."""
+        raise InvalidValue(f"{where:.300} {problem}", param=self._param)
+
+    def unable(self, where: str, key: str, why: str = "") -> typing.NoReturn:
+        """Raise InvalidValue, as no grammar can say this keyword."""
+        self.fail(f"{where:.200}.{key:.60}", f"is not supported{why}")
+
+    # --- schemas of one kind: no $ref, no allOf ---
+
+    def flat(
+        self, schema: object, where: str, refs: tuple[str, ...] = ()
+    ) -> JsonSchema:
+        """Return one schema for it and all that it refers to or that all must hold."""
+        self._steps += 1
+        if self._steps > _MAX_SCHEMA_STEPS:
+            self.fail(where, "refers to too many schemas, or combines too many")
+        if schema is True:
+            return {}
+        if not isinstance(schema, Mapping):
+            self.fail(where, "allows no value" if schema is False else "is no schema")
+        for key in schema:
+            if key not in _KNOWN_KEYS and not key.startswith("x-"):
+                self.unable(where, key)
+        own = {
+            key: value
+            for key, value in schema.items()
+            if key in _KNOWN_KEYS - _ANNOTATIONS - {"$ref", "allOf"}
+        }
+        flat: JsonSchema = self._plain(own, where)
+        if "$ref" in schema:
+            ref = schema["$ref"]
+            if ref in refs:
+                self.fail(where, f"has a $ref that leads back to itself: {ref!r:.80}")
+            target = self._target(ref, where)
+            flat = self._both(flat, self.flat(target, where, (*refs, ref)), where)
+        every = schema.get("allOf", [])
+        if not isinstance(every, list):
+            self.fail(f"{where}.allOf", "must be a list of schemas")
+        for number, one in enumerate(every):
+            part = self.flat(one, f"{where}.allOf[{number}]", refs)
+            flat = self._both(flat, part, where)
+        return flat
+
+    def _target(self, ref: object, where: str) -> object:
+        found: object = self._root
+        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
+            self.fail(f"{where}.$ref", "must begin with #/: nothing is fetched")
+        for step in urllib.parse.unquote(ref).split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, Mapping) and name in found:
+                found = found[name]
+            elif (
+                isinstance(found, list) and name.isdecimal() and int(name) < len(found)
+            ):
+                found = found[int(name)]
+            else:
+                self.fail(f"{where}.$ref", f"leads nowhere: {ref!r:.80}")
+        return found
+
+    def _plain(self, schema: dict[str, Any], where: str) -> JsonSchema:
+        """Return it with all that has several ways to be said in one, and checked."""
+        flat = dict(schema)
+        types = flat.pop("type", None)
+        if isinstance(types, str):
+            types = [types]
+        if types is not None:
+            if not isinstance(types, list) or not types or {*types} - {*SCHEMA_KEYS}:
+                self.fail(f"{where}.type", "must be a JSON type or a list of them")
+            flat["type"] = types
+        if "const" in flat:
+            values = [flat.pop("const")]
+            old = flat.get("enum", values)
+            flat["enum"] = [v for v in values if any(_are_equal(v, o) for o in old)]
+        if not isinstance(flat.get("enum", []), list):
+            self.fail(f"{where}.enum", "must be a list")
+        for key in ("exclusiveMinimum", "exclusiveMaximum"):  # as in draft 4
+            if isinstance(flat.get(key), bool):
+                bound = key.removeprefix("exclusive").lower()
+                if flat.pop(key) and bound in flat:
+                    flat[key] = flat.pop(bound)
+        self._check_values(flat, where)
+        if flat.pop("nullable", False) is True:
+            if "type" in flat and "enum" not in flat:
+                flat["type"] = [*dict.fromkeys((*flat["type"], "null"))]
+            elif flat:
+                return {"anyOf": [flat, {"type": "null"}]}
+        return flat
+
+    def _check_values(self, flat: JsonSchema, where: str) -> None:
+        for key, value in flat.items():
+            name = f"{where}.{key}"
+            if key.startswith(("min", "max")) and key[3:] in (
+                "Length",
+                "Items",
+                "Properties",
+            ):
+                if not is_whole_number(value) or value < 0:
+                    self.fail(name, "must be a whole number")
+            elif key in _NUMBER_KEYS and not _is_number(value):
+                self.fail(name, "must be a number")
+            elif key == "properties" and not isinstance(value, Mapping):
+                self.fail(name, "must be an object of schemas")
+            elif key in ("anyOf", "oneOf", "prefixItems", "required"):
+                if not isinstance(value, list) or (not value and key.endswith("Of")):
+                    self.fail(name, "must be a list")
+                if key == "required" and not all(isinstance(one, str) for one in value):
+                    self.fail(name, "must be a list of names")
+                if len(value) > _MAX_BRANCHES and key.endswith("Of"):
+                    self.fail(name, f"has more than {_MAX_BRANCHES} schemas")
+            elif key in ("pattern", "format") and not isinstance(value, str):
+                self.fail(name, "must be a string")
+
+    # --- two schemas, both of which must hold ---
+
+    def _both(self, one: JsonSchema, other: JsonSchema, where: str) -> JsonSchema:
+        if not one or not other:
+            return one or other
+        both = {**one, **other}
+        for key in {*one} & {*other} - {"properties", "required"}:
+            both[key] = self._both_say(key, one[key], other[key], where)
+        if "required" in both:
+            names = (*one.get("required", ()), *other.get("required", ()))
+            both["required"] = [*dict.fromkeys(names)]
+        if "properties" in both or "additionalProperties" in both:
+            names = (*one.get("properties", ()), *other.get("properties", ()))
+            both["properties"] = {
+                name: all_of(_property(one, name), _property(other, name))
+                for name in dict.fromkeys(names)
+            }
+        if "prefixItems" in both:
+            count = max(len(side.get("prefixItems", ())) for side in (one, other))
+            both["prefixItems"] = [
+                all_of(_item(one, at), _item(other, at)) for at in range(count)
+            ]
+        return both
+
+    def _both_say(self, key: str, one: Any, other: Any, where: str) -> Any:
+        if key == "type":
+            return self._types_of_both(one, other, where)
+        if key == "enum":
+            return [v for v in one if any(_are_equal(v, o) for o in other)]
+        if key.startswith("min") or key == "exclusiveMinimum":
+            return max(one, other)
+        if key.startswith("max") or key == "exclusiveMaximum":
+            return min(one, other)
+        if key in ("additionalProperties", "items", "propertyNames"):
+            return all_of(one, other)
+        if key == "anyOf" and len(one) * len(other) <= _MAX_BRANCHES:
+            return [all_of(a, b) for a in one for b in other]
+        if one != other and key != "prefixItems":
+            self.unable(where, key, ", in two forms of which both must hold")
+        return one
+
+    def _types_of_both(self, one: list[str], other: list[str], where: str) -> list[str]:
+        found = [kind for kind in one if kind in other]
+        for some, others in ((one, other), (other, one)):
+            if "integer" in some and "number" in others and "integer" not in found:
+                found.append("integer")
+        if not found:
+            self.fail(where, "allows no value: its parts are of different types")
+        return found
+
+    def are_apart(
+        self, one: JsonSchema, other: JsonSchema, where: str, depth: int = 3
+    ) -> bool:
+        """Whether no value can be valid by both."""
+        if not depth or {"anyOf", "oneOf"} & {*one, *other}:
+            return False
+        if "enum" in one and "enum" in other:
+            return not any(_are_equal(a, b) for a in one["enum"] for b in other["enum"])
+        kinds, others = types_of(one), types_of(other)
+        if not kinds & others:
+            return True
+        if kinds & others != {"object"}:
+            return False
+        required = {*one.get("required", ())} & {*other.get("required", ())}
+        for name in (
+            required & {*one.get("properties", ())} & {*other.get("properties", ())}
+        ):
+            parts = [
+                self.flat(side["properties"][name], f"{where}.properties.{name}")
+                for side in (one, other)
+            ]
+            if self.are_apart(parts[0], parts[1], where, depth - 1):
+                return True
+        return any(
+            a.get("additionalProperties") is False
+            and {*b.get("required", ())} - {*a.get("properties", ())}
+            for a, b in ((one, other), (other, one))
+        )
+
+
+def _depth_of(value: object) -> int:
+    """Return how deep a JSON value is nested, at most a bit more than is allowed."""
+    depth, level = 0, [value]
+    while level and depth <= _MAX_JSON_DEPTH:
+        inner: list[object] = []
+        for one in level:
+            if isinstance(one, Mapping):
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+        depth, level = depth + 1, inner
+    return depth
+
+
+def is_whole_number(value: object) -> bool:
+    """Whether a JSON value is a number without a fraction: 1.0, too."""
+    return _is_number(value) and value == int(typing.cast(float, value))
+
+
+def _is_number(value: object) -> bool:
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and math.isfinite(typing.cast(float, value))
+
+
+def _are_equal(one: object, other: object) -> bool:
+    """Whether two JSON values are the same: true is not 1, but 1.0 is."""
+    return json.dumps(_comparable(one), sort_keys=True) == json.dumps(
+        _comparable(other), sort_keys=True
+    )
+
+
+def _comparable(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _comparable(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_comparable(one) for one in value]
+    return int(value) if isinstance(value, float) and is_whole_number(value) else value
+
+
+def all_of(one: object, other: object) -> object:
+    """Return a schema by which both must hold."""
+    if one is True or one == {} or one == other:
+        return other
+    if other is True or other == {}:
+        return one
+    return False if False in (one, other) else {"allOf": [one, other]}
+
+
+def _property(flat: JsonSchema, name: str) -> object:
+    """Return what a schema says of a property."""
+    properties = flat.get("properties", {})
+    return properties.get(name, flat.get("additionalProperties", True))
+
+
+def _item(flat: JsonSchema, at: int) -> object:
+    prefix = flat.get("prefixItems", [])
+    return prefix[at] if at < len(prefix) else flat.get("items", True)
+
+
+def types_of(flat: JsonSchema) -> set[str]:
+    """Return the types of the values of a schema."""
+    if "enum" in flat:
+        names = {dict: "object", list: "array", str: "string", bool: "boolean"}
+        names |= {type(None): "null", int: "number", float: "number"}
+        kinds = set()
+        for value in flat["enum"]:
+            kind = names[type(value)]
+            kinds.add(
+                "integer" if kind == "number" and is_whole_number(value) else kind
+            )
+        return kinds
+    kinds = {*flat.get("type", JSON_TYPES)}
+    return kinds | {"integer"} if "number" in kinds else kinds
+
+
+# ==============================================================================
+# 29. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# ==============================================================================
+# A reply by such a grammar is valid by its schema, always. The reverse is narrower on
+# purpose: properties come in the order of the schema, and none but these if it names some
+# and says nothing of others (small models never stop to invent them); a schema without a
+# type is of the type that its keywords are about; space is short (models run away in it).
+
+_MAX_SCHEMA_DEPTH: Final = 64
+_MAX_NAME_CHARS: Final = 1 << 7  # of a property, beside others that have no names
+_HOUR_MINUTE: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME: Final = rf"{_HOUR_MINUTE}:[0-5][0-9](\.[0-9]{{1,6}})?(Z|[+-]{_HOUR_MINUTE})"
+_DATE: Final = (  # years 1000 to 9999
+    "([1-9][0-9]{3}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])"
+    "|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    "|([1-9][0-9](0[48]|[2468][048]|[13579][26])|([2468][048]|[13579][26])00)-02-29)"
+)
+_LABEL: Final = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_BYTE: Final = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_FORMATS: Final[Mapping[str, str]] = {
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}T{_TIME}$",
+    "duration": (
+        "^P([0-9]{1,4}W|([0-9]{1,4}Y)?([0-9]{1,4}M)?[0-9]{1,4}D"
+        "|T([0-9]{1,4}H)?([0-9]{1,4}M)?[0-9]{1,4}S)$"
+    ),
+    "uuid": "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
+    "email": rf"^[a-zA-Z0-9_+-]{{1,30}}(\.[a-zA-Z0-9_+-]{{1,30}})?@({_LABEL}\.){{1,3}}[a-zA-Z]{{2,10}}$",
+    "hostname": rf"^{_LABEL}(\.{_LABEL}){{0,3}}$",
+    "ipv4": rf"^{_BYTE}(\.{_BYTE}){{3}}$",
+    "ipv6": "^[0-9a-f]{1,4}(:[0-9a-f]{1,4}){7}$",
+    "uri": rf"^https?://({_LABEL}\.){{1,3}}[a-zA-Z]{{2,10}}(:[1-9][0-9]{{1,3}})?(/[a-zA-Z0-9_.~%=&?+-]*)*$",
+}
+_SPACE_RULE: Final = '(" " | "\\n" [ \\t]{0,20})?'
+_CHAR_RULE: Final = (
+    '[^"\\\\\\x00-\\x1f] | "\\\\" (["\\\\/bfnrt] | "u" ([0-9a-cA-CefEF] [0-9a-fA-F]{3} '
+    '| [dD] [0-7] [0-9a-fA-F]{2} | [dD] [89abAB] [0-9a-fA-F]{2} "\\\\u" [dD] [c-fC-F] '
+    "[0-9a-fA-F]{2}))"
+)
+
+
+def schema_rule(rules: GrammarRules, schema: object, param: str) -> str:
+    """Return the name of a rule: JSON values that are valid by a schema.
+
+    ``param``: where the schema is in the request. Raises InvalidValue with the keyword
+    that a grammar cannot say, and where it is.
+    """
+    return _SchemaReader(rules, schema, param).rule
+
+
+def json_object_rule(rules: GrammarRules) -> str:
+    """Return the name of a rule: any JSON object."""
+    return schema_rule(rules, {"type": "object"}, "")
+
+
+class _SchemaReader:
+    """Turns one schema to rules. ``where``: the path of what is looked at."""
+
+    def __init__(self, rules: GrammarRules, schema: object, param: str) -> None:
+        self._rules = rules
+        self._schemas = FlatSchemas(schema, param)
+        self._known: dict[str, str] = {}  # names of rules by schemas as JSON
+        self._depth = 0
+        self._space = rules.add(_SPACE_RULE)
+        self._char = rules.add(_CHAR_RULE)
+        self.rule = self._value(schema, param)
+
+    def _value(self, schema: object, where: str) -> str:
+        """Return the name of the rule of a schema."""
+        key = json.dumps(schema)
+        if (known := self._known.get(key)) is not None:
+            return known
+        self._depth += 1
+        if self._depth > _MAX_SCHEMA_DEPTH:
+            self._schemas.fail(where, f"is more than {_MAX_SCHEMA_DEPTH} schemas deep")
+        self._known[key] = name = self._rules.reserve()
+        self._rules.define(name, self._body(self._schemas.flat(schema, where), where))
+        self._depth -= 1
+        return name
+
+    def _body(self, flat: JsonSchema, where: str) -> str:
+        for key in ("anyOf", "oneOf"):
+            if key in flat:
+                return self._branches(flat, key, where)
+        types = flat.get("type")
+        if "enum" in flat:
+            return self._constants(flat, types, where)
+        if types is None:  # those that its keywords are about, or all
+            types = [
+                kind for kind in JSON_TYPES if SCHEMA_KEYS[kind] - {"format"} & {*flat}
+            ] or (["string"] if "format" in flat else JSON_TYPES)
+        make: dict[str, Callable[[JsonSchema, str], str]] = {
+            "object": self._object,
+            "array": self._array,
+            "string": self._string,
+            "number": self._number,
+            "integer": self._number,
+        }
+        if "number" in types:
+            types = [kind for kind in types if kind != "integer"]
+        plain = {"boolean": '"true" | "false"', "null": '"null"'}
+        return " | ".join(
+            plain[kind] if kind in plain else make[kind]({**flat, "type": kind}, where)
+            for kind in types
+        )
+
+    def _branches(self, flat: JsonSchema, key: str, where: str) -> str:
+        base = {name: value for name, value in flat.items() if name != key}
+        branches = [all_of(base, one) if base else one for one in flat[key]]
+        if key == "oneOf":
+            parts = [self._schemas.flat(one, f"{where}.oneOf") for one in branches]
+            for one, other in itertools.combinations(parts, 2):
+                if not self._schemas.are_apart(one, other, where):
+                    self._schemas.unable(
+                        where, key, " where two may hold at once: use anyOf"
+                    )
+        names = (self._value(o, f"{where}.{key}[{n}]") for n, o in enumerate(branches))
+        return " | ".join(dict.fromkeys(names))
+
+    def _constants(self, flat: JsonSchema, types: list[str] | None, where: str) -> str:
+        for key in {*flat} - {"enum", "type"}:
+            self._schemas.unable(where, key, " together with enum or const")
+        values = [
+            value
+            for value in flat["enum"]
+            if types is None or types_of({"enum": [value]}) & types_of({"type": types})
+        ]
+        if not values:
+            self._schemas.fail(f"{where}.enum", "allows no value")
+        return " | ".join(dict.fromkeys(self._constant(value) for value in values))
+
+    def _constant(self, value: object) -> str:
+        if not isinstance(value, (Mapping, list)):
+            return literal(json.dumps(value, ensure_ascii=False))
+        parts = [
+            self._constant(one)
+            for one in (value.values() if isinstance(value, Mapping) else value)
+        ]
+        if isinstance(value, Mapping):
+            names = (literal(json.dumps(name, ensure_ascii=False)) for name in value)
+            parts = [f'{n} ":" " "? {v}' for n, v in zip(names, parts, strict=True)]
+        inside = f' "," {self._space} '.join(parts)
+        opening, closing = ("{", "}") if isinstance(value, Mapping) else ("[", "]")
+        inside = f"{inside} {self._space}" if parts else ""
+        return f'"{opening}" {self._space} {inside} "{closing}"'
+
+    # --- each type ---
+
+    def _limits(self, flat: JsonSchema, what: str, where: str) -> tuple[int, float]:
+        low, high = int(flat.get(f"min{what}", 0)), flat.get(f"max{what}", math.inf)
+        if low > high:
+            self._schemas.fail(where, f"has min{what} {low} above max{what} {high}")
+        return low, high
+
+    def _number(self, flat: JsonSchema, where: str) -> str:
+        is_whole = flat["type"] == "integer"
+        factor = flat.get("multipleOf", 1 if is_whole else None)
+        if factor == 1:
+            is_whole = True
+        elif factor is not None and not (
+            is_whole and is_whole_number(factor) and factor > 0
+        ):
+            self._schemas.unable(where, "multipleOf", " but for integers")
+        bounds: dict[str, NumberBound | None] = {}
+        size = {"int32": 31, "int64": 63}.get(flat.get("format", ""))
+        if size is None and flat.get("format", "float") not in ("float", "double"):
+            self._schemas.unable(
+                where, "format", f" for numbers: {flat['format']!r:.40}"
+            )
+        for end, sign in (("Minimum", 1), ("Maximum", -1)):
+            found = [
+                NumberBound(fractions.Fraction(str(flat[key])), key.startswith("ex"))
+                for key in (end.lower(), f"exclusive{end}")
+                if key in flat
+            ]
+            if size:
+                edge = -(2**size) if sign > 0 else 2**size - 1
+                found.append(NumberBound(fractions.Fraction(edge), is_open=False))
+            bounds[end] = max(
+                found, key=lambda b: (sign * b.value, b.is_open), default=None
+            )
+        if factor not in (1, None):
+            return self._multiples(factor, bounds, where)
+        gbnf = number_gbnf(bounds["Minimum"], bounds["Maximum"], is_whole=is_whole)
+        if not gbnf:
+            self._schemas.fail(where, "allows no number: its bounds leave none")
+        return gbnf
+
+    def _multiples(
+        self, factor: int, bounds: Mapping[str, NumberBound | None], where: str
+    ) -> str:
+        low, high = bounds["Minimum"], bounds["Maximum"]
+        if low is None or high is None or high.value - low.value > 1000 * factor:
+            self._schemas.unable(
+                where, "multipleOf", " without bounds that leave at most 1,000"
+            )
+        first, last = math.ceil(low.value / factor), math.floor(high.value / factor)
+        found = [
+            str(number * factor)
+            for number in range(first, last + 1)
+            if not (low.is_open and number * factor == low.value)
+            and not (high.is_open and number * factor == high.value)
+        ]
+        if not found:
+            self._schemas.fail(where, "allows no number: its bounds leave none")
+        return " | ".join(map(literal, found))
+
+    def _string(self, flat: JsonSchema, where: str) -> str:
+        low, high = self._limits(flat, "Length", where)
+        pattern = flat.get("pattern")
+        if (name := flat.get("format")) is not None:
+            if pattern is not None:
+                self._schemas.unable(where, "format", " together with pattern")
+            if name not in _FORMATS:
+                self._schemas.unable(where, "format", f" if it is {name!r:.40}")
+            pattern = _FORMATS[name]
+        if pattern is None:
+            return f'"\\"" {repeated(self._char, low, high)} "\\""'
+        try:
+            found = pattern_grammar(pattern)
+        except ValueError as error:
+            self._schemas.fail(f"{where}.pattern", str(error))
+        gbnf = found.gbnf
+        if not (low <= found.least and found.most <= high):
+            if not found.repeats:
+                why = " together with a pattern that does not imply it"
+                self._schemas.unable(
+                    where, "minLength" if low > found.least else "maxLength", why
+                )
+            low, high = max(low, found.least), min(high, found.most)
+            if low > high:
+                self._schemas.fail(
+                    where, "allows no string: its pattern and lengths exclude it"
+                )
+            gbnf = repeated(self._rules.add(found.repeats), low, high)
+        return f'"\\"" {self._rules.add(gbnf)} "\\""'
+
+    def _array(self, flat: JsonSchema, where: str) -> str:
+        low, high = self._limits(flat, "Items", where)
+        if flat.get("uniqueItems") and high > 1:
+            self._schemas.unable(where, "uniqueItems")
+        items = flat.get("items", True)
+        prefix = flat.get("prefixItems", [])
+        if isinstance(items, list):
+            self._schemas.unable(where, "items", " as a list: use prefixItems")
+        if items is False:
+            high = min(high, len(prefix))
+        if low > high:
+            self._schemas.fail(where, "allows no array: there are too few items")
+        first = [
+            self._value(one, f"{where}.prefixItems[{number}]")
+            for number, one in enumerate(prefix[: int(min(high, len(prefix)))])
+        ]
+        then, comma = "", f'"," {self._space}'
+        rest_low, rest_high = max(0, low - len(first)), high - len(first)
+        if rest_high > 0:
+            item = self._value(items, f"{where}.items")
+            if not first:
+                more = repeated(f"({comma} {item})", max(0, low - 1), high - 1)
+                return self._list(
+                    f"{item} {more if high > 1 else ''}", is_empty=not low
+                )
+            then = repeated(f"({comma} {item})", rest_low, rest_high)
+        for number, item in reversed([*enumerate(first)]):
+            then = f"{comma if number else ''} {item} {then}".strip()
+            if number >= low and number:
+                then = f"({then})?"
+        return self._list(then, is_empty=not low)
+
+    def _list(self, inside: str, *, is_empty: bool) -> str:
+        inside = f"{inside} {self._space}" if inside else ""
+        inside = f"({inside})?" if inside and is_empty else inside
+        return f'"[" {self._space} {inside} "]"'
+
+    def _object(self, flat: JsonSchema, where: str) -> str:
+        low, high = self._limits(flat, "Properties", where)
+        properties = dict(flat.get("properties", {}))
+        required = flat.get("required", [])
+        others = flat.get("additionalProperties", not properties)
+        for name in required:
+            properties.setdefault(name, flat.get("additionalProperties", True))
+            if properties[name] is False:
+                self._schemas.fail(
+                    f"{where}.required", f"has {name!r:.60}, which may not be there"
+                )
+        fields = [
+            (
+                literal(json.dumps(name, ensure_ascii=False))
+                + f' ":" " "? {self._value(schema, f"{where}.properties.{name}")}',
+                name in required,
+            )
+            for name, schema in properties.items()
+            if schema is not False
+        ]
+        other = self._other(flat, others, [*properties], where)
+        least, most = low - len(required), high - len(fields)
+        if least > 0 and not (least == 1 and not fields and other):
+            self._schemas.unable(where, "minProperties", " beyond the required ones")
+        if fields and (most < 0 or (other and high < math.inf)):
+            self._schemas.unable(where, "maxProperties", " unless all may be there")
+        begin, after = '""', '""'
+        if other and high > 0:
+            more = repeated(f'("," {self._space} {other})', 0, high - 1)
+            after = self._rules.add(
+                repeated(f'("," {self._space} {other})', 0, math.inf)
+            )
+            begin = f"{other} {more if high > 1 else ''}"
+            begin = f'{begin} | ""' if least <= 0 else begin
+        for gbnf, is_required in reversed(fields):
+            field_ = self._rules.add(gbnf)
+            begin, after = self._rules.add(begin), self._rules.add(after)
+            later = f'"," {self._space} {field_}'
+            begin = f"{field_} {after}" + ("" if is_required else f" | {begin}")
+            after = f"{later} {after}" if is_required else f"({later})? {after}"
+        inside = self._rules.add(begin)
+        return f'"{{" {self._space} {inside} {self._space} "}}"'
+
+    def _other(
+        self, flat: JsonSchema, others: object, names: Sequence[str], where: str
+    ) -> str:
+        """Return the rule of a property that the schema does not name; empty: none."""
+        keys = flat.get("propertyNames")
+        if keys is not None and names:
+            self._schemas.unable(where, "propertyNames", " together with properties")
+        if others is False:
+            return ""
+        value = self._value(others, f"{where}.additionalProperties")
+        if keys is not None:
+            of_text = all_of({"type": "string"}, keys)
+            key = self._value(of_text, f"{where}.propertyNames")
+        elif any(len(name) > _MAX_NAME_CHARS for name in names):
+            why = f" beside names of more than {_MAX_NAME_CHARS} characters"
+            self._schemas.unable(where, "additionalProperties", why)
+        elif names:
+            key = f'"\\"" {self._unlike(names)} "\\""'
+        else:
+            key = f'"\\"" {self._char}* "\\""'
+        return self._rules.add(f'{key} ":" " "? {value}')
+
+    def _unlike(self, names: Sequence[str], at: int = 0) -> str:
+        """Return the rule of strings, without escapes, that are none of these names.
+
+        All begin alike up to ``at``.
+        """
+        raw = '[^"\\\\\\x00-\\x1f]'
+        following: dict[str, list[str]] = {}
+        for name in names:
+            if len(name) > at:
+                following.setdefault(name[at], []).append(name)
+        codes = [(ord(char), ord(char)) for char in following]
+        begin = json_char(subtracted(EVERY_CHAR, [*codes, (0, 31), (34, 34), (92, 92)]))
+        parts = [f"{begin} {raw}*"]
+        for char, some in following.items():
+            if char not in '"\\' and char >= " ":
+                parts.append(f"{literal(char)} {self._unlike(some, at + 1)}")
+        if not any(len(name) == at for name in names):
+            parts.append('""')
+        return self._rules.add(" | ".join(parts))
+
+
+# ==============================================================================
+# 30. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -8946,7 +10031,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 28. TEXT - tokens to the text that a client may see
+# 31. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -9099,7 +10184,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 29. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# 32. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
 # ==============================================================================
 # Models write both as text, between marks that their templates teach them.
 
@@ -9119,7 +10204,7 @@ class CallPart:
 
 
 # ==============================================================================
-# 30. SEQUENCES - what of past prompts is still in memory
+# 33. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -9494,7 +10579,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 31. DRAFTS - how a reply may go on, tried ahead
+# 34. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -9623,7 +10708,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 32. STEPS - which tokens share the next call
+# 35. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -9897,7 +10982,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 33. GENERATIONS - requests for text: what each has gained, and which wait
+# 36. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -10321,7 +11406,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 34. GENERATOR - the thread that generates
+# 37. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -10771,7 +11856,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 35. MESSAGES - requests and responses, and the bytes of a response
+# 38. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -10962,7 +12047,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 36. REQUESTS - bytes to requests
+# 39. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -11320,7 +12405,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 37. CODINGS - compressed bodies, JSON, and what a client takes
+# 40. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -11683,7 +12768,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 38. PROXIES - which client one speaks for
+# 41. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -11808,7 +12893,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 39. KEYS - who is asking, and how much each may ask for
+# 42. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -12195,7 +13280,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 40. SOCKETS - how many, how much is held for them, how each ends
+# 43. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -12558,7 +13643,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 41. CONNECTIONS - requests of one client, in order; back-pressure
+# 44. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -13004,7 +14089,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 42. LISTENERS - where connections come from
+# 45. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -13354,7 +14439,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 43. GATE - who is let in
+# 46. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -13587,7 +14672,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 44. MODELS - what is configured, what is in memory, and what a name means
+# 47. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -13934,7 +15019,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 45. REGISTRY - when each model is in memory
+# 48. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -14352,7 +15437,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 46. FORMS - what is asked and answered, declared once
+# 49. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -14789,7 +15874,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 47. COMPUTE - from an EmbedRequest to its EmbedResult
+# 50. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -15008,7 +16093,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 48. REPLIES - from messages to the text of a reply, as it grows
+# 51. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -15404,7 +16489,7 @@ class Replies:
 
 
 # ==============================================================================
-# 49. HANDLING - what handlers work with: the service, and a request over HTTP
+# 52. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -15834,7 +16919,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 50. ANSWERS - replies on their way: whole, or part by part
+# 53. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -15930,7 +17015,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 51. VECTORS - numbers of a reply, in the types that clients ask for
+# 54. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -16053,7 +17138,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 52. OPENAI - its shapes
+# 55. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -16184,7 +17269,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 53. TOOLS - which functions a model may call, and which it must
+# 56. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -16371,7 +17456,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 54. CHAT FORMS - what may be asked of a model that generates
+# 57. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -16742,7 +17827,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 55. CHAT - OpenAI's chat and completions, whole and streamed
+# 58. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -17103,7 +18188,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 56. ITEMS - what may be asked on OpenAI's /v1/responses
+# 59. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -17510,7 +18595,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 57. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 60. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -17885,7 +18970,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 58. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 61. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -18186,7 +19271,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 59. TEI - the shapes of text-embeddings-inference
+# 62. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -18444,7 +19529,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 60. TOKENS - texts as the tokens that a model reads, and back
+# 63. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -18663,7 +19748,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 61. OLLAMA - its shapes
+# 64. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -18889,7 +19974,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 62. SEEDS - what infer-server and LMServ promise
+# 65. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -19105,7 +20190,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 63. ADMIN - health, readiness, metrics, models
+# 66. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -19345,7 +20430,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 64. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 67. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -19657,7 +20742,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 65. ROUTES - the table, and everything derived from it
+# 68. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -19846,7 +20931,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 66. DISPATCH - from a request to its response
+# 69. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -20295,7 +21380,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 67. TRIALS - a model loaded in another process first
+# 70. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -20378,7 +21463,7 @@ class Trial:
 
 
 # ==============================================================================
-# 68. FOLDER - what a model's authors wrote beside its file
+# 71. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -20505,7 +21590,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 69. LOADING - a model's way into memory
+# 72. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -20939,7 +22024,7 @@ class Loader:
 
 
 # ==============================================================================
-# 70. SUPERVISOR - a small parent that outlives the server
+# 73. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -21324,7 +22409,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 71. SERVER - builds every object; loading, ready, draining, stopped
+# 74. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -21757,7 +22842,7 @@ class Server:
 
 
 # ==============================================================================
-# 72. TUNING - the settings that are fastest on this box
+# 75. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -21892,7 +22977,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 73. CHECKING - what a model is and gives, before it is served
+# 76. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -22031,7 +23116,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 74. DEPLOYMENT - what the printed files have in common
+# 77. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -22248,7 +23333,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 75. UNITS - the server under systemd
+# 78. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -22462,7 +23547,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 76. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 79. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -22873,7 +23958,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 77. WATCHING - what scrapes, draws and alerts
+# 80. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -23064,7 +24149,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 78. COMMAND LINE - flags in, exit code out
+# 81. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
