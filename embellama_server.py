@@ -3940,7 +3940,819 @@ class Tokenizer:
 
 
 # ==============================================================================
-# 12. TEMPLATES - messages to the text a model was trained on
+# 12. CALLS - how models write that a tool is to be called
+# ==============================================================================
+# As text, and each family its own way: a JSON object, a name before one, elements like
+# XML's, Python. All are read, whichever the template teaches, for models mix them up. What
+# is a call for sure is decided by the names of the tools: nothing else is one.
+
+
+@dataclass(slots=True)
+class CallPart:
+    """What a call of a tool has gained; all but ``arguments`` comes in its first part."""
+
+    index: int  # of the call among those of its reply
+    arguments: str = ""  # of its JSON object: the parts together are valid JSON
+    id: str = ""  # the only part that has one is the first
+    name: str = ""  # of the function
+
+    def add(self, later: CallPart) -> None:
+        """Take in what the same call gained later."""
+        self.arguments += later.arguments
+
+
+class WrittenCall(NamedTuple):
+    """A call as a model wrote it."""
+
+    name: str
+    arguments: str  # a JSON object
+
+
+class NeedsMore(Exception):
+    """What is written so far may become a call."""
+
+
+class NoCall(Exception):
+    """What is written is no call, however it goes on."""
+
+
+# The marks around calls; what closes them may be missing. No mark holds another.
+CALL_MARKS: Final[Mapping[str, Sequence[str]]] = {
+    "<tool_call>": ("</tool_call>",),  # Hermes, Qwen, GLM and many more
+    "<tool_calls>": ("</tool_calls>",),
+    "<TOOLCALL>": ("</TOOLCALL>",),  # Nemotron
+    "<function_call>": ("</function_call>",),
+    "<seed:tool_call>": ("</seed:tool_call>",),
+    "<minimax:tool_call>": ("</minimax:tool_call>",),
+    "<atem:function_calls>": ("</atem:function_calls>",),
+    "<function=": (
+        "</tool_call>",
+    ),  # Qwen3-Coder, where it leaves out the mark before; functionary
+    "<function name=": (),
+    "<invoke name=": (),
+    "[TOOL_CALLS]": (),  # Mistral
+    "<|python_tag|>": (),  # Llama 3
+    "<|tool_call|>": ("<|/tool_call|>",),  # Granite 3, Phi 4
+    "<|function_call|>": (),
+    "<|tool_call_start|>": ("<|tool_call_end|>",),  # LFM2
+    "<|tools_prefix|>": ("<|tools_suffix|>",),  # Apertus
+    "<|START_ACTION|>": ("<|END_ACTION|>",),  # Command R
+    "<|tool_call>": ("<tool_call|>",),  # Gemma 4
+    "<|tool_calls_section_begin|>": ("<|tool_calls_section_end|>",),  # Kimi
+    "<|tool_call_begin|>": ("<|tool_call_end|>", "<|tool_calls_section_end|>"),
+    "<\uff5ctool\u2581calls\u2581begin\uff5c>": (
+        "<\uff5ctool\u2581calls\u2581end\uff5c>",
+    ),
+    "<\uff5ctool\u2581call\u2581begin\uff5c>": (
+        "<\uff5ctool\u2581call\u2581end\uff5c>",
+        "<\uff5ctool\u2581calls\u2581end\uff5c>",
+    ),  # DeepSeek
+    "<\uff5cDSML\uff5cfunction_calls>": ("</\uff5cDSML\uff5cfunction_calls>",),
+    "<\uff5cDSML\uff5ctool_calls>": ("</\uff5cDSML\uff5ctool_calls>",),
+    "```tool_code": ("```",),  # Gemma 3, by Google's own words
+    "```tool_call": ("```",),
+    "```json": ("```",),
+}
+# These also begin what is read as the call.
+ELEMENT_MARKS: Final = ("<function=", "<function name=", "<invoke name=")
+# What may stand between a name and its arguments.
+_BEFORE_ARGUMENTS: Final = (
+    *("[ARGS]", "<\uff5ctool\u2581sep\uff5c>", "<|tool_call_argument_begin|>"),
+)
+CALL_INNER_MARKS: Final = (*_BEFORE_ARGUMENTS, "[CALL_ID]", '<|"|>')
+_SPACE: Final = re.compile(r"\s*")
+_KEY: Final = re.compile(r'\{\s*(?:\Z|"([^"\\]*)(?:\Z|"))')
+_HEAD: Final = re.compile(
+    r'\{\s*(?:"(?:id|tool_call_id|type)"\s*:\s*"[^"\\]*"\s*,\s*)*'
+    r'"(?:name|tool_name)"\s*:\s*"([^"\\]+)"\s*,\s*'
+    r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_NAMES: Final = ("name", "tool_name", "function")
+_ARGUMENTS: Final = ("arguments", "parameters", "args", "input")
+_KEYS: Final = frozenset((*_NAMES, *_ARGUMENTS, "type", "id", "tool_call_id"))
+_ELEMENT: Final = re.compile(
+    r'<(?:\w+:|\uff5cDSML\uff5c)?(?:function|invoke)(?:=| name=)"?([^"<>]+)"?>'
+)
+_PARAMETER: Final = re.compile(
+    r'<((?:\w+:|\uff5cDSML\uff5c)?param(?:eter)?)(?:=| name=)"?([^"<>]+?)"?'
+    r'(?: string="(\w+)")?>'
+)
+_ELEMENT_END: Final = re.compile(r"</(?:\w+:|\uff5cDSML\uff5c)?(?:function|invoke)>")
+_PYTHON_TOKEN: Final = re.compile(
+    r"""\s*(?:("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|(-?\d[\d.eE+-]*)"""
+    r"""|([^\W\d]\w*)(\s*=)?|([][{}:,()]))"""
+)
+_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"} | {
+    word: word for word in ("true", "false", "null")
+}
+
+
+class CallScan:
+    """Reads calls from a text that may go on.
+
+    Kept for one text as it grows: what was looked through is not looked through again.
+    """
+
+    def __init__(self, tools: Mapping[str, Mapping[str, Any]]) -> None:
+        """``tools``: the schema of each one's arguments, by name."""
+        self._tools = tools
+        self.text = ""
+        self.at = 0
+        self.is_whole = False  # nothing more comes
+        self.begun: tuple[str, int] | None = (
+            None  # a name, and where its arguments begin
+        )
+        self._ends: dict[int, _ValueEnd] = {}
+        self._searched: dict[int, int] = {}
+
+    def call(self, text: str, *, is_whole: bool = False) -> WrittenCall:
+        """Return the call that the text begins with; it ends at ``at``.
+
+        Raises NeedsMore, with ``begun`` if its name is known; or NoCall.
+        """
+        self.text, self.at, self.is_whole, self.begun = text, 0, is_whole, None
+        self._space()
+        first = text[self.at : self.at + 1]
+        if not first:
+            raise NeedsMore
+        if first == "{":
+            return self._object()
+        return self._element() if first == "<" else self._named()
+
+    # --- a JSON object that says the name ---
+
+    def _object(self) -> WrittenCall:
+        begin = self.at
+        if head := _HEAD.match(self.text, begin):
+            name = self._known(head[1])
+            self.begun = name, head.end()
+            end = self._end_of(head.end())
+            self.begun = None
+            arguments = _checked(self.text[head.end() : end])
+            if self.is_whole and self._maybe_end_of(begin) is None:
+                self.at = len(self.text)  # it ends before the object does
+            else:
+                self.at = self._end_of(begin)
+                _json_object(self.text[begin : self.at])
+            return WrittenCall(name, arguments)
+        key = _KEY.match(self.text, begin)
+        if key is None or not self._may_be_key(key[1] or "", key[0].endswith('"')):
+            raise NoCall
+        self.at = self._end_of(begin)
+        return self._call_in(_json_object(self.text[begin : self.at]))
+
+    def _may_be_key(self, key: str, is_complete: bool) -> bool:
+        if is_complete and key:
+            return key in _KEYS or key in self._tools
+        return any(known.startswith(key) for known in (*_KEYS, *self._tools))
+
+    def _call_in(self, value: Any) -> WrittenCall:
+        """Return the call that a JSON object says."""
+        if isinstance(inner := value.get("function"), dict):
+            value = inner
+        if len(value) == 1 and (name := next(iter(value))) in self._tools:
+            return WrittenCall(name, _dumped(value[name]))
+        names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
+        name = self._known(names[0] if names else "")
+        found = [value[key] for key in _ARGUMENTS if key in value]
+        return WrittenCall(name, _dumped(found[0] if found else {}))
+
+    # --- a name, and arguments after it ---
+
+    def _named(self) -> WrittenCall:
+        prefix = self._take(
+            "functions.", "call:", "function<\uff5ctool\u2581sep\uff5c>"
+        )
+        is_printed = bool(self._take("print("))  # Gemma 3 was taught to
+        name = self._name()
+        if self._take("[CALL_ID]"):
+            self._until("[ARGS]")
+        elif self._take(":"):  # Kimi counts its calls
+            self._until("<|tool_call_argument_begin|>")
+        else:
+            self._space()
+            self._take(*_BEFORE_ARGUMENTS)
+        self._space()
+        if fence := self._take("```json"):  # DeepSeek R1
+            self._space()
+        first = self.text[self.at : self.at + 1]
+        if first == "{":
+            call = self._arguments(name, _GEMMA_VALUE if prefix == "call:" else None)
+            if fence:
+                self._space()
+                self._take("```")
+            return call
+        if first == "(":
+            found = self._python(name)
+            if is_printed:
+                self._space()
+                self._take(")")
+            return found
+        if first == "<" or (not first and self.is_whole):
+            return self._pairs(name)
+        raise NoCall if first else NeedsMore
+
+    def _name(self) -> str:
+        """Return the longest name of a tool that comes next."""
+        rest = self.text[self.at :]
+        names = [name for name in self._tools if rest.startswith(name)]
+        if not self.is_whole and any(
+            len(name) > len(rest) and name.startswith(rest) for name in self._tools
+        ):
+            raise NeedsMore
+        if not names:
+            raise NoCall
+        name = max(names, key=len)
+        self.at += len(name)
+        return name
+
+    def _arguments(self, name: str, written: _Written | None = None) -> WrittenCall:
+        begin = self.at
+        self.begun = (name, begin) if written is None else None
+        self.at = self._end_of(begin, written)
+        self.begun = None
+        text = self.text[begin : self.at]
+        return WrittenCall(name, _checked(text if written is None else _ungemma(text)))
+
+    def _pairs(self, name: str) -> WrittenCall:
+        """Read <arg_key> and <arg_value>, as GLM writes them."""
+        found: dict[str, Any] = {}
+        while self._take("<arg_key>"):
+            key = self._until("</arg_key>").strip()
+            self._space()
+            if not self._take("<arg_value>"):
+                raise NoCall
+            found[key] = self._value(name, key, self._until("</arg_value>"))
+            self._space()
+        if not found and not self._peek("</tool_call>"):
+            raise NoCall
+        return WrittenCall(name, _dumped(found))
+
+    def _python(self, name: str) -> WrittenCall:
+        """Read name=value pairs in parentheses."""
+        begin, written = self.at, ""
+        self.at = at = self._end_of(begin, _PYTHON_VALUE)
+        while begin < at:
+            token = _PYTHON_TOKEN.match(self.text, begin)
+            if token is None:
+                raise NoCall
+            written += _python_as_json(token)
+            begin = token.end()
+        return WrittenCall(name, _dumped(_json_object(written)))
+
+    # --- elements ---
+
+    def _element(self) -> WrittenCall:
+        tag = self._tag()
+        found = _ELEMENT.fullmatch(tag)
+        if found is None:
+            raise NoCall
+        name = self._known(found[1].strip())
+        self._space()
+        if self.text.startswith("{", self.at):
+            call = self._arguments(name)
+            self._space()
+            self._take("</function>")
+            return call
+        values: dict[str, Any] = {}
+        while True:
+            self._space()
+            if self.is_whole and self.at == len(self.text):
+                break
+            tag = self._tag()
+            if _ELEMENT_END.fullmatch(tag):
+                break
+            parameter = _PARAMETER.fullmatch(tag)
+            if parameter is None:
+                raise NoCall
+            text, key = self._until(f"</{parameter[1]}>"), parameter[2].strip()
+            is_text = parameter[3] == "true"
+            values[key] = text if is_text else self._value(name, key, text)
+        return WrittenCall(name, _dumped(values))
+
+    def _tag(self) -> str:
+        if not self._peek("<"):
+            raise NoCall
+        begin, end = self.at, self.text.find(">", self.at)
+        if end < 0:
+            # No tag is so long, and none has a line break.
+            rest = self.text[begin:]
+            raise NoCall if len(rest) > 512 or "\n" in rest else NeedsMore
+        self.at = end + 1
+        return self.text[begin : self.at]
+
+    def _value(self, name: str, key: str, text: str) -> Any:
+        """Return a value that is written without quotes, by its schema."""
+        text = text.removeprefix("\n").removesuffix("\n")
+        properties = self._tools[name].get("properties")
+        schema = properties.get(key) if isinstance(properties, Mapping) else None
+        kind = schema.get("type") if isinstance(schema, Mapping) else None
+        if kind == "string":
+            return text
+        try:
+            return _loads(text)
+        except (ValueError, RecursionError):
+            return text
+
+    # --- the text ---
+
+    def _known(self, name: str) -> str:
+        if name not in self._tools:
+            raise NoCall
+        return name
+
+    def _space(self) -> None:
+        found = _SPACE.match(self.text, self.at)
+        assert found is not None
+        self.at = found.end()
+
+    def _peek(self, *marks: str) -> str:
+        """Return which of these comes next, if any."""
+        for mark in marks:
+            if self.text.startswith(mark, self.at):
+                return mark
+        rest = self.text[self.at :]
+        if not self.is_whole and any(mark.startswith(rest) for mark in marks):
+            raise NeedsMore
+        return ""
+
+    def _take(self, *marks: str) -> str:
+        mark = self._peek(*marks)
+        self.at += len(mark)
+        return mark
+
+    def _until(self, mark: str) -> str:
+        """Return the text before the next one of these, and pass it."""
+        begin = self.at
+        end = self.text.find(mark, max(begin, self._searched.get(begin, 0)))
+        if end < 0:
+            self._searched[begin] = len(self.text) - len(mark) + 1
+            raise NeedsMore
+        self.at = end + len(mark)
+        return self.text[begin:end]
+
+    def _end_of(self, begin: int, written: _Written | None = None) -> int:
+        """Return where the JSON object or list ends that begins there."""
+        if (end := self._maybe_end_of(begin, written)) is None:
+            raise NeedsMore
+        return end
+
+    def _maybe_end_of(self, begin: int, written: _Written | None = None) -> int | None:
+        if begin not in self._ends:
+            self._ends[begin] = _ValueEnd(begin, written or _JSON_VALUE)
+        return self._ends[begin].find(self.text)
+
+
+class _Written(NamedTuple):
+    """What matters of a value that is not complete, outside of strings and in them."""
+
+    outside: re.Pattern[str]
+    inside: re.Pattern[str]
+
+
+_JSON_VALUE: Final = _Written(re.compile(r'["{}\[\]]'), re.compile(r'["\\]'))
+_PYTHON_VALUE: Final = _Written(re.compile(r"[\"'(){}\[\]]"), re.compile(r"[\"'\\]"))
+_GEMMA_VALUE: Final = _Written(re.compile(r'<\|"\|>|[{}\[\]]'), re.compile(r'<\|"\|>'))
+_QUOTES: Final = ('"', "'", '<|"|>')
+_MAX_QUOTE: Final = max(map(len, _QUOTES))
+
+
+class _ValueEnd:
+    """Finds where an object, a list or a pair of parentheses ends."""
+
+    def __init__(self, begin: int, written: _Written) -> None:
+        self._written = written
+        self._at = begin
+        self._depth = 0
+        self._quote = ""  # that the string will end with
+        self._end: int | None = None
+
+    def find(self, text: str) -> int | None:
+        """Return the end, once it is there. ``text`` has only grown since the last time."""
+        while self._end is None:
+            outside, inside = self._written
+            found = (inside if self._quote else outside).search(text, self._at)
+            if found is None:  # a quote may have begun
+                self._at = max(self._at, len(text) - _MAX_QUOTE + 1)
+                return None
+            if found[0] == "\\" and found.end() == len(text):
+                self._at = found.start()  # what it escapes is not there yet
+                return None
+            self._at = found.end() + (found[0] == "\\")
+            self._note(found[0])
+        return self._end
+
+    def _note(self, mark: str) -> None:
+        if mark in _QUOTES:
+            self._quote = "" if mark == self._quote else self._quote or mark
+        elif mark != "\\":
+            self._depth += 1 if mark in "{[(" else -1
+            if not self._depth:
+                self._end = self._at
+
+
+def _loads(text: str) -> Any:
+    """Read JSON; line breaks in strings are let through, what is no JSON is not."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    return json.loads(text, strict=False, parse_constant=refuse)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = _loads(text)
+    except (ValueError, RecursionError):
+        raise NoCall from None
+    if not isinstance(value, dict):
+        raise NoCall
+    return value
+
+
+def _checked(text: str) -> str:
+    """Return a JSON object as it is written, if it is one; else as it should be."""
+    value = _json_object(text)
+    try:
+        json.loads(text)
+    except ValueError:
+        return _dumped(value)
+    return text
+
+
+def _dumped(value: object) -> str:
+    """Return arguments as JSON. Some models write them as JSON in a string."""
+    if isinstance(value, str):
+        return _checked(value)
+    if not isinstance(value, dict):
+        raise NoCall
+    text = json.dumps(value, ensure_ascii=False)
+    # Half of a character cannot be sent as it is.
+    return text if text.isprintable() or _is_text(text) else json.dumps(value)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _python_as_json(token: re.Match[str]) -> str:
+    """Return a token of Python as JSON has it; NoCall for what it has not."""
+    text, number, name, equals, mark = token.groups()
+    if text:
+        import ast
+
+        try:
+            return json.dumps(ast.literal_eval(text), ensure_ascii=False)
+        except (ValueError, SyntaxError):
+            raise NoCall from None
+    if equals:
+        return f"{json.dumps(name)}:"
+    if name and name not in _CONSTANTS:
+        raise NoCall
+    if name:
+        return _CONSTANTS[name]
+    return number or {"(": "{", ")": "}"}.get(mark, mark)
+
+
+def _ungemma(text: str) -> str:
+    """Return JSON for what Gemma 4 writes: keys without quotes, and marks for quotes."""
+    parts = text.split('<|"|>')
+    for index, part in enumerate(parts):
+        if index % 2:
+            parts[index] = json.dumps(part, ensure_ascii=False)
+        else:
+            parts[index] = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', part)
+    return "".join(parts)
+
+
+# ==============================================================================
+# 13. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# ==============================================================================
+# Pure, and the same for streams and whole replies: how the text is cut into pieces makes
+# no difference. What looks like a call and turns out to be none comes out as it is
+# written. So a call is kept back until it is complete: some that begin well end badly, and
+# nobody can take back a part that was sent. Where a grammar sees to it that it ends well,
+# it is sent as it comes.
+
+
+class Thoughts(NamedTuple):
+    """The marks around a model's thoughts."""
+
+    opening: str
+    closing: str
+    # More marks, which say nothing, between thoughts and text, or before a text without.
+    silent: Sequence[str] = ()
+
+
+THINK: Final = Thoughts("<think>", "</think>")  # most models'
+# Those of others: a template's are the ones whose marks it holds.
+_MARKS_OF_THOUGHTS: Final = (
+    Thoughts("[THINK]", "[/THINK]"),  # Mistral
+    Thoughts("<thinking>", "</thinking>"),
+    Thoughts("<reasoning>", "</reasoning>"),
+    Thoughts("<seed:think>", "</seed:think>"),
+    Thoughts("<mm:think>", "</mm:think>"),
+    Thoughts("<think:opensource>", "</think:opensource>"),
+    Thoughts("<|channel>thought", "<channel|>"),  # Gemma 4
+    Thoughts("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
+    Thoughts(
+        "<|START_THINKING|>",  # Command
+        "<|END_THINKING|>",
+        ("<|START_TEXT|>", "<|START_RESPONSE|>"),
+    ),
+    Thoughts(
+        "<|open|>think<|sep|>",  # Kimi K3
+        "<|close|>think<|sep|>",
+        ("<|open|>response<|sep|>",),
+    ),
+    Thoughts(
+        "<|channel|>analysis<|message|>",  # gpt-oss
+        "<|end|>",
+        ("<|start|>assistant", "<|channel|>final<|message|>"),
+    ),
+)
+
+
+def thoughts_in(template: str) -> Sequence[Thoughts]:
+    """Return the marks that models with this template put around their thoughts."""
+    others = [one for one in _MARKS_OF_THOUGHTS if one.closing in template]
+    return (THINK, *others)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Markup:
+    """What to look for in a reply."""
+
+    thoughts: Sequence[Thoughts] = (THINK,)
+    begins_inside: Thoughts | None = None  # the prompt ends with its opening mark
+    tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # see CallScan
+    max_calls: int = sys.maxsize
+    is_constrained: bool = False  # a grammar sees to it that calls are valid
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """All marks, some of which may be control tokens."""
+        thoughts = [*self.thoughts, *filter(None, [self.begins_inside])]
+        marks = {mark for one in thoughts for mark in (*one[:2], *one.silent)}
+        if self.tools:
+            marks.update(CALL_MARKS, *CALL_MARKS.values(), CALL_INNER_MARKS)
+        return frozenset(marks)
+
+
+@dataclass(slots=True)
+class MarkedText:
+    """What a piece of a reply adds to each of its parts."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[CallPart] = field(default_factory=list)
+
+    def add(self, later: MarkedText) -> None:
+        """Take in what came later."""
+        self.text += later.text
+        self.reasoning += later.reasoning
+        self.calls += later.calls
+
+
+_ID_CHARS: Final = string.ascii_letters + string.digits
+
+
+def new_call_id() -> str:
+    """Return an id for a call: nine letters and digits.
+
+    Mistral's templates refuse any other, and a chat may go on with another model.
+    """
+    return "".join(random.choices(_ID_CHARS, k=9))
+
+
+class MarkupReader:
+    """Tells apart the thoughts, text and calls of one reply."""
+
+    def __init__(self, markup: Markup) -> None:
+        self.calls = 0  # so far
+        self._markup = markup
+        self._openings = {one.opening: one for one in markup.thoughts}
+        self._silent = [mark for one in markup.thoughts for mark in one.silent]
+        self._marks = [*CALL_MARKS] if markup.tools else []
+        self._held = ""  # from where what is not decided yet begins
+        self._inside = markup.begins_inside  # the marks around the present thoughts
+        self._is_blank = True  # these thoughts have said nothing yet
+        self._skips_blanks = False
+        self._read = self._read_thoughts if self._inside else self._read_start
+        # of the calls after a mark
+        self._skipped = 0  # characters of what is held: blanks and the mark
+        self._refused_chars = (
+            0  # of these and the call: text if it turns out to be none
+        )
+        self._closings: list[str] = []
+        self._is_first = self._is_closed = False  # no call was read yet; all were
+        self._scan: CallScan | None = None  # of the call that is being written
+        self._sent_chars = -1  # of its arguments; -1: not even its name
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether thoughts have begun and not ended."""
+        return self._inside is not None
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether what came so far may be the beginning of thoughts."""
+        return self._read == self._read_start and bool(self._held)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has as many calls as it may have: nothing more comes."""
+        return self.calls >= self._markup.max_calls
+
+    def feed(self, text: str) -> MarkedText:
+        """Return what more text adds."""
+        found = MarkedText()
+        self._held += text
+        while self._held and self._read(found, False):
+            pass
+        return found
+
+    def end(self, *, is_cut: bool = False) -> MarkedText:
+        """Return what was kept back. ``is_cut``: the reply would have gone on.
+
+        What is known of a call then comes out, though it is not complete.
+        """
+        found = MarkedText()
+        if is_cut and self._scan is not None and self._scan.begun is not None:
+            self._send_begun(found, self._scan)
+            self._held = ""
+        while self._held and self._read(found, True):
+            pass
+        return found
+
+    # --- each is tried on what is held; True: the next one may be ---
+
+    def _read_start(self, found: MarkedText, is_last: bool) -> bool:
+        """Before any text there may be thoughts, or a call without a mark."""
+        text = self._held.lstrip()
+        if mark := next(filter(text.startswith, self._openings), ""):
+            self._held, self._inside = text[len(mark) :], self._openings[mark]
+            self._is_blank, self._read = True, self._read_thoughts
+            return True
+        if mark := next(filter(text.startswith, self._silent), ""):
+            self._held, self._skips_blanks = text[len(mark) :], True
+            return True
+        marks = (*self._openings, *self._silent, *self._marks)
+        if not is_last and any(mark.startswith(text) for mark in marks):
+            return False
+        if self._skips_blanks:
+            self._held = text
+        if self._marks and text[:1] in ("{", "["):
+            self._begin_calls("", self._held)
+        else:
+            self._read = self._read_text
+        return True
+
+    def _read_thoughts(self, found: MarkedText, is_last: bool) -> bool:
+        assert self._inside is not None
+        closing = self._inside.closing
+        text = self._held.lstrip() if self._is_blank else self._held
+        end = at = text.find(closing)
+        if at < 0:
+            end = len(text) if is_last else _begin_of_mark(text, [closing])
+        said = text[:end].rstrip()
+        found.reasoning += said
+        self._is_blank = self._is_blank and not said
+        self._held = text[len(said) :]
+        if at >= 0:
+            self._held = text[at + len(closing) :]
+            self._inside, self._skips_blanks = None, True
+            self._read = self._read_start
+        return at >= 0
+
+    def _read_text(self, found: MarkedText, is_last: bool) -> bool:
+        text = self._held
+        places = [(at, mark) for mark in self._marks if (at := text.find(mark)) >= 0]
+        if places:
+            at, mark = min(places)
+            said = text[:at].rstrip()
+            found.text += said
+            self._begin_calls(mark, text[len(said) :], at - len(said))
+            return True
+        end = len(text)
+        if self._marks and not is_last:  # blanks before a call are nobody's
+            end = len(text[: _begin_of_mark(text, self._marks)].rstrip())
+        found.text += text[:end]
+        self._held = text[end:]
+        return False
+
+    def _begin_calls(self, mark: str, text: str, blanks: int = 0) -> None:
+        """After ``blanks`` there is a mark, or a call without."""
+        self._held, self._read = text, self._read_calls
+        self._closings = [*CALL_MARKS.get(mark, ())]
+        self._skipped = blanks
+        if is_before := bool(mark) and mark not in ELEMENT_MARKS:
+            self._skipped += len(mark)
+        self._refused_chars = self._skipped + (not is_before)
+        self._is_first, self._is_closed, self._scan = True, False, None
+
+    def _read_calls(self, found: MarkedText, is_last: bool) -> bool:
+        """After a mark there is a call, or another mark; after a call there may be."""
+        text = self._held[self._skipped :].lstrip(_SEPARATORS)
+        marks = [*_MARKS_BEFORE_CALLS, *(() if self._is_first else self._closings)]
+        if not is_last and any(
+            mark.startswith(text) and mark != text for mark in marks
+        ):
+            return False
+        if mark := next(filter(text.startswith, marks), ""):
+            self._pass_mark(mark, text)
+            return True
+        if self._is_closed or not (text or self._is_first):
+            self._held, self._read = self._held.lstrip(_AFTER_CALLS), self._read_text
+            return True
+        return self._read_call(found, text.lstrip(_LIST_SEPARATORS), is_last)
+
+    def _pass_mark(self, mark: str, text: str) -> None:
+        if mark in self._closings:
+            self._held, self._is_closed = text[len(mark) :], True
+        elif not self._is_first:
+            self._begin_calls(mark, text)
+        else:
+            self._skipped = len(self._held) - len(text) + len(mark)
+            self._refused_chars = self._skipped
+            self._closings += CALL_MARKS[mark]
+
+    def _read_call(self, found: MarkedText, text: str, is_last: bool) -> bool:
+        scan = self._scan = self._scan or CallScan(self._markup.tools)
+        try:
+            call = scan.call(text, is_whole=is_last)
+        except NeedsMore:
+            if not is_last:
+                if self._markup.is_constrained and scan.begun is not None:
+                    self._send_begun(found, scan)
+                return False
+        except NoCall:
+            pass
+        else:
+            self._send(found, call.name, call.arguments)
+            self._scan, self._sent_chars = None, -1
+            self._held, self._skipped, self._is_first = text[scan.at :], 0, False
+            self.calls += 1
+            if self.is_over:
+                self._read = self._read_nothing
+            return True
+        self._refuse_call(found)
+        return True
+
+    def _refuse_call(self, found: MarkedText) -> None:
+        """What is written is no call after all: it is text."""
+        if self._is_first:
+            found.text += self._held[: self._refused_chars]
+            self._held = self._held[self._refused_chars :]
+        else:
+            self._held = self._held.lstrip(_AFTER_CALLS)
+        self._read = self._read_text
+
+    def _read_nothing(self, found: MarkedText, is_last: bool) -> bool:
+        self._held = ""
+        return False
+
+    def _send_begun(self, found: MarkedText, scan: CallScan) -> None:
+        assert scan.begun is not None
+        name, begin = scan.begun
+        self._send(found, name, scan.text[begin:])
+
+    def _send(self, found: MarkedText, name: str, arguments: str) -> None:
+        """Send what was not yet sent of the call that is written."""
+        if self._sent_chars < 0:
+            found.calls.append(CallPart(self.calls, id=new_call_id(), name=name))
+            self._sent_chars = 0
+        if new := arguments[self._sent_chars :]:
+            found.calls.append(CallPart(self.calls, new))
+            self._sent_chars += len(new)
+
+
+_SEPARATORS: Final = " \t\r\n,;]"  # of calls
+_LIST_SEPARATORS: Final = f"{_SEPARATORS}["
+_AFTER_CALLS: Final = " \t\r\n]"
+_MARKS_BEFORE_CALLS: Final = [mark for mark in CALL_MARKS if mark not in ELEMENT_MARKS]
+
+
+def _begin_of_mark(text: str, marks: Collection[str]) -> int:
+    """Return where the longest end of ``text`` begins that a mark begins with."""
+    first_chars = {mark[0] for mark in marks}
+    for begin in range(max(0, len(text) - _MAX_MARK_CHARS), len(text)):
+        if text[begin] in first_chars:
+            tail = text[begin:]
+            if any(mark.startswith(tail) for mark in marks):
+                return begin
+    return len(text)
+
+
+_MAX_MARK_CHARS: Final = 64
+
+
+# ==============================================================================
+# 14. TEMPLATES - messages to the text a model was trained on
 # ==============================================================================
 # A chat model was trained on one way to write down who said what. Its GGUF carries that
 # way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
@@ -4100,6 +4912,11 @@ class RenderedPrompt(NamedTuple):
     parts: list[PromptPart]
     is_folded: bool = False  # the template took them only as folded() has them
 
+    def begins_inside(self, thoughts: Iterable[Thoughts]) -> Thoughts | None:
+        """Return the thoughts in which a reply to it begins, if it does."""
+        end = "".join(part.text for part in self.parts[-3:]).rstrip()
+        return next((one for one in thoughts if end.endswith(one.opening)), None)
+
 
 class ChatTemplate:
     """A compiled chat template. Any thread."""
@@ -4127,6 +4944,7 @@ class ChatTemplate:
         except Exception as error:  # Python's own compiler has limits as well
             words = _words_of(error)
             raise UnusableTemplate(f"the chat template is not valid: {words}") from None
+        self.thoughts = thoughts_in(source)
         self._names = {"bos_token": bos, "eos_token": eos}
         self._control = re.compile(_any_of({*control_texts}) or "(?!)")
 
@@ -4379,7 +5197,7 @@ def _sandbox() -> jinja2.Environment:
 
 
 # ==============================================================================
-# 13. SEGMENTS - what tells a BERT the two texts of a pair apart
+# 15. SEGMENTS - what tells a BERT the two texts of a pair apart
 # ==============================================================================
 # To each token's row BERT adds a row of token_types: the first in a query, the second in
 # a text. llama.cpp adds the first to all ("hardcoded to zero", bert.cpp), so a
@@ -4463,7 +5281,7 @@ def _to_floats(llama: Any, tensor: Tensor) -> Callable[[int, int, int], object]:
 
 
 # ==============================================================================
-# 14. REACH - how long a sequence a model can read
+# 16. REACH - how long a sequence a model can read
 # ==============================================================================
 # As far as it was trained, unless the operator scales its rotary positions. llama.cpp takes
 # any length, but a BERT's table of positions ends where training did.
@@ -4522,7 +5340,7 @@ def context_and_input_tokens(
 
 
 # ==============================================================================
-# 15. CONTEXTS - batches of token ids through llama.cpp
+# 17. CONTEXTS - batches of token ids through llama.cpp
 # ==============================================================================
 # We use the low level API: Llama.embed() truncates silently, drops the final token, loops
 # over tokens in Python and zeroes the whole KV buffer before every call.
@@ -4953,7 +5771,7 @@ class Context(AbortableContext):
 
 
 # ==============================================================================
-# 16. DECODING - steps of several sequences through llama.cpp
+# 18. DECODING - steps of several sequences through llama.cpp
 # ==============================================================================
 # What generates has one llama_context with the KV cells of all its sequences (unified: a
 # copied prefix costs no cell, and a step may mix prompts and replies). Its one thread
@@ -5142,7 +5960,7 @@ class StepContext(AbortableContext):
 
 
 # ==============================================================================
-# 17. PASSES - a decoder's vectors without its head
+# 19. PASSES - a decoder's vectors without its head
 # ==============================================================================
 # Asked for embeddings, llama.cpp computes the logits of every token of a decoder, and has
 # room for them twice: of 440 tokens of Gemma 3 270M more than half of the time and 850 MB.
@@ -5342,7 +6160,7 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 
 
 # ==============================================================================
-# 18. ENGINE - a GGUF loaded by llama.cpp
+# 20. ENGINE - a GGUF loaded by llama.cpp
 # ==============================================================================
 # The only room that imports llama_cpp, and only when a model is loaded. One model is
 # shared by all contexts, read-only.
@@ -5792,7 +6610,7 @@ class Engine:
 
 
 # ==============================================================================
-# 19. WEIGHTS - the same model, re-encoded for this CPU
+# 21. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which weight type is fastest depends on the CPU: with AVX512_BF16, bf16 is 1.4 (MiniLM)
 # to 1.5 times (BERT-base) as fast as f16, and q8_0 is slower; other CPUs were not
@@ -6022,7 +6840,7 @@ def _here() -> str:
 
 
 # ==============================================================================
-# 20. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+# 22. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 # ==============================================================================
 # Pure: callers pass the time. The speed of past calls decides how many threads and tokens
 # the next one gets, and what Retry-After says. A job reserves room in the queue when it is
@@ -6385,7 +7203,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 21. READING - requests to a model, and their texts to token ids, slice by slice
+# 23. READING - requests to a model, and their texts to token ids, slice by slice
 # ==============================================================================
 # What tokenizer threads do. A slice ends after some inputs or characters, so that large
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
@@ -6796,7 +7614,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 22. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 24. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -7195,7 +8013,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 23. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 25. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -7629,7 +8447,7 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
-# 24. WORKERS - the threads
+# 26. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -7971,7 +8789,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 25. GBNF - grammars as llama-server takes them, written and read
+# 0. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -8306,7 +9124,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 
 
 # ==============================================================================
-# 26. GRAMMARS - which bytes, and so which tokens, may come next
+# 0. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -8619,7 +9437,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 27. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 0. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -8990,7 +9808,7 @@ def _any_digits(count: int) -> str:
 
 
 # ==============================================================================
-# 28. SCHEMAS - JSON Schema: what several parts say together, as one
+# 0. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -9339,7 +10157,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 29. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 0. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -9700,7 +10518,7 @@ class _SchemaReader:
 
 
 # ==============================================================================
-# 30. SAMPLING - which token comes next
+# 0. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -10067,6 +10885,8 @@ class Vocabulary:
         shown = llama.LLAMA_TOKEN_ATTR_USER_DEFINED
         words = llama.LLAMA_TOKEN_ATTR_NORMAL | shown
         self._hidden_words: set[int] = set()
+        self._control_pieces: dict[int, str] = {}
+        self._marks: dict[frozenset[str], Mapping[int, bytes]] = {}
         texts: set[str] = set()
         for token, (text, kind) in tokenizer.marked.items():
             is_end = llama.llama_vocab_is_eog(vocab, token)
@@ -10075,6 +10895,7 @@ class Vocabulary:
                 self._hidden_words.add(token)
             elif kind & controls or text in _SHOWN_CONTROLS:
                 texts.add(text)
+                self._control_pieces[token] = text
                 ends |= {token} if is_end else set()
         self.control_texts = frozenset(texts - {""})
         self.end_tokens = frozenset(ends)
@@ -10104,6 +10925,16 @@ class Vocabulary:
         piece = self._tokenizer.piece(token, is_shown=token in self._hidden_words)
         self._pieces[token] = piece
         return piece
+
+    def control_pieces(self, marks: frozenset[str]) -> Mapping[int, bytes]:
+        """Return the bytes of control tokens that are one of these marks, or in one."""
+        if (known := self._marks.get(marks)) is None:
+            known = self._marks[marks] = {
+                token: text.encode()
+                for token, text in self._control_pieces.items()
+                if text and any(text in mark for mark in marks)
+            }
+        return known
 
 
 class ReplyText:
@@ -10184,27 +11015,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 32. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-# ==============================================================================
-# Models write both as text, between marks that their templates teach them.
-
-
-@dataclass(slots=True)
-class CallPart:
-    """What a call of a tool has gained; all but ``arguments`` comes in its first part."""
-
-    index: int  # of the call among those of its reply
-    arguments: str = ""  # of its JSON object: the parts together are valid JSON
-    id: str = ""  # the only part that has one is the first
-    name: str = ""  # of the function
-
-    def add(self, later: CallPart) -> None:
-        """Take in what the same call gained later."""
-        self.arguments += later.arguments
-
-
-# ==============================================================================
-# 33. SEQUENCES - what of past prompts is still in memory
+# 0. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -10579,7 +11390,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 34. DRAFTS - how a reply may go on, tried ahead
+# 0. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -10708,7 +11519,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 35. STEPS - which tokens share the next call
+# 0. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -10982,7 +11793,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 36. GENERATIONS - requests for text: what each has gained, and which wait
+# 0. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -11000,6 +11811,7 @@ class GenerationRequest:
     echoes_logprobs: bool = False  # of the prompt's tokens too
     reuses_cells: bool = True  # of other prompts that begin alike
     is_deterministic: bool = False  # fixed threads, at most 3 rows a step, no reuse
+    markup: Markup | None = None  # None: all that is written is text
 
 
 @dataclass(slots=True)
@@ -11314,9 +12126,12 @@ class Reply(StepWork):
     sequence: CachedSequence
     sampler: Sampler
     text: ReplyText
+    reader: MarkupReader | None = None
+    control_pieces: Mapping[int, bytes] = field(default_factory=dict)  # it is to read
     tokens: int = 0  # so far
     next_token: int = 0  # chosen, and not yet computed
     lost_ids: TokenIds | None = None  # what it had in memory, and is to be read again
+    undecided_tokens: int = 0  # that may belong to thoughts
 
     @property
     def max_tokens(self) -> int:
@@ -11374,19 +12189,41 @@ class Reply(StepWork):
         if self.lookup is not None:
             self.lookup.learn(token)
         delta = Delta(self.index, tokens=1)
+        piece = vocabulary.piece
         if token in vocabulary.end_tokens and not request.sampling.ignore_eos:
             delta.text, delta.finish_reason = self.text.end(), "stop"
-            return delta
-        piece = vocabulary.piece
-        if request.top_logprobs is not None:
-            delta.logprobs = [logprobs(row, token, request.top_logprobs, piece)]
-        delta.text = self.text.feed(piece(token))
-        if self.text.is_stopped:
-            delta.finish_reason = "stop"
-        elif self.tokens >= request.max_tokens:
-            delta.text += self.text.end()
-            delta.finish_reason = "length"
+        else:
+            if request.top_logprobs is not None:
+                delta.logprobs = [logprobs(row, token, request.top_logprobs, piece)]
+            piece_bytes = piece(token) or self.control_pieces.get(token, b"")
+            delta.text = self.text.feed(piece_bytes)
+            if self.text.is_stopped:
+                delta.finish_reason = "stop"
+            elif self.tokens >= request.max_tokens:
+                delta.text += self.text.end()
+                delta.finish_reason = "length"
+        if self.reader is not None:
+            self._read_markup(self.reader, delta)
         return delta
+
+    def _read_markup(self, reader: MarkupReader, delta: Delta) -> None:
+        """Tell apart what the text of a delta is."""
+        was_thinking = reader.is_thinking
+        found = reader.feed(delta.text)
+        if delta.finish_reason or reader.is_over:
+            found.add(reader.end(is_cut=delta.finish_reason == "length"))
+            if reader.calls and delta.finish_reason != "length":
+                delta.finish_reason = "tool_calls"
+        delta.text, delta.reasoning, delta.calls = (
+            *(found.text, found.reasoning, found.calls),
+        )
+        # Marks count as thoughts; that tokens were the first of some may show later.
+        if was_thinking or reader.is_thinking or found.reasoning:
+            delta.reasoning_tokens = self.undecided_tokens + 1
+            self.undecided_tokens = 0
+        else:
+            self.undecided_tokens += 1
+            self.undecided_tokens *= reader.is_undecided
 
 
 def rows_of(step: Step[Reply]) -> list[StepRow]:
@@ -11406,7 +12243,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 37. GENERATOR - the thread that generates
+# 0. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -11579,7 +12416,7 @@ class GenerationWorker(Workers):
         self, generation: Generation, index: int, sequence: CachedSequence
     ) -> Reply:
         request, tokenizer = generation.request, self._engine.tokenizer
-        options = request.sampling
+        options, markup = request.sampling, request.markup
         if options.seed is not None:  # else all would be the same
             options = dataclasses.replace(options, seed=options.seed + index)
         return Reply(
@@ -11602,6 +12439,10 @@ class GenerationWorker(Workers):
             ),
             text=ReplyText(
                 request.stop, drops_space=self._vocabulary.adds_space_after(request.ids)
+            ),
+            reader=markup and MarkupReader(markup),
+            control_pieces=self._vocabulary.control_pieces(
+                markup.marks if markup else frozenset()
             ),
         )
 
@@ -11856,7 +12697,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 38. MESSAGES - requests and responses, and the bytes of a response
+# 0. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -12047,7 +12888,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 39. REQUESTS - bytes to requests
+# 0. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -12405,7 +13246,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 40. CODINGS - compressed bodies, JSON, and what a client takes
+# 0. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -12768,7 +13609,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 41. PROXIES - which client one speaks for
+# 0. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -12893,7 +13734,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 42. KEYS - who is asking, and how much each may ask for
+# 0. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -13280,7 +14121,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 43. SOCKETS - how many, how much is held for them, how each ends
+# 0. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -13643,7 +14484,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 44. CONNECTIONS - requests of one client, in order; back-pressure
+# 0. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -14089,7 +14930,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 45. LISTENERS - where connections come from
+# 0. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -14439,7 +15280,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 46. GATE - who is let in
+# 0. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -14672,7 +15513,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 47. MODELS - what is configured, what is in memory, and what a name means
+# 0. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -15019,7 +15860,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 48. REGISTRY - when each model is in memory
+# 0. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -15437,7 +16278,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 49. FORMS - what is asked and answered, declared once
+# 0. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -15874,7 +16715,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 50. COMPUTE - from an EmbedRequest to its EmbedResult
+# 0. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -16093,7 +16934,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 51. REPLIES - from messages to the text of a reply, as it grows
+# 0. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -16131,8 +16972,10 @@ class ReplyRequest:
     variables: Mapping[str, object] = field(default_factory=dict)  # of the template
     adds_turn: bool = True  # the prompt ends where the assistant's turn begins
     continues_last: bool = False  # or at the end of the last message
+    thoughts_are_text: bool = False  # they and their marks stay in it
     # set once it is rendered
     is_folded: bool = False  # see RenderedPrompt
+    begins_inside: Thoughts | None = None  # as in Markup
 
     @property
     def kind(self) -> str:
@@ -16217,6 +17060,7 @@ def _rendered_ids(request: ReplyRequest, loaded_model: LoadedModel) -> Sequence[
         max_chars=_max_chars(card),
     )
     request.is_folded = prompt.is_folded
+    request.begins_inside = prompt.begins_inside(loaded_model.template.thoughts)
     if len(prompt.parts) > card.max_input_tokens:  # each is a token or more
         size = f"{len(prompt.parts)} tokens or more"
         raise _prompt_too_long(card, size, "messages")
@@ -16319,7 +17163,31 @@ def generation_request(
         echoes_logprobs=request.echoes_logprobs,
         reuses_cells=request.reuses_cells,
         is_deterministic=request.is_deterministic,
+        markup=_markup(request, loaded_model),
     )
+
+
+def _markup(request: ReplyRequest, loaded_model: LoadedModel) -> Markup | None:
+    """Return what is to be told from the text of a reply; None: nothing."""
+    if loaded_model.template is None or not request.messages:
+        return None
+    tools = {}
+    if request.tool_choice != "none":
+        tools = {name: schema for name, schema in map(_named_schema, request.tools)}
+    if request.thoughts_are_text and not tools:
+        return None
+    return Markup(
+        thoughts=() if request.thoughts_are_text else loaded_model.template.thoughts,
+        begins_inside=None if request.thoughts_are_text else request.begins_inside,
+        tools=tools,
+        max_calls=sys.maxsize if request.calls_in_parallel else 1,
+    )
+
+
+def _named_schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return a tool's name and the schema of its arguments."""
+    function = tool["function"]
+    return function["name"], function.get("parameters") or {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16489,7 +17357,7 @@ class Replies:
 
 
 # ==============================================================================
-# 52. HANDLING - what handlers work with: the service, and a request over HTTP
+# 0. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -16919,7 +17787,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 53. ANSWERS - replies on their way: whole, or part by part
+# 0. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -17015,7 +17883,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 54. VECTORS - numbers of a reply, in the types that clients ask for
+# 0. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -17138,7 +18006,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 55. OPENAI - its shapes
+# 0. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.

@@ -1,0 +1,505 @@
+"""MARKUP and CALLS: thoughts, text and calls, however a reply is written and cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import embellama_server as es
+
+TOOLS: Mapping[str, Mapping[str, Any]] = {
+    "weather": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    },
+    "weather_map": {"type": "object", "properties": {}},
+    "write-file": {"type": "object", "properties": {"text": {"type": "string"}}},
+}
+CITY = {"city": "Zürich", "days": 3}
+MARKUP = es.Markup(tools=TOOLS)
+Call = tuple[str, Mapping[str, Any]]
+
+
+class Read:
+    """What a reader made of a reply that came in pieces."""
+
+    def __init__(
+        self,
+        pieces: Iterable[str],
+        markup: es.Markup = MARKUP,
+        *,
+        is_cut: bool = False,
+    ) -> None:
+        reader = es.MarkupReader(markup)
+        self.text = self.reasoning = ""
+        self.written: list[es.CallPart] = []
+        self.parts = 0
+        for found in (*map(reader.feed, pieces), reader.end(is_cut=is_cut)):
+            self.text += found.text
+            self.reasoning += found.reasoning
+            for part in found.calls:
+                self.parts += 1
+                if part.id:
+                    assert part.name and not part.arguments
+                    assert len(part.id) == 9 and part.id.isalnum()
+                    assert part.index == len(self.written)
+                    self.written.append(part)
+                else:
+                    assert part.arguments and part.index == len(self.written) - 1
+                    self.written[-1].add(part)
+        ids = [part.id for part in self.written]
+        assert len({*ids}) == len(ids)
+        assert reader.calls == len(ids) or is_cut
+
+    @property
+    def calls(self) -> list[Call]:
+        """Names and arguments."""
+        return [(part.name, json.loads(part.arguments)) for part in self.written]
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        """What must be the same however it is cut."""
+        raw = [(part.name, part.arguments) for part in self.written]
+        return self.text, self.reasoning, raw
+
+
+ONE: Sequence[Call] = [("weather", CITY)]
+TWO: Sequence[Call] = [("weather", CITY), ("write-file", {"text": "a"})]
+ARGS = '{"city": "Zürich", "days": 3}'
+DEEPSEEK = "<\uff5ctool\u2581{}\uff5c>".format
+# The name of a form -> what is written, what is said beside, and the calls.
+FORMS: Mapping[str, tuple[str, str, Sequence[Call]]] = {
+    "hermes": (
+        '<tool_call>\n{"name": "weather", "arguments": ' + ARGS + "}\n</tool_call>",
+        *("", ONE),
+    ),
+    "hermes, two, after words": (
+        'Let me see.\n\n<tool_call>\n{"name": "weather", "arguments": '
+        + ARGS
+        + '}\n</tool_call>\n<tool_call>\n{"name": "write-file", "arguments": '
+        '{"text": "a"}}\n</tool_call>',
+        *("Let me see.", TWO),
+    ),
+    "hermes, the mark at the end is missing": (
+        '<tool_call>{"name": "weather", "arguments": ' + ARGS + "}",
+        *("", ONE),
+    ),
+    "hermes, a brace is missing": (
+        '<tool_call>{"name": "weather", "arguments": ' + ARGS,
+        *("", ONE),
+    ),
+    "hermes, arguments first": (
+        '<tool_call>{"arguments": ' + ARGS + ', "name": "weather"}</tool_call>',
+        *("", ONE),
+    ),
+    "hermes, arguments in a string": (
+        (
+            '<tool_call>{"name": "weather", "arguments": '
+            '"{\\"city\\": \\"Zürich\\", \\"days\\": 3}"}</tool_call>'
+        ),
+        *("", ONE),
+    ),
+    "hermes, no arguments": (
+        '<tool_call>{"name": "weather_map"}</tool_call>',
+        *("", [("weather_map", {})]),
+    ),
+    "openai's own": (
+        '<tool_call>{"type": "function", "function": {"name": "weather", "arguments": '
+        + ARGS
+        + "}}</tool_call>",
+        *("", ONE),
+    ),
+    "a line break in a string": (
+        '<tool_call>{"name": "write-file", "arguments": {"text": "a\nb"}}</tool_call>',
+        *("", [("write-file", {"text": "a\nb"})]),
+    ),
+    "words after it": (
+        '<tool_call>{"name": "weather", "arguments": ' + ARGS + "}</tool_call>\n\nSo.",
+        *("So.", ONE),
+    ),
+    "llama": ('{"name": "weather", "parameters": ' + ARGS + "}", "", ONE),
+    "llama, python tag": (
+        '<|python_tag|>{"name": "weather", "parameters": ' + ARGS + "}",
+        *("", ONE),
+    ),
+    "llama, a list": (
+        '{"name": "weather", "parameters": '
+        + ARGS
+        + '}; {"name": "write-file", "parameters": {"text": "a"}}',
+        *("", TWO),
+    ),
+    "llama, type first": (
+        '{"type": "function", "name": "weather", "parameters": ' + ARGS + "}",
+        *("", ONE),
+    ),
+    "a list of objects": ('[{"name": "weather", "arguments": ' + ARGS + "}]", "", ONE),
+    "mistral": (
+        '[TOOL_CALLS][{"name": "weather", "arguments": '
+        + ARGS
+        + ', "id": "abcdef123"}, {"name": "write-file", "arguments": {"text": "a"}}]',
+        *("", TWO),
+    ),
+    "mistral, newer": (
+        f'[TOOL_CALLS]weather[ARGS]{ARGS}[TOOL_CALLS]write-file[ARGS]{{"text": "a"}}',
+        *("", TWO),
+    ),
+    "mistral, with an id": (
+        f"[TOOL_CALLS]weather[CALL_ID]abcdef123[ARGS]{ARGS}",
+        *("", ONE),
+    ),
+    "mistral, newest": (f"[TOOL_CALLS]weather{ARGS}", "", ONE),
+    "mistral, a name that begins like another": (
+        "[TOOL_CALLS]weather_map{}",
+        *("", [("weather_map", {})]),
+    ),
+    "qwen coder": (
+        (
+            "<tool_call>\n<function=weather>\n<parameter=city>\nZürich\n</parameter>\n"
+            "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+        ),
+        *("", ONE),
+    ),
+    "qwen coder, a mark is missing": (
+        (
+            "<function=weather>\n<parameter=city>\nZürich\n</parameter>\n"
+            "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+        ),
+        *("", ONE),
+    ),
+    "qwen coder, text like its marks": (
+        (
+            "<tool_call>\n<function=write-file>\n<parameter=text>\n<a></function>\n\n"
+            "</parameter>\n</function>\n</tool_call>"
+        ),
+        *("", [("write-file", {"text": "<a></function>\n"})]),
+    ),
+    "seed": (
+        (
+            "<seed:tool_call>\n<function=weather>\n<parameter=city>Zürich</parameter>\n"
+            "<parameter=days>3</parameter>\n</function>\n</seed:tool_call>"
+        ),
+        *("", ONE),
+    ),
+    "minimax": (
+        (
+            '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Zürich'
+            '</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n'
+            "</minimax:tool_call>"
+        ),
+        *("", ONE),
+    ),
+    "minicpm": (
+        (
+            '<function name="weather"><param name="city">Zürich</param>'
+            '<param name="days">3</param></function>'
+        ),
+        *("", ONE),
+    ),
+    "functionary": (f"<function=weather>{ARGS}</function>", "", ONE),
+    "glm": (
+        (
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Zürich</arg_value>\n"
+            "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+        ),
+        *("", ONE),
+    ),
+    "glm, no arguments": (
+        "<tool_call>weather_map\n</tool_call>",
+        *("", [("weather_map", {})]),
+    ),
+    "gemma 3": (
+        "```tool_code\nprint(weather(city='Zürich', days=3))\n```",
+        *("", ONE),
+    ),
+    "gemma 3, json": (
+        'Sure.\n```json\n{"name": "weather", "arguments": ' + ARGS + "}\n```",
+        *("Sure.", ONE),
+    ),
+    "gemma, our words": (
+        '```tool_call\n{"name": "weather", "arguments": ' + ARGS + "}\n```\n"
+        '```tool_call\n{"name": "write-file", "arguments": {"text": "a"}}\n```',
+        *("", TWO),
+    ),
+    "gemma 4": (
+        '<|tool_call>call:weather{city:<|"|>Zürich<|"|>,days:3}<tool_call|>',
+        *("", ONE),
+    ),
+    "gemma 4, braces and quotes": (
+        '<|tool_call>call:write-file{text:<|"|>{a: "b<|"|>}<tool_call|>',
+        *("", [("write-file", {"text": '{a: "b'})]),
+    ),
+    "python": (
+        (
+            "<|tool_call_start|>[weather(city='Zürich', days=3), "
+            'write-file(text="a")]<|tool_call_end|>'
+        ),
+        *("", TWO),
+    ),
+    "python, all kinds": (
+        "[weather(a=True, b=None, c=[1.5, -2], d={'k': \"(it's\"})]",
+        *(
+            "",
+            [("weather", {"a": True, "b": None, "c": [1.5, -2], "d": {"k": "(it's"}})],
+        ),
+    ),
+    "apertus": ('<|tools_prefix|>[{"weather": ' + ARGS + "}]<|tools_suffix|>", "", ONE),
+    "command r": (
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", '
+        '"parameters": ' + ARGS + "}\n]<|END_ACTION|>",
+        *("", ONE),
+    ),
+    "nemotron": (
+        '<TOOLCALL>[{"name": "weather", "arguments": ' + ARGS + "}]</TOOLCALL>",
+        *("", ONE),
+    ),
+    "granite 3": (
+        '<|tool_call|>[{"name": "weather", "arguments": ' + ARGS + "}]",
+        *("", ONE),
+    ),
+    "kimi": (
+        (
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+            f"<|tool_call_argument_begin|>{ARGS}<|tool_call_end|><|tool_call_begin|>"
+            'functions.write-file:1<|tool_call_argument_begin|>{"text": "a"}'
+            "<|tool_call_end|><|tool_calls_section_end|>"
+        ),
+        *("", TWO),
+    ),
+    "deepseek 3.1": (
+        DEEPSEEK("calls\u2581begin")
+        + DEEPSEEK("call\u2581begin")
+        + "weather"
+        + DEEPSEEK("sep")
+        + ARGS
+        + DEEPSEEK("call\u2581end")
+        + DEEPSEEK("calls\u2581end"),
+        *("", ONE),
+    ),
+    "deepseek r1": (
+        DEEPSEEK("calls\u2581begin")
+        + DEEPSEEK("call\u2581begin")
+        + "function"
+        + DEEPSEEK("sep")
+        + f"weather\n```json\n{ARGS}\n```"
+        + DEEPSEEK("call\u2581end")
+        + DEEPSEEK("calls\u2581end"),
+        *("", ONE),
+    ),
+    "deepseek 3.2": (
+        (
+            "<\uff5cDSML\uff5cfunction_calls>\n"
+            '<\uff5cDSML\uff5cinvoke name="weather">\n'
+            '<\uff5cDSML\uff5cparameter name="city" string="true">Zürich'
+            "</\uff5cDSML\uff5cparameter>\n"
+            '<\uff5cDSML\uff5cparameter name="days" string="false">3'
+            "</\uff5cDSML\uff5cparameter>\n"
+            "</\uff5cDSML\uff5cinvoke>\n</\uff5cDSML\uff5cfunction_calls>"
+        ),
+        *("", ONE),
+    ),
+}
+# What no grammar lets through.
+UNGUARDED = {"a line break in a string"}
+# What only looks like a call, in part or as a whole.
+TEXTS = [
+    "Hello.",
+    "  Hello \n",
+    " \n",
+    "{",
+    "[",
+    "[1, 2, 3]",
+    ' {"answer": 42} ',
+    '{"name": "Zürich", "parameters": {}}',
+    '{"name": "weather", "parameters": {"city": }}',
+    '{"name": "weather", "parameters": {"city": NaN}}',
+    '{"name": "weather", "parameters": [1]}',
+    '{"name": "weather", "parameters": {"city": "Z',
+    "<tool_call>",
+    "<tool_call></tool_call>",
+    "<tool_call>\n{}\n</tool_call>\n",
+    "The mark <tool_call> begins a call, </tool_call> ends it.",
+    '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": {"a": x}}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": {"a": 1}, x}</tool_call>',
+    "<tool_call>\n<function=other>\n</function>\n</tool_call>",
+    "<tool_call>\n<function=weather>\n<parameter=city>\nZ",
+    "<function=weather> is a function",
+    "[TOOL_CALLS]weather is fine",
+    "[TOOL_CALLS]weather[ARGS]{",
+    "[weather] is fine",
+    "[weather(1)]",
+    "[weather(city=x)]",
+    "weather(city='a')",
+    "```json\n[1, 2]\n```\nand\n```python\nprint(1)\n```",
+    '```json\n{"name": "Ada", "age": 3}\n```',
+    "a < b [c] `d` ``` e",
+    "<tool_",
+    "<<tool_call><tool_call>x",
+    "Let me think: <think>no</think>",
+]  # fmt: skip
+
+
+def splits(text: str) -> Iterable[Sequence[str]]:
+    """Whole, character by character, and in two at each place."""
+    yield [text]
+    yield [*text]
+    for at in range(1, len(text)):
+        yield [text[:at], text[at:]]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_call_is_read_in_every_form_however_it_is_cut(name: str) -> None:
+    written, said, calls = FORMS[name]
+    for begin in ("", "<think>\nHm.\n</think>\n\n"):
+        for is_constrained in {False, name not in UNGUARDED}:
+            markup = es.Markup(tools=TOOLS, is_constrained=is_constrained)
+            whole = Read([begin + written], markup)
+            assert (whole.text, whole.calls) == (said, calls)
+            assert whole.reasoning == ("Hm." if begin else "")
+            for pieces in splits(begin + written):
+                assert Read(pieces, markup).all == whole.all, pieces
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_no_call_comes_out_as_it_is_written(text: str) -> None:
+    for pieces in splits(text):
+        assert Read(pieces).all == (text, "", [])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_without_tools_nothing_is_a_call(name: str) -> None:
+    written, _, _ = FORMS[name]
+    for pieces in splits(written):
+        assert Read(pieces, es.Markup()).all == (written, "", [])
+
+
+PIECES = st.sampled_from(
+    [
+        *(written for written, _, _ in FORMS.values()),
+        *(*TEXTS, *es.CALL_MARKS, *es.CALL_INNER_MARKS, *TOOLS, "é€😀", "\n", " "),
+        *("<think>", "</think>", "{", "}", "[", "]", '"', "\\", "(", ")", "'", ","),
+        *('{"name": "weather", "arguments": {"a": "', '"}}', "</parameter>", "=", ":"),
+    ]
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(PIECES, max_size=6),
+    st.lists(st.integers(0, 400), max_size=8),
+    st.booleans(),
+)
+@example(["<think>", "</think>", "é€😀"], [3], False)
+def test_how_a_reply_is_cut_makes_no_difference(
+    parts: Sequence[str], cuts: Sequence[int], is_cut: bool
+) -> None:
+    text = "".join(parts)
+    whole = Read([text], is_cut=is_cut)
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
+    assert Read(pieces, is_cut=is_cut).all == whole.all
+    assert Read(text, is_cut=is_cut).all == whole.all
+    if not is_cut:
+        assert all(isinstance(arguments, dict) for _, arguments in whole.calls)
+    if not (whole.written or whole.reasoning or "think>" in text):
+        assert whole.text == text
+
+
+THOUGHTS: Mapping[str, tuple[es.Thoughts, str, str, str]] = {
+    "think": (es.THINK, "<think>\nA b.\n</think>\n\nC.", "A b.", "C."),
+    "no thoughts": (es.THINK, "<think>\n\n</think>\n\nC.", "", "C."),
+    "no text": (es.THINK, "<think>A", "A", ""),
+    "never begun": (es.THINK, "C <think>no</think>", "", "C <think>no</think>"),
+    "blanks": (es.THINK, " \n <think>A\n\n B</think> C ", "A\n\n B", "C "),
+    "nearly ended": (es.THINK, "<think>A</thin</think>C", "A</thin", "C"),
+    "mistral": (es.Thoughts("[THINK]", "[/THINK]"), "[THINK]A[/THINK]C", "A", "C"),
+    "command": (
+        es.Thoughts("<|START_THINKING|>", "<|END_THINKING|>", ("<|START_TEXT|>",)),
+        *("<|START_THINKING|>A<|END_THINKING|><|START_TEXT|>C", "A", "C"),
+    ),
+    "gpt-oss": (
+        es.Thoughts(
+            *("<|channel|>analysis<|message|>", "<|end|>"),
+            ("<|start|>assistant", "<|channel|>final<|message|>"),
+        ),
+        ("<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>final"
+        "<|message|>C"),
+        *("A", "C"),
+    ),
+    "gpt-oss, no thoughts": (
+        es.Thoughts(
+            *("<|channel|>analysis<|message|>", "<|end|>"),
+            ("<|start|>assistant", "<|channel|>final<|message|>"),
+        ),
+        *("<|channel|>final<|message|>C", "", "C"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_thoughts_are_told_from_text_however_they_are_cut(name: str) -> None:
+    marks, written, thoughts, text = THOUGHTS[name]
+    for tools in ({}, TOOLS):
+        markup = es.Markup(thoughts=[marks], tools=tools)
+        for pieces in splits(written):
+            assert Read(pieces, markup).all == (text, thoughts, []), pieces
+        if written.startswith(marks.opening):
+            markup = es.Markup(thoughts=[marks], begins_inside=marks, tools=tools)
+            for pieces in splits(written.removeprefix(marks.opening)):
+                assert Read(pieces, markup).all == (text, thoughts, []), pieces
+
+
+def test_a_call_among_thoughts_is_a_thought() -> None:
+    written, _, _ = FORMS["hermes"]
+    assert Read([f"<think>{written}</think>So"]).all == ("So", written, [])
+
+
+def test_a_reply_that_is_cut_in_a_call_has_what_there_is_of_it() -> None:
+    written = '<tool_call>{"name": "weather", "arguments": {"city": "Z'
+    for pieces in splits(written):
+        read = Read(pieces, is_cut=True)
+        assert read.all == ("", "", [("weather", '{"city": "Z')])
+    assert Read(["<tool_call>{"], is_cut=True).all == ("<tool_call>{", "", [])
+
+
+def test_only_so_many_calls_are_read_and_nothing_after_them() -> None:
+    written, _, _ = FORMS["mistral"]
+    for pieces in splits(written + "So"):
+        reader = Read(pieces, es.Markup(tools=TOOLS, max_calls=1))
+        assert (reader.text, reader.calls) == ("", ONE)
+
+
+def test_arguments_that_a_grammar_guards_come_as_they_are_written() -> None:
+    written, _, calls = FORMS["hermes, two, after words"]
+    markup = es.Markup(tools=TOOLS, is_constrained=True)
+    read = Read([*written], markup)
+    assert read.calls == calls
+    assert read.parts > 20
+    assert Read([*written]).parts == 4
+
+
+def test_the_name_comes_before_the_arguments_do() -> None:
+    reader = es.MarkupReader(es.Markup(tools=TOOLS, is_constrained=True))
+    assert reader.feed('<tool_call>{"name": "weather", "arguments": ').calls == []
+    (part,) = reader.feed("{").calls[:1]
+    assert (part.name, part.arguments) == ("weather", "")
+
+
+def test_marks_are_told_apart_at_their_first_characters() -> None:
+    marks = [*es.CALL_MARKS]
+    for mark in marks:
+        assert not [one for one in marks if mark in one and mark != one]
+
+
+def test_long_arguments_are_read_in_time_that_grows_with_their_length() -> None:
+    # 100,000 characters one by one: looked through once, not each time.
+    text = '{"text": "' + "{[a]}\\n" * 15000 + '"}'
+    written = '<tool_call>{"name": "write-file", "arguments": ' + text + "}</tool_call>"
+    read = Read([written[at : at + 4] for at in range(0, len(written), 4)])
+    assert read.calls == [("write-file", json.loads(text))]
