@@ -3940,7 +3940,178 @@ class Tokenizer:
 
 
 # ==============================================================================
-# 12. CALLS - how models write that a tool is to be called
+# 12. ARGUMENTS - what models write for a tool, as JSON
+# ==============================================================================
+# JSON, or nearly: line breaks in strings, Python's words, Gemma's quotes. What it says is
+# plain or it is refused: a call with half of its arguments is worse than none.
+
+
+class NoValue(Exception):
+    """What is written is no JSON object."""
+
+
+_PYTHON_TOKEN: Final = re.compile(
+    r"""\s*(?:("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|(-?\d[\d.eE+-]*)"""
+    r"""|([^\W\d]\w*)(\s*=)?|([][{}:,()]))"""
+)
+_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"} | {
+    word: word for word in ("true", "false", "null")
+}
+
+
+class ValueMarks(NamedTuple):
+    """What matters of a value that is not complete, outside of strings and in them."""
+
+    outside: re.Pattern[str]
+    inside: re.Pattern[str]
+
+
+JSON_VALUE: Final = ValueMarks(re.compile(r'["{}\[\]]'), re.compile(r'["\\]'))
+PYTHON_VALUE: Final = ValueMarks(re.compile(r"[\"'(){}\[\]]"), re.compile(r"[\"'\\]"))
+GEMMA_VALUE: Final = ValueMarks(re.compile(r'<\|"\|>|[{}\[\]]'), re.compile(r'<\|"\|>'))
+_QUOTES: Final = ('"', "'", '<|"|>')
+_MAX_QUOTE: Final = max(map(len, _QUOTES))
+
+
+class ValueEnd:
+    """Finds where an object, a list or a pair of parentheses ends."""
+
+    def __init__(self, begin: int, written: ValueMarks) -> None:
+        self._written = written
+        self._at = begin
+        self._depth = 0
+        self._quote = ""  # that the string will end with
+        self._end: int | None = None
+
+    def find(self, text: str) -> int | None:
+        """Return the end, once it is there. ``text`` has only grown since the last time."""
+        while self._end is None:
+            outside, inside = self._written
+            found = (inside if self._quote else outside).search(text, self._at)
+            if found is None:  # a quote may have begun
+                self._at = max(self._at, len(text) - _MAX_QUOTE + 1)
+                return None
+            if found[0] == "\\" and found.end() == len(text):
+                self._at = found.start()  # what it escapes is not there yet
+                return None
+            self._at = found.end() + (found[0] == "\\")
+            self._note(found[0])
+        return self._end
+
+    def _note(self, mark: str) -> None:
+        if mark in _QUOTES:
+            self._quote = "" if mark == self._quote else self._quote or mark
+        elif mark != "\\":
+            self._depth += 1 if mark in "{[(" else -1
+            if not self._depth:
+                self._end = self._at
+
+
+def loads_leniently(text: str) -> Any:
+    """Return a JSON value; line breaks in its strings are let through.
+
+    Raises ValueError or RecursionError.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    return json.loads(text, strict=False, parse_constant=refuse)
+
+
+def written_object(text: str) -> dict[str, Any]:
+    """Return a JSON object. Raises NoValue."""
+    try:
+        value = loads_leniently(text)
+    except (ValueError, RecursionError):
+        raise NoValue from None
+    if not isinstance(value, dict):
+        raise NoValue
+    return value
+
+
+def checked_object(text: str) -> str:
+    """Return a JSON object as it is written, if it is one; else as it should be.
+
+    Raises NoValue.
+    """
+    value = written_object(text)
+    try:
+        json.loads(text)
+    except ValueError:
+        return dumped_object(value)
+    return text
+
+
+def dumped_object(value: object) -> str:
+    """Return arguments as JSON; some models write them as JSON in a string.
+
+    Raises NoValue.
+    """
+    if isinstance(value, str):
+        return checked_object(value)
+    if not isinstance(value, dict):
+        raise NoValue
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # a number beyond all
+        raise NoValue from None
+    # Half of a character cannot be sent as it is.
+    return text if _is_text(text) else json.dumps(value)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def python_arguments(text: str) -> str:
+    """Return JSON for name=value pairs in parentheses. Raises NoValue."""
+    at, written = 0, ""
+    while at < len(text):
+        token = _PYTHON_TOKEN.match(text, at)
+        if token is None:
+            raise NoValue
+        written += _python_as_json(token)
+        at = token.end()
+    return dumped_object(written_object(written))
+
+
+def _python_as_json(token: re.Match[str]) -> str:
+    """Return a token of Python as JSON has it."""
+    text, number, name, equals, mark = token.groups()
+    if text:
+        import ast
+
+        try:
+            return json.dumps(ast.literal_eval(text), ensure_ascii=False)
+        except (ValueError, SyntaxError):
+            raise NoValue from None
+    if equals:
+        return f"{json.dumps(name)}:"
+    if name and name not in _CONSTANTS:
+        raise NoValue
+    if name:
+        return _CONSTANTS[name]
+    return number or {"(": "{", ")": "}"}.get(mark, mark)
+
+
+def gemma_as_json(text: str) -> str:
+    """Return JSON for what Gemma 4 writes: keys without quotes, and marks for quotes."""
+    parts = text.split('<|"|>')
+    for index, part in enumerate(parts):
+        if index % 2:
+            parts[index] = json.dumps(part, ensure_ascii=False)
+        else:
+            parts[index] = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', part)
+    return "".join(parts)
+
+
+# ==============================================================================
+# 13. CALLS - how models write that a tool is to be called
 # ==============================================================================
 # As text, and each family its own way: a JSON object, a name before one, elements like
 # XML's, Python. All are read, whichever the template teaches, for models mix them up. What
@@ -3970,10 +4141,6 @@ class WrittenCall(NamedTuple):
 
 class NeedsMore(Exception):
     """What is written so far may become a call."""
-
-
-class NoCall(Exception):
-    """What is written is no call, however it goes on."""
 
 
 # The marks around calls; what closes them may be missing. No mark holds another.
@@ -4038,13 +4205,6 @@ _PARAMETER: Final = re.compile(
     r'(?: string="(\w+)")?>'
 )
 _ELEMENT_END: Final = re.compile(r"</(?:\w+:|\uff5cDSML\uff5c)?(?:function|invoke)>")
-_PYTHON_TOKEN: Final = re.compile(
-    r"""\s*(?:("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|(-?\d[\d.eE+-]*)"""
-    r"""|([^\W\d]\w*)(\s*=)?|([][{}:,()]))"""
-)
-_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"} | {
-    word: word for word in ("true", "false", "null")
-}
 
 
 class CallScan:
@@ -4062,13 +4222,13 @@ class CallScan:
         self.begun: tuple[str, int] | None = (
             None  # a name, and where its arguments begin
         )
-        self._ends: dict[int, _ValueEnd] = {}
+        self._ends: dict[int, ValueEnd] = {}
         self._searched: dict[int, int] = {}
 
     def call(self, text: str, *, is_whole: bool = False) -> WrittenCall:
         """Return the call that the text begins with; it ends at ``at``.
 
-        Raises NeedsMore, with ``begun`` if its name is known; or NoCall.
+        Raises NeedsMore, with ``begun`` if its name is known; or NoValue.
         """
         self.text, self.at, self.is_whole, self.begun = text, 0, is_whole, None
         self._space()
@@ -4088,18 +4248,18 @@ class CallScan:
             self.begun = name, head.end()
             end = self._end_of(head.end())
             self.begun = None
-            arguments = _checked(self.text[head.end() : end])
+            arguments = checked_object(self.text[head.end() : end])
             if self.is_whole and self._maybe_end_of(begin) is None:
                 self.at = len(self.text)  # it ends before the object does
             else:
                 self.at = self._end_of(begin)
-                _json_object(self.text[begin : self.at])
+                written_object(self.text[begin : self.at])
             return WrittenCall(name, arguments)
         key = _KEY.match(self.text, begin)
         if key is None or not self._may_be_key(key[1] or "", key[0].endswith('"')):
-            raise NoCall
+            raise NoValue
         self.at = self._end_of(begin)
-        return self._call_in(_json_object(self.text[begin : self.at]))
+        return self._call_in(written_object(self.text[begin : self.at]))
 
     def _may_be_key(self, key: str, is_complete: bool) -> bool:
         if is_complete and key:
@@ -4111,11 +4271,11 @@ class CallScan:
         if isinstance(inner := value.get("function"), dict):
             value = inner
         if len(value) == 1 and (name := next(iter(value))) in self._tools:
-            return WrittenCall(name, _dumped(value[name]))
+            return WrittenCall(name, dumped_object(value[name]))
         names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
         name = self._known(names[0] if names else "")
         found = [value[key] for key in _ARGUMENTS if key in value]
-        return WrittenCall(name, _dumped(found[0] if found else {}))
+        return WrittenCall(name, dumped_object(found[0] if found else {}))
 
     # --- a name, and arguments after it ---
 
@@ -4137,7 +4297,7 @@ class CallScan:
             self._space()
         first = self.text[self.at : self.at + 1]
         if first == "{":
-            call = self._arguments(name, _GEMMA_VALUE if prefix == "call:" else None)
+            call = self._arguments(name, GEMMA_VALUE if prefix == "call:" else None)
             if fence:
                 self._space()
                 self._take("```")
@@ -4150,7 +4310,7 @@ class CallScan:
             return found
         if first == "<" or (not first and self.is_whole):
             return self._pairs(name)
-        raise NoCall if first else NeedsMore
+        raise NoValue if first else NeedsMore
 
     def _name(self) -> str:
         """Return the longest name of a tool that comes next."""
@@ -4161,18 +4321,20 @@ class CallScan:
         ):
             raise NeedsMore
         if not names:
-            raise NoCall
+            raise NoValue
         name = max(names, key=len)
         self.at += len(name)
         return name
 
-    def _arguments(self, name: str, written: _Written | None = None) -> WrittenCall:
+    def _arguments(self, name: str, written: ValueMarks | None = None) -> WrittenCall:
         begin = self.at
         self.begun = (name, begin) if written is None else None
         self.at = self._end_of(begin, written)
         self.begun = None
         text = self.text[begin : self.at]
-        return WrittenCall(name, _checked(text if written is None else _ungemma(text)))
+        return WrittenCall(
+            name, checked_object(text if written is None else gemma_as_json(text))
+        )
 
     def _pairs(self, name: str) -> WrittenCall:
         """Read <arg_key> and <arg_value>, as GLM writes them."""
@@ -4181,24 +4343,18 @@ class CallScan:
             key = self._until("</arg_key>").strip()
             self._space()
             if not self._take("<arg_value>"):
-                raise NoCall
+                raise NoValue
             found[key] = self._value(name, key, self._until("</arg_value>"))
             self._space()
         if not found and not self._peek("</tool_call>"):
-            raise NoCall
-        return WrittenCall(name, _dumped(found))
+            raise NoValue
+        return WrittenCall(name, dumped_object(found))
 
     def _python(self, name: str) -> WrittenCall:
         """Read name=value pairs in parentheses."""
-        begin, written = self.at, ""
-        self.at = at = self._end_of(begin, _PYTHON_VALUE)
-        while begin < at:
-            token = _PYTHON_TOKEN.match(self.text, begin)
-            if token is None:
-                raise NoCall
-            written += _python_as_json(token)
-            begin = token.end()
-        return WrittenCall(name, _dumped(_json_object(written)))
+        begin = self.at
+        self.at = self._end_of(begin, PYTHON_VALUE)
+        return WrittenCall(name, python_arguments(self.text[begin : self.at]))
 
     # --- elements ---
 
@@ -4206,7 +4362,7 @@ class CallScan:
         tag = self._tag()
         found = _ELEMENT.fullmatch(tag)
         if found is None:
-            raise NoCall
+            raise NoValue
         name = self._known(found[1].strip())
         self._space()
         if self.text.startswith("{", self.at):
@@ -4224,20 +4380,20 @@ class CallScan:
                 break
             parameter = _PARAMETER.fullmatch(tag)
             if parameter is None:
-                raise NoCall
+                raise NoValue
             text, key = self._until(f"</{parameter[1]}>"), parameter[2].strip()
             is_text = parameter[3] == "true"
             values[key] = text if is_text else self._value(name, key, text)
-        return WrittenCall(name, _dumped(values))
+        return WrittenCall(name, dumped_object(values))
 
     def _tag(self) -> str:
         if not self._peek("<"):
-            raise NoCall
+            raise NoValue
         begin, end = self.at, self.text.find(">", self.at)
         if end < 0:
             # No tag is so long, and none has a line break.
             rest = self.text[begin:]
-            raise NoCall if len(rest) > 512 or "\n" in rest else NeedsMore
+            raise NoValue if len(rest) > 512 or "\n" in rest else NeedsMore
         self.at = end + 1
         return self.text[begin : self.at]
 
@@ -4250,7 +4406,7 @@ class CallScan:
         if kind == "string":
             return text
         try:
-            return _loads(text)
+            return loads_leniently(text)
         except (ValueError, RecursionError):
             return text
 
@@ -4258,7 +4414,7 @@ class CallScan:
 
     def _known(self, name: str) -> str:
         if name not in self._tools:
-            raise NoCall
+            raise NoValue
         return name
 
     def _space(self) -> None:
@@ -4291,146 +4447,22 @@ class CallScan:
         self.at = end + len(mark)
         return self.text[begin:end]
 
-    def _end_of(self, begin: int, written: _Written | None = None) -> int:
+    def _end_of(self, begin: int, written: ValueMarks | None = None) -> int:
         """Return where the JSON object or list ends that begins there."""
         if (end := self._maybe_end_of(begin, written)) is None:
             raise NeedsMore
         return end
 
-    def _maybe_end_of(self, begin: int, written: _Written | None = None) -> int | None:
+    def _maybe_end_of(
+        self, begin: int, written: ValueMarks | None = None
+    ) -> int | None:
         if begin not in self._ends:
-            self._ends[begin] = _ValueEnd(begin, written or _JSON_VALUE)
+            self._ends[begin] = ValueEnd(begin, written or JSON_VALUE)
         return self._ends[begin].find(self.text)
 
 
-class _Written(NamedTuple):
-    """What matters of a value that is not complete, outside of strings and in them."""
-
-    outside: re.Pattern[str]
-    inside: re.Pattern[str]
-
-
-_JSON_VALUE: Final = _Written(re.compile(r'["{}\[\]]'), re.compile(r'["\\]'))
-_PYTHON_VALUE: Final = _Written(re.compile(r"[\"'(){}\[\]]"), re.compile(r"[\"'\\]"))
-_GEMMA_VALUE: Final = _Written(re.compile(r'<\|"\|>|[{}\[\]]'), re.compile(r'<\|"\|>'))
-_QUOTES: Final = ('"', "'", '<|"|>')
-_MAX_QUOTE: Final = max(map(len, _QUOTES))
-
-
-class _ValueEnd:
-    """Finds where an object, a list or a pair of parentheses ends."""
-
-    def __init__(self, begin: int, written: _Written) -> None:
-        self._written = written
-        self._at = begin
-        self._depth = 0
-        self._quote = ""  # that the string will end with
-        self._end: int | None = None
-
-    def find(self, text: str) -> int | None:
-        """Return the end, once it is there. ``text`` has only grown since the last time."""
-        while self._end is None:
-            outside, inside = self._written
-            found = (inside if self._quote else outside).search(text, self._at)
-            if found is None:  # a quote may have begun
-                self._at = max(self._at, len(text) - _MAX_QUOTE + 1)
-                return None
-            if found[0] == "\\" and found.end() == len(text):
-                self._at = found.start()  # what it escapes is not there yet
-                return None
-            self._at = found.end() + (found[0] == "\\")
-            self._note(found[0])
-        return self._end
-
-    def _note(self, mark: str) -> None:
-        if mark in _QUOTES:
-            self._quote = "" if mark == self._quote else self._quote or mark
-        elif mark != "\\":
-            self._depth += 1 if mark in "{[(" else -1
-            if not self._depth:
-                self._end = self._at
-
-
-def _loads(text: str) -> Any:
-    """Read JSON; line breaks in strings are let through, what is no JSON is not."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(name)
-
-    return json.loads(text, strict=False, parse_constant=refuse)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = _loads(text)
-    except (ValueError, RecursionError):
-        raise NoCall from None
-    if not isinstance(value, dict):
-        raise NoCall
-    return value
-
-
-def _checked(text: str) -> str:
-    """Return a JSON object as it is written, if it is one; else as it should be."""
-    value = _json_object(text)
-    try:
-        json.loads(text)
-    except ValueError:
-        return _dumped(value)
-    return text
-
-
-def _dumped(value: object) -> str:
-    """Return arguments as JSON. Some models write them as JSON in a string."""
-    if isinstance(value, str):
-        return _checked(value)
-    if not isinstance(value, dict):
-        raise NoCall
-    text = json.dumps(value, ensure_ascii=False)
-    # Half of a character cannot be sent as it is.
-    return text if text.isprintable() or _is_text(text) else json.dumps(value)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _python_as_json(token: re.Match[str]) -> str:
-    """Return a token of Python as JSON has it; NoCall for what it has not."""
-    text, number, name, equals, mark = token.groups()
-    if text:
-        import ast
-
-        try:
-            return json.dumps(ast.literal_eval(text), ensure_ascii=False)
-        except (ValueError, SyntaxError):
-            raise NoCall from None
-    if equals:
-        return f"{json.dumps(name)}:"
-    if name and name not in _CONSTANTS:
-        raise NoCall
-    if name:
-        return _CONSTANTS[name]
-    return number or {"(": "{", ")": "}"}.get(mark, mark)
-
-
-def _ungemma(text: str) -> str:
-    """Return JSON for what Gemma 4 writes: keys without quotes, and marks for quotes."""
-    parts = text.split('<|"|>')
-    for index, part in enumerate(parts):
-        if index % 2:
-            parts[index] = json.dumps(part, ensure_ascii=False)
-        else:
-            parts[index] = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', part)
-    return "".join(parts)
-
-
 # ==============================================================================
-# 13. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# 14. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
 # ==============================================================================
 # Pure, and the same for streams and whole replies: how the text is cut into pieces makes
 # no difference. What looks like a call and turns out to be none comes out as it is
@@ -4483,7 +4515,7 @@ def thoughts_in(template: str) -> Sequence[Thoughts]:
     return (THINK, *others)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Markup:
     """What to look for in a reply."""
 
@@ -4493,7 +4525,7 @@ class Markup:
     max_calls: int = sys.maxsize
     is_constrained: bool = False  # a grammar sees to it that calls are valid
 
-    @property
+    @functools.cached_property
     def marks(self) -> frozenset[str]:
         """All marks, some of which may be control tokens."""
         thoughts = [*self.thoughts, *filter(None, [self.begins_inside])]
@@ -4690,7 +4722,7 @@ class MarkupReader:
                 if self._markup.is_constrained and scan.begun is not None:
                     self._send_begun(found, scan)
                 return False
-        except NoCall:
+        except NoValue:
             pass
         else:
             self._send(found, call.name, call.arguments)
@@ -4752,7 +4784,7 @@ _MAX_MARK_CHARS: Final = 64
 
 
 # ==============================================================================
-# 14. TEMPLATES - messages to the text a model was trained on
+# 15. TEMPLATES - messages to the text a model was trained on
 # ==============================================================================
 # A chat model was trained on one way to write down who said what. Its GGUF carries that
 # way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
@@ -5197,7 +5229,7 @@ def _sandbox() -> jinja2.Environment:
 
 
 # ==============================================================================
-# 15. SEGMENTS - what tells a BERT the two texts of a pair apart
+# 16. SEGMENTS - what tells a BERT the two texts of a pair apart
 # ==============================================================================
 # To each token's row BERT adds a row of token_types: the first in a query, the second in
 # a text. llama.cpp adds the first to all ("hardcoded to zero", bert.cpp), so a
@@ -5281,7 +5313,7 @@ def _to_floats(llama: Any, tensor: Tensor) -> Callable[[int, int, int], object]:
 
 
 # ==============================================================================
-# 16. REACH - how long a sequence a model can read
+# 17. REACH - how long a sequence a model can read
 # ==============================================================================
 # As far as it was trained, unless the operator scales its rotary positions. llama.cpp takes
 # any length, but a BERT's table of positions ends where training did.
@@ -5340,7 +5372,7 @@ def context_and_input_tokens(
 
 
 # ==============================================================================
-# 17. CONTEXTS - batches of token ids through llama.cpp
+# 18. CONTEXTS - batches of token ids through llama.cpp
 # ==============================================================================
 # We use the low level API: Llama.embed() truncates silently, drops the final token, loops
 # over tokens in Python and zeroes the whole KV buffer before every call.
@@ -5771,7 +5803,7 @@ class Context(AbortableContext):
 
 
 # ==============================================================================
-# 18. DECODING - steps of several sequences through llama.cpp
+# 19. DECODING - steps of several sequences through llama.cpp
 # ==============================================================================
 # What generates has one llama_context with the KV cells of all its sequences (unified: a
 # copied prefix costs no cell, and a step may mix prompts and replies). Its one thread
@@ -5960,7 +5992,7 @@ class StepContext(AbortableContext):
 
 
 # ==============================================================================
-# 19. PASSES - a decoder's vectors without its head
+# 20. PASSES - a decoder's vectors without its head
 # ==============================================================================
 # Asked for embeddings, llama.cpp computes the logits of every token of a decoder, and has
 # room for them twice: of 440 tokens of Gemma 3 270M more than half of the time and 850 MB.
@@ -6160,7 +6192,7 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 
 
 # ==============================================================================
-# 20. ENGINE - a GGUF loaded by llama.cpp
+# 21. ENGINE - a GGUF loaded by llama.cpp
 # ==============================================================================
 # The only room that imports llama_cpp, and only when a model is loaded. One model is
 # shared by all contexts, read-only.
@@ -6610,7 +6642,7 @@ class Engine:
 
 
 # ==============================================================================
-# 21. WEIGHTS - the same model, re-encoded for this CPU
+# 22. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which weight type is fastest depends on the CPU: with AVX512_BF16, bf16 is 1.4 (MiniLM)
 # to 1.5 times (BERT-base) as fast as f16, and q8_0 is slower; other CPUs were not
@@ -6840,7 +6872,7 @@ def _here() -> str:
 
 
 # ==============================================================================
-# 22. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+# 23. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 # ==============================================================================
 # Pure: callers pass the time. The speed of past calls decides how many threads and tokens
 # the next one gets, and what Retry-After says. A job reserves room in the queue when it is
@@ -7203,7 +7235,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 23. READING - requests to a model, and their texts to token ids, slice by slice
+# 24. READING - requests to a model, and their texts to token ids, slice by slice
 # ==============================================================================
 # What tokenizer threads do. A slice ends after some inputs or characters, so that large
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
@@ -7614,7 +7646,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 24. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 25. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -8013,7 +8045,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 25. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 26. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -8447,7 +8479,7 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
-# 26. WORKERS - the threads
+# 27. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -10849,7 +10881,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 31. TEXT - tokens to the text that a client may see
+# 0. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -10885,7 +10917,7 @@ class Vocabulary:
         shown = llama.LLAMA_TOKEN_ATTR_USER_DEFINED
         words = llama.LLAMA_TOKEN_ATTR_NORMAL | shown
         self._hidden_words: set[int] = set()
-        self._control_pieces: dict[int, str] = {}
+        self._control_texts: dict[int, str] = {}
         self._marks: dict[frozenset[str], Mapping[int, bytes]] = {}
         texts: set[str] = set()
         for token, (text, kind) in tokenizer.marked.items():
@@ -10895,7 +10927,7 @@ class Vocabulary:
                 self._hidden_words.add(token)
             elif kind & controls or text in _SHOWN_CONTROLS:
                 texts.add(text)
-                self._control_pieces[token] = text
+                self._control_texts[token] = text
                 ends |= {token} if is_end else set()
         self.control_texts = frozenset(texts - {""})
         self.end_tokens = frozenset(ends)
@@ -10931,7 +10963,7 @@ class Vocabulary:
         if (known := self._marks.get(marks)) is None:
             known = self._marks[marks] = {
                 token: text.encode()
-                for token, text in self._control_pieces.items()
+                for token, text in self._control_texts.items()
                 if text and any(text in mark for mark in marks)
             }
         return known
@@ -12126,12 +12158,15 @@ class Reply(StepWork):
     sequence: CachedSequence
     sampler: Sampler
     text: ReplyText
-    reader: MarkupReader | None = None
-    control_pieces: Mapping[int, bytes] = field(default_factory=dict)  # it is to read
+    reader: MarkupReader | None = None  # if the request has markup
     tokens: int = 0  # so far
     next_token: int = 0  # chosen, and not yet computed
     lost_ids: TokenIds | None = None  # what it had in memory, and is to be read again
     undecided_tokens: int = 0  # that may belong to thoughts
+
+    def __post_init__(self) -> None:
+        if (markup := self.generation.request.markup) is not None:
+            self.reader = MarkupReader(markup)
 
     @property
     def max_tokens(self) -> int:
@@ -12195,8 +12230,11 @@ class Reply(StepWork):
         else:
             if request.top_logprobs is not None:
                 delta.logprobs = [logprobs(row, token, request.top_logprobs, piece)]
-            piece_bytes = piece(token) or self.control_pieces.get(token, b"")
-            delta.text = self.text.feed(piece_bytes)
+            text = piece(token)
+            if request.markup is not None and not text:
+                marks = vocabulary.control_pieces(request.markup.marks)
+                text = marks.get(token, b"")
+            delta.text = self.text.feed(text)
             if self.text.is_stopped:
                 delta.finish_reason = "stop"
             elif self.tokens >= request.max_tokens:
@@ -12416,7 +12454,7 @@ class GenerationWorker(Workers):
         self, generation: Generation, index: int, sequence: CachedSequence
     ) -> Reply:
         request, tokenizer = generation.request, self._engine.tokenizer
-        options, markup = request.sampling, request.markup
+        options = request.sampling
         if options.seed is not None:  # else all would be the same
             options = dataclasses.replace(options, seed=options.seed + index)
         return Reply(
@@ -12439,10 +12477,6 @@ class GenerationWorker(Workers):
             ),
             text=ReplyText(
                 request.stop, drops_space=self._vocabulary.adds_space_after(request.ids)
-            ),
-            reader=markup and MarkupReader(markup),
-            control_pieces=self._vocabulary.control_pieces(
-                markup.marks if markup else frozenset()
             ),
         )
 
@@ -18695,7 +18729,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 58. CHAT - OpenAI's chat and completions, whole and streamed
+# 0. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -19056,7 +19090,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 59. ITEMS - what may be asked on OpenAI's /v1/responses
+# 0. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -19463,7 +19497,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 60. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 0. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -19838,7 +19872,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 61. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 0. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -20139,7 +20173,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 62. TEI - the shapes of text-embeddings-inference
+# 0. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -20397,7 +20431,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 63. TOKENS - texts as the tokens that a model reads, and back
+# 0. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -20616,7 +20650,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 64. OLLAMA - its shapes
+# 0. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -20842,7 +20876,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 65. SEEDS - what infer-server and LMServ promise
+# 0. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -21058,7 +21092,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 66. ADMIN - health, readiness, metrics, models
+# 0. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -21298,7 +21332,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 67. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 0. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -21610,7 +21644,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 68. ROUTES - the table, and everything derived from it
+# 0. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -21799,7 +21833,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 69. DISPATCH - from a request to its response
+# 0. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -22248,7 +22282,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 70. TRIALS - a model loaded in another process first
+# 0. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -22331,7 +22365,7 @@ class Trial:
 
 
 # ==============================================================================
-# 71. FOLDER - what a model's authors wrote beside its file
+# 0. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -22458,7 +22492,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 72. LOADING - a model's way into memory
+# 0. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -22892,7 +22926,7 @@ class Loader:
 
 
 # ==============================================================================
-# 73. SUPERVISOR - a small parent that outlives the server
+# 0. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -23277,7 +23311,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 74. SERVER - builds every object; loading, ready, draining, stopped
+# 0. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -23710,7 +23744,7 @@ class Server:
 
 
 # ==============================================================================
-# 75. TUNING - the settings that are fastest on this box
+# 0. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -23845,7 +23879,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 76. CHECKING - what a model is and gives, before it is served
+# 0. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
