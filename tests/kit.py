@@ -298,6 +298,7 @@ class FakeTemplate:
     def __init__(self) -> None:
         self.refusal: es.ApiError | None = None
         self.asked: list[tuple[Sequence[es.Message], dict[str, Any]]] = []
+        self.thoughts = (es.THINK,)
 
     def render(
         self, messages: Sequence[es.Message], **options: Any

@@ -503,3 +503,116 @@ def test_long_arguments_are_read_in_time_that_grows_with_their_length() -> None:
     written = '<tool_call>{"name": "write-file", "arguments": ' + text + "}</tool_call>"
     read = Read([written[at : at + 4] for at in range(0, len(written), 4)])
     assert read.calls == [("write-file", json.loads(text))]
+
+
+# --- token by token ---
+
+
+class Script:
+    """A model whose replies are written down: a sampler and a vocabulary in one."""
+
+    end_tokens = frozenset((0,))
+
+    def __init__(self, *tokens: str) -> None:
+        """Those that begin with a dollar sign are control tokens."""
+        self.tokens = ["", *tokens]
+        self._left = iter(range(1, len(self.tokens)))
+
+    def sample(self, row: object) -> int:
+        return next(self._left, 0)
+
+    def piece(self, token: int) -> bytes:
+        text = self.tokens[token]
+        return b"" if text.startswith("$") else text.encode()
+
+    def control_pieces(self, marks: frozenset[str]) -> Mapping[int, bytes]:
+        texts = {token: text[1:] for token, text in enumerate(self.tokens)}
+        return {token: text.encode() for token, text in texts.items() if text in marks}
+
+    def deltas(self, *, max_tokens: int = 99, **asked: Any) -> list[es.Delta]:
+        """What a reply gains in each step."""
+        me: Any = self
+        request = es.GenerationRequest(ids=[1], max_tokens=max_tokens, **asked)
+        reply = es.Reply(
+            prompt_tokens=1,
+            read_tokens=1,
+            generation=es.Generation(request, lambda: None),
+            index=0,
+            sequence=me,
+            sampler=me,
+            text=es.ReplyText(request.stop),
+        )
+        found: list[es.Delta] = []
+        while not (found and found[-1].finish_reason):
+            found.append(reply.grow(None, me))
+        return found
+
+
+def merged(deltas: Sequence[es.Delta]) -> es.Delta:
+    """All in one."""
+    whole = es.Delta(0)
+    for delta in deltas:
+        whole.add(delta)
+    return whole
+
+
+CALL = ("$[TOOL_CALLS]", "weather", "$[ARGS]", "{}")
+
+
+def test_marks_that_are_control_tokens_are_read_where_they_are_looked_for() -> None:
+    whole = merged(Script(*CALL).deltas(markup=MARKUP))
+    assert [(part.name, part.arguments) for part in whole.calls] == [("weather", "{}")]
+    assert (whole.text, whole.finish_reason, whole.tokens) == ("", "tool_calls", 5)
+    for markup in (None, es.Markup()):
+        whole = merged(Script(*CALL, "$<unk>").deltas(markup=markup))
+        assert (whole.text, whole.finish_reason) == ("weather{}", "stop")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "begins_inside", "count"),
+    [
+        (("<think>", "a", " b", "</think>", "\n\n", "c"), False, 4),
+        (("$<think>", "a", "$</think>", "c"), False, 3),
+        (("<", "th", "ink", ">a", "</", "think", ">", "c"), False, 7),
+        (("<", "th", "c"), False, 0),
+        (("a", " b", "</think>", "c"), True, 3),
+        (("a", " b"), True, 3),
+        (("c", " d"), False, 0),
+        (("\n", "<think>", "</think>", "c"), False, 3),
+    ],
+)
+def test_thoughts_are_counted_token_by_token(
+    tokens: Sequence[str], begins_inside: bool, count: int
+) -> None:
+    inside = es.THINK if begins_inside else None
+    for tools in ({}, TOOLS):
+        markup = es.Markup(begins_inside=inside, tools=tools)
+        whole = merged(Script(*tokens).deltas(markup=markup))
+        assert whole.tokens == len(tokens) + 1
+        assert whole.reasoning_tokens == count
+        assert whole.finish_reason == "stop"
+        assert whole.text.startswith("c") or "c" not in tokens or tokens[0] == "<"
+
+
+def test_a_call_that_the_limit_cuts_ends_by_length() -> None:
+    script = Script(
+        "<tool_call>", '{"name": "weather", "arguments": {"city": "', "Z", "é"
+    )
+    whole = merged(script.deltas(markup=MARKUP, max_tokens=3))
+    assert [(part.name, part.arguments) for part in whole.calls] == [
+        ("weather", '{"city": "Z')
+    ]
+    assert (whole.finish_reason, whole.text) == ("length", "")
+
+
+def test_a_reply_ends_with_its_last_call() -> None:
+    script = Script(*CALL, *CALL, "so")
+    deltas = script.deltas(markup=es.Markup(tools=TOOLS, max_calls=1))
+    assert (len(deltas), merged(deltas).finish_reason) == (4, "tool_calls")
+    assert len(merged(deltas).calls) == 1
+
+
+def test_a_stop_string_ends_before_marks_are_read() -> None:
+    script = Script("<think>", "a", "</think>", "c STOP", "d")
+    whole = merged(script.deltas(markup=es.Markup(), stop=("STOP",)))
+    assert (whole.reasoning, whole.text, whole.finish_reason) == ("a", "c ", "stop")
