@@ -18171,7 +18171,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 56. TOOLS - which functions a model may call, and which it must
+# 0. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -18358,7 +18358,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 57. CHAT FORMS - what may be asked of a model that generates
+# 0. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -24018,7 +24018,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 77. DEPLOYMENT - what the printed files have in common
+# 0. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -24235,7 +24235,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 78. UNITS - the server under systemd
+# 0. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -24449,7 +24449,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 79. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 0. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -24860,7 +24860,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 80. WATCHING - what scrapes, draws and alerts
+# 0. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -25051,7 +25051,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 81. COMMAND LINE - flags in, exit code out
+# 0. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
