@@ -12149,6 +12149,13 @@ _GENERATION_BYTES: Final = 4096  # of a request, without its tokens
 _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's array
 
 
+# ==============================================================================
+# 36. GROWING - what a reply's next token adds to it
+# ==============================================================================
+# A row of logits becomes a token, its bytes text, and the text what a client may see. The
+# generating thread's.
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Reply(StepWork):
     """One of a request's replies, under way."""
@@ -12281,7 +12288,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 36. GENERATOR - the thread that generates
+# 37. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -12731,7 +12738,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 37. MESSAGES - requests and responses, and the bytes of a response
+# 38. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -12922,7 +12929,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 38. REQUESTS - bytes to requests
+# 39. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -13280,7 +13287,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 39. CODINGS - compressed bodies, JSON, and what a client takes
+# 40. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -13643,7 +13650,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 40. PROXIES - which client one speaks for
+# 41. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -13768,7 +13775,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 41. KEYS - who is asking, and how much each may ask for
+# 42. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -14155,7 +14162,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 42. SOCKETS - how many, how much is held for them, how each ends
+# 43. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -14518,7 +14525,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 43. CONNECTIONS - requests of one client, in order; back-pressure
+# 44. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -14964,7 +14971,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 44. LISTENERS - where connections come from
+# 45. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -15314,7 +15321,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 45. GATE - who is let in
+# 46. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -15547,7 +15554,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 46. MODELS - what is configured, what is in memory, and what a name means
+# 47. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -15894,7 +15901,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 47. REGISTRY - when each model is in memory
+# 48. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -16312,7 +16319,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 48. FORMS - what is asked and answered, declared once
+# 49. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -16749,7 +16756,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 49. COMPUTE - from an EmbedRequest to its EmbedResult
+# 50. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -16968,7 +16975,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 50. REPLIES - from messages to the text of a reply, as it grows
+# 51. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -17391,7 +17398,7 @@ class Replies:
 
 
 # ==============================================================================
-# 51. HANDLING - what handlers work with: the service, and a request over HTTP
+# 52. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -17821,7 +17828,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 52. ANSWERS - replies on their way: whole, or part by part
+# 53. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -17917,7 +17924,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 53. VECTORS - numbers of a reply, in the types that clients ask for
+# 54. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18040,7 +18047,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 54. OPENAI - its shapes
+# 55. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -18171,7 +18178,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 55. TOOLS - which functions a model may call, and which it must
+# 56. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -18358,7 +18365,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 56. CHAT FORMS - what may be asked of a model that generates
+# 57. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -18729,7 +18736,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 57. CHAT - OpenAI's chat and completions, whole and streamed
+# 58. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -20173,7 +20180,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 59. TEI - the shapes of text-embeddings-inference
+# 60. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -20431,7 +20438,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 60. TOKENS - texts as the tokens that a model reads, and back
+# 61. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -20650,7 +20657,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 61. OLLAMA - its shapes
+# 62. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -20876,7 +20883,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 62. SEEDS - what infer-server and LMServ promise
+# 63. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -21092,7 +21099,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 63. ADMIN - health, readiness, metrics, models
+# 64. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -21332,7 +21339,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 64. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 65. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -21644,7 +21651,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 65. ROUTES - the table, and everything derived from it
+# 66. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -21833,7 +21840,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 66. DISPATCH - from a request to its response
+# 67. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -22282,7 +22289,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 67. TRIALS - a model loaded in another process first
+# 68. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -22365,7 +22372,7 @@ class Trial:
 
 
 # ==============================================================================
-# 68. FOLDER - what a model's authors wrote beside its file
+# 69. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -22492,7 +22499,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 69. LOADING - a model's way into memory
+# 70. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -22926,7 +22933,7 @@ class Loader:
 
 
 # ==============================================================================
-# 70. SUPERVISOR - a small parent that outlives the server
+# 71. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -23311,7 +23318,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 71. SERVER - builds every object; loading, ready, draining, stopped
+# 72. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -23744,7 +23751,7 @@ class Server:
 
 
 # ==============================================================================
-# 72. TUNING - the settings that are fastest on this box
+# 73. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -23879,7 +23886,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 73. CHECKING - what a model is and gives, before it is served
+# 74. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -24018,7 +24025,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 74. DEPLOYMENT - what the printed files have in common
+# 75. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -24235,7 +24242,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 75. UNITS - the server under systemd
+# 76. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -24449,7 +24456,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 76. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 77. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -24860,7 +24867,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 77. WATCHING - what scrapes, draws and alerts
+# 78. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -25051,7 +25058,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 78. COMMAND LINE - flags in, exit code out
+# 79. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
