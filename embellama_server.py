@@ -115,78 +115,81 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
  9. WORDPIECE - BERT's texts to token ids
 10. SPELLING - the one form of a text that a model was trained on
 11. TOKENIZERS - texts to a model's token ids, and back
-12. TEMPLATES - messages to the text a model was trained on
-13. SEGMENTS - what tells a BERT the two texts of a pair apart
-14. REACH - how long a sequence a model can read
-15. CONTEXTS - batches of token ids through llama.cpp
-16. DECODING - steps of several sequences through llama.cpp
-17. PASSES - a decoder's vectors without its head
-18. ENGINE - a GGUF loaded by llama.cpp
-19. WEIGHTS - the same model, re-encoded for this CPU
-20. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
-21. READING - requests to a model, and their texts to token ids, slice by slice
-22. QUEUE - which jobs are admitted, whose turn it is, how each ends
-23. BATCHING - which waiting inputs share the next call, and what becomes of it
-24. WORKERS - the threads
-25. GBNF - grammars as llama-server takes them, written and read
-26. GRAMMARS - which bytes, and so which tokens, may come next
-27. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
-28. SCHEMAS - JSON Schema: what several parts say together, as one
-29. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
-30. SAMPLING - which token comes next
-31. TEXT - tokens to the text that a client may see
-32. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-33. SEQUENCES - what of past prompts is still in memory
-34. DRAFTS - how a reply may go on, tried ahead
-35. STEPS - which tokens share the next call
-36. GENERATIONS - requests for text: what each has gained, and which wait
-37. GENERATOR - the thread that generates
+12. ARGUMENTS - what models write for a tool, as JSON
+13. CALLS - how models write that a tool is to be called
+14. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+15. TEMPLATES - messages to the text a model was trained on
+16. SEGMENTS - what tells a BERT the two texts of a pair apart
+17. REACH - how long a sequence a model can read
+18. CONTEXTS - batches of token ids through llama.cpp
+19. DECODING - steps of several sequences through llama.cpp
+20. PASSES - a decoder's vectors without its head
+21. ENGINE - a GGUF loaded by llama.cpp
+22. WEIGHTS - the same model, re-encoded for this CPU
+23. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+24. READING - requests to a model, and their texts to token ids, slice by slice
+25. QUEUE - which jobs are admitted, whose turn it is, how each ends
+26. BATCHING - which waiting inputs share the next call, and what becomes of it
+27. WORKERS - the threads
+28. GBNF - grammars as llama-server takes them, written and read
+29. GRAMMARS - which bytes, and so which tokens, may come next
+30. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+31. SCHEMAS - JSON Schema: what several parts say together, as one
+32. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+33. SAMPLING - which token comes next
+34. TEXT - tokens to the text that a client may see
+35. SEQUENCES - what of past prompts is still in memory
+36. DRAFTS - how a reply may go on, tried ahead
+37. STEPS - which tokens share the next call
+38. GENERATIONS - requests for text: what each has gained, and which wait
+39. GROWING - what a reply's next token adds to it
+40. GENERATOR - the thread that generates
 --- network wing ---
-38. MESSAGES - requests and responses, and the bytes of a response
-39. REQUESTS - bytes to requests
-40. CODINGS - compressed bodies, JSON, and what a client takes
-41. PROXIES - which client one speaks for
-42. KEYS - who is asking, and how much each may ask for
-43. SOCKETS - how many, how much is held for them, how each ends
-44. CONNECTIONS - requests of one client, in order; back-pressure
-45. LISTENERS - where connections come from
+41. MESSAGES - requests and responses, and the bytes of a response
+42. REQUESTS - bytes to requests
+43. CODINGS - compressed bodies, JSON, and what a client takes
+44. PROXIES - which client one speaks for
+45. KEYS - who is asking, and how much each may ask for
+46. SOCKETS - how many, how much is held for them, how each ends
+47. CONNECTIONS - requests of one client, in order; back-pressure
+48. LISTENERS - where connections come from
 --- hall ---
-46. GATE - who is let in
-47. MODELS - what is configured, what is in memory, and what a name means
-48. REGISTRY - when each model is in memory
-49. FORMS - what is asked and answered, declared once
-50. COMPUTE - from an EmbedRequest to its EmbedResult
-51. REPLIES - from messages to the text of a reply, as it grows
-52. HANDLING - what handlers work with: the service, and a request over HTTP
-53. ANSWERS - replies on their way: whole, or part by part
-54. VECTORS - numbers of a reply, in the types that clients ask for
-55. OPENAI - its shapes
-56. TOOLS - which functions a model may call, and which it must
-57. CHAT FORMS - what may be asked of a model that generates
-58. CHAT - OpenAI's chat and completions, whole and streamed
-59. ITEMS - what may be asked on OpenAI's /v1/responses
-60. RESPONSES - OpenAI's newer route: items, whole and streamed
-61. COHERE - its vectors and scores, Jina's scores, and vLLM's
-62. TEI - the shapes of text-embeddings-inference
-63. TOKENS - texts as the tokens that a model reads, and back
-64. OLLAMA - its shapes
-65. SEEDS - what infer-server and LMServ promise
-66. ADMIN - health, readiness, metrics, models
-67. DESCRIPTION - the routes as an OpenAPI document, and as a page
-68. ROUTES - the table, and everything derived from it
-69. DISPATCH - from a request to its response
-70. TRIALS - a model loaded in another process first
-71. FOLDER - what a model's authors wrote beside its file
-72. LOADING - a model's way into memory
-73. SUPERVISOR - a small parent that outlives the server
-74. SERVER - builds every object; loading, ready, draining, stopped
-75. TUNING - the settings that are fastest on this box
-76. CHECKING - what a model is and gives, before it is served
-77. DEPLOYMENT - what the printed files have in common
-78. UNITS - the server under systemd
-79. CONTAINERS - the server in images, with Compose, in Kubernetes
-80. WATCHING - what scrapes, draws and alerts
-81. COMMAND LINE - flags in, exit code out
+49. GATE - who is let in
+50. MODELS - what is configured, what is in memory, and what a name means
+51. REGISTRY - when each model is in memory
+52. FORMS - what is asked and answered, declared once
+53. COMPUTE - from an EmbedRequest to its EmbedResult
+54. REPLIES - from messages to the text of a reply, as it grows
+55. HANDLING - what handlers work with: the service, and a request over HTTP
+56. ANSWERS - replies on their way: whole, or part by part
+57. VECTORS - numbers of a reply, in the types that clients ask for
+58. OPENAI - its shapes
+59. TOOLS - which functions a model may call, and which it must
+60. CHAT FORMS - what may be asked of a model that generates
+61. CHAT - OpenAI's chat and completions, whole and streamed
+62. ITEMS - what may be asked on OpenAI's /v1/responses
+63. RESPONSES - OpenAI's newer route: items, whole and streamed
+64. COHERE - its vectors and scores, Jina's scores, and vLLM's
+65. TEI - the shapes of text-embeddings-inference
+66. TOKENS - texts as the tokens that a model reads, and back
+67. OLLAMA - its shapes
+68. SEEDS - what infer-server and LMServ promise
+69. ADMIN - health, readiness, metrics, models
+70. DESCRIPTION - the routes as an OpenAPI document, and as a page
+71. ROUTES - the table, and everything derived from it
+72. DISPATCH - from a request to its response
+73. TRIALS - a model loaded in another process first
+74. FOLDER - what a model's authors wrote beside its file
+75. LOADING - a model's way into memory
+76. SUPERVISOR - a small parent that outlives the server
+77. SERVER - builds every object; loading, ready, draining, stopped
+78. TUNING - the settings that are fastest on this box
+79. CHECKING - what a model is and gives, before it is served
+80. DEPLOYMENT - what the printed files have in common
+81. UNITS - the server under systemd
+82. CONTAINERS - the server in images, with Compose, in Kubernetes
+83. WATCHING - what scrapes, draws and alerts
+84. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -9469,7 +9472,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 0. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 30. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -9840,7 +9843,7 @@ def _any_digits(count: int) -> str:
 
 
 # ==============================================================================
-# 0. SCHEMAS - JSON Schema: what several parts say together, as one
+# 31. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -10189,7 +10192,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 0. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 32. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -10550,7 +10553,7 @@ class _SchemaReader:
 
 
 # ==============================================================================
-# 0. SAMPLING - which token comes next
+# 33. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -10881,7 +10884,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 0. TEXT - tokens to the text that a client may see
+# 34. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -11047,7 +11050,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 32. SEQUENCES - what of past prompts is still in memory
+# 35. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -11422,7 +11425,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 33. DRAFTS - how a reply may go on, tried ahead
+# 36. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -11551,7 +11554,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 34. STEPS - which tokens share the next call
+# 37. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -11825,7 +11828,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 35. GENERATIONS - requests for text: what each has gained, and which wait
+# 38. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -12150,7 +12153,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 36. GROWING - what a reply's next token adds to it
+# 39. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -12288,7 +12291,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 37. GENERATOR - the thread that generates
+# 40. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -12738,7 +12741,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 38. MESSAGES - requests and responses, and the bytes of a response
+# 41. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -12929,7 +12932,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 39. REQUESTS - bytes to requests
+# 42. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -13287,7 +13290,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 40. CODINGS - compressed bodies, JSON, and what a client takes
+# 43. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -13650,7 +13653,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 41. PROXIES - which client one speaks for
+# 44. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -13775,7 +13778,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 42. KEYS - who is asking, and how much each may ask for
+# 45. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -14162,7 +14165,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 43. SOCKETS - how many, how much is held for them, how each ends
+# 46. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -14525,7 +14528,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 44. CONNECTIONS - requests of one client, in order; back-pressure
+# 47. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -14971,7 +14974,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 45. LISTENERS - where connections come from
+# 48. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -15321,7 +15324,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 46. GATE - who is let in
+# 49. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -15554,7 +15557,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 47. MODELS - what is configured, what is in memory, and what a name means
+# 50. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -15901,7 +15904,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 48. REGISTRY - when each model is in memory
+# 51. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -16319,7 +16322,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 49. FORMS - what is asked and answered, declared once
+# 52. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -16756,7 +16759,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 50. COMPUTE - from an EmbedRequest to its EmbedResult
+# 53. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -16975,7 +16978,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 51. REPLIES - from messages to the text of a reply, as it grows
+# 54. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -17398,7 +17401,7 @@ class Replies:
 
 
 # ==============================================================================
-# 52. HANDLING - what handlers work with: the service, and a request over HTTP
+# 55. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -17828,7 +17831,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 53. ANSWERS - replies on their way: whole, or part by part
+# 56. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -17924,7 +17927,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 54. VECTORS - numbers of a reply, in the types that clients ask for
+# 57. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18047,7 +18050,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 55. OPENAI - its shapes
+# 58. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -18178,7 +18181,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 56. TOOLS - which functions a model may call, and which it must
+# 59. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -18365,7 +18368,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 57. CHAT FORMS - what may be asked of a model that generates
+# 60. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -18736,7 +18739,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 58. CHAT - OpenAI's chat and completions, whole and streamed
+# 61. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -19097,7 +19100,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 0. ITEMS - what may be asked on OpenAI's /v1/responses
+# 62. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -19504,7 +19507,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 0. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 63. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -19879,7 +19882,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 0. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 64. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -20180,7 +20183,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 60. TEI - the shapes of text-embeddings-inference
+# 65. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -20438,7 +20441,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 61. TOKENS - texts as the tokens that a model reads, and back
+# 66. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -20657,7 +20660,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 62. OLLAMA - its shapes
+# 67. OLLAMA - its shapes
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -20883,7 +20886,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 63. SEEDS - what infer-server and LMServ promise
+# 68. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -21099,7 +21102,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 64. ADMIN - health, readiness, metrics, models
+# 69. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -21339,7 +21342,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 65. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 70. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -21651,7 +21654,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 66. ROUTES - the table, and everything derived from it
+# 71. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -21840,7 +21843,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 67. DISPATCH - from a request to its response
+# 72. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -22289,7 +22292,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 68. TRIALS - a model loaded in another process first
+# 73. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -22372,7 +22375,7 @@ class Trial:
 
 
 # ==============================================================================
-# 69. FOLDER - what a model's authors wrote beside its file
+# 74. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -22499,7 +22502,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 70. LOADING - a model's way into memory
+# 75. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -22933,7 +22936,7 @@ class Loader:
 
 
 # ==============================================================================
-# 71. SUPERVISOR - a small parent that outlives the server
+# 76. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -23318,7 +23321,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 72. SERVER - builds every object; loading, ready, draining, stopped
+# 77. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -23751,7 +23754,7 @@ class Server:
 
 
 # ==============================================================================
-# 73. TUNING - the settings that are fastest on this box
+# 78. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -23886,7 +23889,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 74. CHECKING - what a model is and gives, before it is served
+# 79. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -24025,7 +24028,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 75. DEPLOYMENT - what the printed files have in common
+# 80. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -24242,7 +24245,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 76. UNITS - the server under systemd
+# 81. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -24456,7 +24459,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 77. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 82. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -24867,7 +24870,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 78. WATCHING - what scrapes, draws and alerts
+# 83. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -25058,7 +25061,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 79. COMMAND LINE - flags in, exit code out
+# 84. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
