@@ -172,24 +172,26 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 64. COHERE - its vectors and scores, Jina's scores, and vLLM's
 65. TEI - the shapes of text-embeddings-inference
 66. TOKENS - texts as the tokens that a model reads, and back
-67. OLLAMA - its shapes
-68. SEEDS - what infer-server and LMServ promise
-69. ADMIN - health, readiness, metrics, models
-70. DESCRIPTION - the routes as an OpenAPI document, and as a page
-71. ROUTES - the table, and everything derived from it
-72. DISPATCH - from a request to its response
-73. TRIALS - a model loaded in another process first
-74. FOLDER - what a model's authors wrote beside its file
-75. LOADING - a model's way into memory
-76. SUPERVISOR - a small parent that outlives the server
-77. SERVER - builds every object; loading, ready, draining, stopped
-78. TUNING - the settings that are fastest on this box
-79. CHECKING - what a model is and gives, before it is served
-80. DEPLOYMENT - what the printed files have in common
-81. UNITS - the server under systemd
-82. CONTAINERS - the server in images, with Compose, in Kubernetes
-83. WATCHING - what scrapes, draws and alerts
-84. COMMAND LINE - flags in, exit code out
+67. OLLAMA - its models and its embeddings
+68. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+69. OLLAMA CHAT - its chat and generate, whole and streamed
+70. SEEDS - what infer-server and LMServ promise
+71. ADMIN - health, readiness, metrics, models
+72. DESCRIPTION - the routes as an OpenAPI document, and as a page
+73. ROUTES - the table, and everything derived from it
+74. DISPATCH - from a request to its response
+75. TRIALS - a model loaded in another process first
+76. FOLDER - what a model's authors wrote beside its file
+77. LOADING - a model's way into memory
+78. SUPERVISOR - a small parent that outlives the server
+79. SERVER - builds every object; loading, ready, draining, stopped
+80. TUNING - the settings that are fastest on this box
+81. CHECKING - what a model is and gives, before it is served
+82. DEPLOYMENT - what the printed files have in common
+83. UNITS - the server under systemd
+84. CONTAINERS - the server in images, with Compose, in Kubernetes
+85. WATCHING - what scrapes, draws and alerts
+86. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -2921,12 +2923,27 @@ class Tensor:
         return self.rows * self.row_values
 
 
+_CHAT_TEMPLATE: Final = "tokenizer.chat_template"
+_SHORT_BYTES: Final = 256  # of texts that are kept, but for these
+_LONG_TEXTS: Final = {_CHAT_TEMPLATE: 1 << 20}
+# general.file_type by name: llama.cpp's LLAMA_FTYPE_*, of which some are no more.
+_FILE_TYPES: Final = """
+0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 7 Q8_0, 8 Q5_0, 9 Q5_1, 10 Q2_K, 11 Q3_K_S, 12 Q3_K_M,
+13 Q3_K_L, 14 Q4_K_S, 15 Q4_K_M, 16 Q5_K_S, 17 Q5_K_M, 18 Q6_K, 19 IQ2_XXS, 20 IQ2_XS,
+21 Q2_K_S, 22 IQ3_XS, 23 IQ3_XXS, 24 IQ1_S, 25 IQ4_NL, 26 IQ3_S, 27 IQ3_M, 28 IQ2_S,
+29 IQ2_M, 30 IQ4_XS, 31 IQ1_M, 32 BF16, 36 TQ1_0, 37 TQ2_0, 38 MXFP4_MOE
+"""
+FILE_TYPES: Final[Mapping[object, str]] = {
+    int(number): name for number, name in re.findall(r"([0-9]+) (\w+)", _FILE_TYPES)
+}
+
+
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
     """What a valid file says about its model."""
 
     architecture: str = ""
-    # Metadata: numbers and short strings; () for everything else.
+    # Metadata: numbers, short strings, its chat template; () for everything else.
     values: Mapping[str, Any] = field(default_factory=dict)
     n_params: int = 0
     n_tokens: int = 0  # in its vocabulary
@@ -2937,6 +2954,19 @@ class GgufHeader:
         """Return the architecture's integer of this name, else 0."""
         value = self.values.get(f"{self.architecture}.{name}")
         return value if isinstance(value, int) else 0
+
+    @property
+    def chat_template(self) -> str:
+        """How messages become a prompt, in Jinja; empty if it does not say."""
+        template = self.values.get(_CHAT_TEMPLATE)
+        return template if isinstance(template, str) else ""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Its numbers and short strings."""
+        known = {name: value for name, value in self.values.items() if value != ()}
+        known.pop(_CHAT_TEMPLATE, None)
+        return known
 
     @property
     def is_ranker(self) -> bool:
@@ -3112,18 +3142,20 @@ def _read_metadata(reader: _Reader) -> tuple[_Values, int]:
         kind = reader.number("I")
         if name == _SPLIT_NUMBER and kind != _UINT16:
             raise reader.bad(f"{name} has type {kind}")
-        read = _read_tokens if name == _TOKENS else _value
-        values[name] = read(reader, kind)
+        if name == _TOKENS:
+            values[name] = _read_tokens(reader, kind)
+        else:
+            values[name] = _value(reader, kind, _LONG_TEXTS.get(name, _SHORT_BYTES))
     return values, tensors
 
 
-def _value(reader: _Reader, kind: int) -> Any:
-    # Return a number or a short string; skip long strings and arrays.
+def _value(reader: _Reader, kind: int, most: int) -> Any:
+    # Return a number, or a string of so many bytes; skip longer ones and arrays.
     if kind in _NUMBERS:
         return reader.number(_NUMBERS[kind])
     if kind == _TEXT:
         text = reader.text()
-        return text.decode("utf-8", "replace") if len(text) <= 256 else ()
+        return text.decode("utf-8", "replace") if len(text) <= most else ()
     item = reader.number("I") if kind == _ARRAY else kind
     if kind == _ARRAY and item in _NUMBERS:
         reader.skip(reader.number("Q") * struct.calcsize(_NUMBERS[item]))
@@ -6259,7 +6291,7 @@ class ModelCard:
     cells: int = 0  # KV cells of all its sequences together
     cell_bytes: int = 0
     chat_template: str = ""  # Jinja, from the file
-    sampling: tuple[tuple[str, object], ...] = ()  # general.sampling.*, from the file
+    metadata: tuple[tuple[str, object], ...] = ()  # the file's, as its header has it
 
     @property
     def lacks_end(self) -> bool:
@@ -6568,6 +6600,7 @@ class Engine:
             prompts=tuple(prompts),
             has_dense=header.has_dense,
             norms_before_cut=header.norms_before_cut,
+            metadata=tuple(header.metadata.items()),
         )
         if pooling == "none":
             return self._as_generator(card, header, context)
@@ -6606,11 +6639,6 @@ class Engine:
             cells=cells,
             cell_bytes=header.cell_bytes,
             chat_template=template.decode("utf-8", "replace"),
-            sampling=tuple(
-                (name, value)
-                for name, value in header.values.items()
-                if name.startswith("general.sampling.")
-            ),
         )
 
     def _as_ranker(self, card: ModelCard, header: GgufHeader) -> ModelCard:
@@ -15566,6 +15594,9 @@ def _bare_host(host: str) -> str:
 FREE_S: Final = 30.0  # for idle threads to end: unmapping gigabytes takes time
 
 
+_THOUGHTS: Final = ("</think>", "enable_thinking", "reasoning_content", "thinking")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What is known about a model without loading it; empty fields are not known yet."""
@@ -15583,12 +15614,25 @@ class ModelFacts:
     cell_bytes: int = 0  # of a KV cell
     # Tokens for whose logits a context has room: none, pooled, a step's, or all.
     logits: str = "none"
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # as GgufHeader has it
+    chat_template: str = ""  # the operator's, else the file's
+
+    @property
+    def may_think(self) -> bool:
+        """Whether its chat template knows of thoughts."""
+        return any(mark in self.chat_template for mark in _THOUGHTS)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether its chat template shows tools."""
+        return "tools" in self.chat_template
 
 
 def facts_of(settings: Settings, path: str) -> ModelFacts:
     """Return what a model's header and the file system say. Raises StartupError."""
     with checked_model(path, "") as (_, header):
         kind = kind_of(settings, header)
+    is_generating = kind == "generate"
     return facts_with(
         path,
         stamp=file_stamp(*part_paths(settings.model_path)),
@@ -15600,7 +15644,25 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
         trained_tokens=header.number("context_length"),
         cell_bytes=header.cell_bytes,
         logits=_logits_of(settings, header),
+        metadata=header.metadata,
+        chat_template=template_source(settings, header.chat_template)
+        if is_generating
+        else "",
     )
+
+
+def template_source(settings: ModelSettings, own: str) -> str:
+    """Return a chat template: the operator's file, else the model's ``own``; empty: none.
+
+    Raises StartupError for a file that cannot be read.
+    """
+    if not settings.chat_template:
+        return own
+    try:
+        with open_plain(settings.chat_template) as file:
+            return file.read().decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise StartupError(f"chat_template cannot be read: {error}") from None
 
 
 def _logits_of(settings: ModelSettings, header: GgufHeader) -> str:
@@ -15711,11 +15773,17 @@ class ModelEntry:
         self.loaded: LoadedModel | None = None
         self.known: ModelFacts | None = None  # its facts while it is unloaded
         self.used_at = 0.0  # seconds, time.monotonic()
+        self.clients: set[str] = set()  # since it was loaded; two of them are enough
         self.loading: asyncio.Task[LoadedModel] | None = None
         self.failed: FailedLoad | None = None  # the last load, if it failed
         self.is_added = False  # by an administrator: a reload leaves it alone
         self.is_chosen = False  # by an administrator: the default version of its name
         self.renew(settings)
+
+    def note_client(self, client: str) -> None:
+        """Note who uses it."""
+        if len(self.clients) < 2:
+            self.clients.add(client)
 
     def renew(self, settings: Settings) -> None:
         """Take new settings, leaving the loaded model alone."""
@@ -16082,6 +16150,7 @@ class ModelRegistry:
         """Serve a model that was loaded, replacing the old one."""
         self._retire(entry)
         entry.loaded, entry.used_at = loaded, time.monotonic()
+        entry.clients.clear()
         entry.failed = None
         self._telemetry.set("embellama_model_loaded", 1, entry.label)
         self._telemetry.count("embellama_model_loads_total", label=entry.label)
@@ -16093,6 +16162,14 @@ class ModelRegistry:
         if entry.loaded is not None:
             self._log("info", "unloaded", model=entry.label)
             self._retire(entry)
+
+    def let_go(self, entry: ModelEntry, client: str, idle_s: float) -> None:
+        """Count a model as idle for long: this client needs it no more.
+
+        Not what others have used as well since it was loaded.
+        """
+        if not entry.clients - {client}:
+            entry.used_at = min(entry.used_at, time.monotonic() - idle_s)
 
     def _retire(self, entry: ModelEntry) -> None:
         if entry.loaded is not None:
@@ -17676,6 +17753,7 @@ async def loaded(context: RequestContext, entry: ModelEntry) -> LoadedModel:
     """Return a model once it is in memory. Raises ApiErrors, e.g. ModelUnavailable."""
     context.stage = f"model {entry.label} was being loaded"
     loaded_model = await context.service.models.load(entry)
+    entry.note_client(context.caller.client)
     context.stage = "its inputs were waiting or being computed"
     return loaded_model
 
@@ -18380,13 +18458,17 @@ _COMPLETION_TOKENS: Final = 16  # OpenAI's default
 # --- what a field may hold ---
 
 
-def refused(why: str) -> Kind:
-    """Nothing but null: a field that cannot be done here, and must not be ignored."""
+def refused(why: str, *, unless: object = None) -> Kind:
+    """Nothing but null: a field that cannot be done here, and must not be ignored.
 
-    def read(value: object, name: str) -> typing.NoReturn:
-        raise InvalidValue(f"{name} is not supported: {why}", param=name)
+    ``unless``: what means nothing as well, an empty text or list.
+    """
 
-    return Kind(read, {"type": "null"})
+    def read(value: object, name: str) -> None:
+        if value != unless:
+            raise InvalidValue(f"{name} is not supported: {why}", param=name)
+
+    return Kind(read, {"type": "null"} if unless is None else {"enum": [unless]})
 
 
 def _read_stop(value: object, name: str) -> tuple[str, ...]:
@@ -18506,14 +18588,9 @@ class ReasoningForm:
 
 
 @dataclass(slots=True, kw_only=True)
-class GenerateForm:
-    """How replies are made, and sent."""
+class SamplingForm:
+    """How the tokens of a reply are chosen, and where it ends."""
 
-    model: str | None = model_or_none()
-    max_tokens: int | None = optional(
-        integer(-1),
-        "Most tokens of a reply; 0: only the prompt is read; -1: as if absent.",
-    )
     temperature: float | None = optional(
         _range("temperature"), "How much chance decides; 0: always the likeliest token."
     )
@@ -18529,9 +18606,6 @@ class GenerateForm:
     repeat_penalty: float | None = optional(
         _range("repeat_penalty"), "Divides the logits of recent tokens; 1: none."
     )
-    repetition_penalty: float | None = optional(
-        _range("repeat_penalty"), "The same, as vLLM calls it."
-    )
     repeat_last_n: int | None = optional(
         _range("repeat_last_n"), "Tokens that the penalties look at; -1: the most."
     )
@@ -18541,13 +18615,27 @@ class GenerateForm:
     frequency_penalty: float | None = optional(
         _range("frequency_penalty"), "Off the logits of tokens, for each recent use."
     )
-    logit_bias: tuple[tuple[int, float], ...] | None = optional(
-        _BIASES, "Token ids, and -100 (never) to 100 to add to their logits."
-    )
     seed: int | None = optional(
         integer(-(1 << 53)), "The same seed makes the same choices; -1: none."
     )
     stop: tuple[str, ...] | None = optional(_STOPS, "End a reply before any of these.")
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerateForm(SamplingForm):
+    """How replies are made, and sent."""
+
+    model: str | None = model_or_none()
+    max_tokens: int | None = optional(
+        integer(-1),
+        "Most tokens of a reply; 0: only the prompt is read; -1: as if absent.",
+    )
+    repetition_penalty: float | None = optional(
+        _range("repeat_penalty"), "The same, as vLLM calls it."
+    )
+    logit_bias: tuple[tuple[int, float], ...] | None = optional(
+        _BIASES, "Token ids, and -100 (never) to 100 to add to their logits."
+    )
     ignore_eos: bool = optional(FLAG, "Go on where the model would end.", False)
     n: int = optional(integer(1), "How many replies, at most --parallel.", 1)
     stream: bool = optional(
@@ -18633,11 +18721,21 @@ class CompletionForm(GenerateForm):
 # --- from a form to what is asked of the model ---
 
 
+def sampling_of(form: SamplingForm, **more: object) -> dict[str, object]:
+    """Return what a form says of SamplingOptions' fields, and ``more`` of them."""
+    given: dict[str, object] = {name: getattr(form, name) for name in SAMPLING_RANGES}
+    given |= {"seed": None if form.seed == -1 else form.seed, **more}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
     """Return what a form asks for; ``more``: fields that it has under other names."""
-    given = {name: getattr(form, name) for name in _SAMPLING}
-    given["repeat_penalty"] = form.repeat_penalty or form.repetition_penalty
-    given["seed"] = None if form.seed == -1 else form.seed
+    sampling = sampling_of(
+        form,
+        repeat_penalty=form.repeat_penalty or form.repetition_penalty,
+        logit_bias=form.logit_bias,
+        ignore_eos=form.ignore_eos,
+    )
     asked = more.pop("max_tokens", form.max_tokens)
     return ReplyRequest(
         model=form.model,
@@ -18645,16 +18743,12 @@ def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
         priority=form.priority,
         max_tokens=None if asked == -1 else asked,
         n=form.n,
-        sampling={name: value for name, value in given.items() if value is not None},
+        sampling=sampling,
         stop=form.stop or (),
         reuses_cells=form.cache_prompt,
         is_deterministic=form.deterministic,
         **more,
     )
-
-
-# Fields that sampling has under the same names as forms.
-_SAMPLING: Final = (*SAMPLING_RANGES, "logit_bias", "seed", "ignore_eos")
 
 
 def chat_request(form: ChatForm) -> ReplyRequest:
@@ -20660,7 +20754,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 67. OLLAMA - its shapes
+# 67. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -20783,21 +20877,40 @@ async def ollama_show(context: RequestContext, form: OllamaShowForm) -> Response
     """One model, as Ollama shows it; it is not loaded for that."""
     entry = await _named_entry(context, form)
     facts, family = entry.facts, entry.facts.architecture
-    shown = {
-        "modelfile": "",
-        "parameters": "",
-        "template": "",
+    shown: dict[str, object] = {
+        "modelfile": f"# Models come from this server's operator.\nFROM {entry.name}\n",
+        "parameters": _parameters(facts) if facts.kind == "generate" else "",
+        "template": facts.chat_template,
         "details": _details(entry),
         "model_info": {
+            **facts.metadata,
             "general.architecture": family,
             "general.parameter_count": facts.n_params,
             f"{family}.context_length": facts.trained_tokens,
             f"{family}.embedding_length": facts.n_embd,
         },
-        "capabilities": [_CAPABILITIES[facts.kind]],
+        "capabilities": _capabilities(facts),
         "modified_at": _stamp(facts.modified_at),
     }
+    if name := facts.metadata.get("general.license"):
+        shown["license"] = str(name)
     return Response(200, json_codec().dumps(shown))
+
+
+def _parameters(facts: ModelFacts) -> str:
+    """Return the defaults of options, as lines of a Modelfile."""
+    sampling = defaults_from(facts.metadata)
+    lines = (f"{name:<30} {getattr(sampling, name):g}" for name in SAMPLING_RANGES)
+    return "\n".join(lines)
+
+
+def _capabilities(facts: ModelFacts) -> list[str]:
+    found = [_CAPABILITIES[facts.kind]]
+    if facts.knows_tools:
+        found.append("tools")
+    if facts.may_think:
+        found.append("thinking")
+    return found
 
 
 _CAPABILITIES: Final = {
@@ -20874,19 +20987,477 @@ def _listed(name: str, entry: ModelEntry) -> dict[str, object]:
 
 def _details(entry: ModelEntry) -> dict[str, object]:
     family, loaded_model = entry.facts.architecture, entry.loaded
-    weights = loaded_model.card.weights.upper() if loaded_model else "unknown"
+    n = entry.facts.n_params
+    number = entry.facts.metadata.get("general.file_type")
+    weights = FILE_TYPES.get(number, "unknown")
+    if loaded_model:  # what is computed with
+        weights = loaded_model.card.weights.upper()
     return {
         "parent_model": "",
         "format": "gguf",
         "family": family,
         "families": [family],
-        "parameter_size": f"{entry.facts.n_params / 1e6:.0f}M",
+        "parameter_size": f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.0f}M",
         "quantization_level": weights,
     }
 
 
 # ==============================================================================
-# 68. SEEDS - what infer-server and LMServ promise
+# 68. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# ==============================================================================
+# Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
+# refused with one here: to cut what is too long, to have less context than was asked for.
+
+_THINK_LEVELS: Final = ("low", "medium", "high", "max")
+_NUMBER_TEXT: Final = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"
+_UNITS: Final = "ns|us|\u00b5s|ms|s|m|h"
+# Go's, and plain seconds.
+_DURATION: Final = rf"^[+-]?({_NUMBER_TEXT}|({_NUMBER_TEXT}({_UNITS})){{1,6}})$"
+_MAX_DURATION_CHARS: Final = 128
+
+
+def _read_think(value: object, name: str) -> bool | str:
+    if isinstance(value, str) and value.lower() in _THINK_LEVELS:
+        return value.lower()
+    try:
+        return bool(FLAG.read(value, name))
+    except InvalidValue:
+        levels = ", ".join(_THINK_LEVELS)
+        raise InvalidValue(
+            f"{name} must be true, false or {levels}", param=name
+        ) from None
+
+
+def _read_output_format(value: object, name: str) -> Mapping[str, object] | None:
+    if isinstance(value, dict):
+        return value
+    if value not in ("", "json"):
+        raise InvalidValue(f'{name} must be "json" or a JSON schema', param=name)
+    return {} if value else None
+
+
+def _read_keep_alive(value: object, name: str) -> bool:
+    """Return whether the model is to stay; for how long is not the client's affair."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value != 0
+    text = value if isinstance(value, str) else ""
+    if len(text) > _MAX_DURATION_CHARS or not re.search(_DURATION, text):
+        raise InvalidValue(
+            f'{name} must be a number of seconds, or a duration such as "5m"',
+            param=name,
+        )
+    return any(digit in text for digit in "123456789")
+
+
+_THINK: Final = Kind(
+    _read_think, any_of(FLAG.schema, {"type": "string", "enum": [*_THINK_LEVELS]})
+)
+_OUTPUT_FORMAT: Final = Kind(
+    _read_output_format, any_of({"type": "string", "enum": ["json", ""]}, OBJECT.schema)
+)
+_DURATION_TEXT: Final = {
+    "type": "string",
+    "pattern": _DURATION,
+    "maxLength": _MAX_DURATION_CHARS,
+}
+_KEEP_ALIVE: Final = Kind(_read_keep_alive, any_of(NUMBER, _DURATION_TEXT))
+_NO_IMAGES: Final = refused("this server reads only text", unless=[])
+
+
+@dataclass(slots=True, kw_only=True)
+class OllamaOptionsForm(SamplingForm):
+    """How a reply is made; what concerns loading is ignored."""
+
+    num_predict: int | None = optional(
+        integer(-2),
+        "Most tokens of the reply; 0: only the prompt is read; -1, -2: as if absent.",
+    )
+    num_ctx: int | None = optional(
+        integer(0), "Tokens that prompt and reply must have room for."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class OllamaMessageForm:
+    """What somebody said."""
+
+    role: str = required(
+        one_of("system", "user", "assistant", "tool", developer="system"),
+        "Who said it.",
+    )
+    content: str | None = optional(TEXT, "The text.")
+    thinking: str | None = optional(TEXT, "The assistant's thoughts.")
+    images: None = optional(_NO_IMAGES, "Not here.")
+    tool_calls: list[Mapping[str, object]] | None = optional(
+        TOOL_CALLS, "The assistant's calls of tools."
+    )
+    tool_name: str | None = optional(NAME, "Of the tool that answers.")
+    tool_call_id: str | None = optional(NAME, "Of the call that a tool answers.")
+
+
+@dataclass(slots=True, kw_only=True)
+class OllamaReplyForm:
+    """How a reply is made, and sent."""
+
+    model: str | None = model_or_none()
+    stream: bool = optional(FLAG, "Send the reply as it grows, a line each.", True)
+    format: Mapping[str, object] | None = optional(
+        _OUTPUT_FORMAT, '"json", or the JSON schema of what the reply must be.'
+    )
+    options: OllamaOptionsForm | None = optional(
+        nested(OllamaOptionsForm), "How it is made."
+    )
+    think: bool | str | None = optional(
+        _THINK, "Whether the model thinks first, or how much; default: the template's."
+    )
+    keep_alive: bool | None = optional(
+        _KEEP_ALIVE, "0: the client needs the model no more; else ignored."
+    )
+    logprobs: bool = optional(FLAG, "Tell how likely each token was.", False)
+    top_logprobs: int | None = optional(
+        integer(0, 20), "And this many of the likeliest tokens; needs logprobs."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class OllamaChatForm(OllamaReplyForm):
+    """The body of POST /api/chat."""
+
+    messages: list[OllamaMessageForm] | None = optional(
+        list_of(nested(OllamaMessageForm), at_least=0),
+        "What was said so far; none: only load the model.",
+        example=[{"role": "user", "content": "Hello!"}],
+    )
+    tools: list[Mapping[str, object]] | None = optional(
+        TOOLS, "Functions that the model may call."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class OllamaGenerateForm(OllamaReplyForm):
+    """The body of POST /api/generate."""
+
+    prompt: str | None = optional(
+        TEXT, "What the user says; none: only load the model.", example="Hello!"
+    )
+    system: str | None = optional(TEXT, "What the system says before.")
+    raw: bool = optional(FLAG, "Go on from the prompt as it is, untemplated.", False)
+    images: None = optional(_NO_IMAGES, "Not here.")
+    suffix: None = optional(
+        refused("no text can be put in between", unless=""), "Not here."
+    )
+    template: None = optional(
+        refused("start the server with --chat-template", unless=""), "Not here."
+    )
+    context: None = optional(
+        refused("send the conversation as messages to /api/chat", unless=[]),
+        "Not here: Ollama itself will drop it.",
+    )
+
+
+# --- from a form to what is asked of the model ---
+
+
+def ollama_chat_request(form: OllamaChatForm) -> ReplyRequest:
+    """Return what a form asks for. Raises InvalidValue."""
+    messages = [*map(_ollama_message, form.messages or ())]
+    return _ollama_request(
+        form,
+        messages=messages,
+        tools=form.tools or (),
+        continues_last=bool(messages) and messages[-1]["role"] == "assistant",
+    )
+
+
+def _ollama_message(form: OllamaMessageForm) -> Message:
+    """Return a message as templates know it: what is null is not there."""
+    message = {
+        "role": form.role,
+        "content": form.content or "",
+        "thinking": form.thinking or None,
+        "tool_calls": form.tool_calls or None,
+        "name": form.tool_name or None,
+        "tool_call_id": form.tool_call_id or None,
+    }
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def ollama_generate_request(
+    form: OllamaGenerateForm, *, has_template: bool
+) -> ReplyRequest:
+    """Return what a form asks for. Raises InvalidValue."""
+    prompt = form.prompt or ""
+    if has_template and not form.raw:
+        said = (("system", form.system), ("user", prompt))
+        messages = [{"role": role, "content": text} for role, text in said if text]
+        return _ollama_request(form, messages=messages)
+    why = "raw leaves no place" if form.raw else "this model has no chat template"
+    for name in ("system", "think"):
+        if getattr(form, name):
+            raise InvalidValue(f"{why} for {name}: leave it out", param=name)
+    return _ollama_request(form, prompts=[prompt])
+
+
+def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
+    options = form.options or OllamaOptionsForm()
+    most, variables = options.num_predict, dict[str, object]()
+    if form.top_logprobs and not form.logprobs:
+        raise InvalidValue("top_logprobs needs logprobs: true", param="top_logprobs")
+    if form.think is not None:
+        variables["enable_thinking"] = bool(form.think)
+    if isinstance(form.think, str):
+        variables["reasoning_effort"] = form.think
+    return ReplyRequest(
+        model=form.model,
+        max_tokens=None if most is None or most < 0 else most,
+        sampling=sampling_of(options),
+        stop=options.stop or (),
+        top_logprobs=(form.top_logprobs or 0) if form.logprobs else None,
+        json_schema=form.format,
+        variables=variables,
+        **more,
+    )
+
+
+# ==============================================================================
+# 69. OLLAMA CHAT - its chat and generate, whole and streamed
+# ==============================================================================
+# Lines of JSON: none is blank, for clients read each, and the last one says `done`.
+
+# --- what a reply looks like ---
+
+
+def _line_of(name: str, said: Mapping[str, object], **more: object) -> bytes:
+    """Return a reply, or a part of it, as JSON."""
+    ns = time.time_ns()
+    now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9))
+    created_at = f"{now}.{ns % 10**9:09}Z"
+    return json_codec().dumps({"model": name, "created_at": created_at, **said, **more})
+
+
+def _ns(seconds: float) -> int:
+    return max(1, round(seconds * 1e9))  # clients divide by it
+
+
+class _OllamaWriter(ReplyWriter):
+    """Writes one reply. A call of a tool is written once it is whole."""
+
+    content_type = NDJSON
+
+    def __init__(self, replies: Replies, begun_at: float, loaded_at: float) -> None:
+        """When the request came and when its model was there; time.monotonic()."""
+        super().__init__(replies)
+        self._begun_at, self._loaded_at = begun_at, loaded_at
+        self.at_end: Callable[[], None] = lambda: None
+        self._reason = ""
+        self._held = Delta(0)  # whose last call may still grow
+
+    @staticmethod
+    def said(text: str = "", thoughts: str = "", calls: Any = ()) -> dict[str, object]:
+        """Return these as a part of a reply."""
+        raise NotImplementedError
+
+    def whole(self, replies: Sequence[Delta]) -> bytes:
+        (reply,) = replies
+        gained = self._gained(reply)
+        return _line_of(self.replies.name, gained, **self._ended())
+
+    def heartbeat(self) -> bytes:
+        return self._line(self.said(), done=False)
+
+    def part(self, delta: Delta) -> bytes:
+        gained = self._gained(delta)
+        shows = gained != self.said()
+        return self._line(gained, done=False) if shows else b""
+
+    def closing(self) -> bytes:
+        return self._line(self.said(), **self._ended())
+
+    def _line(self, said: Mapping[str, object], **more: object) -> bytes:
+        return bytes(framed(_line_of(self.replies.name, said, **more), NDJSON))
+
+    def _gained(self, delta: Delta) -> dict[str, object]:
+        """Return what is to be shown now of what a reply gained."""
+        self._reason = delta.finish_reason or self._reason
+        self._held.add(Delta(0, calls=delta.calls))
+        whole = len(self._held.calls) - (not delta.finish_reason)
+        calls, self._held.calls[:whole] = self._held.calls[: max(0, whole)], []
+        objects = [_call_object(call) for call in calls]
+        # One that max_tokens cut is no object.
+        text = delta.text + "".join(
+            f'{{"name": "{call.name}", "arguments": {call.arguments}'
+            for call, shown in zip(calls, objects, strict=True)
+            if shown is None
+        )
+        gained = self.said(text, delta.reasoning, [*filter(None, objects)])
+        if delta.logprobs:
+            gained["logprobs"] = likelihoods(delta.logprobs)
+        return gained
+
+    def _ended(self) -> dict[str, object]:
+        self.at_end()
+        replies, times = self.replies, self.replies.times
+        return {
+            "done": True,
+            # It has no word for calls of tools.
+            "done_reason": "length" if self._reason == "length" else "stop",
+            "total_duration": _ns(time.monotonic() - self._begun_at),
+            "load_duration": _ns(self._loaded_at - self._begun_at),
+            "prompt_eval_count": replies.prompt_tokens,
+            "prompt_eval_duration": _ns(times.prefill_s),
+            "eval_count": replies.tokens,
+            "eval_duration": _ns(times.decode_s),
+        }
+
+
+def _call_object(call: CallPart) -> dict[str, object] | None:
+    """Return a call, its arguments an object; None if they are none."""
+    try:
+        arguments = json_codec().loads((call.arguments or "{}").encode())
+    except ValueError:
+        return None
+    if not isinstance(arguments, dict):
+        return None
+    function = {"index": call.index, "name": call.name, "arguments": arguments}
+    return {"id": call.id, "function": function}
+
+
+class _OllamaChatWriter(_OllamaWriter):
+    """Of POST /api/chat."""
+
+    @staticmethod
+    def said(text: str = "", thoughts: str = "", calls: Any = ()) -> dict[str, object]:
+        message: dict[str, object] = {"role": "assistant", "content": text}
+        if thoughts:
+            message["thinking"] = thoughts
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message}
+
+
+class _OllamaGenerateWriter(_OllamaWriter):
+    """Of POST /api/generate."""
+
+    @staticmethod
+    def said(text: str = "", thoughts: str = "", calls: Any = ()) -> dict[str, object]:
+        thinking = {"thinking": thoughts} if thoughts else {}
+        return {"response": text, **thinking}
+
+
+# --- the routes ---
+
+
+def _ollama_reply(*optional: str, **said: Schema) -> Schema:
+    counts = "total_duration load_duration prompt_eval_count prompt_eval_duration"
+    counts += " eval_count eval_duration"
+    figures = dict.fromkeys(counts.split(), INTEGER)
+    return an_object(
+        *(*optional, *figures, "logprobs"),
+        model=STRING,
+        created_at=STRING,
+        **said,
+        done=BOOLEAN,
+        done_reason={"enum": ["stop", "length", "load", "unload"]},
+        **figures,
+        logprobs=array(ANYTHING),
+    )
+
+
+_OLLAMA_CALL: Final = an_object(
+    id=STRING,
+    function=an_object(index=INTEGER, name=STRING, arguments={"type": "object"}),
+)
+OLLAMA_CHAT_REPLY: Final = _ollama_reply(
+    message=an_object(
+        *("thinking", "tool_calls"),
+        role=const("assistant"),
+        content=STRING,
+        thinking=STRING,
+        tool_calls=array(_OLLAMA_CALL),
+    )
+)
+OLLAMA_GENERATE_REPLY: Final = _ollama_reply(
+    "thinking", response=STRING, thinking=STRING
+)
+
+
+async def ollama_chat(context: RequestContext, form: OllamaChatForm) -> Response:
+    """A reply to messages, whole or as lines of a stream, as Ollama gives it."""
+    if not form.messages:
+        return await _load_or_let_go(context, form, _OllamaChatWriter.said())
+    request = ollama_chat_request(form)
+    _, loaded_model = await resolve_model(context, request, request.kind)
+    return await _ollama_answer(context, form, request, loaded_model, _OllamaChatWriter)
+
+
+async def ollama_generate(
+    context: RequestContext, form: OllamaGenerateForm
+) -> Response:
+    """A reply to a prompt, whole or as lines of a stream, as Ollama gives it."""
+    if not form.prompt:
+        return await _load_or_let_go(context, form, _OllamaGenerateWriter.said())
+    any_request = ReplyRequest(model=form.model)
+    _, loaded_model = await resolve_model(context, any_request, any_request.kind)
+    has_template = loaded_model.template is not None
+    request = ollama_generate_request(form, has_template=has_template)
+    return await _ollama_answer(
+        context, form, request, loaded_model, _OllamaGenerateWriter
+    )
+
+
+async def _load_or_let_go(
+    context: RequestContext, form: OllamaReplyForm, said: Mapping[str, object]
+) -> Response:
+    """Load a model, or note that a client needs it no more: nothing else is asked."""
+    if form.keep_alive is False:
+        service, client = context.service, context.caller.client
+        entry = service.models.names.find(
+            form.model, client, any_model=service.settings.any_model, kind="generate"
+        )
+        _let_go(context, entry)
+        reason = "unload"
+    else:
+        request = ReplyRequest(model=form.model)
+        entry, loaded_model = await resolve_model(context, request, request.kind)
+        check_kind(request.kind, entry, loaded_model.card)
+        reason = "load"
+    name = form.model or entry.name
+    body = _line_of(name, said, done=True, done_reason=reason)
+    return Response(200, body, headers=entry.headers)
+
+
+def _let_go(context: RequestContext, entry: ModelEntry) -> None:
+    service = context.service
+    service.models.let_go(entry, context.caller.client, service.settings.idle_unload_s)
+
+
+async def _ollama_answer(
+    context: RequestContext,
+    form: OllamaReplyForm,
+    request: ReplyRequest,
+    loaded_model: LoadedModel,
+    kind_of_writer: type[_OllamaWriter],
+) -> Response:
+    loaded_at = time.monotonic()
+    replies = await replies_for(context, request, are_streamed=form.stream)
+    asked, most = (
+        form.options and form.options.num_ctx,
+        loaded_model.card.max_input_tokens,
+    )
+    if asked and asked > most:
+        raise InvalidValue(
+            f"options.num_ctx is {asked}, and this model's context is {most} tokens "
+            "(--context-size): ask for no more than that",
+            param="options.num_ctx",
+        )
+    writer = kind_of_writer(replies, context.begun_at, loaded_at)
+    if form.keep_alive is False:
+        writer.at_end = functools.partial(_let_go, context, replies.entry)
+    return await answer(context, writer, is_streamed=form.stream)
+
+
+# ==============================================================================
+# 70. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -21102,7 +21673,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 69. ADMIN - health, readiness, metrics, models
+# 71. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -21342,7 +21913,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 70. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 72. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -21654,7 +22225,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 71. ROUTES - the table, and everything derived from it
+# 73. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -21690,6 +22261,7 @@ _JSON: Final = "application/json"
 _TEXT_TOO: Final = (_JSON, "text/plain")
 _BYTES_TOO: Final = (_JSON, "application/octet-stream")
 _EVENTS_TOO: Final = (_JSON, "text/event-stream")
+_LINES_TOO: Final = (_JSON, NDJSON)
 
 # fmt: off
 _TABLE: Final = (
@@ -21713,10 +22285,12 @@ _TABLE: Final = (
     Route("POST", "/api/v1/embed", seed_embed, EmbedForm, SEED_REPLY, dialect=SEED, group="AI Embedding Inference Server"),
     Route("POST", "/api/embed", ollama_embed, OllamaEmbedForm, OLLAMA_EMBED_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("POST", "/api/embeddings", ollama_embeddings, OllamaEmbeddingsForm, OLLAMA_EMBEDDINGS_REPLY, dialect=OLLAMA, group="Ollama"),
+    Route("POST", "/api/chat", ollama_chat, OllamaChatForm, OLLAMA_CHAT_REPLY, dialect=OLLAMA, offers=_LINES_TOO, group="Ollama"),
+    Route("POST", "/api/generate", ollama_generate, OllamaGenerateForm, OLLAMA_GENERATE_REPLY, dialect=OLLAMA, offers=_LINES_TOO, group="Ollama"),
     Route("GET", "/api/tags", ollama_tags, None, OLLAMA_TAGS_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("GET", "/api/ps", ollama_ps, None, OLLAMA_TAGS_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("POST", "/api/show", ollama_show, OllamaShowForm, OLLAMA_SHOW_REPLY, dialect=OLLAMA, group="Ollama"),
-    Route("POST", "/api/pull", ollama_pull, OllamaPullForm, OLLAMA_PULL_REPLY, dialect=OLLAMA, offers=(_JSON, NDJSON), group="Ollama"),
+    Route("POST", "/api/pull", ollama_pull, OllamaPullForm, OLLAMA_PULL_REPLY, dialect=OLLAMA, offers=_LINES_TOO, group="Ollama"),
     Route("GET", "/api/version", ollama_version, None, OLLAMA_VERSION_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("GET", "/v1/metrics", infer_metrics, None, INFER_METRICS, "metrics", caching=NEVER_CACHED, group="infer-server"),
     Route("POST", "/chat", chat, PromptForm, STRING, dialect=LMSERV, offers=("text/plain",), group="LMServ"),
@@ -21806,6 +22380,10 @@ def find_route(path: str, method: str) -> Route:
     return route
 
 
+# How Ollama's clients make models, move and remove them.
+_OPERATOR_S: Final = tuple(
+    f"/api/{what}" for what in ("push", "create", "copy", "delete", "blobs")
+)
 _MAX_BEFORE: Final = 8  # segments; a path may have thousands
 # difflib's ratio; 0.7 would suggest /v1/completions for /v1/moderations.
 _ALIKE: Final = 0.8
@@ -21813,6 +22391,10 @@ _ALIKE: Final = 0.8
 
 def _instead_of(path: str) -> str:
     """Return what a client that asked for an unknown path may have meant."""
+    if path.startswith(_OPERATOR_S):
+        return (
+            "models come from this server's operator: --model-path, /admin/models/load"
+        )
     asked = path[:256].lower()
     within = sorted(one for one in _PATHS if one.startswith(f"{asked}/"))
     if within:
@@ -21843,7 +22425,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 72. DISPATCH - from a request to its response
+# 74. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -22292,7 +22874,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 73. TRIALS - a model loaded in another process first
+# 75. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -22375,7 +22957,7 @@ class Trial:
 
 
 # ==============================================================================
-# 74. FOLDER - what a model's authors wrote beside its file
+# 76. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -22502,7 +23084,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 75. LOADING - a model's way into memory
+# 77. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -22585,26 +23167,12 @@ def pool_settings(
     return dataclasses.replace(settings, elastic=is_elastic), groups
 
 
-def template_source(settings: ModelSettings, card: ModelCard) -> str:
-    """Return a chat template: the operator's file, else the model's own; empty: none.
-
-    Raises StartupError for a file that cannot be read.
-    """
-    if not settings.chat_template:
-        return card.chat_template
-    try:
-        with open_plain(settings.chat_template) as file:
-            return file.read().decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise StartupError(f"chat_template cannot be read: {error}") from None
-
-
 def chat_template(settings: Settings, engine: Engine, log: Log) -> ChatTemplate | None:
     """Return a generating model's compiled template.
 
     None, and a warning, if it cannot be used: the model then completes, but refuses chat.
     """
-    source = template_source(settings, engine.card)
+    source = template_source(settings, engine.card.chat_template)
     if engine.card.kind != "generate" or not source:
         return None
     words = Vocabulary(engine.tokenizer, source)
@@ -22852,7 +23420,7 @@ class Loader:
             card = engine.card
             warn_of_guess(settings, card, self._log)
             if card.kind == "generate":
-                engine.tokenizer.believe(template_source(settings, card))
+                engine.tokenizer.believe(template_source(settings, card.chat_template))
             prompts, default = prompts_beside(file.path, self._log)
             if settings.model_path:
                 warn_of_folder(file.path, engine, self._log)
@@ -22874,6 +23442,10 @@ class Loader:
             n_params=card.n_params,
             trained_tokens=card.trained_tokens,
             sha256=file.sha256,
+            metadata=dict(card.metadata),
+            chat_template=template_source(settings, card.chat_template)
+            if card.kind == "generate"
+            else "",
         )
         loaded = LoadedModel(
             settings,
@@ -22883,7 +23455,7 @@ class Loader:
             prompts,
             default,
             chat_template(settings, engine, self._log),
-            defaults_from(dict(card.sampling)),
+            defaults_from(facts.metadata),
         )
         self._log_loaded(loaded, file, begun)
         return loaded
@@ -22926,7 +23498,9 @@ class Loader:
             backlog.workers = 1
             backlog.used_part = 0.5  # replies come nearer to their limit than texts do
             generations = GenerationQueue(card, used, backlog)
-            vocabulary = Vocabulary(engine.tokenizer, template_source(settings, card))
+            vocabulary = Vocabulary(
+                engine.tokenizer, template_source(settings, card.chat_template)
+            )
             worker = GenerationWorker(engine, generations, vocabulary, self._hooks)
             return Pool(engine, generations, worker, self._hooks)
         cache = VectorCache(settings.cache_mb << 20, f"{file.sha256} {card}")
@@ -22936,7 +23510,7 @@ class Loader:
 
 
 # ==============================================================================
-# 76. SUPERVISOR - a small parent that outlives the server
+# 78. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -23321,7 +23895,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 77. SERVER - builds every object; loading, ready, draining, stopped
+# 79. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -23754,7 +24328,7 @@ class Server:
 
 
 # ==============================================================================
-# 78. TUNING - the settings that are fastest on this box
+# 80. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -23889,7 +24463,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 79. CHECKING - what a model is and gives, before it is served
+# 81. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -24028,7 +24602,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 80. DEPLOYMENT - what the printed files have in common
+# 82. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -24245,7 +24819,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 81. UNITS - the server under systemd
+# 83. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -24459,7 +25033,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 82. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 84. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -24870,7 +25444,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 83. WATCHING - what scrapes, draws and alerts
+# 85. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -25061,7 +25635,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 84. COMMAND LINE - flags in, exit code out
+# 86. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -756,6 +756,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/v1/embed": {"inputs": "a b"},
     "/api/embed": {"model": "fake", "input": "a b"},
     "/api/embeddings": {"model": "fake", "prompt": "a b"},
+    "/api/chat": {"model": CHATTER, "messages": SAID, "stream": False},
+    "/api/generate": {"model": CHATTER, "prompt": "a b", "stream": False},
     "/api/show": {"model": "fake"},
     "/api/pull": {"model": "fake", "stream": False},
     "/admin/models/load": {"model": "fake"},
@@ -771,7 +773,9 @@ def ranks(path: str) -> bool:
 
 def generates(path: str) -> bool:
     """Whether the route needs a model that generates."""
-    return "completions" in path or "responses" in path or path == "/chat"
+    if path in ("/chat", "/api/chat", "/api/generate"):
+        return True
+    return "completions" in path or "responses" in path
 
 
 def model_of(path: str) -> str:

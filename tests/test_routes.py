@@ -87,6 +87,8 @@ def without_time(reply: kit.Reply) -> Any:
             found.pop(name, None)
         for name in ("created", "performance", "created_at", "completed_at"):
             found.pop(name, None)
+        for name in ("prompt_eval_duration", "eval_duration"):
+            found.pop(name, None)
         for item in found.get("output", ()):
             del item["id"]
     return found
@@ -468,7 +470,7 @@ def test_an_unknown_path_is_404_and_names_what_may_be_meant(path: str) -> None:
 
 async def test_what_is_unknown_under_api_is_told_as_ollama_tells_it() -> None:
     async with service() as running:
-        for path in ("/api", "/api/", "//api/chat", "/api/v1/embeddings"):
+        for path in ("/api", "/api/", "//api/chats", "/api/v1/embeddings"):
             for method in ("GET", "POST", "OPTIONS"):
                 reply = await running.ask(method, path, {})
                 assert reply.status == 404
@@ -560,7 +562,8 @@ async def test_what_is_wrong_with_a_body_is_said_in_the_route_s_dialect(
     ]
     if route.dialect not in (es.TEI, es.SEED):  # where any name will do
         cases.append((body | {"model": "gpt-9"}, 404, "model 'gpt-9' not found"))
-    if route.path not in ("/api/embed", "/api/embeddings"):  # which load a model then
+    loads = [f"/api/{name}" for name in ("embed", "embeddings", "chat", "generate")]
+    if route.path not in loads:  # which load a model then
         cases.append(({}, invalid, "missing|give either"))
 
     async with service() as running:
