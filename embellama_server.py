@@ -9196,7 +9196,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 # are rules are opened until all tops are bytes, so a set of them is a state.
 
 _MAX_WORK: Final = 50_000  # stacks looked at for one token: 0.1 s
-_MAX_STACKS: Final = 50_000  # that a grammar remembers: 20 MB
+_MAX_STACKS: Final = 10_000  # that a grammar remembers: 5 MB
 
 
 class TooMuchWork(Exception):
@@ -10657,7 +10657,11 @@ class NonFiniteLogits(Exception):
 
 
 class NothingToSample(Exception):
-    """The biases leave no token."""
+    """The biases leave no token, or a grammar does; ``param``: the field to blame."""
+
+    def __init__(self, problem: str, param: str = "logit_bias") -> None:
+        super().__init__(problem)
+        self.param = param
 
 
 class _Chain:
@@ -10707,6 +10711,70 @@ class _Chain:
         self._llama.llama_sampler_free(self._pointer)
 
 
+# Of the tokens that could go on, the likeliest are tried; if none does, more of them.
+_TRIED_TOKENS: Final = (256, 4096)
+
+
+class Constraint:
+    """A grammar that one reply follows, and where in it the reply is."""
+
+    def __init__(
+        self,
+        grammar: Grammar,
+        texts: TokenTexts,
+        ends: Collection[int] = (),
+        *,
+        drops_space: bool = False,
+    ) -> None:
+        """``ends``: tokens that end a reply. ``drops_space``: as in ReplyText."""
+        import numpy as np
+
+        self.grammar = grammar
+        self.state = grammar.start
+        self._texts = texts
+        self._ends = np.array(sorted(ends), np.int64)
+        self._is_end = frozenset(ends).__contains__
+        self._drops_space = drops_space
+
+    def _after(self, token: int) -> GrammarState | None:
+        if self._is_end(token):
+            return self.state if self.state.is_complete else None
+        text = self._texts.pieces[token]
+        if self._drops_space and text.startswith(b" "):
+            text = text[1:]
+            return self.state.after(text, token) if text else self.state
+        return self.state.after(text, token)
+
+    def take(self, token: int) -> bool:
+        """Go on with a token. False: it may not come."""
+        if (state := self._after(token)) is None:
+            return False
+        self.state, self._drops_space = state, False
+        return True
+
+    def likely(self, logits: Any) -> Any:
+        """Return the ids of the tokens that may come, or if they are many, of the likeliest.
+
+        Tens of thousands may begin with a byte that may come, and to try each takes 1 us.
+        """
+        import numpy as np
+
+        state, ends = self.state, self._ends[: len(self._ends) * self.state.is_complete]
+        ids = self._texts.allowed(state)
+        is_tried = ids is not None
+        ids = self._texts.possible(state) if ids is None else ids
+        ids = np.union1d(ids, ends)
+        ids = ids[logits[ids] > -math.inf]
+        for wanted in () if is_tried else (*_TRIED_TOKENS, len(ids)):
+            some = ids
+            if wanted < len(ids):
+                some = ids[logits[ids] >= _best_and_floor(logits[ids], wanted)[1]]
+            fit = [self._after(token) is not None for token in some.tolist()]
+            if any(fit) or len(some) == len(ids):
+                return some[np.array(fit, bool)]
+        return ids
+
+
 class Sampler:
     """Chooses the tokens of one reply. Used by one thread.
 
@@ -10720,6 +10788,7 @@ class Sampler:
         options: SamplingOptions,
         prompt: Sequence[int],
         end_tokens: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         """``end_tokens`` are excluded by ``ignore_eos``. Penalties see the prompt too."""
         import numpy as np
@@ -10732,6 +10801,7 @@ class Sampler:
             biases[token] = biases.get(token, 0.0) + effect
         self._biased = np.array([*biases], np.int64)
         self._biases = np.array([*biases.values()], np.float32)
+        self._constraint = constraint
         self._options = options = _effective(options)
         last_n = options.repeat_last_n
         self._recent: collections.deque[int] = collections.deque(
@@ -10743,27 +10813,68 @@ class Sampler:
             options = dataclasses.replace(options, top_p=1.0)
         self._chain = None if options.top_k == 1 else _Chain(llama, options)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more may come, by the grammar."""
+        return self._constraint is not None and self._constraint.state.is_over
+
     def sample(self, row: Any) -> int:
         """Return the next token; from now on penalties see it.
 
         Raises NonFiniteLogits, or NothingToSample.
         """
         counts = collections.Counter(self._recent)
+        token = self._choose(row, counts)
+        if self._constraint is not None:
+            # Nearly always it may come: then that is all, and as likely as it should be.
+            try:
+                token = self._obeying(self._constraint, token, row, counts)
+            except TooMuchWork as error:
+                param = self._constraint.grammar.param
+                raise NothingToSample(str(error), param) from None
+        self._recent.append(token)
+        return token
+
+    def _choose(self, row: Any, counts: Mapping[int, int]) -> int:
         if self._chain is None and not counts and not len(self._biased):
             token = int(row.argmax())  # a NaN's index, if there is one
             _check_finite(row[token])
-        else:
-            ids, logits = self._candidates(row, counts)
-            best = logits.argmax()
-            if logits[best] == -math.inf:
-                raise NothingToSample("the biases exclude every token")
-            if self._nucleus < 1:
-                places = _most_likely(logits, self._nucleus)
-                ids, logits = ids[places], logits[places]
-            chain = self._chain
-            token = int(ids[best]) if chain is None else chain.choose(ids, logits)
-        self._recent.append(token)
+            return token
+        ids, logits = self._candidates(row, counts)
+        if logits.max() == -math.inf:
+            raise NothingToSample("the biases exclude every token")
+        return self._drawn(ids, logits)
+
+    def _obeying(
+        self, constraint: Constraint, token: int, row: Any, counts: Mapping[int, int]
+    ) -> int:
+        """Return the token if the grammar allows it, else one that is chosen among those."""
+        import numpy as np
+
+        constraint.grammar.begin()
+        if not constraint.take(token):
+            logits = row.copy()
+            logits[self._biased] += self._biases
+            if counts:
+                recent = np.array([*counts], np.int64)
+                times = np.array([*counts.values()], np.float32)
+                logits[recent] = _penalized(logits[recent], times, self._options)
+            ids = constraint.likely(logits)
+            if not len(ids):
+                problem = "no token of this model can come next, by the grammar"
+                raise NothingToSample(problem, constraint.grammar.param)
+            token = self._drawn(ids, logits[ids])
+            constraint.take(token)
         return token
+
+    def _drawn(self, ids: Any, logits: Any) -> int:
+        """Return one of these tokens, as the options say."""
+        if self._chain is None:
+            return int(ids[logits.argmax()])
+        if self._nucleus < 1:
+            places = _most_likely(logits, self._nucleus)
+            ids, logits = ids[places], logits[places]
+        return self._chain.choose(ids, logits)
 
     def close(self) -> None:
         """Free its memory."""
@@ -10922,6 +11033,10 @@ _SHOWN_CONTROLS: Final = (
 )
 
 
+_KNOWN_GRAMMARS: Final = 16  # of a model; each is mostly what it has found out
+_MAX_KEPT_CHARS: Final = 1 << 16  # of such a grammar: 10 MB
+
+
 class Vocabulary:
     """What the tokens of a model that generates say and do. Any thread."""
 
@@ -10962,6 +11077,44 @@ class Vocabulary:
                 ends |= {token} if is_end else set()
         self.control_texts = frozenset(texts - {""})
         self.end_tokens = frozenset(ends)
+        self._grammar = functools.lru_cache(_KNOWN_GRAMMARS)(self._new_grammar)
+
+    def grammar(self, text: str, param: str) -> Grammar:
+        """Return a grammar; the same one for the same text, with all that it has found out.
+
+        Raises InvalidValue, which names the field ``param``.
+        """
+        if len(text) > _MAX_KEPT_CHARS:
+            return self._new_grammar(text, param)
+        return self._grammar(text, param)
+
+    def _new_grammar(self, text: str, param: str) -> Grammar:
+        ids = {text: token for token, (text, _) in self._tokenizer.marked.items()}
+        return Grammar(text, param, ids.get)
+
+    def constraint(
+        self, grammar: Grammar | None, *, drops_space: bool
+    ) -> Constraint | None:
+        """Return what keeps a reply to a grammar, if there is one."""
+        if grammar is None:
+            return None
+        ends = self.end_tokens
+        return Constraint(grammar, self.texts, ends, drops_space=drops_space)
+
+    @functools.cached_property
+    def texts(self) -> TokenTexts:
+        """The bytes of all tokens; nothing for those that steer the model."""
+        hidden = {
+            token
+            for token, (text, _) in self._tokenizer.marked.items()
+            if text in self.control_texts
+        }
+        return TokenTexts(
+            [
+                b"" if token in hidden else self.piece(token)
+                for token in range(self._tokenizer.n_vocab)
+            ]
+        )
 
     def _text(self, token: int) -> str:
         if token < 0:
@@ -11870,6 +12023,7 @@ class GenerationRequest:
     sampling: SamplingOptions = SamplingOptions()
     n: int = 1  # replies
     stop: tuple[str, ...] = ()  # a reply ends before any of these
+    grammar: Grammar | None = None  # each reply is a text of it, or ends by its length
     top_logprobs: int | None = None  # of each token; None: no logprobs
     echoes_logprobs: bool = False  # of the prompt's tokens too
     reuses_cells: bool = True  # of other prompts that begin alike
@@ -11970,9 +12124,15 @@ class GenerationQueue(WorkQueue):
     """
 
     def __init__(
-        self, card: ModelCard, settings: ModelSettings, backlog: Backlog
+        self,
+        card: ModelCard,
+        settings: ModelSettings,
+        backlog: Backlog,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        """``vocabulary``: the model's, for those who follow a grammar."""
         super().__init__(card, settings, backlog)
+        self.vocabulary = vocabulary
         # guarded by _lock; the next two may be read without it
         self.prompt_cache = PromptCacheCounts(cells=card.cells)
         self.replies = 0  # that have a place
@@ -12275,6 +12435,9 @@ class Reply(StepWork):
             delta.text = self.text.feed(text)
             if self.text.is_stopped:
                 delta.finish_reason = "stop"
+            elif self.sampler.is_over:
+                delta.text += self.text.end()
+                delta.finish_reason = "stop"
             elif self.tokens >= request.max_tokens:
                 delta.text += self.text.end()
                 delta.finish_reason = "length"
@@ -12492,9 +12655,10 @@ class GenerationWorker(Workers):
         self, generation: Generation, index: int, sequence: CachedSequence
     ) -> Reply:
         request, tokenizer = generation.request, self._engine.tokenizer
-        options = request.sampling
+        options, vocabulary = request.sampling, self._vocabulary
         if options.seed is not None:  # else all would be the same
             options = dataclasses.replace(options, seed=options.seed + index)
+        drops_space = vocabulary.adds_space_after(request.ids)
         return Reply(
             prompt_tokens=len(request.ids),
             read_tokens=sequence.length,
@@ -12511,11 +12675,10 @@ class GenerationWorker(Workers):
                 tokenizer.vocab,
                 options,
                 request.ids,
-                [*self._vocabulary.end_tokens],
+                [*vocabulary.end_tokens],
+                vocabulary.constraint(request.grammar, drops_space=drops_space),
             ),
-            text=ReplyText(
-                request.stop, drops_space=self._vocabulary.adds_space_after(request.ids)
-            ),
+            text=ReplyText(request.stop, drops_space=drops_space),
         )
 
     def _execute(self, operations: Iterable[MemoryOperation]) -> None:
@@ -12637,7 +12800,7 @@ class GenerationWorker(Workers):
         try:
             delta = reply.grow(row, self._vocabulary)
         except NothingToSample as error:
-            self._fail(generation, InvalidValue(str(error), param="logit_bias"))
+            self._fail(generation, InvalidValue(str(error), param=error.param))
             return 0
         except NonFiniteLogits as error:
             self._hooks.log("error", "a model gave no numbers", reason=error)
@@ -17086,6 +17249,7 @@ class ReplyRequest:
     # what a reply may be
     json_schema: Mapping[str, object] | None = None  # {}: any JSON object
     grammar: str = ""  # GBNF, instead of a schema
+    schema_param: str = "response_format"  # what clients call the schema
     tool_choice: str = "auto"  # none, required (any), or named: tools holds that one
     calls_in_parallel: bool = True  # a reply may have several calls
     # how the prompt is rendered from messages
@@ -17262,7 +17426,11 @@ async def prompt_texts(replies: Replies, prompts: Sequence[Prompt]) -> list[Prom
 
 
 def generation_request(
-    request: ReplyRequest, ids: Sequence[int], loaded_model: LoadedModel, default: int
+    request: ReplyRequest,
+    ids: Sequence[int],
+    loaded_model: LoadedModel,
+    default: int,
+    grammar: Grammar | None = None,
 ) -> GenerationRequest:
     """Return what is asked of the model for one prompt; ``default``: of max_tokens.
 
@@ -17280,6 +17448,7 @@ def generation_request(
         sampling=dataclasses.replace(loaded_model.sampling, **request.sampling),
         n=request.n,
         stop=request.stop,
+        grammar=grammar,
         top_logprobs=request.top_logprobs,
         echoes_logprobs=request.echoes_logprobs,
         reuses_cells=request.reuses_cells,
@@ -17475,6 +17644,43 @@ class Replies:
         """The mean number of sequences that shared a step with theirs."""
         rows = sum(generation.step_rows for generation in self.generations)
         return rows / self.tokens if self.tokens else 0.0
+
+
+# ==============================================================================
+# 0. CONSTRAINTS - which grammar the replies to a request follow
+# ==============================================================================
+# A schema, or GBNF, as the request has it, is read on a tokenizer thread.
+
+
+async def read_grammar(
+    request: ReplyRequest, loaded_model: LoadedModel, client: str, priority: int
+) -> Grammar | None:
+    """Return the grammar of the replies, if there is one, read in the client's turns.
+
+    Raises InvalidValue.
+    """
+    if request.json_schema is None and not request.grammar:
+        return None
+
+    def work() -> Grammar:
+        text, param = _grammar_text(request)
+        vocabulary = loaded_model.generations.vocabulary
+        assert vocabulary is not None, "it is a model that generates"
+        grammar = vocabulary.grammar(text, param)
+        _ = vocabulary.texts  # takes 0.5 s once: not the generating thread's
+        return grammar
+
+    return await run_on_tokenizer(work, loaded_model, client, priority)
+
+
+def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
+    """Return the GBNF of the replies, and the field that asks for it."""
+    schema, param = request.json_schema, request.schema_param
+    if schema is None:
+        return request.grammar, "grammar"
+    rules = GrammarRules()
+    rule = schema_rule(rules, schema, param) if schema else json_object_rule(rules)
+    return rules.text(rule), param
 
 
 # ==============================================================================
@@ -17794,12 +18000,13 @@ async def replies_for(
     entry, loaded_model = await resolve_model(context, request, request.kind)
     check_reply_request(request, entry, loaded_model, settings)
     begun_at = time.monotonic()
+    grammar = await read_grammar(request, loaded_model, client, priority)
     prompts = await read_prompts(request, loaded_model, client, priority)
     context.parts = (("tokenization", begun_at, time.monotonic()),)
     context.log_fields["folded"] = request.is_folded or None
     return Replies(
         requests=[
-            generation_request(request, ids, loaded_model, settings.max_tokens)
+            generation_request(request, ids, loaded_model, settings.max_tokens, grammar)
             for ids in prompts
         ],
         entry=entry,
@@ -18515,16 +18722,37 @@ def _read_part(part: object, name: str) -> dict[str, str]:
     return {"type": "text", "text": TEXT.read(part.get(kind), f"{name}.{kind}")}
 
 
-def _read_format(value: object, name: str) -> None:
+def _read_format(value: object, name: str) -> Mapping[str, object] | None:
+    """Return the schema of replies; {}: any JSON object, None: any text."""
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind in ("json_object", "json_schema"):
+    if not isinstance(value, dict) or kind not in (
+        "text",
+        "json_object",
+        "json_schema",
+    ):
         raise InvalidValue(
-            f"{name} of type {kind} is not supported yet: ask for JSON in a message, and "
-            "check the reply",
+            f"{name} must be an object of type text, json_object or json_schema",
             param=name,
         )
-    if kind != "text":
-        raise InvalidValue(f'{name} must be {{"type": "text"}}', param=name)
+    if kind == "text":
+        return None
+    inner = value.get("json_schema")
+    if kind == "json_schema" and not isinstance(inner, dict) and "schema" not in value:
+        raise InvalidValue(
+            f"{name}.json_schema is missing: an object with a name and a schema",
+            param=name,
+        )
+    found = (inner if isinstance(inner, dict) else value).get("schema")
+    if found is None and kind == "json_object":
+        return {}
+    if not isinstance(found, dict):
+        raise InvalidValue(f"{name} has no schema, which is an object", param=name)
+    return found or {"type": list(JSON_TYPES)} if kind == "json_schema" else found
+
+
+def _read_schema(value: object, name: str) -> Mapping[str, object]:
+    found = OBJECT.read(value, name)
+    return found or {"type": list(JSON_TYPES)}
 
 
 def _range(name: str) -> Kind:
@@ -18540,7 +18768,14 @@ _STOP_TEXT: Final = short_text(_MAX_STOP_CHARS).schema
 _STOPS: Final = Kind(_read_stop, any_of(_STOP_TEXT, array(_STOP_TEXT)))
 _PART: Final = an_object(type={"enum": ["text"]}, text=STRING)
 _MESSAGE_CONTENT: Final = Kind(_read_content, any_of(STRING, array(_PART)))
-_FORMAT: Final = Kind(_read_format, an_object(type={"enum": ["text"]}))
+_FORMAT: Final = Kind(
+    _read_format,
+    an_object(
+        type={"enum": ["text", "json_object", "json_schema"]}, json_schema=OBJECT.schema
+    ),
+)
+_SCHEMA: Final = Kind(_read_schema, OBJECT.schema)
+_GRAMMAR: Final = short_text(MAX_GRAMMAR_CHARS)
 # How thoughts are shown, in the words of llama-server and others: apart from the text, in
 # it between tags, or not at all.
 _REASONING_FORMAT: Final = one_of(
@@ -18652,6 +18887,13 @@ class GenerateForm(SamplingForm):
         "Fixed threads, at most 3 rows a step, nothing from memory: slower.",
         False,
     )
+    response_format: Mapping[str, object] | None = optional(
+        _FORMAT, "What a reply is: text, a JSON object, or JSON by a schema."
+    )
+    json_schema: Mapping[str, object] | None = optional(
+        _SCHEMA, "A schema of replies by itself, as llama-server takes it."
+    )
+    grammar: str | None = optional(_GRAMMAR, "GBNF that replies follow.")
     user: str | None = optional(NAME, USER)
     priority: str | None = optional(PRIORITY, "Priority in the queue; default: normal.")
 
@@ -18676,7 +18918,6 @@ class ChatForm(GenerateForm):
         "none hides the tools, required demands a call, of a named function or of any.",
     )
     parallel_tool_calls: bool = optional(FLAG, "A reply may have several calls.", True)
-    response_format: None = optional(_FORMAT, "Text only.")
     reasoning_effort: str | None = optional(NAME, "Of the template; none: no thinking.")
     reasoning: ReasoningForm | None = optional(
         nested(ReasoningForm), "The same, as OpenRouter has it."
@@ -18737,7 +18978,24 @@ def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
         ignore_eos=form.ignore_eos,
     )
     asked = more.pop("max_tokens", form.max_tokens)
+    wanted: dict[str, Any] = {
+        name: getattr(form, name)
+        for name in ("response_format", "json_schema", "grammar")
+    }
+    wanted["text.format"] = more.pop("json_schema", None)
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if len(wanted) > 1:
+        raise InvalidValue(
+            f"{' and '.join(wanted)} exclude each other: send one of them",
+            param=[*wanted][1],
+        )
+    param, rules = next(iter(wanted.items()), ("response_format", None))
+    if isinstance(rules, str) and not rules.strip():
+        raise InvalidValue("grammar is empty, which allows nothing", param="grammar")
     return ReplyRequest(
+        json_schema=None if isinstance(rules, str) else rules,
+        grammar=rules if isinstance(rules, str) else "",
+        schema_param=param,
         model=form.model,
         user=form.user,
         priority=form.priority,
@@ -23497,10 +23755,10 @@ class Loader:
             used = dataclasses.replace(used, workers=1, threads=threads)
             backlog.workers = 1
             backlog.used_part = 0.5  # replies come nearer to their limit than texts do
-            generations = GenerationQueue(card, used, backlog)
             vocabulary = Vocabulary(
                 engine.tokenizer, template_source(settings, card.chat_template)
             )
+            generations = GenerationQueue(card, used, backlog, vocabulary)
             worker = GenerationWorker(engine, generations, vocabulary, self._hooks)
             return Pool(engine, generations, worker, self._hooks)
         cache = VectorCache(settings.cache_mb << 20, f"{file.sha256} {card}")

@@ -472,6 +472,19 @@ class FakeChatEngine(FakeEngine):
         return " ".join(map(self.word, ids))
 
 
+class NoWords(es.Vocabulary):
+    """A vocabulary of a model that follows no grammar, but reads it."""
+
+    texts = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        pass
+
+    def grammar(self, text: str, param: str) -> es.Grammar:
+        """The grammar."""
+        return es.Grammar(text, param)
+
+
 class SpeakingQueue(es.GenerationQueue):
     """Whose generations are a speaker's."""
 
@@ -509,7 +522,7 @@ def speaking_pool(
 ) -> es.Pool[es.GenerationQueue]:
     """A pool in which the engine's speaker replies, not yet started."""
     chosen = dataclasses.replace(settings or es.ModelSettings(), workers=1)
-    queue = SpeakingQueue(engine.card, chosen, es.Backlog(LIMIT))
+    queue = SpeakingQueue(engine.card, chosen, es.Backlog(LIMIT), NoWords())
     queue.speaker = engine.speaker
     return es.Pool(engine, queue, NoWorkers(queue), hooks())
 
