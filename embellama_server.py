@@ -160,38 +160,39 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 52. FORMS - what is asked and answered, declared once
 53. COMPUTE - from an EmbedRequest to its EmbedResult
 54. REPLIES - from messages to the text of a reply, as it grows
-55. HANDLING - what handlers work with: the service, and a request over HTTP
-56. ANSWERS - replies on their way: whole, or part by part
-57. VECTORS - numbers of a reply, in the types that clients ask for
-58. OPENAI - its shapes
-59. TOOLS - which functions a model may call, and which it must
-60. CHAT FORMS - what may be asked of a model that generates
-61. CHAT - OpenAI's chat and completions, whole and streamed
-62. ITEMS - what may be asked on OpenAI's /v1/responses
-63. RESPONSES - OpenAI's newer route: items, whole and streamed
-64. COHERE - its vectors and scores, Jina's scores, and vLLM's
-65. TEI - the shapes of text-embeddings-inference
-66. TOKENS - texts as the tokens that a model reads, and back
-67. OLLAMA - its models and its embeddings
-68. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-69. OLLAMA CHAT - its chat and generate, whole and streamed
-70. SEEDS - what infer-server and LMServ promise
-71. ADMIN - health, readiness, metrics, models
-72. DESCRIPTION - the routes as an OpenAPI document, and as a page
-73. ROUTES - the table, and everything derived from it
-74. DISPATCH - from a request to its response
-75. TRIALS - a model loaded in another process first
-76. FOLDER - what a model's authors wrote beside its file
-77. LOADING - a model's way into memory
-78. SUPERVISOR - a small parent that outlives the server
-79. SERVER - builds every object; loading, ready, draining, stopped
-80. TUNING - the settings that are fastest on this box
-81. CHECKING - what a model is and gives, before it is served
-82. DEPLOYMENT - what the printed files have in common
-83. UNITS - the server under systemd
-84. CONTAINERS - the server in images, with Compose, in Kubernetes
-85. WATCHING - what scrapes, draws and alerts
-86. COMMAND LINE - flags in, exit code out
+55. CONSTRAINTS - which grammar the replies to a request follow
+56. HANDLING - what handlers work with: the service, and a request over HTTP
+57. ANSWERS - replies on their way: whole, or part by part
+58. VECTORS - numbers of a reply, in the types that clients ask for
+59. OPENAI - its shapes
+60. TOOLS - which functions a model may call, and which it must
+61. CHAT FORMS - what may be asked of a model that generates
+62. CHAT - OpenAI's chat and completions, whole and streamed
+63. ITEMS - what may be asked on OpenAI's /v1/responses
+64. RESPONSES - OpenAI's newer route: items, whole and streamed
+65. COHERE - its vectors and scores, Jina's scores, and vLLM's
+66. TEI - the shapes of text-embeddings-inference
+67. TOKENS - texts as the tokens that a model reads, and back
+68. OLLAMA - its models and its embeddings
+69. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+70. OLLAMA CHAT - its chat and generate, whole and streamed
+71. SEEDS - what infer-server and LMServ promise
+72. ADMIN - health, readiness, metrics, models
+73. DESCRIPTION - the routes as an OpenAPI document, and as a page
+74. ROUTES - the table, and everything derived from it
+75. DISPATCH - from a request to its response
+76. TRIALS - a model loaded in another process first
+77. FOLDER - what a model's authors wrote beside its file
+78. LOADING - a model's way into memory
+79. SUPERVISOR - a small parent that outlives the server
+80. SERVER - builds every object; loading, ready, draining, stopped
+81. TUNING - the settings that are fastest on this box
+82. CHECKING - what a model is and gives, before it is served
+83. DEPLOYMENT - what the printed files have in common
+84. UNITS - the server under systemd
+85. CONTAINERS - the server in images, with Compose, in Kubernetes
+86. WATCHING - what scrapes, draws and alerts
+87. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -17647,7 +17648,7 @@ class Replies:
 
 
 # ==============================================================================
-# 0. CONSTRAINTS - which grammar the replies to a request follow
+# 55. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -17684,7 +17685,7 @@ def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
 
 
 # ==============================================================================
-# 55. HANDLING - what handlers work with: the service, and a request over HTTP
+# 56. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -18116,7 +18117,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 56. ANSWERS - replies on their way: whole, or part by part
+# 57. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -18212,7 +18213,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 57. VECTORS - numbers of a reply, in the types that clients ask for
+# 58. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18335,7 +18336,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 58. OPENAI - its shapes
+# 59. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -18466,7 +18467,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 59. TOOLS - which functions a model may call, and which it must
+# 60. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -18653,7 +18654,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 60. CHAT FORMS - what may be asked of a model that generates
+# 61. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -19091,7 +19092,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 61. CHAT - OpenAI's chat and completions, whole and streamed
+# 62. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -19452,7 +19453,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 62. ITEMS - what may be asked on OpenAI's /v1/responses
+# 63. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -19859,7 +19860,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 63. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 64. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -20234,7 +20235,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 64. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 65. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -20535,7 +20536,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 65. TEI - the shapes of text-embeddings-inference
+# 66. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -20793,7 +20794,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 66. TOKENS - texts as the tokens that a model reads, and back
+# 67. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -21012,7 +21013,7 @@ async def decode(context: RequestContext, form: DecodeForm) -> Response:
 
 
 # ==============================================================================
-# 67. OLLAMA - its models and its embeddings
+# 68. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -21261,7 +21262,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 68. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 69. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -21478,7 +21479,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 69. OLLAMA CHAT - its chat and generate, whole and streamed
+# 70. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -21715,7 +21716,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 70. SEEDS - what infer-server and LMServ promise
+# 71. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -21931,7 +21932,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 71. ADMIN - health, readiness, metrics, models
+# 72. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -22171,7 +22172,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 72. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 73. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -22483,7 +22484,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 73. ROUTES - the table, and everything derived from it
+# 74. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -22683,7 +22684,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 74. DISPATCH - from a request to its response
+# 75. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -23132,7 +23133,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 75. TRIALS - a model loaded in another process first
+# 76. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -23215,7 +23216,7 @@ class Trial:
 
 
 # ==============================================================================
-# 76. FOLDER - what a model's authors wrote beside its file
+# 77. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -23342,7 +23343,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 77. LOADING - a model's way into memory
+# 78. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -23768,7 +23769,7 @@ class Loader:
 
 
 # ==============================================================================
-# 78. SUPERVISOR - a small parent that outlives the server
+# 79. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -24153,7 +24154,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 79. SERVER - builds every object; loading, ready, draining, stopped
+# 80. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -24586,7 +24587,7 @@ class Server:
 
 
 # ==============================================================================
-# 80. TUNING - the settings that are fastest on this box
+# 81. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -24721,7 +24722,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 81. CHECKING - what a model is and gives, before it is served
+# 82. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -24860,7 +24861,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 82. DEPLOYMENT - what the printed files have in common
+# 83. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -25077,7 +25078,7 @@ def _is_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 83. UNITS - the server under systemd
+# 84. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -25291,7 +25292,7 @@ def _streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 84. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 85. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -25702,7 +25703,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 85. WATCHING - what scrapes, draws and alerts
+# 86. WATCHING - what scrapes, draws and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -25893,7 +25894,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 86. COMMAND LINE - flags in, exit code out
+# 87. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
