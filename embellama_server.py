@@ -191,8 +191,11 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 83. DEPLOYMENT - what the printed files have in common
 84. UNITS - the server under systemd
 85. CONTAINERS - the server in images, with Compose, in Kubernetes
-86. WATCHING - what scrapes, draws and alerts
-87. COMMAND LINE - flags in, exit code out
+86. FRONTS - HAProxy or nginx before several servers
+87. WATCHING - what scrapes and alerts
+88. BOARD - one dashboard for Grafana
+89. CALLS - the routes as a Postman collection
+90. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -25703,7 +25706,140 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 86. WATCHING - what scrapes, draws and alerts
+# 86. FRONTS - HAProxy or nginx before several servers
+# ==============================================================================
+# Tried with servers that are killed, drained and full: no request failed behind HAProxy,
+# which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
+# bans a server for a 503, which is how a full one asks for less: all would be banned at once.
+
+_HAPROXY: Final = """\
+<head>
+# To /etc/haproxy/haproxy.cfg. Start each server with --drain-grace-s 3 or more, so that it
+# is found leaving before it ends, and with --trusted-proxy and this machine's address.
+global
+  maxconn 1000
+  # A request that fits into this is sent again if its server ends or is full. Each
+  # connection has two of them, so it is not --max-body-bytes.
+  tune.bufsize 1048576
+defaults
+  mode http
+  timeout connect 1s
+  timeout client 120s
+  # more than --request-timeout-s
+  timeout server <server_s>s
+  timeout queue 5s
+  timeout http-request 10s
+frontend embellama
+  bind :8000
+  option forwardfor
+  default_backend embellama
+backend embellama
+  balance leastconn
+  # a slow client takes nobody's place
+  option http-buffer-request
+  option httpchk
+  http-check send meth GET uri /ready ver HTTP/1.1 hdr Host localhost
+  http-check expect status 200
+  option redispatch 1
+  retries 3
+  # 429 too, from HAProxy 3.1 on
+  retry-on conn-failure empty-response 503
+  # maxconn: as many short texts as fill the calls of all workers; more wait here
+  default-server check inter 500ms fall 1 rise 2 maxconn <at_once><tls>
+  server a1 <address>
+  # server a2 10.0.0.2:8080
+"""
+_NGINX: Final = """\
+<head>
+# To /etc/nginx/conf.d/embellama.conf. Start each server with --drain-grace-s 3 or more, and
+# with --trusted-proxy and this machine's address.
+upstream embellama {
+  zone embellama 64k;
+  least_conn;
+  server <address> max_fails=0;
+  # server 10.0.0.2:8080 max_fails=0;
+  keepalive 32;
+  # less than --keep-alive-s, or a request meets a connection that is being closed
+  keepalive_timeout <kept_s>s;
+}
+server {
+  listen 8000;
+  # --max-body-bytes
+  client_max_body_size <body_bytes>;
+  location <prefix> {
+    proxy_pass <scheme>://embellama;
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_set_header Host $host;
+    proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+    <tls>
+    proxy_connect_timeout 1s;
+    # more than --request-timeout-s
+    proxy_read_timeout <server_s>s;
+    # streams, part by part
+    proxy_buffering off;
+    # to nginx no POST may be sent again; ours may
+    proxy_next_upstream error timeout http_503 non_idempotent;
+    proxy_next_upstream_tries 3;
+    proxy_next_upstream_timeout 10s;
+  }
+}
+"""
+_NGINX_TLS: Final = """\
+proxy_ssl_trusted_certificate /etc/nginx/embellama-ca.pem;
+proxy_ssl_verify on;
+"""
+_NGINX_CLIENT: Final = """\
+proxy_ssl_certificate /etc/nginx/embellama-client.pem;
+proxy_ssl_certificate_key /etc/nginx/embellama-client.key;
+"""
+_SHORT_TOKENS: Final = 16  # of a short text
+
+
+def haproxy_files(deployment: Deployment) -> dict[str, str]:
+    """HAProxy before several servers, restarted one by one without a failed request."""
+    settings, tls = deployment.settings, ""
+    if settings.tls_cert:
+        tls = " ssl verify required ca-file /etc/haproxy/embellama-ca.pem"
+    if settings.tls_client_ca:
+        tls += " crt /etc/haproxy/embellama-client.pem"
+    text = filled(
+        _HAPROXY,
+        head=lines_of(head_line("haproxy")),
+        server_s=_server_s(settings),
+        at_once=str(settings.workers * max(4, settings.batch_tokens // _SHORT_TOKENS)),
+        tls=tls,
+        address=deployment.address,
+    )
+    return {"haproxy.cfg": text}
+
+
+def nginx_files(deployment: Deployment) -> dict[str, str]:
+    """nginx before several servers."""
+    settings = deployment.settings
+    tls = _NGINX_TLS * bool(settings.tls_cert)
+    tls += _NGINX_CLIENT * bool(settings.tls_client_ca)
+    text = filled(
+        _NGINX,
+        head=lines_of(head_line("nginx")),
+        address=deployment.address,
+        kept_s=str(max(1, math.floor(settings.keep_alive_s) - 5)),
+        body_bytes=str(settings.max_body_bytes),
+        prefix=settings.root_path or "/",
+        scheme="https" if settings.tls_cert else "http",
+        tls=tls,
+        server_s=_server_s(settings),
+    )
+    return {"nginx.conf": text}
+
+
+def _server_s(settings: Settings) -> str:
+    """Return how long a proxy must wait: the server itself says 504 before."""
+    return str(math.ceil(settings.request_timeout_s) + 5)
+
+
+# ==============================================================================
+# 87. WATCHING - what scrapes and alerts
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -25802,6 +25938,12 @@ ALERTS: Final = (
         "More than one request in a hundred is refused: the queue, a key's limit or the connections are full.",
         "One client too many: lower its key's rate= and tokens=. All of them: another server behind a proxy (emit haproxy), "
         "or a smaller model."),
+    Alert("EmbellamaBacklog", "ticket", "5m", promql("embellama_backlog_seconds{<job>} > 10"),
+        "The work that was let in takes more than ten seconds, and still does after minutes.",
+        "As EmbellamaShedding, before requests are refused."),
+    Alert("EmbellamaLongBacklog", "page", "5m", promql("embellama_backlog_seconds{<job>} > 60"),
+        "The work that was let in takes more than a minute.",
+        "Find out who sends so much (--audit-log), and lower that key's rate= or tokens=. Clients that need not wait: priority=low."),
     Alert("EmbellamaSlow", "ticket", "15m", promql(_SLOW),
         "More than one request in twenty takes over a second.",
         "Compare embellama_queue_seconds with embellama_batch_seconds. Waits: as EmbellamaShedding. Calls: long texts, or "
@@ -25809,6 +25951,10 @@ ALERTS: Final = (
     Alert("EmbellamaSlowFirstToken", "ticket", "15m", promql(_SLOW_FIRST_TOKEN),
         "More than one reply in twenty begins after more than five seconds.",
         "embellama_sequences says how many wait for a place: raise --parallel if there is memory, shorten prompts, or add a server."),
+    Alert("EmbellamaMemoryNearLimit", "ticket", "10m",
+        promql("process_resident_memory_bytes{<job>} > 0.9 * embellama_memory_limit_bytes{<job>}"),
+        "It uses more than nine tenths of the memory that it may.",
+        "Fewer --workers, a smaller --cache-mb or --context-size, one model less, or a higher limit."),
     Alert("EmbellamaCacheUseless", "info", "1h", promql(_USELESS_CACHE),
         "Hardly an input is found in the cache.",
         "Give its memory back with --cache-mb 0, or send equal texts to the same server."),
@@ -25868,6 +26014,282 @@ def alerts_files(_: Deployment) -> dict[str, str]:
     return {"embellama-alerts.yml": f"{head_line('alerts')}\n{yaml_text(groups)}"}
 
 
+# ==============================================================================
+# 88. BOARD - one dashboard for Grafana
+# ==============================================================================
+# The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
+# by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
+# instances chosen above the panels.
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One row: what is drawn."""
+
+    title: str
+    unit: str  # of Grafana's list
+    meaning: str
+    curves: tuple[tuple[str, str], ...]  # PromQL and legend
+    is_stacked: bool = False
+
+
+def _rate_of(name: str, by: str, labels: str = "") -> str:
+    return f"sum by ({by}) (rate({name}{{<own>{labels}}}<window>))"
+
+
+def _quantiles(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
+    buckets = _rate_of(f"{name}_bucket", "le", labels)
+    return tuple(
+        (f"histogram_quantile({quantile / 100:g}, {buckets})", f"p{quantile}")
+        for quantile in (50, 95, 99)
+    )
+
+
+def _mean(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
+    total, count = (f"{name}_{part}{{<own>{labels}}}" for part in ("sum", "count"))
+    return ((f"sum(rate({total}<window>)) / sum(rate({count}<window>))", "mean"),)
+
+
+def _share(name: str, found: str) -> tuple[tuple[str, str], ...]:
+    hits = f'{name}{{<own>,result=~"{found}"}}'
+    return (
+        (f"sum(rate({hits}<window>)) / sum(rate({name}{{<own>}}<window>))", "found"),
+    )
+
+
+_REQUEST: Final = ',kind="request"'
+# fmt: off
+BOARD: Final = {
+    "Service": (
+        Panel("State", "short", "The phase of each server.", (
+            ("embellama_phase{<own>} == 1", "{{instance}} {{phase}}"),)),
+        Panel("Requests", "reqps", "Requests that ended, by class of their status.", (
+            (_rate_of("embellama_http_requests_total", "status"), "{{status}}"),)),
+        Panel("Errors", "reqps", "The ten most frequent errors, by code: refusals, callers' mistakes, our failures.", (
+            (f"topk(10, {_rate_of('embellama_errors_total', 'code')})", "{{code}}"),)),
+        Panel("Latency", "s", "Whole requests, head to response; a stream to its end.",
+            _quantiles("embellama_http_request_seconds", _REQUEST) + _mean("embellama_http_request_seconds", _REQUEST)),
+    ),
+    "Work": (
+        Panel("Inputs", "short", "Inputs answered per second, by model.", (
+            (_rate_of("embellama_model_inputs_total", "model"), "{{model}}"),)),
+        Panel("Tokens", "short", "Tokens read per second, by model, and written by those that generate.", (
+            (_rate_of("embellama_model_tokens_total", "model"), "{{model}}"),
+            (_rate_of("embellama_generation_tokens_total", "job"), "written"))),
+        Panel("Queue", "short", "Inputs waiting or running, and how many may.", (
+            ("sum(embellama_queue_inputs{<own>})", "inputs"),
+            ("sum(embellama_queue_limit_inputs{<own>})", "limit"))),
+        Panel("Backlog", "s", "How long the admitted work will take, by model.", (
+            ("max by (model) (embellama_backlog_seconds{<own>})", "{{model}}"),)),
+    ),
+    "Compute": (
+        Panel("Wait before compute", "s", "From a job's arrival until its first input runs.", _quantiles("embellama_queue_seconds")),
+        Panel("Workers", "short", "Worker threads by state.", (
+            ("sum by (state) (embellama_workers{<own>})", "{{state}}"),), is_stacked=True),
+        Panel("Calls", "s", "Duration of one call of llama.cpp.", _quantiles("embellama_batch_seconds")),
+        Panel("Tokens per call", "short", "Against --batch-tokens: few of them mean short or few inputs.", _mean("embellama_batch_tokens")),
+    ),
+    "Replies": (
+        Panel("First token", "s", "From a request's arrival to the first token of its reply.", _quantiles("embellama_first_token_seconds")),
+        Panel("Between tokens", "s", "Mean time between the tokens of a reply.", _quantiles("embellama_inter_token_seconds")),
+        Panel("Sequences", "short", "Replies that grow, requests that wait for a place, prefixes kept.", (
+            ("sum by (state) (embellama_sequences{<own>})", "{{state}}"),), is_stacked=True),
+        Panel("Prompts in memory", "percentunit", "Prompts of which a beginning was in memory.",
+            _share("embellama_prompt_cache_lookups_total", "hit")),
+    ),
+    "Process": (
+        Panel("Memory", "bytes", "Resident, of that the cache of vectors, what is held for clients; and how much there may be.", (
+            ("sum by (instance) (process_resident_memory_bytes{<own>})", "{{instance}}"),
+            ("sum(embellama_cache_bytes{<own>})", "cache"),
+            ("sum(embellama_http_buffered_bytes{<own>})", "held for clients"),
+            ("min by (instance) (embellama_memory_limit_bytes{<own>})", "{{instance}} limit"))),
+        Panel("CPU", "short", "Cores in use.", (
+            (_rate_of("process_cpu_seconds_total", "instance"), "{{instance}}"),)),
+        Panel("Connections", "short", "Open connections and streams.", (
+            ("sum(embellama_http_connections{<own>})", "connections"),
+            ("sum(embellama_http_streams{<own>})", "streams"))),
+        Panel("Inputs in the cache", "percentunit", "Inputs found in the cache, or under way for another request.",
+            _share("embellama_cache_lookups_total", "hit|shared")),
+    ),
+}
+# fmt: on
+_SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
+_OWN: Final = 'job=~"$job",instance=~"$instance"'
+
+
+def grafana_files(_: Deployment) -> dict[str, str]:
+    """A dashboard."""
+    panels: list[object] = []
+    for title, row in BOARD.items():
+        y = 9 * (len(panels) // 5)  # a head and four panels are a row
+        place = {"x": 0, "y": y, "w": 24, "h": 1}
+        panels.append({"type": "row", "title": title, "gridPos": place, "panels": []})
+        for column, panel in enumerate(row):
+            place = {"x": 6 * column, "y": y + 1, "w": 6, "h": 8}
+            panels.append(_drawn(panel, len(panels) + 1, place))
+    starts = f"changes(process_start_time_seconds{{{_OWN}}}[$__rate_interval]) > 0"
+    board = {
+        "id": None,
+        "uid": "embellama-server",
+        "title": "embellama_server",
+        "description": f"{head_line('grafana')[2:]}. For Grafana 9 or later.",
+        "tags": [JOB],
+        "schemaVersion": 39,
+        "editable": False,
+        "refresh": "30s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": [_SOURCE_CHOICE, _choice("job"), _choice("instance")]},
+        "annotations": {
+            "list": [
+                {
+                    "name": "Starts",
+                    "datasource": _SOURCE,
+                    "enable": True,
+                    "iconColor": "blue",
+                    "expr": starts,
+                    "titleFormat": "{{instance}} started",
+                }
+            ]
+        },
+        "panels": panels,
+    }
+    return {"embellama-board.json": json.dumps(board, indent=2) + "\n"}
+
+
+_SOURCE_CHOICE: Final = {
+    "name": "datasource",
+    "label": "Data source",
+    "type": "datasource",
+    "query": "prometheus",
+}
+
+
+def _choice(label: str) -> dict[str, object]:
+    """Return a variable for the values of a label; all of them at first."""
+    filters = '{job=~"$job"}' if label == "instance" else ""
+    query = f"label_values(embellama_build_info{filters}, {label})"
+    return {
+        "name": label,
+        "label": label.title(),
+        "type": "query",
+        "datasource": _SOURCE,
+        "definition": query,
+        "query": {"query": query, "refId": label},
+        "refresh": 2,  # when the time changes
+        "sort": 1,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".+",
+        "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+    }
+
+
+def _drawn(panel: Panel, number: int, place: Mapping[str, int]) -> dict[str, object]:
+    stacking = {"mode": "normal" if panel.is_stacked else "none"}
+    targets = [
+        {
+            "refId": chr(ord("A") + index),
+            "datasource": _SOURCE,
+            "expr": filled(expression, own=_OWN, window="[$__rate_interval]"),
+            "legendFormat": legend,
+        }
+        for index, (expression, legend) in enumerate(panel.curves)
+    ]
+    return {
+        "id": number,
+        "type": "timeseries",
+        "title": panel.title,
+        "description": panel.meaning,
+        "datasource": _SOURCE,
+        "gridPos": place,
+        "fieldConfig": {
+            "defaults": {
+                "unit": panel.unit,
+                "min": 0,
+                "custom": {"stacking": stacking},
+            },
+            "overrides": [],
+        },
+        "targets": targets,
+    }
+
+
+# ==============================================================================
+# 89. CALLS - the routes as a Postman collection
+# ==============================================================================
+# From the rows that route requests, with the examples of their forms. What is checked is what
+# holds whichever model is served: the status, and that a reply has the fields it always has.
+
+_SCHEMA: Final = "https://schema.getpostman.com/json/collection/v2.1.0/collection.json"
+_TEST: Final = """\
+pm.test("<name>", () => {
+  pm.expect(pm.response.code).to.be.oneOf([<statuses>]);
+  const type = pm.response.headers.get("content-type") || "";
+  if (pm.response.code === 200 && type.startsWith("application/json")) {
+    for (const key of <keys>) pm.expect(pm.response.json()).to.have.property(key);
+  }
+});
+"""
+
+
+def postman_files(deployment: Deployment) -> dict[str, str]:
+    """Every call, with an example and a check."""
+    settings = deployment.settings
+    scheme = "https" if settings.tls_cert else "http"
+    name = name_of(deployment.loaded.models[0]) or DEFAULT_MODEL.name
+    address = f"{scheme}://{deployment.address}{settings.root_path.rstrip('/')}"
+    variables = {"baseUrl": address, "apiKey": "", "model": name}
+    groups = [
+        {"name": group, "item": [_item(route) for route in routes]}
+        for group, routes in itertools.groupby(ROUTES, lambda route: route.group)
+    ]
+    token = {"key": "token", "value": "{{apiKey}}", "type": "string"}
+    collection = {
+        "info": {
+            "name": "embellama_server",
+            "description": f"{head_line('postman')[2:]}. apiKey is yours to set.",
+            "schema": _SCHEMA,
+        },
+        "auth": {"type": "bearer", "bearer": [token]},
+        "variable": [{"key": key, "value": value} for key, value in variables.items()],
+        "item": groups,
+    }
+    return {"embellama-calls.json": json.dumps(collection, indent=2) + "\n"}
+
+
+def _item(route: Route) -> dict[str, object]:
+    path = re.sub(r"\{.*\}", "{{model}}", route.path)
+    request: dict[str, object] = {
+        "method": route.method,
+        "url": "{{baseUrl}}" + path,
+        "description": f"{route.summary}.",
+    }
+    if route.form is not None:
+        (example,) = schema_of(route.form).get("examples", [{"model": "{{model}}"}])
+        request["header"] = [{"key": "Content-Type", "value": "application/json"}]
+        request["body"] = {"mode": "raw", "raw": json.dumps(example, indent=2)}
+    statuses = {route.dialect.status_of(error) for error in _expected(route)}
+    keys = (
+        route.reply.get("required", []) if route.reply.get("type") == "object" else []
+    )
+    test = filled(
+        _TEST,
+        name=f"{route.method} {path}",
+        statuses=", ".join(["200", *map(str, sorted(statuses))]),
+        keys=json.dumps(keys),
+    )
+    script = {"type": "text/javascript", "exec": test.splitlines()}
+    event = [{"listen": "test", "script": script}]
+    return {"name": f"{route.method} {route.path}", "request": request, "event": event}
+
+
+def _expected(route: Route) -> tuple[type[ApiError], ...]:
+    """Return with which errors a call may end, as its example cannot suit every server."""
+    if route.access == "admin":
+        return AdminOnly, InvalidValue, ModelNotFound, ModelConflict
+    return (WrongKindOfModel, InvalidValue) if route.takes_work else ()
+
+
 # --- the table ---
 
 
@@ -25888,13 +26310,17 @@ EMITTERS: Final = {
     "docker": Emitter(docker_files),
     "compose": Emitter(compose_files),
     "kubernetes": Emitter(kubernetes_files),
+    "haproxy": Emitter(haproxy_files),
+    "nginx": Emitter(nginx_files),
     "prometheus": Emitter(prometheus_files),
     "alerts": Emitter(alerts_files),
+    "grafana": Emitter(grafana_files),
+    "postman": Emitter(postman_files),
 }
 
 
 # ==============================================================================
-# 87. COMMAND LINE - flags in, exit code out
+# 90. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

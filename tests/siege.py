@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests import docs, kit
+import embellama_server as es
+from tests import kit
 from tests.load import Load, body
 from tests.servers import free_port
 from tests.words import WORDS
@@ -296,12 +297,14 @@ class Clients:
 
 
 def haproxy_config(front: int, ports: Sequence[int]) -> str:
-    """README's own, with these ports instead of its servers."""
-    (shown,) = (b for b in docs.commands("text") if b.startswith("defaults\n"))
-    kept = [line for line in shown.splitlines() if not line.startswith("  server ")]
-    servers = [f"  server s{port} 127.0.0.1:{port}" for port in ports]
-    frontend = ["frontend all", f"  bind 127.0.0.1:{front}", "  default_backend embed"]
-    return "\n".join(["global", "  maxconn 1000", *kept, *servers, *frontend, ""])
+    """What `emit haproxy` prints, with these ports instead of its front and servers."""
+    plain = es.Deployment(es.load_settings({}, {}), "python", "embellama_server.py")
+    (printed,) = es.haproxy_files(plain).values()
+    printed = printed.replace("bind :8000", f"bind 127.0.0.1:{front}")
+    kept = [line for line in printed.splitlines() if "  server a1 " not in line]
+    return "\n".join(
+        [*kept, *(f"  server s{port} 127.0.0.1:{port}" for port in ports), ""]
+    )
 
 
 def restart(rounds: int = 2) -> dict[str, object]:

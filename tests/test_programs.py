@@ -109,7 +109,7 @@ def nginx(folder: Path, port: int, idle_s: float = 60) -> Iterator[tuple[str, st
 
 @contextlib.contextmanager
 def haproxy(folder: Path, port: int) -> Iterator[str]:
-    """README's own configuration."""
+    """What `emit haproxy` prints."""
     front = free_port()
     config = folder / "haproxy.cfg"
     config.write_text(haproxy_config(front, [port]))
