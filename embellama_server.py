@@ -26240,7 +26240,7 @@ def postman_files(deployment: Deployment) -> dict[str, str]:
     address = f"{scheme}://{deployment.address}{settings.root_path.rstrip('/')}"
     variables = {"baseUrl": address, "apiKey": "", "model": name}
     groups = [
-        {"name": group, "item": [_item(route) for route in routes]}
+        {"name": group, "item": [_example_call(route) for route in routes]}
         for group, routes in itertools.groupby(ROUTES, lambda route: route.group)
     ]
     token = {"key": "token", "value": "{{apiKey}}", "type": "string"}
@@ -26257,7 +26257,7 @@ def postman_files(deployment: Deployment) -> dict[str, str]:
     return {"embellama-calls.json": json.dumps(collection, indent=2) + "\n"}
 
 
-def _item(route: Route) -> dict[str, object]:
+def _example_call(route: Route) -> dict[str, object]:
     path = re.sub(r"\{.*\}", "{{model}}", route.path)
     request: dict[str, object] = {
         "method": route.method,
