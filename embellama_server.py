@@ -25040,12 +25040,12 @@ _PLAIN_KEY: Final = re.compile(
 def yaml_text(value: object, indent: str = "") -> str:
     """Return mappings, lists, strings, whole numbers and booleans as lines of YAML."""
     if not isinstance(value, (dict, list)) or not value:
-        return f"{indent}{_scalar(value)}\n"
+        return f"{indent}{_yaml_scalar(value)}\n"
     is_list = isinstance(value, list)
     pairs = value.items() if isinstance(value, dict) else (("-", v) for v in value)
     deeper, text = f"{indent}  ", ""
     for key, item in pairs:
-        mark = key if is_list else f"{_scalar_key(key)}:"
+        mark = key if is_list else f"{_yaml_key(key)}:"
         if isinstance(item, (dict, list)) and item:
             below = yaml_text(item, deeper)
             text += (
@@ -25053,18 +25053,18 @@ def yaml_text(value: object, indent: str = "") -> str:
                 if is_list
                 else f"{indent}{mark}\n{below}"
             )
-        elif isinstance(item, str) and _is_block(item):
+        elif isinstance(item, str) and _is_yaml_block(item):
             text += f"{indent}{mark} |\n{textwrap.indent(item, deeper)}"
         else:
-            text += f"{indent}{mark} {_scalar(item)}\n"
+            text += f"{indent}{mark} {_yaml_scalar(item)}\n"
     return text
 
 
-def _scalar_key(key: str) -> str:
-    return key if _PLAIN_KEY.fullmatch(key) else _scalar(key)
+def _yaml_key(key: str) -> str:
+    return key if _PLAIN_KEY.fullmatch(key) else _yaml_scalar(key)
 
 
-def _scalar(value: object) -> str:
+def _yaml_scalar(value: object) -> str:
     # These characters end a line in YAML, or may not be there at all.
     text = json.dumps(value, ensure_ascii=False)
     return "".join(
@@ -25072,7 +25072,7 @@ def _scalar(value: object) -> str:
     )
 
 
-def _is_block(text: str) -> bool:
+def _is_yaml_block(text: str) -> bool:
     """Return whether it is easier to read, and the same, as lines of their own."""
     lines = text.removesuffix("\n").split("\n")
     is_plain = all(line.isprintable() and line == line.rstrip() for line in lines)
@@ -25087,7 +25087,7 @@ def _is_block(text: str) -> bool:
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
 # memory is free; not ~@resources, which numpy's mbind and --cpu-affinity need.
 
-_SERVICE: Final = """\
+_UNIT: Final = """\
 <head>
 # To /etc/systemd/system; embellama.toml to /etc/embellama. Then:
 #   systemctl daemon-reload && systemctl enable --now embellama
@@ -25165,7 +25165,7 @@ DeviceAllow=char-nvidia* rw
 DeviceAllow=char-drm rw
 DeviceAllow=/dev/kfd rw
 """
-_SOCKET: Final = """\
+_SOCKET_UNIT: Final = """\
 <head>
 # Beside embellama.service, if `systemctl restart embellama` is to refuse nobody: systemd
 # then holds the sockets, and clients wait. These replace --host, --port, --listen, --uds.
@@ -25180,24 +25180,29 @@ WantedBy=sockets.target
 """
 # Where a unit with DynamicUser may write, by setting: the switch that makes the folder,
 # and systemd's word for where that is.
-_FOLDERS: Final = {
+_UNIT_FOLDERS: Final = {
     "uds": ("RuntimeDirectory", "%t"),
     "audit_log": ("LogsDirectory", "%L"),
     "dead_letter": ("StateDirectory", "%S"),
 }
-_FILE: Final = "embellama_server.py"
-_HIDDEN: Final = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
+_PROGRAM_FILE: Final = "embellama_server.py"
+_UNIT_HIDES: Final = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
 
 
 def systemd_files(deployment: Deployment) -> dict[str, str]:
     """A hardened unit, its socket, and its settings."""
     settings = deployment.settings
-    seen = functools.partial(_seen, deployment)
+    seen = functools.partial(_seen_by_unit, deployment)
     python, program = deployment.python, deployment.program
     copies = [f"#   {p} as {seen(p)}" for p in deployment.model_files if _is_hidden(p)]
     if _is_hidden(python) or _is_hidden(program):
-        python, program = "/opt/embellama/.venv/bin/python", f"/opt/embellama/{_FILE}"
-        copies.append(f"#   {_FILE}, and an environment for it, in /opt/embellama")
+        python, program = (
+            "/opt/embellama/.venv/bin/python",
+            f"/opt/embellama/{_PROGRAM_FILE}",
+        )
+        copies.append(
+            f"#   {_PROGRAM_FILE}, and an environment for it, in /opt/embellama"
+        )
     if copies:
         copies.insert(0, "# The unit sees no home and no /tmp. Put there first:")
     is_closed = (
@@ -25205,39 +25210,39 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
     )
     memory_mb = deployment.memory_mb()
     service = filled(
-        _SERVICE,
+        _UNIT,
         head=lines_of(head_line("systemd")),
         copies=lines_of(*copies),
-        python=_word(python),
-        program=_word(program),
+        python=_unit_word(python),
+        program=_unit_word(program),
         watchdog_s=str(math.ceil(settings.watchdog_s * 1.5)),
         stop_s=str(deployment.stop_s),
         memory=_memory_limit(memory_mb),
         descriptors=str(settings.max_connections + 1024),
-        placed=lines_of(*_placed(deployment)),
+        placed=lines_of(*_placed_by_unit(deployment)),
         devices=_ON_GPU if deployment.is_on_gpu else _ON_CPU,
         addresses="IPAddressDeny=any\nIPAddressAllow=localhost\n" * bool(is_closed),
     )
     files = {"embellama.service": service}
-    if streams := _streams(settings):
+    if streams := _unit_streams(settings):
         stream_lines = lines_of(*(f"ListenStream={stream}" for stream in streams))
         parts = {"head": lines_of(head_line("systemd")), "streams": stream_lines}
-        files["embellama.socket"] = filled(_SOCKET, **parts)
+        files["embellama.socket"] = filled(_SOCKET_UNIT, **parts)
     return files | {"embellama.toml": deployment.config("systemd", seen)}
 
 
 def _is_hidden(path: str) -> bool:
     """Return whether the unit does not see a file, because of ProtectHome or PrivateTmp."""
-    return os.path.abspath(path).startswith(_HIDDEN)
+    return os.path.abspath(path).startswith(_UNIT_HIDES)
 
 
-def _seen(deployment: Deployment, path: str) -> str:
+def _seen_by_unit(deployment: Deployment, path: str) -> str:
     """Return where the unit finds a model's file."""
     is_hidden = _is_hidden(path)
     return deployment.in_folder("/opt/embellama/models", path) if is_hidden else path
 
 
-def _word(text: str) -> str:
+def _unit_word(text: str) -> str:
     """Return one word of a line, whatever is in it."""
     text = text.replace("%", "%%").replace("$", "$$")
     is_plain = re.fullmatch(r"[\w./@+:=%$-]+", text)
@@ -25253,7 +25258,7 @@ def _memory_limit(memory_mb: int) -> str:
     return lines_of(why, f"MemoryMax={memory_mb}M", "MemorySwapMax=0")
 
 
-def _placed(deployment: Deployment) -> Iterator[str]:
+def _placed_by_unit(deployment: Deployment) -> Iterator[str]:
     """Yield lines for what is not in embellama.toml: secrets, and where to write."""
     settings = deployment.settings
     if names := deployment.secret_names:
@@ -25271,7 +25276,7 @@ def _placed(deployment: Deployment) -> Iterator[str]:
         yield f"Environment={variable_of(name)}=%d/{name}"
     yield "CacheDirectory=embellama"
     yield "Environment=EMBELLAMA_CACHE_DIR=%C/embellama"
-    for name, (switch, place) in _FOLDERS.items():
+    for name, (switch, place) in _UNIT_FOLDERS.items():
         if path := getattr(settings, name):
             yield f"{switch}=embellama"
             file = os.path.basename(path).replace("%", "%%")
@@ -25280,7 +25285,7 @@ def _placed(deployment: Deployment) -> Iterator[str]:
             yield f"Environment={assigned if plain else json.dumps(assigned)}"
 
 
-def _streams(settings: Settings) -> list[str]:
+def _unit_streams(settings: Settings) -> list[str]:
     """Return what a socket unit listens on; nothing if a host is a name, not an address."""
     hosts = [(settings.host, settings.port)] if settings.host != "none" else []
     found = [settings.uds] if settings.uds else []
@@ -25378,7 +25383,7 @@ def _health_command(path: str) -> str:
     return json.dumps(["python", "-I", "-S", "-c", code])
 
 
-def _environment(deployment: Deployment, secrets: str) -> dict[str, str]:
+def _container_variables(deployment: Deployment, secrets: str) -> dict[str, str]:
     """Return the variables that the settings file of a container leaves out."""
     settings = deployment.settings
     variables = {"config": "/etc/embellama/embellama.toml"}
@@ -25468,7 +25473,7 @@ def compose_files(deployment: Deployment) -> dict[str, str]:
         notes=lines_of(*notes),
         version=__version__,
         published=json.dumps(f"{host}{settings.port}:{settings.port}"),
-        environment=yaml_text(_environment(deployment, "/run/secrets")),
+        environment=yaml_text(_container_variables(deployment, "/run/secrets")),
         env_file="env_file: secrets.env\n" * bool(deployment.secret_names),
         models=_compose_text(mounted) if mounted else "",
         secrets=yaml_text({"secrets": [*secrets]}) if secrets else "",
@@ -25621,7 +25626,7 @@ def kubernetes_files(deployment: Deployment) -> dict[str, str]:
     """ConfigMap, Deployment, Service, budget, network policy, autoscaler."""
     settings = deployment.settings
     config = _container_config(deployment, "kubernetes")
-    variables = _environment(deployment, "/run/secrets/embellama")
+    variables = _container_variables(deployment, "/run/secrets/embellama")
     env: list[object] = [{"name": n, "value": v} for n, v in variables.items()]
     grace_s = settings.drain_grace_s
     if deployment.loaded.sources["drain_grace_s"] == "default":
@@ -25643,8 +25648,8 @@ def kubernetes_files(deployment: Deployment) -> dict[str, str]:
         port=str(settings.port),
         environment=yaml_text(env),
         resources=json.dumps(_pod_resources(deployment)),
-        ready=_probe(deployment, "/ready"),
-        alive=_probe(deployment, "/health"),
+        ready=_pod_probe(deployment, "/ready"),
+        alive=_pod_probe(deployment, "/health"),
         mounts=yaml_text(mounts),
         volumes=yaml_text(volumes),
         policies="[Ingress, Egress]" if asks_nobody else "[Ingress]",
@@ -25677,7 +25682,7 @@ def _pod_resources(deployment: Deployment) -> dict[str, str]:
     return resources
 
 
-def _probe(deployment: Deployment, path: str) -> str:
+def _pod_probe(deployment: Deployment, path: str) -> str:
     settings = deployment.settings
     if settings.tls_client_ca:  # the kubelet has no certificate
         return f"exec: {{command: {_health_command(path)}}}\n"
@@ -25887,7 +25892,7 @@ _SHEDDING: Final = """\
 sum <by> (rate(embellama_errors_total{<job>,code=~"<refusals>"}[5m]))
   > 0.01 * sum <by> (rate(embellama_http_request_seconds_count{<job>,kind="request"}[5m]))
 """
-_SLOW: Final = """\
+_SLOW_REQUESTS: Final = """\
 sum <by> (rate(embellama_http_request_seconds_bucket{<job>,kind="request",le="1"}[15m]))
   < 0.95 * sum <by> (rate(embellama_http_request_seconds_count{<job>,kind="request"}[15m]))
 unless on (job, instance)
@@ -25944,7 +25949,7 @@ ALERTS: Final = (
     Alert("EmbellamaLongBacklog", "page", "5m", promql("embellama_backlog_seconds{<job>} > 60"),
         "The work that was let in takes more than a minute.",
         "Find out who sends so much (--audit-log), and lower that key's rate= or tokens=. Clients that need not wait: priority=low."),
-    Alert("EmbellamaSlow", "ticket", "15m", promql(_SLOW),
+    Alert("EmbellamaSlow", "ticket", "15m", promql(_SLOW_REQUESTS),
         "More than one request in twenty takes over a second.",
         "Compare embellama_queue_seconds with embellama_batch_seconds. Waits: as EmbellamaShedding. Calls: long texts, or "
         "another program on these cores."),
@@ -26037,7 +26042,7 @@ def _rate_of(name: str, by: str, labels: str = "") -> str:
     return f"sum by ({by}) (rate({name}{{<own>{labels}}}<window>))"
 
 
-def _quantiles(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
+def _quantiles_of(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
     buckets = _rate_of(f"{name}_bucket", "le", labels)
     return tuple(
         (f"histogram_quantile({quantile / 100:g}, {buckets})", f"p{quantile}")
@@ -26045,19 +26050,19 @@ def _quantiles(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
     )
 
 
-def _mean(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
+def _mean_of(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
     total, count = (f"{name}_{part}{{<own>{labels}}}" for part in ("sum", "count"))
     return ((f"sum(rate({total}<window>)) / sum(rate({count}<window>))", "mean"),)
 
 
-def _share(name: str, found: str) -> tuple[tuple[str, str], ...]:
+def _share_found(name: str, found: str) -> tuple[tuple[str, str], ...]:
     hits = f'{name}{{<own>,result=~"{found}"}}'
     return (
         (f"sum(rate({hits}<window>)) / sum(rate({name}{{<own>}}<window>))", "found"),
     )
 
 
-_REQUEST: Final = ',kind="request"'
+_NO_PROBES: Final = ',kind="request"'
 # fmt: off
 BOARD: Final = {
     "Service": (
@@ -26068,7 +26073,7 @@ BOARD: Final = {
         Panel("Errors", "reqps", "The ten most frequent errors, by code: refusals, callers' mistakes, our failures.", (
             (f"topk(10, {_rate_of('embellama_errors_total', 'code')})", "{{code}}"),)),
         Panel("Latency", "s", "Whole requests, head to response; a stream to its end.",
-            _quantiles("embellama_http_request_seconds", _REQUEST) + _mean("embellama_http_request_seconds", _REQUEST)),
+            _quantiles_of("embellama_http_request_seconds", _NO_PROBES) + _mean_of("embellama_http_request_seconds", _NO_PROBES)),
     ),
     "Work": (
         Panel("Inputs", "short", "Inputs answered per second, by model.", (
@@ -26083,19 +26088,19 @@ BOARD: Final = {
             ("max by (model) (embellama_backlog_seconds{<own>})", "{{model}}"),)),
     ),
     "Compute": (
-        Panel("Wait before compute", "s", "From a job's arrival until its first input runs.", _quantiles("embellama_queue_seconds")),
+        Panel("Wait before compute", "s", "From a job's arrival until its first input runs.", _quantiles_of("embellama_queue_seconds")),
         Panel("Workers", "short", "Worker threads by state.", (
             ("sum by (state) (embellama_workers{<own>})", "{{state}}"),), is_stacked=True),
-        Panel("Calls", "s", "Duration of one call of llama.cpp.", _quantiles("embellama_batch_seconds")),
-        Panel("Tokens per call", "short", "Against --batch-tokens: few of them mean short or few inputs.", _mean("embellama_batch_tokens")),
+        Panel("Calls", "s", "Duration of one call of llama.cpp.", _quantiles_of("embellama_batch_seconds")),
+        Panel("Tokens per call", "short", "Against --batch-tokens: few of them mean short or few inputs.", _mean_of("embellama_batch_tokens")),
     ),
     "Replies": (
-        Panel("First token", "s", "From a request's arrival to the first token of its reply.", _quantiles("embellama_first_token_seconds")),
-        Panel("Between tokens", "s", "Mean time between the tokens of a reply.", _quantiles("embellama_inter_token_seconds")),
+        Panel("First token", "s", "From a request's arrival to the first token of its reply.", _quantiles_of("embellama_first_token_seconds")),
+        Panel("Between tokens", "s", "Mean time between the tokens of a reply.", _quantiles_of("embellama_inter_token_seconds")),
         Panel("Sequences", "short", "Replies that grow, requests that wait for a place, prefixes kept.", (
             ("sum by (state) (embellama_sequences{<own>})", "{{state}}"),), is_stacked=True),
         Panel("Prompts in memory", "percentunit", "Prompts of which a beginning was in memory.",
-            _share("embellama_prompt_cache_lookups_total", "hit")),
+            _share_found("embellama_prompt_cache_lookups_total", "hit")),
     ),
     "Process": (
         Panel("Memory", "bytes", "Resident, of that the cache of vectors, what is held for clients; and how much there may be.", (
@@ -26109,12 +26114,12 @@ BOARD: Final = {
             ("sum(embellama_http_connections{<own>})", "connections"),
             ("sum(embellama_http_streams{<own>})", "streams"))),
         Panel("Inputs in the cache", "percentunit", "Inputs found in the cache, or under way for another request.",
-            _share("embellama_cache_lookups_total", "hit|shared")),
+            _share_found("embellama_cache_lookups_total", "hit|shared")),
     ),
 }
 # fmt: on
-_SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
-_OWN: Final = 'job=~"$job",instance=~"$instance"'
+_DATA_SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
+_CHOSEN: Final = 'job=~"$job",instance=~"$instance"'
 
 
 def grafana_files(_: Deployment) -> dict[str, str]:
@@ -26126,8 +26131,8 @@ def grafana_files(_: Deployment) -> dict[str, str]:
         panels.append({"type": "row", "title": title, "gridPos": place, "panels": []})
         for column, panel in enumerate(row):
             place = {"x": 6 * column, "y": y + 1, "w": 6, "h": 8}
-            panels.append(_drawn(panel, len(panels) + 1, place))
-    starts = f"changes(process_start_time_seconds{{{_OWN}}}[$__rate_interval]) > 0"
+            panels.append(_drawn_panel(panel, len(panels) + 1, place))
+    starts = f"changes(process_start_time_seconds{{{_CHOSEN}}}[$__rate_interval]) > 0"
     board = {
         "id": None,
         "uid": "embellama-server",
@@ -26138,12 +26143,14 @@ def grafana_files(_: Deployment) -> dict[str, str]:
         "editable": False,
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_SOURCE_CHOICE, _choice("job"), _choice("instance")]},
+        "templating": {
+            "list": [_SOURCE_CHOICE, _board_choice("job"), _board_choice("instance")]
+        },
         "annotations": {
             "list": [
                 {
                     "name": "Starts",
-                    "datasource": _SOURCE,
+                    "datasource": _DATA_SOURCE,
                     "enable": True,
                     "iconColor": "blue",
                     "expr": starts,
@@ -26164,7 +26171,7 @@ _SOURCE_CHOICE: Final = {
 }
 
 
-def _choice(label: str) -> dict[str, object]:
+def _board_choice(label: str) -> dict[str, object]:
     """Return a variable for the values of a label; all of them at first."""
     filters = '{job=~"$job"}' if label == "instance" else ""
     query = f"label_values(embellama_build_info{filters}, {label})"
@@ -26172,7 +26179,7 @@ def _choice(label: str) -> dict[str, object]:
         "name": label,
         "label": label.title(),
         "type": "query",
-        "datasource": _SOURCE,
+        "datasource": _DATA_SOURCE,
         "definition": query,
         "query": {"query": query, "refId": label},
         "refresh": 2,  # when the time changes
@@ -26184,13 +26191,15 @@ def _choice(label: str) -> dict[str, object]:
     }
 
 
-def _drawn(panel: Panel, number: int, place: Mapping[str, int]) -> dict[str, object]:
+def _drawn_panel(
+    panel: Panel, number: int, place: Mapping[str, int]
+) -> dict[str, object]:
     stacking = {"mode": "normal" if panel.is_stacked else "none"}
     targets = [
         {
             "refId": chr(ord("A") + index),
-            "datasource": _SOURCE,
-            "expr": filled(expression, own=_OWN, window="[$__rate_interval]"),
+            "datasource": _DATA_SOURCE,
+            "expr": filled(expression, own=_CHOSEN, window="[$__rate_interval]"),
             "legendFormat": legend,
         }
         for index, (expression, legend) in enumerate(panel.curves)
@@ -26200,7 +26209,7 @@ def _drawn(panel: Panel, number: int, place: Mapping[str, int]) -> dict[str, obj
         "type": "timeseries",
         "title": panel.title,
         "description": panel.meaning,
-        "datasource": _SOURCE,
+        "datasource": _DATA_SOURCE,
         "gridPos": place,
         "fieldConfig": {
             "defaults": {
@@ -26220,8 +26229,10 @@ def _drawn(panel: Panel, number: int, place: Mapping[str, int]) -> dict[str, obj
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
 
-_SCHEMA: Final = "https://schema.getpostman.com/json/collection/v2.1.0/collection.json"
-_TEST: Final = """\
+_COLLECTION_FORM: Final = (
+    "https://schema.getpostman.com/json/collection/v2.1.0/collection.json"
+)
+_CALL_TEST: Final = """\
 pm.test("<name>", () => {
   pm.expect(pm.response.code).to.be.oneOf([<statuses>]);
   const type = pm.response.headers.get("content-type") || "";
@@ -26248,7 +26259,7 @@ def postman_files(deployment: Deployment) -> dict[str, str]:
         "info": {
             "name": "embellama_server",
             "description": f"{head_line('postman')[2:]}. apiKey is yours to set.",
-            "schema": _SCHEMA,
+            "schema": _COLLECTION_FORM,
         },
         "auth": {"type": "bearer", "bearer": [token]},
         "variable": [{"key": key, "value": value} for key, value in variables.items()],
@@ -26268,12 +26279,12 @@ def _example_call(route: Route) -> dict[str, object]:
         (example,) = schema_of(route.form).get("examples", [{"model": "{{model}}"}])
         request["header"] = [{"key": "Content-Type", "value": "application/json"}]
         request["body"] = {"mode": "raw", "raw": json.dumps(example, indent=2)}
-    statuses = {route.dialect.status_of(error) for error in _expected(route)}
+    statuses = {route.dialect.status_of(error) for error in _expected_errors(route)}
     keys = (
         route.reply.get("required", []) if route.reply.get("type") == "object" else []
     )
     test = filled(
-        _TEST,
+        _CALL_TEST,
         name=f"{route.method} {path}",
         statuses=", ".join(["200", *map(str, sorted(statuses))]),
         keys=json.dumps(keys),
@@ -26283,7 +26294,7 @@ def _example_call(route: Route) -> dict[str, object]:
     return {"name": f"{route.method} {route.path}", "request": request, "event": event}
 
 
-def _expected(route: Route) -> tuple[type[ApiError], ...]:
+def _expected_errors(route: Route) -> tuple[type[ApiError], ...]:
     """Return with which errors a call may end, as its example cannot suit every server."""
     if route.access == "admin":
         return AdminOnly, InvalidValue, ModelNotFound, ModelConflict
