@@ -194,7 +194,7 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 86. FRONTS - HAProxy or nginx before several servers
 87. WATCHING - what scrapes and alerts
 88. BOARD - one dashboard for Grafana
-89. CALLS - the routes as a Postman collection
+89. COLLECTION - the routes as a Postman collection
 90. COMMAND LINE - flags in, exit code out
 """
 
@@ -26224,7 +26224,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 89. CALLS - the routes as a Postman collection
+# 89. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
