@@ -14,8 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Iterable, Mapping
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import both, kit
+from tests.servers import free_port
+from tests.siege import answers, wait_until
 
 CANARY = "canary-4f1d"  # in every setting that may hold a secret
 
@@ -862,3 +867,104 @@ def test_prometheus_takes_its_configuration(
         text = text.replace(place, str(here))
     (tmp_path / "prometheus.yml").write_text(text)
     said_by(program, "check", "config", "--syntax-only", "prometheus.yml", cwd=tmp_path)
+
+
+# --- in use ---
+
+
+@contextlib.contextmanager
+def prometheus_of(folder: Path, port: int) -> Iterator[Callable[[str], Any]]:
+    """What Prometheus answers to a path; it reads a server's metrics each second."""
+    program, own = needs("prometheus"), free_port()
+    files(folder, "--port", str(port), "prometheus", "alerts")
+    place = folder / "prometheus.yml"
+    place.write_text(place.read_text().replace('"15s"', '"1s"'))
+    process = subprocess.Popen(
+        [
+            *(
+                program,
+                f"--config.file={place}",
+                f"--storage.tsdb.path={folder / 'data'}",
+            ),
+            *(f"--web.listen-address=127.0.0.1:{own}", "--log.level=error"),
+        ]
+    )
+
+    def ask(path: str) -> Any:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{own}/api/v1/{path}", timeout=9
+        ) as reply:
+            return json.load(reply)["data"]
+
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(kit.DEADLINE_S)
+
+
+@pytest.mark.clients
+def test_every_panel_draws_and_every_rule_is_computed_while_prometheus_watches(
+    tmp_path: Path,
+) -> None:
+    expressions = {
+        target["expr"]
+        .replace("$__rate_interval", "10s")
+        .replace("$job", ".+")
+        .replace("$instance", ".+"): panel["title"]
+        for panel in panels()
+        for target in panel["targets"]
+    }
+    empty = dict(expressions)
+    with (
+        both.asking(tmp_path, has_chatter=True) as server,
+        prometheus_of(tmp_path / "out", server.port) as ask,
+    ):
+        chat = {"model": "chatter", "messages": [{"role": "user", "content": "a b"}]}
+        until = time.monotonic() + kit.DEADLINE_S
+        while empty and time.monotonic() < until:
+            texts = [f"{time.monotonic()} {n}" for n in range(8)]
+            assert server.post("/v1/embeddings", {"input": texts * 2}).status == 200
+            assert server.post("/v1/chat/completions", chat).status == 200
+            with contextlib.suppress(OSError):
+                for one in list(empty):
+                    found = ask(f"query?query={urllib.parse.quote(one)}")["result"]
+                    if found and not any(row["value"][1] == "NaN" for row in found):
+                        del empty[one]
+        rules = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
+    assert empty == {}
+    assert len(rules) == len(es.ALERTS)
+    assert {rule["health"] for rule in rules} == {"ok"}
+
+
+def test_systemd_s_sockets_and_the_printed_settings_start_the_server(
+    shop: Path, tmp_path: Path
+) -> None:
+    program, port = needs("systemd-socket-activate"), free_port()
+    flags = (
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--model-path",
+        f"{shop}/a.gguf",
+    )
+    written = files(tmp_path, *flags, "systemd")
+    (stream,) = re.findall(r"(?m)^ListenStream=(.*)$", written["embellama.socket"])
+    (name,) = re.findall(r"(?m)^FileDescriptorName=(.*)$", written["embellama.socket"])
+    config = tmp_path / "embellama.toml"
+    config.write_text(config.read_text().replace("/opt/embellama/models", str(shop)))
+    process = subprocess.Popen(
+        [
+            *(program, "--listen", stream, f"--fdname={name}"),
+            *(sys.executable, "-m", "tests.kit", "--config", str(config)),
+        ],
+        cwd=kit.ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: answers(f"http://{stream}"))
+    finally:
+        process.terminate()
+        process.wait(kit.DEADLINE_S)
