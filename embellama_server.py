@@ -15761,7 +15761,7 @@ def _bare_host(host: str) -> str:
 FREE_S: Final = 30.0  # for idle threads to end: unmapping gigabytes takes time
 
 
-_THOUGHTS: Final = ("</think>", "enable_thinking", "reasoning_content", "thinking")
+_OF_THOUGHTS: Final = re.compile("think|reasoning", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15787,12 +15787,7 @@ class ModelFacts:
     @property
     def may_think(self) -> bool:
         """Whether its chat template knows of thoughts."""
-        return any(mark in self.chat_template for mark in _THOUGHTS)
-
-    @property
-    def knows_tools(self) -> bool:
-        """Whether its chat template shows tools."""
-        return "tools" in self.chat_template
+        return _OF_THOUGHTS.search(self.chat_template) is not None
 
 
 def facts_of(settings: Settings, path: str) -> ModelFacts:
@@ -21168,7 +21163,7 @@ def _parameters(facts: ModelFacts) -> str:
 
 def _capabilities(facts: ModelFacts) -> list[str]:
     found = [_CAPABILITIES[facts.kind]]
-    if facts.knows_tools:
+    if facts.chat_template:  # where that knows of none, they are told as text
         found.append("tools")
     if facts.may_think:
         found.append("thinking")
@@ -21292,10 +21287,10 @@ def _read_think(value: object, name: str) -> bool | str:
 
 def _read_output_format(value: object, name: str) -> Mapping[str, object] | None:
     if isinstance(value, dict):
-        return value
+        return value or {"type": list(JSON_TYPES)}
     if value not in ("", "json"):
         raise InvalidValue(f'{name} must be "json" or a JSON schema', param=name)
-    return {} if value else None
+    return {} if value else None  # which mean any object, and any text
 
 
 def _read_keep_alive(value: object, name: str) -> bool:
@@ -21476,6 +21471,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
         stop=options.stop or (),
         top_logprobs=(form.top_logprobs or 0) if form.logprobs else None,
         json_schema=form.format,
+        schema_param="format",
         variables=variables,
         **more,
     )
@@ -21702,6 +21698,11 @@ async def _ollama_answer(
 ) -> Response:
     loaded_at = time.monotonic()
     replies = await replies_for(context, request, are_streamed=form.stream)
+    if form.think and not replies.entry.facts.may_think:
+        raise InvalidValue(
+            f"model {replies.entry.name} does not think: leave out think, or send false",
+            param="think",
+        )
     asked, most = (
         form.options and form.options.num_ctx,
         loaded_model.card.max_input_tokens,

@@ -30,7 +30,7 @@ def test_a_file_s_type_has_the_name_that_llama_cpp_gives_it() -> None:
     ("make", "can"),
     [
         (chat_models.tiny_qwen, ["completion", "tools", "thinking"]),
-        (chat_models.tiny_llama, ["completion"]),
+        (chat_models.tiny_llama, ["completion", "tools"]),
         (models.tiny_bert, ["embedding"]),
     ],
 )

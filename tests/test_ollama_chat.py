@@ -7,6 +7,7 @@ compared with: Ollama's api/types.go, and what its clients in Python and Go take
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -290,6 +291,24 @@ def called() -> list[es.Delta]:
     return [*deltas, es.Delta(0, finish_reason="tool_calls")]
 
 
+@EACH
+async def test_a_model_that_cannot_think_is_not_asked_to(path: str) -> None:
+    async with chatting() as (running, speaker):
+        for think in (True, "high"):
+            assert "does not think" in await refused(running, path, think=think)
+        await whole(running, path, think=False)
+        (entry,) = running.service.models.entries
+        assert entry.loaded
+        knows = dataclasses.replace(entry.facts, chat_template="<think></think>")
+        entry.loaded.facts = knows
+        await whole(running, path, think="high")
+        _, options = speaker.engine.template.asked[-1]
+        assert options["variables"] == {
+            "enable_thinking": True,
+            "reasoning_effort": "high",
+        }
+
+
 async def test_a_call_comes_whole_and_its_arguments_are_an_object() -> None:
     async with chatting() as (running, speaker):
         parts = await gains(running, speaker, CHAT, called())
@@ -363,7 +382,8 @@ async def test_what_is_asked_reaches_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "schema"), [("json", {}), ({}, {}), ("", None), (None, None)]
+    ("told", "schema"),
+    [("json", {}), ({}, {"type": [*es.JSON_TYPES]}), ("", None), (None, None)],
 )
 def test_a_format_is_a_schema_or_any_json(told: object, schema: object) -> None:
     body = {"prompt": "a", "format": told, "think": False}
@@ -371,6 +391,7 @@ def test_a_format_is_a_schema_or_any_json(told: object, schema: object) -> None:
     for has_template in (True, False):
         request = es.ollama_generate_request(form, has_template=has_template)
         assert request.json_schema == schema
+        assert request.schema_param == "format"
         assert request.variables == {"enable_thinking": False}
 
 

@@ -744,7 +744,7 @@ def test_ollama_s_client_raises_with_our_message(url: str) -> None:
             assert "model 'llama3' not found" in unknown.value.error
         with pytest.raises(ollama.ResponseError) as chat:
             client.chat(model=MODEL, messages=[])
-        assert "there is no /api/chat here" in chat.value.error
+        assert "is an embedding model" in chat.value.error
         with pytest.raises(ollama.ResponseError) as long:
             client.embed(model=MODEL, input=TOO_LONG, truncate=False)
         assert long.value.status_code == 400
