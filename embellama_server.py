@@ -18624,7 +18624,9 @@ def _name_in(value: object, name: str) -> str:
 def _read_tool_choice(value: object, name: str) -> ToolChoice:
     if not isinstance(value, dict):
         return ToolChoice(_MODE.read(value, name))
-    if value.get("type") != "allowed_tools":
+    if isinstance(kind := value.get("type"), str) and kind in _MODES:  # Cursor's
+        return ToolChoice(_MODE.read(kind, f"{name}.type"))
+    if kind != "allowed_tools":
         return ToolChoice("named", [_name_in(value, name)])
     inner = value.get("allowed_tools")
     where = name if inner is None else f"{name}.allowed_tools"
@@ -18634,6 +18636,7 @@ def _read_tool_choice(value: object, name: str) -> ToolChoice:
 
 
 _MODE: Final = one_of("auto", "none", "required", any="required")  # Mistral's word
+_MODES: Final = frozenset(_MODE.schema["enum"])
 _ALLOWED_MODE: Final = one_of("auto", "required")
 _NAMED_TOOL: Final = Kind(
     _name_in,
@@ -18645,6 +18648,7 @@ TOOL_CHOICE: Final = Kind(
     _read_tool_choice,
     any_of(
         _MODE.schema,
+        an_object(type=_MODE.schema),
         _NAMED_TOOL.schema,
         an_object(type={"enum": ["allowed_tools"]}, allowed_tools=_ALLOWED),
     ),

@@ -44,6 +44,8 @@ CHOICES: tuple[tuple[Any, Any, tuple[Any, str]], ...] = (
     ([F, G], "none", ([], "none")),
     ([F, G], "required", ([F, G], "required")),
     ([F, G], "any", ([F, G], "required")),
+    ([F, G], {"type": "none"}, ([], "none")),
+    ([F, G], {"type": "any"}, ([F, G], "required")),
     ([F, G], named("g"), ([G], "named")),
     ([F, G], FLAT, ([G], "named")),
     ([F, G], FLAT | {"function": None}, ([G], "named")),
