@@ -19485,7 +19485,7 @@ def _read_item_parts(value: object, name: str) -> str | list[dict[str, str]]:
 
 def _read_item_part(part: object, name: str) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or kind not in _TEXT_PARTS:
+    if not isinstance(part, dict) or kind not in [*_TEXT_PARTS]:  # it may be a dict
         other = f", not {kind:.40}" if isinstance(kind, str) else ""
         raise InvalidValue(
             f"{name} must be a part of type input_text or output_text{other}: this "

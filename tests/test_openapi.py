@@ -7,6 +7,7 @@ must be what it says.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -447,6 +448,40 @@ def test_a_path_with_another_s_row_answers_as_that(client: both.Client) -> None:
             replies = [client.post(one.path, sent) for one in (route, same)]
             assert replies[0].status == replies[1].status
             assert form_schema(route) == form_schema(same)
+
+
+ODD_PARTS: list[Any] = [None, {}, [], {"type": {}}, [[]], 1, "", "x", True, 0.5]
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Where something else could be put: containers, each with a key or an index."""
+    keys = [*value] if isinstance(value, dict) else range(len(value))
+    found = [(value, key) for key in keys]
+    inner = [value[key] for key in keys if isinstance(value[key], (dict, list))]
+    return found + [place for one in inner for place in places(one)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    dict.fromkeys(route.form for route in FORMED),
+    ids=lambda form: str(form.__name__),
+)
+def test_what_is_odd_anywhere_in_a_body_is_read_or_refused(form: Any) -> None:
+    schema = DOCUMENT["components"]["schemas"][form.__name__]
+
+    @settings(max_examples=20, deadline=None)
+    @given(fitting(schema))
+    def holds(body: Any) -> None:
+        body = copy.deepcopy(body)
+        for container, key in places(body):
+            right = container[key]
+            for odd in ODD_PARTS:
+                container[key] = odd
+                with contextlib.suppress(es.ApiError):
+                    es.parse_form(form, body)
+            container[key] = right
+
+    holds()
 
 
 @pytest.mark.parametrize("route", APART, ids=named)
