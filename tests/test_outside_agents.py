@@ -26,7 +26,7 @@ from tests.test_outside_clients import node_printed, printed
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
 CITIES = ("Ulm", "Bonn")
-WEATHER = {"city": "Ulm"}
+WEATHER: Any = {"city": "Ulm"}
 CITY = {"type": "string", "enum": [*CITIES]}
 PARAMETERS = {
     "type": "object",
@@ -37,7 +37,7 @@ PARAMETERS = {
 TOOLS: Any = [
     {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 ]
-PERSON = {"name": "Ann", "age": 33}
+PERSON: Any = {"name": "Ann", "age": 33}
 
 
 def called(name: str, /, **arguments: object) -> str:
@@ -175,13 +175,15 @@ def test_openai_gets_a_valid_call_where_one_is_demanded(
     asks |= {"tool_choice": choice, "parallel_tool_calls": False, "temperature": 2}
     for seed in range(5):
         reply = client.chat.completions.create(**asks, seed=seed)
-        (call,) = reply.choices[0].message.tool_calls or ()
+        call: Any
+        again: Any
+        (call,) = reply.choices[0].message.tool_calls or [None]
         assert Weather.model_validate_json(call.function.arguments)
         assert reply.choices[0].finish_reason == "tool_calls"
         with client.chat.completions.stream(**asks, seed=seed) as stream:
             stream.until_done()
             (streamed,) = stream.get_final_completion().choices
-        (again,) = streamed.message.tool_calls or ()
+        (again,) = streamed.message.tool_calls or [None]
         assert again.function.arguments == call.function.arguments
 
 
@@ -305,8 +307,8 @@ def test_openai_s_agents_and_pydantic_ai_call_tools_and_give_objects(
     seen = printed(sys.executable, "-c", AGENTS, *asks, **apart)
     names = ("agents", "agents streamed", "pydantic", "pydantic streamed")
     assert [seen.pop(name) for name in names] == [ANSWER] * 4
-    names = ("agents typed", "pydantic tool", "pydantic native")
-    assert [seen.pop(name) for name in names] == [PERSON] * 3
+    typed = ("agents typed", "pydantic tool", "pydantic native")
+    assert [seen.pop(name) for name in typed] == [PERSON] * 3
     assert not seen
 
 
@@ -317,7 +319,7 @@ def made(url: str, **more: Any) -> Any:
     """LangChain's model."""
     from langchain_openai import ChatOpenAI
 
-    return ChatOpenAI(base_url=url, api_key="any", model="tiny", max_retries=0, **more)  # type: ignore[arg-type]
+    return ChatOpenAI(base_url=url, api_key="any", model="tiny", max_retries=0, **more)
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # as it logs itself
