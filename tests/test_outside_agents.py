@@ -175,15 +175,15 @@ def test_openai_gets_a_valid_call_where_one_is_demanded(
     asks |= {"tool_choice": choice, "parallel_tool_calls": False, "temperature": 2}
     for seed in range(5):
         reply = client.chat.completions.create(**asks, seed=seed)
-        call: Any
-        again: Any
-        (call,) = reply.choices[0].message.tool_calls or [None]
+        calls: Any = reply.choices[0].message.tool_calls
+        (call,) = calls
         assert Weather.model_validate_json(call.function.arguments)
         assert reply.choices[0].finish_reason == "tool_calls"
         with client.chat.completions.stream(**asks, seed=seed) as stream:
             stream.until_done()
             (streamed,) = stream.get_final_completion().choices
-        (again,) = streamed.message.tool_calls or [None]
+        calls = streamed.message.tool_calls
+        (again,) = calls
         assert again.function.arguments == call.function.arguments
 
 
