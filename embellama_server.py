@@ -192,7 +192,7 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 84. UNITS - the server under systemd
 85. CONTAINERS - the server in images, with Compose, in Kubernetes
 86. FRONTS - HAProxy or nginx before several servers
-87. WATCHING - what scrapes and alerts
+87. WATCHING - what scrapes, alerts and scales
 88. BOARD - one dashboard for Grafana
 89. COLLECTION - the routes as a Postman collection
 90. COMMAND LINE - flags in, exit code out
@@ -25606,7 +25606,7 @@ spec:
   # It asks nobody anything, unless for the default model, or to send spans.
   policyTypes: <policies>
 ---
-# The work is the CPU's, so its use says how much there is; waits would say it earlier.
+# The work is the CPU's, so its use says how much there is. The backlog says it earlier: `emit keda`.
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
 metadata:
@@ -25849,7 +25849,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 87. WATCHING - what scrapes and alerts
+# 87. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -25973,6 +25973,38 @@ ALERTS: Final = (
         "Raise --idle-unload-s or --max-memory-mb, or serve it elsewhere."),
 )
 # fmt: on
+
+
+_KEDA: Final = """\
+<head>
+# Instead of the HorizontalPodAutoscaler of embellama.yaml, never beside it. The backlog says
+# how much there is to do before the CPU is busy with it: a pod for every five seconds.
+apiVersion: keda.sh/v1alpha1
+kind: ScaledObject
+metadata:
+  name: embellama
+spec:
+  scaleTargetRef: {name: embellama}
+  minReplicaCount: 2
+  maxReplicaCount: 10
+  advanced:
+    horizontalPodAutoscalerConfig:
+      behavior:
+        scaleDown: {stabilizationWindowSeconds: 300}
+  triggers:
+    - type: prometheus
+      metadata:
+        serverAddress: http://prometheus:9090
+        query: <query>
+        threshold: "5"
+"""
+BACKLOG: Final = promql("sum(max <by> (embellama_backlog_seconds{<job>}))")
+
+
+def keda_files(_: Deployment) -> dict[str, str]:
+    """An autoscaler that goes by the backlog."""
+    head = lines_of(head_line("keda"))
+    return {"embellama-keda.yaml": filled(_KEDA, head=head, query=json.dumps(BACKLOG))}
 
 
 def prometheus_files(deployment: Deployment) -> dict[str, str]:
@@ -26326,6 +26358,7 @@ EMITTERS: Final = {
     "docker": Emitter(docker_files),
     "compose": Emitter(compose_files),
     "kubernetes": Emitter(kubernetes_files),
+    "keda": Emitter(keda_files),
     "haproxy": Emitter(haproxy_files),
     "nginx": Emitter(nginx_files),
     "prometheus": Emitter(prometheus_files),

@@ -657,6 +657,19 @@ def test_the_collection_runs_green_against_a_server_with_two_models(
 # --- what others say of the files ---
 
 
+def test_keda_scales_by_a_metric_that_is_there(tmp_path: Path) -> None:
+    (text,) = files(tmp_path, "keda").values()
+    spec = yaml.safe_load(text)["spec"]
+    (trigger,) = spec["triggers"]
+    assert_series_exist(trigger["metadata"]["query"])
+    # Values are strings, as KEDA wants them.
+    assert all(isinstance(value, str) for value in trigger["metadata"].values())
+    autoscaler = documents(files(tmp_path, "kubernetes")["embellama.yaml"])
+    limits = autoscaler["HorizontalPodAutoscaler"]["spec"]
+    assert spec["minReplicaCount"] == limits["minReplicas"]
+    assert spec["maxReplicaCount"] == limits["maxReplicas"]
+
+
 @EVERY_SET
 def test_haproxy_and_nginx_take_their_files(
     name: str, shop: Path, tmp_path: Path
