@@ -24932,13 +24932,12 @@ class Deployment:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        hosts = [
+        hosts = {
             self.settings.host,
             *(host_and_port(t)[0] for t in self.settings.listen),
-        ]
-        return all(
-            h in ("localhost", "none", "::1") or h.startswith("127.") for h in hosts
-        )
+        }
+        others = hosts - {"localhost", "none", "::1"}
+        return all(host.startswith("127.") for host in others)
 
     @property
     def is_on_gpu(self) -> bool:
@@ -25053,11 +25052,8 @@ def yaml_text(value: object, indent: str = "") -> str:
         mark = key if is_list else f"{_yaml_key(key)}:"
         if isinstance(item, (dict, list)) and item:
             below = yaml_text(item, deeper)
-            text += (
-                f"{indent}{mark} {below.lstrip()}"
-                if is_list
-                else f"{indent}{mark}\n{below}"
-            )
+            below = f" {below.lstrip()}" if is_list else f"\n{below}"
+            text += f"{indent}{mark}{below}"
         elif isinstance(item, str) and _is_yaml_block(item):
             text += f"{indent}{mark} |\n{textwrap.indent(item, deeper)}"
         else:
@@ -25190,7 +25186,10 @@ _UNIT_FOLDERS: Final = {
     "audit_log": ("LogsDirectory", "%L"),
     "dead_letter": ("StateDirectory", "%S"),
 }
-_PROGRAM_FILE: Final = "embellama_server.py"
+_INSTALLED: Final = (
+    "/opt/embellama/.venv/bin/python",
+    "/opt/embellama/embellama_server.py",
+)
 _UNIT_HIDES: Final = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
 
 
@@ -25201,19 +25200,11 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
     python, program = deployment.python, deployment.program
     copies = [f"#   {p} as {seen(p)}" for p in deployment.model_files if _is_hidden(p)]
     if _is_hidden(python) or _is_hidden(program):
-        python, program = (
-            "/opt/embellama/.venv/bin/python",
-            f"/opt/embellama/{_PROGRAM_FILE}",
-        )
-        copies.append(
-            f"#   {_PROGRAM_FILE}, and an environment for it, in /opt/embellama"
-        )
+        python, program = _INSTALLED
+        copies.append(f"#   {program}, and its environment with {python}")
     if copies:
         copies.insert(0, "# The unit sees no home and no /tmp. Put there first:")
-    is_closed = (
-        deployment.is_local and settings.model_path and not settings.otlp_endpoint
-    )
-    memory_mb = deployment.memory_mb()
+    asks_nobody = settings.model_path and not settings.otlp_endpoint
     service = filled(
         _UNIT,
         head=lines_of(head_line("systemd")),
@@ -25222,11 +25213,12 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
         program=_unit_word(program),
         watchdog_s=str(math.ceil(settings.watchdog_s * 1.5)),
         stop_s=str(deployment.stop_s),
-        memory=_memory_limit(memory_mb),
+        memory=_memory_limit(deployment.memory_mb()),
         descriptors=str(settings.max_connections + 1024),
         placed=lines_of(*_placed_by_unit(deployment)),
         devices=_ON_GPU if deployment.is_on_gpu else _ON_CPU,
-        addresses="IPAddressDeny=any\nIPAddressAllow=localhost\n" * bool(is_closed),
+        addresses="IPAddressDeny=any\nIPAddressAllow=localhost\n"
+        * bool(asks_nobody and deployment.is_local),
     )
     files = {"embellama.service": service}
     if streams := _unit_streams(settings):
@@ -25257,9 +25249,7 @@ def _unit_word(text: str) -> str:
 def _memory_limit(memory_mb: int) -> str:
     if not memory_mb:
         return "# MemoryMax= cannot be foreseen: the model's file is not there yet\n"
-    why = (
-        "# foreseen from the models' headers, a quarter more, and what clients may take"
-    )
+    why = "# foreseen from the models' headers, a quarter more, and what clients take"
     return lines_of(why, f"MemoryMax={memory_mb}M", "MemorySwapMax=0")
 
 
@@ -25267,9 +25257,8 @@ def _placed_by_unit(deployment: Deployment) -> Iterator[str]:
     """Yield lines for what is not in embellama.toml: secrets, and where to write."""
     settings = deployment.settings
     if names := deployment.secret_names:
-        yield "# of mode 600, with a line NAME=VALUE for " + ", ".join(
-            map(variable_of, names)
-        )
+        known = ", ".join(map(variable_of, names))
+        yield f"# of mode 600, with a line NAME=VALUE for {known}"
         yield "EnvironmentFile=/etc/embellama/secrets.env"
     if not deployment.has_keys and not deployment.is_local:
         yield "# no --api-key-file: whoever reaches the port may ask"
@@ -26579,6 +26568,11 @@ def _emit(call: Invocation) -> int:
     if not loaded.settings.port:
         bound = "the files name a port: say which, 1 to 65535"
         raise BadSetting(loaded.sources["port"], "port", 0, bound)
+    for row in SETTING_ROWS:  # all others are numbers, words, or TOML's to quote
+        value = getattr(loaded.settings, row.name)
+        if row.is_path and not value.isprintable():
+            bound = "a name with line breaks and such fits into no file"
+            raise BadSetting(loaded.sources[row.name], row.name, value, bound)
     program = str(Path(__file__).absolute())
     deployment = Deployment(loaded, sys.executable, program)
     files: dict[str, str] = {}

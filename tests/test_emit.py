@@ -159,6 +159,12 @@ def test_a_port_that_nobody_knows_yet_is_refused() -> None:
     assert "port" in err
 
 
+def test_a_path_that_would_end_its_line_is_refused() -> None:
+    code, out, err = emit("systemd", "--api-key-file", "/etc/keys\nUser=root")
+    assert (code, out) == (2, "")
+    assert "api_key_file" in err
+
+
 def test_what_only_the_unix_socket_answers_is_not_passed_on() -> None:
     flags = ("--host", "none", "--uds", "/run/embellama.sock")
     assert emit("systemd", *flags)[0] == 0
