@@ -173,29 +173,30 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 65. COHERE - its vectors and scores, Jina's scores, and vLLM's
 66. TEI - the shapes of text-embeddings-inference
 67. TOKENS - texts as the tokens that a model reads, and back
-68. OLLAMA - its models and its embeddings
-69. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-70. OLLAMA CHAT - its chat and generate, whole and streamed
-71. SEEDS - what infer-server and LMServ promise
-72. ADMIN - health, readiness, metrics, models
-73. DESCRIPTION - the routes as an OpenAPI document, and as a page
-74. ROUTES - the table, and everything derived from it
-75. DISPATCH - from a request to its response
-76. TRIALS - a model loaded in another process first
-77. FOLDER - what a model's authors wrote beside its file
-78. LOADING - a model's way into memory
-79. SUPERVISOR - a small parent that outlives the server
-80. SERVER - builds every object; loading, ready, draining, stopped
-81. TUNING - the settings that are fastest on this box
-82. CHECKING - what a model is and gives, before it is served
-83. DEPLOYMENT - what the printed files have in common
-84. UNITS - the server under systemd
-85. CONTAINERS - the server in images, with Compose, in Kubernetes
-86. FRONTS - HAProxy or nginx before several servers
-87. WATCHING - what scrapes, alerts and scales
-88. BOARD - one dashboard for Grafana
-89. COLLECTION - the routes as a Postman collection
-90. COMMAND LINE - flags in, exit code out
+68. LLAMA SERVER - routes of its own that clients look at
+69. OLLAMA - its models and its embeddings
+70. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+71. OLLAMA CHAT - its chat and generate, whole and streamed
+72. SEEDS - what infer-server and LMServ promise
+73. ADMIN - health, readiness, metrics, models
+74. DESCRIPTION - the routes as an OpenAPI document, and as a page
+75. ROUTES - the table, and everything derived from it
+76. DISPATCH - from a request to its response
+77. TRIALS - a model loaded in another process first
+78. FOLDER - what a model's authors wrote beside its file
+79. LOADING - a model's way into memory
+80. SUPERVISOR - a small parent that outlives the server
+81. SERVER - builds every object; loading, ready, draining, stopped
+82. TUNING - the settings that are fastest on this box
+83. CHECKING - what a model is and gives, before it is served
+84. DEPLOYMENT - what the printed files have in common
+85. UNITS - the server under systemd
+86. CONTAINERS - the server in images, with Compose, in Kubernetes
+87. FRONTS - HAProxy or nginx before several servers
+88. WATCHING - what scrapes, alerts and scales
+89. BOARD - one dashboard for Grafana
+90. COLLECTION - the routes as a Postman collection
+91. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -3785,8 +3786,12 @@ class Tokenizer:
             if (kind := kind_of(vocab, token)) & marks
         }
 
-    def encode_prompt(self, parts: Iterable[PromptPart]) -> list[int]:
+    def encode_prompt(
+        self, parts: Iterable[PromptPart], *, is_begun: bool = False
+    ) -> list[int]:
         """Return the token ids of a prompt, with one BOS in front if the file wants it.
+
+        ``is_begun``: it goes on from something, so there is none.
 
         Never two (6 % of a model's MMLU were lost so), and never an EOS at the end.
         """
@@ -3797,7 +3802,8 @@ class Tokenizer:
                 spelled = self.spelling.of(piece)
                 ids += self._encode_next(spelled, after=ids, parse_special=not is_plain)
         bos = self.llama.llama_vocab_bos(self.vocab)
-        wants_bos = bos >= 0 and self.llama.llama_vocab_get_add_bos(self.vocab)
+        wants_bos = not is_begun and bos >= 0
+        wants_bos = wants_bos and self.llama.llama_vocab_get_add_bos(self.vocab)
         return [bos, *ids] if wants_bos and ids[:1] != [bos] else ids
 
     def _encode_next(
@@ -5015,8 +5021,9 @@ class ChatTemplate:
         except Exception as error:  # Python's own compiler has limits as well
             words = _words_of(error)
             raise UnusableTemplate(f"the chat template is not valid: {words}") from None
+        self.source = source
         self.thoughts = thoughts_in(source)
-        self._names = {"bos_token": bos, "eos_token": eos}
+        self.names = {"bos_token": bos, "eos_token": eos}
         self._control = re.compile(_any_of({*control_texts}) or "(?!)")
 
     def render(
@@ -5041,7 +5048,7 @@ class ChatTemplate:
         values = {"documents": None, **(variables or {}), "tools": tools or None}
         values["add_generation_prompt"] = add_generation_prompt and not continues_last
         try:
-            values = self._plain(values) | self._names
+            values = self._plain(values) | self.names
             turns = [*map(self._plain_turn, turns)]
         except RecursionError:
             raise _refused("these messages are nested too deeply") from None
@@ -12157,6 +12164,12 @@ class GenerationQueue(WorkQueue):
         return len(self._sizes)
 
     @property
+    def growing(self) -> list[Generation]:
+        """Those that have a place."""
+        with self._lock:
+            return [one for one in self._sizes if one.started_at]
+
+    @property
     def running(self) -> int:
         return self.replies
 
@@ -17332,6 +17345,15 @@ async def read_prompts(
 
 
 def _rendered_ids(request: ReplyRequest, loaded_model: LoadedModel) -> Sequence[int]:
+    prompt = rendered(request, loaded_model)
+    return loaded_model.pool.engine.tokenizer.encode_prompt(prompt.parts)
+
+
+def rendered(request: ReplyRequest, loaded_model: LoadedModel) -> RenderedPrompt:
+    """Return the prompt of a checked request that has messages. A tokenizer's thread.
+
+    Raises InvalidValue, TemplateRefused, ContextLengthExceeded.
+    """
     assert loaded_model.template is not None, "checked before"
     card = loaded_model.card
     _check_chars(_chars_of([request.messages, request.tools, request.variables]), card)
@@ -17348,7 +17370,7 @@ def _rendered_ids(request: ReplyRequest, loaded_model: LoadedModel) -> Sequence[
     if len(prompt.parts) > card.max_input_tokens:  # each is a token or more
         size = f"{len(prompt.parts)} tokens or more"
         raise _prompt_too_long(card, size, "messages")
-    return loaded_model.pool.engine.tokenizer.encode_prompt(prompt.parts)
+    return prompt
 
 
 # A token stands for a few characters. What has many times more is not tokenized to be
@@ -18150,6 +18172,25 @@ class ReplyWriter:
         raise NotImplementedError
 
 
+def timings_of(replies: Replies) -> dict[str, object]:
+    """Return the times of replies as llama-server tells them."""
+    times, cached = replies.times, replies.cached_tokens
+    read, steps = replies.prompt_tokens - cached, replies.tokens - replies.count
+    shown: dict[str, object] = {"cache_n": cached}
+    # The first token of a reply comes with its prompt.
+    for name, count, each, taken_s in (
+        ("prompt", read, read, times.prefill_s),
+        ("predicted", replies.tokens, steps, times.decode_s),
+    ):
+        shown |= {
+            f"{name}_n": count,
+            f"{name}_ms": round(taken_s * 1000, 3),
+            f"{name}_per_token_ms": round(taken_s * 1000 / max(each, 1), 3),
+            f"{name}_per_second": round(each / taken_s, 3) if taken_s else 0.0,
+        }
+    return shown
+
+
 def likelihoods(logprobs: Sequence[TokenLogprob]) -> list[dict[str, object]]:
     """Return how likely each token was, as OpenAI's chat and Ollama's routes show it."""
     return [
@@ -18885,6 +18926,9 @@ class GenerateForm(SamplingForm):
     cache_prompt: bool = optional(
         FLAG, "Use what is in memory of prompts that begin alike.", True
     )
+    timings_per_token: bool = optional(
+        FLAG, "Tell llama-server's timings, in every event of a stream.", False
+    )
     deterministic: bool = optional(
         FLAG,
         "Fixed threads, at most 3 rows a step, nothing from memory: slower.",
@@ -19116,6 +19160,7 @@ class _Writer(ReplyWriter):
     prefix: ClassVar[str]  # of the id
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
+    tells_timings = False
 
     def __init__(self, replies: Replies, options: StreamOptionsForm | None) -> None:
         super().__init__(replies)
@@ -19144,6 +19189,13 @@ class _Writer(ReplyWriter):
         choices = {"choices": [*map(self.choice, replies)]}
         return json_codec().dumps(self._about | choices | self._told())
 
+    def _chunk(self, choice: Mapping[str, object]) -> bytes:
+        """Return the event of a choice."""
+        dumps, after = json_codec().dumps, b"]}"
+        if self.tells_timings:
+            after = b'],"timings":%b}' % dumps(timings_of(self.replies))
+        return _event_of(self._before + dumps(choice) + after)
+
     def _told(self) -> dict[str, object]:
         replies, times = self.replies, self.replies.times
         usage = {
@@ -19160,7 +19212,8 @@ class _Writer(ReplyWriter):
             "tokens_per_second": round(replies.tokens_per_s, 3),
             "batch_size": round(replies.step_rows),
         }
-        return {"usage": usage, "performance": performance}
+        more = {"timings": timings_of(replies)} if self.tells_timings else {}
+        return {"usage": usage, "performance": performance, **more}
 
 
 class _ShownThoughts:
@@ -19266,7 +19319,7 @@ class _ChatWriter(_Writer):
             "logprobs": self._shown(logprobs),
             "finish_reason": finish_reason,
         }
-        return _event_of(b"%b%b]}" % (self._before, json_codec().dumps(choice)))
+        return self._chunk(choice)
 
     @staticmethod
     def _shown(logprobs: Sequence[TokenLogprob]) -> dict[str, object] | None:
@@ -19349,7 +19402,7 @@ class _CompletionWriter(_Writer):
             "logprobs": self._shown(index, logprobs),
             "finish_reason": finish_reason,
         }
-        return _event_of(b"%b%b]}" % (self._before, json_codec().dumps(choice)))
+        return self._chunk(choice)
 
     def _shown(
         self, index: int, logprobs: Sequence[TokenLogprob]
@@ -19442,6 +19495,7 @@ async def chat_completions(context: RequestContext, form: ChatForm) -> Response:
     request = chat_request(form)
     replies = await replies_for(context, request, are_streamed=form.stream)
     writer = _ChatWriter(replies, form.stream_options, thoughts_of(form))
+    writer.tells_timings = form.timings_per_token
     return await answer(context, writer, is_streamed=form.stream)
 
 
@@ -19451,6 +19505,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
     replies = await replies_for(context, request, are_streamed=form.stream)
     echoed = await prompt_texts(replies, form.prompt) if form.echo else ()
     writer = _CompletionWriter(replies, form.stream_options, echoed)
+    writer.tells_timings = form.timings_per_token
     return await answer(context, writer, is_streamed=form.stream)
 
 
@@ -20806,11 +20861,25 @@ async def info(context: RequestContext) -> Response:
 class TokenizeForm:
     """The body of POST /tokenize."""
 
-    inputs: list[Any] = required(
+    inputs: list[Any] | None = optional(
         TEXTS, "A string or a list of strings.", example="The cat sleeps."
     )
     add_special_tokens: bool = optional(FLAG, "Include the special tokens.", True)
     prompt_name: str | None = optional(NAME, PROMPT_NAME)
+    content: str | None = optional(TEXT, "A text: answered as llama-server does.")
+    add_special: bool = optional(FLAG, "With content: as add_special_tokens.", False)
+    parse_special: bool = optional(
+        FLAG, "With content: control tokens that it has written out are such.", True
+    )
+    with_pieces: bool = optional(FLAG, "With content: the text of each token.", False)
+    model: str | None = model_or_none()
+
+
+@dataclass(slots=True, kw_only=True)
+class DetokenizeForm:
+    """The body of POST /detokenize."""
+
+    tokens: list[list[int]] = required(ID_LISTS, "Token ids.", example=[101, 7592, 102])
     model: str | None = model_or_none()
 
 
@@ -20836,30 +20905,84 @@ _TOKEN_SCHEMA: Final = an_object(
 )
 TOKENS_REPLY: Final = array(array(_TOKEN_SCHEMA))
 TEXTS_REPLY: Final = array(STRING)
+_ID_OR_PIECE: Final = any_of(
+    INTEGER, an_object(id=INTEGER, piece=any_of(STRING, array(INTEGER)))
+)
+ANY_TOKENS_REPLY: Final = any_of(TOKENS_REPLY, an_object(tokens=array(_ID_OR_PIECE)))
+CONTENT_REPLY: Final = an_object(content=STRING)
 
 
 async def tokenize(context: RequestContext, form: TokenizeForm) -> Response:
-    """The tokens of each text, and where in it they stand."""
+    """The tokens of each text, and where they stand; of `content`: as llama-server."""
+    if form.content is not None:
+        return await _tokens_of_content(context, form, form.content)
+    if form.inputs is None:
+        raise InvalidValue("inputs (or content) is missing", param="inputs")
     request = request_of(form, form.inputs, "inputs")
     entry, loaded_model = await resolve_model(context, request)
     card = loaded_model.card
     put_prompt(request, entry, loaded_model)
     before, after = request.around
     texts = [f"{before}{text}{after}" for text in request.inputs]
-    most = min(card.max_chars, _CHARS_PER_TOKEN * card.max_input_tokens)
-    sizes = [(f"inputs[{n}]", len(text), most) for n, text in enumerate(texts)]
-    for param, size, limit in [*sizes, ("inputs", sum(map(len, texts)), _MAX_CHARS)]:
-        if size > limit:
-            raise ContextLengthExceeded(
-                f"{param} has {size} characters and at most {limit} are read: send less",
-                param=param,
-            )
+    for n, text in enumerate(texts):
+        _check_size(len(text), f"inputs[{n}]", card)
+    _check_size(sum(map(len, texts)), "inputs")
     special = (card.prefix, card.suffix) if form.add_special_tokens else ((), ())
     extra = 1 + sum(map(len, special))
     bounds = [extra + max_own_tokens(text) for text in texts]
     tokenizer = loaded_model.pool.engine.tokenizer
     work = functools.partial(_tokens, tokenizer, *special)
     return await _one_by_one(context, loaded_model, work, texts, bounds, _TOKEN_BYTES)
+
+
+def _check_size(chars: int, param: str, card: ModelCard | None = None) -> None:
+    """Raise ContextLengthExceeded for too many, of a card's model or of all."""
+    most = _MAX_CHARS
+    if card is not None:
+        most = min(most, card.max_chars, _CHARS_PER_TOKEN * card.max_input_tokens)
+    if chars > most:
+        raise ContextLengthExceeded(
+            f"{param} has {chars} characters and at most {most} are read: send less",
+            param=param,
+        )
+
+
+async def _tokens_of_content(
+    context: RequestContext, form: TokenizeForm, content: str
+) -> Response:
+    context.dialect = OPENAI
+    request = request_of(CutForm(), [content], "content", model=form.model)
+    _, loaded_model = await resolve_model(context, request)
+    card, tokenizer = loaded_model.card, loaded_model.pool.engine.tokenizer
+    _check_size(len(content), "content", card)
+
+    def work(text: str) -> tuple[bytes, int]:
+        if card.kind == "generate":
+            parts = [PromptPart(text, is_plain=not form.parse_special)]
+            ids = tokenizer.encode_prompt(parts, is_begun=not form.add_special)
+        else:
+            ids = tokenizer.encode(text)
+            ids = [*card.prefix, *ids, *card.suffix] if form.add_special else ids
+        shown: list[Any] = ids
+        if form.with_pieces:
+            shown = [{"id": token, "piece": _piece(tokenizer, token)} for token in ids]
+        return json_codec().dumps(shown), len(ids)
+
+    bounds = [1 + len(card.prefix) + len(card.suffix) + max_own_tokens(content)]
+    reply = await _one_by_one(
+        context, loaded_model, work, [content], bounds, _TOKEN_BYTES
+    )
+    body = b'{"tokens":%b}' % bytes(reply.body[1:-1])
+    return dataclasses.replace(reply, body=body)
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> str | list[int]:
+    """Return what a token says: a text, or bytes if it is a part of a character."""
+    piece = tokenizer.piece(token)
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return [*piece]
 
 
 def _tokens(
@@ -20993,29 +21116,169 @@ async def _one_by_one(
 
 async def decode(context: RequestContext, form: DecodeForm) -> Response:
     """The text that token ids stand for."""
-    _, loaded_model = await resolve_model(context, request_of(form, form.ids, "ids"))
-    largest, n_vocab = max(map(max, form.ids)), loaded_model.card.n_vocab
+    kept = not form.skip_special_tokens
+    return await _decoded(context, form.ids, "ids", form.model, with_special=kept)
+
+
+async def detokenize(context: RequestContext, form: DetokenizeForm) -> Response:
+    """The text that token ids stand for, as llama-server answers."""
+    ids = [*itertools.chain(*form.tokens)]
+    reply = await _decoded(context, [ids], "tokens", form.model, with_special=True)
+    return dataclasses.replace(reply, body=b'{"content":%b}' % bytes(reply.body[1:-1]))
+
+
+async def _decoded(
+    context: RequestContext,
+    lists: Sequence[list[int]],
+    param: str,
+    model: str | None,
+    *,
+    with_special: bool,
+) -> Response:
+    """Return a list of texts, one for each list of token ids."""
+    request = request_of(CutForm(), lists, param, model=model)
+    _, loaded_model = await resolve_model(context, request)
+    largest, n_vocab = max(map(max, lists)), loaded_model.card.n_vocab
     if largest >= n_vocab:
-        raise bad_token_id("ids", largest, n_vocab)
-    bounds, most = [*map(len, form.ids)], context.service.settings.max_request_tokens
+        raise bad_token_id(param, largest, n_vocab)
+    bounds, most = [*map(len, lists)], context.service.settings.max_request_tokens
     if most and sum(bounds) > most:
         raise TooManyTokens(
-            f"ids has {sum(bounds)} tokens and a request may have {most} "
+            f"{param} has {sum(bounds)} tokens and a request may have {most} "
             "(--max-request-tokens): send several requests",
-            param="ids",
+            param=param,
         )
 
     def work(ids: Sequence[int]) -> tuple[bytes, int]:
         tokenizer = loaded_model.pool.engine.tokenizer
-        text = tokenizer.decode(ids, with_special=not form.skip_special_tokens)
+        text = tokenizer.decode(ids, with_special=with_special)
         return json_codec().dumps(text), len(ids)
 
-    items = form.ids
-    return await _one_by_one(context, loaded_model, work, items, bounds, _PIECE_BYTES)
+    return await _one_by_one(context, loaded_model, work, lists, bounds, _PIECE_BYTES)
 
 
 # ==============================================================================
-# 68. OLLAMA - its models and its embeddings
+# 68. LLAMA SERVER - routes of its own that clients look at
+# ==============================================================================
+# Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
+# without the texts, and of a model without its path.
+
+_PROPS_PARAMS: Final = an_object(params={"type": "object"}, n_ctx=INTEGER)
+PROPS_REPLY: Final = an_object(
+    default_generation_settings=_PROPS_PARAMS,
+    total_slots=INTEGER,
+    model_alias=STRING,
+    model_path=STRING,
+    modalities=an_object(vision=BOOLEAN, audio=BOOLEAN, video=BOOLEAN),
+    chat_template=STRING,
+    bos_token=STRING,
+    eos_token=STRING,
+    build_info=STRING,
+    is_sleeping=BOOLEAN,
+)
+SLOTS_REPLY: Final = array(
+    an_object(id=INTEGER, n_ctx=INTEGER, speculative=BOOLEAN, is_processing=BOOLEAN)
+)
+PROMPT_REPLY: Final = an_object(prompt=STRING)
+
+
+async def props(context: RequestContext) -> Response:
+    """What llama-server tells of its model; `?model=` names one."""
+    entry = _shown_entry(context)
+    loaded_model, settings = entry.loaded, entry.settings
+    sampling, template = SamplingOptions(), None
+    length = 0
+    if loaded_model is not None:
+        sampling, template = loaded_model.sampling, loaded_model.template
+        length = loaded_model.card.max_input_tokens
+    names = template.names if template else {"bos_token": "", "eos_token": ""}
+    params = _params(sampling, context.service.settings.max_tokens)
+    shown = {
+        "default_generation_settings": {"params": params, "n_ctx": length},
+        "total_slots": settings.parallel,
+        "model_alias": entry.name,
+        "model_path": entry.name,
+        "modalities": dict.fromkeys(("vision", "audio", "video"), False),
+        "chat_template": template.source if template else "",
+        **names,
+        "build_info": f"embellama_{__version__}",
+        "is_sleeping": loaded_model is None,
+    }
+    return Response(200, json_codec().dumps(shown), is_compressible=True)
+
+
+async def slots(context: RequestContext) -> Response:
+    """What llama-server tells of replies that grow, without texts.
+
+    `?fail_on_no_slot=1`: 503 if there is no place for one more.
+    """
+    entry = _shown_entry(context)
+    loaded_model, shown = entry.loaded, list[dict[str, object]]()
+    length = 0
+    if loaded_model is not None and loaded_model.card.kind == "generate":
+        length = loaded_model.card.max_input_tokens
+        for generation in loaded_model.generations.growing:
+            shown += [_busy_slot(generation)] * generation.request.n
+    free = max(0, entry.settings.parallel - len(shown))
+    if not free and _asked(context).get("fail_on_no_slot"):
+        raise Overloaded("no slot available", retry_after_s=1.0)
+    shown += [{"is_processing": False}] * free
+    fixed = {"n_ctx": length, "speculative": False}
+    rows = [{"id": number, **fixed, **one} for number, one in enumerate(shown)]
+    return Response(200, json_codec().dumps(rows))
+
+
+def _busy_slot(generation: Generation) -> dict[str, object]:
+    request, cached = generation.request, generation.cached_tokens
+    size, decoded = len(request.ids), generation.tokens // request.n
+    is_read = bool(generation.first_token_at)
+    left = {"n_remain": request.max_tokens - decoded, "n_decoded": decoded}
+    return {
+        "is_processing": True,
+        "n_prompt_tokens": size,
+        "n_prompt_tokens_processed": size - cached if is_read else 0,
+        "n_prompt_tokens_cache": cached,
+        "params": _params(request.sampling, request.max_tokens),
+        "next_token": [{"has_next_token": True, "has_new_line": False, **left}],
+    }
+
+
+def _params(sampling: SamplingOptions, most: int) -> dict[str, object]:
+    shown = dataclasses.asdict(sampling)
+    shown["seed"] = _ANY_SEED if sampling.seed is None else sampling.seed
+    del shown["logit_bias"]
+    return shown | {"max_tokens": most, "n_predict": most}
+
+
+_ANY_SEED: Final = 0xFFFFFFFF  # llama.cpp's word for it
+
+
+def _asked(context: RequestContext) -> dict[str, str]:
+    return dict(urllib.parse.parse_qsl(context.head.query))
+
+
+def _shown_entry(context: RequestContext) -> ModelEntry:
+    """Return the model that a query names, else the first that generates, or the first."""
+    service, client = context.service, context.caller.client
+    service.check_open()
+    name = _asked(context).get("model")
+    return service.models.names.find(name, client, kind="generate")
+
+
+async def apply_template(context: RequestContext, form: ChatForm) -> Response:
+    """The prompt that messages become, as a text."""
+    request = chat_request(form)
+    entry, loaded_model = await resolve_model(context, request, request.kind)
+    check_reply_request(request, entry, loaded_model, context.service.settings)
+    work = functools.partial(rendered, request, loaded_model)
+    who = context.caller.client, priority_of(context, request.priority)
+    prompt = await run_on_tokenizer(work, loaded_model, *who)
+    text = "".join(part.text for part in prompt.parts)
+    return Response(200, json_codec().dumps({"prompt": text}), is_compressible=True)
+
+
+# ==============================================================================
+# 69. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -21264,7 +21527,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 69. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 70. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -21482,7 +21745,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 70. OLLAMA CHAT - its chat and generate, whole and streamed
+# 71. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -21724,7 +21987,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 71. SEEDS - what infer-server and LMServ promise
+# 72. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -21940,7 +22203,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 72. ADMIN - health, readiness, metrics, models
+# 73. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -22180,14 +22443,14 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 73. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 74. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
 
 API_SUMMARY: Final = (
     "Chat, embeddings and reranking from GGUF models. Dialects: OpenAI, Cohere and Jina, "
-    "vLLM, text-embeddings-inference, Ollama, infer-server, LMServ."
+    "vLLM, text-embeddings-inference, Ollama, llama-server, infer-server, LMServ."
 )
 # Clients may cache it but must revalidate: it changes only with the program.
 CACHED: Final = "no-cache"
@@ -22492,7 +22755,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 74. ROUTES - the table, and everything derived from it
+# 75. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -22545,10 +22808,14 @@ _TABLE: Final = (
     Route("POST", "/embed", embed, EmbedForm, ROWS_OF_NUMBERS, dialect=TEI, group="TEI"),
     Route("POST", "/embed_all", embed_all, EmbedAllForm, TOKEN_VECTORS_REPLY, dialect=TEI, group="TEI"),
     Route("POST", "/similarity", similarity, SimilarityForm, NUMBERS, dialect=TEI, group="TEI"),
-    Route("POST", "/tokenize", tokenize, TokenizeForm, TOKENS_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/tokenize", tokenize, TokenizeForm, ANY_TOKENS_REPLY, dialect=TEI, also=(OPENAI,), group="TEI"),
     Route("POST", "/decode", decode, DecodeForm, TEXTS_REPLY, dialect=TEI, group="TEI"),
     Route("GET", "/info", info, None, INFO_REPLY, dialect=TEI, group="TEI"),
     Route("POST", "/ /invocations", task, TaskForm, TASK_REPLY, dialect=TEI, group="TEI"),
+    Route("POST", "/detokenize", detokenize, DetokenizeForm, CONTENT_REPLY, group="llama-server"),
+    Route("POST", "/apply-template", apply_template, ChatForm, PROMPT_REPLY, dialect=CHAT, group="llama-server"),
+    Route("GET", "/props", props, None, PROPS_REPLY, caching=NEVER_CACHED, group="llama-server"),
+    Route("GET", "/slots", slots, None, SLOTS_REPLY, caching=NEVER_CACHED, group="llama-server"),
     Route("POST", "/api/v1/embed", seed_embed, EmbedForm, SEED_REPLY, dialect=SEED, group="AI Embedding Inference Server"),
     Route("POST", "/api/embed", ollama_embed, OllamaEmbedForm, OLLAMA_EMBED_REPLY, dialect=OLLAMA, group="Ollama"),
     Route("POST", "/api/embeddings", ollama_embeddings, OllamaEmbeddingsForm, OLLAMA_EMBEDDINGS_REPLY, dialect=OLLAMA, group="Ollama"),
@@ -22692,7 +22959,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 75. DISPATCH - from a request to its response
+# 76. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -23141,7 +23408,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 76. TRIALS - a model loaded in another process first
+# 77. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -23224,7 +23491,7 @@ class Trial:
 
 
 # ==============================================================================
-# 77. FOLDER - what a model's authors wrote beside its file
+# 78. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -23351,7 +23618,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 78. LOADING - a model's way into memory
+# 79. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -23777,7 +24044,7 @@ class Loader:
 
 
 # ==============================================================================
-# 79. SUPERVISOR - a small parent that outlives the server
+# 80. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -24162,7 +24429,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 80. SERVER - builds every object; loading, ready, draining, stopped
+# 81. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -24595,7 +24862,7 @@ class Server:
 
 
 # ==============================================================================
-# 81. TUNING - the settings that are fastest on this box
+# 82. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -24730,7 +24997,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 82. CHECKING - what a model is and gives, before it is served
+# 83. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -24869,7 +25136,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 83. DEPLOYMENT - what the printed files have in common
+# 84. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -25082,7 +25349,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 84. UNITS - the server under systemd
+# 85. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -25294,7 +25561,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 85. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 86. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -25705,7 +25972,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 86. FRONTS - HAProxy or nginx before several servers
+# 87. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -25838,7 +26105,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 87. WATCHING - what scrapes, alerts and scales
+# 88. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -26046,7 +26313,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 88. BOARD - one dashboard for Grafana
+# 89. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -26250,7 +26517,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 89. COLLECTION - the routes as a Postman collection
+# 90. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -26358,7 +26625,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 90. COMMAND LINE - flags in, exit code out
+# 91. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

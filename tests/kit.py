@@ -299,6 +299,7 @@ class FakeTemplate:
         self.refusal: es.ApiError | None = None
         self.asked: list[tuple[Sequence[es.Message], dict[str, Any]]] = []
         self.thoughts = (es.THINK,)
+        self.source, self.names = "fake", {"bos_token": "<s>", "eos_token": "</s>"}
 
     def render(
         self, messages: Sequence[es.Message], **options: Any
@@ -461,7 +462,9 @@ class FakeChatEngine(FakeEngine):
         self._words |= words
         return super().encode(text)
 
-    def encode_prompt(self, parts: Sequence[es.PromptPart]) -> list[int]:
+    def encode_prompt(
+        self, parts: Sequence[es.PromptPart], *, is_begun: bool = False
+    ) -> list[int]:
         return [token for part in parts for token in self.encode(part.text)]
 
     def word(self, token: int) -> str:
@@ -495,6 +498,10 @@ class SpeakingQueue(es.GenerationQueue):
 
     def cancel(self, generation: es.Generation) -> None:
         self.speaker.cancel(generation)
+
+    @property
+    def growing(self) -> list[es.Generation]:
+        return [one for one in self.speaker.running if one.started_at]
 
     def abandon_all(self, error: es.ApiError) -> int:
         count = len(self.speaker.running)
@@ -764,6 +771,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/similarity": {"inputs": {"source_sentence": "a b", "sentences": ["c", "d"]}},
     "/tokenize": {"inputs": "a b"},
     "/decode": {"ids": [10, 11]},
+    "/detokenize": {"tokens": [10, 11]},
+    "/apply-template": {"model": CHATTER, "messages": SAID},
     "/": {"inputs": "a b"},
     "/invocations": {"inputs": "a b"},
     "/api/v1/embed": {"inputs": "a b"},
@@ -786,7 +795,7 @@ def ranks(path: str) -> bool:
 
 def generates(path: str) -> bool:
     """Whether the route needs a model that generates."""
-    if path in ("/chat", "/api/chat", "/api/generate"):
+    if path in ("/chat", "/api/chat", "/api/generate", "/apply-template"):
         return True
     return "completions" in path or "responses" in path
 

@@ -58,7 +58,7 @@ def body(path: str, inputs: Any, **more: Any) -> dict[str, Any]:
     said = [{"role": "user", "content": text} for text in texts]
     if "responses" in path:
         return {"input": said, "model": "chatter", **more}
-    if "chat" in path:
+    if "chat" in path or path == "/apply-template":
         return {"messages": said, "model": "chatter", **more}
     if kit.generates(path):
         return {"prompt": inputs, "model": "chatter", **more}
@@ -71,6 +71,8 @@ def body(path: str, inputs: Any, **more: Any) -> dict[str, Any]:
     if path == "/similarity":
         sentences = {"source_sentence": "a", "sentences": texts}
         return {"inputs": sentences, "model": "embedder", **more}
+    if path == "/detokenize":
+        return {"tokens": [[7] for _ in texts], "model": "embedder", **more}
     if path == "/decode":
         return {"ids": [[7] for _ in texts], "model": "embedder", **more}
     if path == "/api/embeddings":
@@ -93,6 +95,7 @@ def is_refused(reply: kit.Reply) -> bool:
 NAMING = ("/api/show", "/api/pull")  # a model, and nothing else
 ANY_NAME = [r.path for r in WORKING if r.dialect in (es.TEI, es.SEED)]
 TALKS = [path for path in PATHS if "chat" in path or "responses" in path]
+TALKS += ["/apply-template", "/detokenize"]
 TAKES_ONE = (*NAMING, "/api/embeddings", *TALKS)
 TAKES_MANY = [path for path in PATHS if path not in TAKES_ONE]
 

@@ -1147,6 +1147,8 @@ COUNTS: dict[str, tuple[str | None, int | None, int | None]] = {
     "/similarity": ("fake", 3, 10),
     "/tokenize": ("fake", 1, None),  # nothing is computed
     "/decode": ("fake", 1, None),
+    "/detokenize": ("fake", 1, None),
+    "/apply-template": (kit.CHATTER, 1, None),
     "/api/show": ("fake", None, None),
     "/api/pull": ("fake", None, None),
 }

@@ -34,6 +34,7 @@ NEVER_KEPT = {"/health", "/ping", "/ready", "/metrics", "/v1/metrics"}
 # Those whose answer does not come from the engine's contexts.
 LOADS_NOTHING = {"/api/show", "/api/pull"}
 COMPUTES_NOTHING = {"/tokenize", "/decode", "/api/show", "/api/pull"}
+COMPUTES_NOTHING |= {"/detokenize", "/apply-template"}
 COMPUTING = [route for route in WORK if route.path not in COMPUTES_NOTHING]
 KEY = "key-of-somebody-0123456789"
 URL = "/v1/embeddings"
