@@ -128,75 +128,77 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 22. WEIGHTS - the same model, re-encoded for this CPU
 23. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 24. READING - requests to a model, and their texts to token ids, slice by slice
-25. QUEUE - which jobs are admitted, whose turn it is, how each ends
-26. BATCHING - which waiting inputs share the next call, and what becomes of it
-27. WORKERS - the threads
-28. GBNF - grammars as llama-server takes them, written and read
-29. GRAMMARS - which bytes, and so which tokens, may come next
-30. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
-31. SCHEMAS - JSON Schema: what several parts say together, as one
-32. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
-33. SAMPLING - which token comes next
-34. TEXT - tokens to the text that a client may see
-35. SEQUENCES - what of past prompts is still in memory
-36. DRAFTS - how a reply may go on, tried ahead
-37. STEPS - which tokens share the next call
-38. GENERATIONS - requests for text: what each has gained, and which wait
-39. GROWING - what a reply's next token adds to it
-40. GENERATOR - the thread that generates
+25. HISTORY - what each worker does, and did
+26. QUEUE - which jobs are admitted, whose turn it is, how each ends
+27. BATCHING - which waiting inputs share the next call, and what becomes of it
+28. WORKERS - the threads
+29. GBNF - grammars as llama-server takes them, written and read
+30. GRAMMARS - which bytes, and so which tokens, may come next
+31. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+32. SCHEMAS - JSON Schema: what several parts say together, as one
+33. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+34. SAMPLING - which token comes next
+35. TEXT - tokens to the text that a client may see
+36. SEQUENCES - what of past prompts is still in memory
+37. DRAFTS - how a reply may go on, tried ahead
+38. STEPS - which tokens share the next call
+39. GENERATIONS - requests for text: what each has gained, and which wait
+40. GROWING - what a reply's next token adds to it
+41. GENERATOR - the thread that generates
 --- network wing ---
-41. MESSAGES - requests and responses, and the bytes of a response
-42. REQUESTS - bytes to requests
-43. CODINGS - compressed bodies, JSON, and what a client takes
-44. PROXIES - which client one speaks for
-45. KEYS - who is asking, and how much each may ask for
-46. SOCKETS - how many, how much is held for them, how each ends
-47. CONNECTIONS - requests of one client, in order; back-pressure
-48. LISTENERS - where connections come from
+42. MESSAGES - requests and responses, and the bytes of a response
+43. REQUESTS - bytes to requests
+44. CODINGS - compressed bodies, JSON, and what a client takes
+45. PROXIES - which client one speaks for
+46. KEYS - who is asking, and how much each may ask for
+47. SOCKETS - how many, how much is held for them, how each ends
+48. CONNECTIONS - requests of one client, in order; back-pressure
+49. LISTENERS - where connections come from
 --- hall ---
-49. GATE - who is let in
-50. MODELS - what is configured, what is in memory, and what a name means
-51. REGISTRY - when each model is in memory
-52. FORMS - what is asked and answered, declared once
-53. COMPUTE - from an EmbedRequest to its EmbedResult
-54. REPLIES - from messages to the text of a reply, as it grows
-55. CONSTRAINTS - which grammar the replies to a request follow
-56. HANDLING - what handlers work with: the service, and a request over HTTP
-57. ANSWERS - replies on their way: whole, or part by part
-58. VECTORS - numbers of a reply, in the types that clients ask for
-59. OPENAI - its shapes
-60. TOOLS - which functions a model may call, and which it must
-61. CHAT FORMS - what may be asked of a model that generates
-62. CHAT - OpenAI's chat and completions, whole and streamed
-63. ITEMS - what may be asked on OpenAI's /v1/responses
-64. RESPONSES - OpenAI's newer route: items, whole and streamed
-65. COHERE - its vectors and scores, Jina's scores, and vLLM's
-66. TEI - the shapes of text-embeddings-inference
-67. TOKENS - texts as the tokens that a model reads, and back
-68. LLAMA SERVER - routes of its own that clients look at
-69. OLLAMA - its models and its embeddings
-70. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-71. OLLAMA CHAT - its chat and generate, whole and streamed
-72. SEEDS - what infer-server and LMServ promise
-73. ADMIN - health, readiness, metrics, models
-74. DESCRIPTION - the routes as an OpenAPI document, and as a page
-75. ROUTES - the table, and everything derived from it
-76. DISPATCH - from a request to its response
-77. TRIALS - a model loaded in another process first
-78. FOLDER - what a model's authors wrote beside its file
-79. LOADING - a model's way into memory
-80. SUPERVISOR - a small parent that outlives the server
-81. SERVER - builds every object; loading, ready, draining, stopped
-82. TUNING - the settings that are fastest on this box
-83. CHECKING - what a model is and gives, before it is served
-84. DEPLOYMENT - what the printed files have in common
-85. UNITS - the server under systemd
-86. CONTAINERS - the server in images, with Compose, in Kubernetes
-87. FRONTS - HAProxy or nginx before several servers
-88. WATCHING - what scrapes, alerts and scales
-89. BOARD - one dashboard for Grafana
-90. COLLECTION - the routes as a Postman collection
-91. COMMAND LINE - flags in, exit code out
+50. GATE - who is let in
+51. MODELS - what is configured, what is in memory, and what a name means
+52. REGISTRY - when each model is in memory
+53. FORMS - what is asked and answered, declared once
+54. COMPUTE - from an EmbedRequest to its EmbedResult
+55. REPLIES - from messages to the text of a reply, as it grows
+56. CONSTRAINTS - which grammar the replies to a request follow
+57. HANDLING - what handlers work with: the service, and a request over HTTP
+58. ANSWERS - replies on their way: whole, or part by part
+59. VECTORS - numbers of a reply, in the types that clients ask for
+60. OPENAI - its shapes
+61. TOOLS - which functions a model may call, and which it must
+62. CHAT FORMS - what may be asked of a model that generates
+63. CHAT - OpenAI's chat and completions, whole and streamed
+64. ITEMS - what may be asked on OpenAI's /v1/responses
+65. RESPONSES - OpenAI's newer route: items, whole and streamed
+66. COHERE - its vectors and scores, Jina's scores, and vLLM's
+67. TEI - the shapes of text-embeddings-inference
+68. TOKENS - texts as the tokens that a model reads, and back
+69. LLAMA SERVER - routes of its own that clients look at
+70. OLLAMA - its models and its embeddings
+71. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+72. OLLAMA CHAT - its chat and generate, whole and streamed
+73. SEEDS - what infer-server and LMServ promise
+74. ADMIN - health, readiness, metrics, models
+75. OPERATION - what the workers do, which settings hold, and draining
+76. DESCRIPTION - the routes as an OpenAPI document, and as a page
+77. ROUTES - the table, and everything derived from it
+78. DISPATCH - from a request to its response
+79. TRIALS - a model loaded in another process first
+80. FOLDER - what a model's authors wrote beside its file
+81. LOADING - a model's way into memory
+82. SUPERVISOR - a small parent that outlives the server
+83. SERVER - builds every object; loading, ready, draining, stopped
+84. TUNING - the settings that are fastest on this box
+85. CHECKING - what a model is and gives, before it is served
+86. DEPLOYMENT - what the printed files have in common
+87. UNITS - the server under systemd
+88. CONTAINERS - the server in images, with Compose, in Kubernetes
+89. FRONTS - HAProxy or nginx before several servers
+90. WATCHING - what scrapes, alerts and scales
+91. BOARD - one dashboard for Grafana
+92. COLLECTION - the routes as a Postman collection
+93. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -817,6 +819,7 @@ class Option:
     auto_text: str = ""  # how README names that computed default
     in_file: bool = True
     secret: bool = False  # never printed
+    is_url: bool = False  # and of a secret one the host may be
     reload: str = "at once"  # when a change applies after SIGHUP: one of RELOADS
     in_table: str = ""  # its key in a [[models]] table, if not the name less model_
     separator: str = (
@@ -867,6 +870,26 @@ class Option:
         if self.kind is bool:
             return "on, off"
         return (self.bound or "text") + ", repeatable" * (self.kind is tuple)
+
+
+_USER_IN_URL: Final = re.compile(r"(?<=://)[^/?#\s]*@")  # and their password
+
+
+def shown_value(row: Option, value: Any) -> Any:
+    """Return a setting's value for an operator: no secret, nor a password in a URL.
+
+    What is secret is declared, not guessed from names, which misses some.
+    """
+    if isinstance(value, (list, tuple)):
+        return [shown_value(row, item) for item in value]
+    if not row.secret or not value:
+        return _USER_IN_URL.sub("", value) if isinstance(value, str) else value
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(value if row.is_url else "")
+        if parts.hostname:  # the path may be a secret, too
+            port = f":{parts.port}" if parts.port else ""
+            return f"{parts.scheme}://{parts.hostname}{port}/(hidden)"
+    return "(hidden)"
 
 
 def proxy_network(text: str) -> Network | None:
@@ -1201,7 +1224,7 @@ class Settings(ModelSettings):
         choices=("text", "json"))
     otlp_endpoint: str = start_option("",
         "OpenTelemetry collector that gets a span per request, by OTLP over HTTP, e.g. "
-        "http://127.0.0.1:4318.", secret=True)  # it may hold a password
+        "http://127.0.0.1:4318.", secret=True, is_url=True)  # it may hold a password
     otlp_service_name: str = start_option("embellama_server",
         "Our name in those spans.")
     json_output: bool = start_option(False,
@@ -7688,7 +7711,73 @@ class VectorCache:
 
 
 # ==============================================================================
-# 25. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 25. HISTORY - what each worker does, and did
+# ==============================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class CurrentCall:
+    """What a worker computes now. Times by the queue's clock."""
+
+    worker: int
+    inputs: int  # of a model that generates: requests
+    tokens: int
+    threads: int
+    began_at: float
+    overdue_at: float  # then it is aborted
+    is_stuck: bool
+
+
+@dataclass(slots=True)
+class WorkerNotes:
+    """What a worker has done, for operators. It writes; others may read any time."""
+
+    since: float  # it computes or is idle
+    is_busy: bool = False
+    calls: int = 0  # that have ended
+    inputs: int = 0  # that they computed
+    tokens: int = 0
+    busy_s: float = 0.0  # in them
+    contexts: int = 0  # made for it: one, and one after each failure
+    cpus: Sequence[int] = ()  # that it is pinned to
+    error: str = ""  # of its last call that failed
+    failed_at: float = 0.0
+    _past: collections.deque[tuple[float, float]] = field(
+        default_factory=lambda: collections.deque(maxlen=120)
+    )
+
+    def begin(self, now: float) -> None:
+        """A call begins."""
+        self.since, self.is_busy = now, True
+
+    def end(self, now: float, inputs: int, tokens: int) -> None:
+        """It has ended."""
+        self.busy_s += now - self.since
+        self.since, self.is_busy = now, False
+        self.calls, self.inputs = self.calls + 1, self.inputs + inputs
+        self.tokens += tokens
+
+    def fail(self, now: float, error: Exception) -> None:
+        """It has failed. A message of anything but the engine might hold a text."""
+        is_known = isinstance(error, (EngineError, StartupError, MemoryError))
+        name = type(error).__name__
+        self.error, self.failed_at = (str(error) or name) if is_known else name, now
+
+    def remember(self, now: float) -> None:
+        """Note how long it was busy. Twice a second: so they reach back a minute."""
+        self._past.append((now, self._busy_s(now)))
+
+    def busy_share(self, now: float) -> float:
+        """Return which part of the last minute it was busy, 0 to 1."""
+        then, busy_s = self._past[0] if self._past else (now, 0.0)
+        return (self._busy_s(now) - busy_s) / (now - then) if now > then else 0.0
+
+    def _busy_s(self, now: float) -> float:
+        return self.busy_s + self.is_busy * (now - self.since)
+
+
+# ==============================================================================
+# 26. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -7882,12 +7971,18 @@ class WorkQueue:
         self._untokenized: FairQueue[Job | TokenizerTask] = FairQueue()
         self.backlog = backlog
         self.stuck = 0  # threads whose call does not end
+        self.workers = [WorkerNotes(self.clock()) for _ in numbers]
 
     # --- event loop ---
 
     @property
     def busy(self) -> int:
         """Threads that compute."""
+        raise NotImplementedError
+
+    @property
+    def current_calls(self) -> list[CurrentCall]:
+        """What they compute."""
         raise NotImplementedError
 
     @property
@@ -8087,7 +8182,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 26. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 27. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -8256,6 +8351,17 @@ class BatchQueue(JobQueue):
         return len(self._calls)
 
     @property
+    def current_calls(self) -> list[CurrentCall]:
+        with self._lock:
+            return [
+                CurrentCall(
+                    n, len(c.items), c.tokens, c.threads, c.began_at, at, c.is_stuck
+                )
+                for n, c in self._calls.items()
+                for at in (self._overdue_at(c),)
+            ]
+
+    @property
     def cache_counts(self) -> CacheCounts:
         return self.cache.counts
 
@@ -8272,10 +8378,7 @@ class BatchQueue(JobQueue):
         now, stuck = self.clock(), list[Call]()
         with self._lock:
             for call in self._calls.values():
-                tokens = sum(item.tokens for item in call.computing)
-                overdue_s = self.backlog.throughput.overdue_s(tokens)
-                limit_s = max(self.settings.stuck_after_s, overdue_s)
-                over_s = now - call.computing_since - limit_s
+                over_s = now - self._overdue_at(call)
                 if over_s > 0:
                     call.is_overdue = True
                     self._abort(call)
@@ -8396,6 +8499,7 @@ class BatchQueue(JobQueue):
         """Note that there is no long inputs' context any more."""
         with self._lock:
             del self._calls[call.worker]
+            self.workers[call.worker].end(self.clock(), 0, 0)
             self._wake(1)
 
     def settle(self, call: Call, outcomes: Sequence[Any]) -> list[Job]:
@@ -8407,6 +8511,7 @@ class BatchQueue(JobQueue):
         call.seconds = now - call.began_at
         with self._lock:
             del self._calls[call.worker]
+            self.workers[call.worker].end(now, call.computed, call.tokens)
             self.stuck -= call.is_stuck
             if call.needs_long_context:
                 self._long_expires_at = now + LONG_IDLE_S
@@ -8430,6 +8535,7 @@ class BatchQueue(JobQueue):
     def _begin(self, items: list[Item], worker: int, now: float) -> Call:
         """Mark a batch as running. Lock held."""
         tokens, threads = sum(item.tokens for item in items), self.settings.threads
+        self.workers[worker].begin(now)
         is_long = not items or items[0].context_tokens > self.card.context_tokens
         if is_long:
             self._long_expires_at = math.inf
@@ -8508,6 +8614,11 @@ class BatchQueue(JobQueue):
         if self._in_flight.get(item.key) is item:
             del self._in_flight[item.key]
 
+    def _overdue_at(self, call: Call) -> float:
+        tokens = sum(item.tokens for item in call.computing)
+        overdue_s = self.backlog.throughput.overdue_s(tokens)
+        return call.computing_since + max(self.settings.stuck_after_s, overdue_s)
+
     def _abort(self, call: Call) -> None:
         """Abort a call that no job waits for, or that is overdue."""
         call.is_aborted = True
@@ -8521,7 +8632,7 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
-# 27. WORKERS - the threads
+# 28. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -8620,6 +8731,7 @@ class BatchWorkers(Workers):
         try:
             self._pin(number)
             self._contexts[number] = self._engine.new_context()
+            self._queue.workers[number].contexts += 1
         except BaseException as error:
             started.set_exception(error)
             return
@@ -8652,6 +8764,7 @@ class BatchWorkers(Workers):
         if groups := self._cpus:
             try:
                 pin_this_thread(groups[number % len(groups)])
+                self._queue.workers[number].cpus = groups[number % len(groups)]
             except OSError as error:
                 raise StartupError(f"a worker cannot be pinned: {error}") from None
 
@@ -8698,7 +8811,9 @@ class BatchWorkers(Workers):
             return _outcomes(rows, self._engine.card)
         except CallAborted:
             if call.is_overdue:
-                self._hooks.log("error", "a call took far too long", tokens=call.tokens)
+                said = "a call took far too long"
+                self._note_failure(call, EngineError(said))
+                self._hooks.log("error", said, tokens=call.tokens)
         except Exception as error:
             if isinstance(error, (NoMemory, MemoryError)):
                 failed = OutOfMemory
@@ -8708,10 +8823,14 @@ class BatchWorkers(Workers):
             self._hooks.log(
                 "error", "a call failed", inputs=count, error=error, trace=trace
             )
+            self._note_failure(call, error)
             # Do not trust the state that a failed call left behind.
             if old := self._contexts.pop(_place(call), None):
                 old.close()
         return [failed] * len(items)
+
+    def _note_failure(self, call: Call, error: Exception) -> None:
+        self._queue.workers[call.worker].fail(self._queue.clock(), error)
 
     def _context(self, call: Call) -> Context:
         """Return the context that a call needs, creating it if there is none."""
@@ -8726,6 +8845,7 @@ class BatchWorkers(Workers):
                 )
             except StartupError as error:
                 raise NoMemory(str(error)) from None
+            self._queue.workers[call.worker].contexts += place == call.worker
         return self._contexts[place]
 
     def _free_long_contexts(self, call: Call) -> None:
@@ -8825,6 +8945,8 @@ class Pool(Generic[Work_co]):
         """
         stuck = self.queue.end_overdue()
         self.queue.tidy()
+        for notes in self.queue.workers:
+            notes.remember(self.queue.clock())
         if self.queue.breaker.canary_is_due(self.queue.clock()):
             self._send_canary()
         return stuck
@@ -8863,7 +8985,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 28. GBNF - grammars as llama-server takes them, written and read
+# 29. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -9198,7 +9320,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 
 
 # ==============================================================================
-# 29. GRAMMARS - which bytes, and so which tokens, may come next
+# 30. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -9511,7 +9633,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 30. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 31. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -9882,7 +10004,7 @@ def _any_digits(count: int) -> str:
 
 
 # ==============================================================================
-# 31. SCHEMAS - JSON Schema: what several parts say together, as one
+# 32. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -10231,7 +10353,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 32. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 33. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -10592,7 +10714,7 @@ class _SchemaReader:
 
 
 # ==============================================================================
-# 33. SAMPLING - which token comes next
+# 34. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -11034,7 +11156,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 34. TEXT - tokens to the text that a client may see
+# 35. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -11242,7 +11364,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 35. SEQUENCES - what of past prompts is still in memory
+# 36. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -11617,7 +11739,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 36. DRAFTS - how a reply may go on, tried ahead
+# 37. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -11746,7 +11868,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 37. STEPS - which tokens share the next call
+# 38. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -11865,6 +11987,11 @@ class Step(NamedTuple, Generic[Planned]):
     def decode_rows(self) -> int:
         """How many tokens of replies are computed, whether they are kept or not."""
         return len(self.rows) + sum(map(len, self.drafts))
+
+    @property
+    def tokens(self) -> int:
+        """How many are computed in all."""
+        return self.decode_rows + self.prompt_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -12020,7 +12147,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 38. GENERATIONS - requests for text: what each has gained, and which wait
+# 39. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -12122,6 +12249,7 @@ class RunningStep:
     generations: Collection[Generation]  # that it computes
     began_at: float
     usual_s: float
+    tokens: int = 0  # of prompts, and one of each reply
     is_unwanted: bool = False  # all of them have left: told to end
     is_overdue: bool = False  # takes too long: told to end
     is_stuck: bool = False  # and did not
@@ -12143,6 +12271,7 @@ class GenerationQueue(WorkQueue):
     ) -> None:
         """``vocabulary``: the model's, for those who follow a grammar."""
         super().__init__(card, settings, backlog)
+        self.workers[0].contexts = 1
         self.vocabulary = vocabulary
         # guarded by _lock; the next two may be read without it
         self.prompt_cache = PromptCacheCounts(cells=card.cells)
@@ -12158,6 +12287,19 @@ class GenerationQueue(WorkQueue):
     @property
     def busy(self) -> int:
         return self._step is not None
+
+    @property
+    def current_calls(self) -> list[CurrentCall]:
+        if (step := self._step) is None:
+            return []
+        size, threads = len(step.generations), self.settings.threads
+        at, end = step.began_at, step.began_at + self._limit_s(step)
+        return [CurrentCall(0, size, step.tokens, threads, at, end, step.is_stuck)]
+
+    @property
+    def under_way(self) -> Sequence[Generation]:
+        """Those that are not over, oldest first; a guess without the lock."""
+        return tuple(self._sizes)
 
     @property
     def requests(self) -> int:
@@ -12257,8 +12399,7 @@ class GenerationQueue(WorkQueue):
         with self._lock:
             if (step := self._step) is None:
                 return ()
-            limit_s = max(self.settings.stuck_after_s, 20 * step.usual_s)
-            over_s = now - step.began_at - limit_s
+            over_s = now - step.began_at - self._limit_s(step)
             if over_s > 0 and not step.is_overdue:
                 step.is_overdue = True
                 step.context.abort()
@@ -12270,6 +12411,9 @@ class GenerationQueue(WorkQueue):
             self.end(generation, EngineUnavailable(ENGINE_STUCK, retry_after_s=1.0))
             generation.changed()
         return [step] if over else ()
+
+    def _limit_s(self, step: RunningStep) -> float:
+        return max(self.settings.stuck_after_s, 20 * step.usual_s)
 
     # --- any thread ---
 
@@ -12331,18 +12475,28 @@ class GenerationQueue(WorkQueue):
         context: StepContext,
         generations: Collection[Generation],
         usual_s: float,
+        tokens: int = 0,
     ) -> RunningStep:
         """Note that a step begins, for end_overdue() and cancel()."""
         with self._lock:
             context.rearm()
-            self._step = RunningStep(context, generations, self.clock(), usual_s)
+            now = self.clock()
+            self.workers[0].begin(now)
+            self._step = RunningStep(context, generations, now, usual_s, tokens)
             return self._step
 
-    def end_step(self, step: RunningStep, *, worked: bool) -> float:
-        """Note that it has ended. Return the seconds it took."""
+    def end_step(self, step: RunningStep, error: Exception | None) -> float:
+        """Note that it has ended, perhaps by an error. Return the seconds it took."""
+        worked, tokens = error is None, step.tokens
         with self._lock:
             self._step, self.stuck = None, 0
-            seconds = self.clock() - step.began_at
+            now = self.clock()
+            seconds = now - step.began_at
+            inputs = len(step.generations)
+            self.workers[0].end(now, inputs * worked, tokens * worked)
+            if error is not None and not step.is_unwanted:
+                self.workers[0].fail(now, error)
+                self.workers[0].contexts += 1  # another one takes over
             if worked or not step.is_unwanted:
                 self.breaker.record(worked=worked)
             return seconds
@@ -12358,7 +12512,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 39. GROWING - what a reply's next token adds to it
+# 40. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -12499,7 +12653,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 40. GENERATOR - the thread that generates
+# 41. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -12714,13 +12868,13 @@ class GenerationWorker(Workers):
         usual_s = self._speed.step_s(step.decode_rows, step.prompt_tokens)
         replies = [*step.rows, *(reply for reply, _ in step.pieces)]
         generations = {reply.generation for reply in replies}
-        running = self._queue.begin_step(context, generations, usual_s)
+        running = self._queue.begin_step(context, generations, usual_s, step.tokens)
         error: Exception | None = None
         try:
             self._decode(context, step)
         except Exception as failure:
             error = failure
-        seconds = self._queue.end_step(running, worked=error is None)
+        seconds = self._queue.end_step(running, error)
         if isinstance(error, CallAborted) and not running.is_overdue:
             return  # all have left, and llama.cpp has forgotten the step
         if error is not None:
@@ -12949,7 +13103,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 41. MESSAGES - requests and responses, and the bytes of a response
+# 42. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -13140,7 +13294,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 42. REQUESTS - bytes to requests
+# 43. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -13498,7 +13652,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 43. CODINGS - compressed bodies, JSON, and what a client takes
+# 44. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -13861,7 +14015,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 44. PROXIES - which client one speaks for
+# 45. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -13986,7 +14140,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 45. KEYS - who is asking, and how much each may ask for
+# 46. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -14373,7 +14527,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 46. SOCKETS - how many, how much is held for them, how each ends
+# 47. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -14736,7 +14890,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 47. CONNECTIONS - requests of one client, in order; back-pressure
+# 48. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -15182,7 +15336,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 48. LISTENERS - where connections come from
+# 49. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -15532,7 +15686,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 49. GATE - who is let in
+# 50. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -15765,7 +15919,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 50. MODELS - what is configured, what is in memory, and what a name means
+# 51. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -16147,7 +16301,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 51. REGISTRY - when each model is in memory
+# 52. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -16574,7 +16728,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 52. FORMS - what is asked and answered, declared once
+# 53. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -17011,7 +17165,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 53. COMPUTE - from an EmbedRequest to its EmbedResult
+# 54. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -17230,7 +17384,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 54. REPLIES - from messages to the text of a reply, as it grows
+# 55. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -17668,7 +17822,7 @@ class Replies:
 
 
 # ==============================================================================
-# 55. CONSTRAINTS - which grammar the replies to a request follow
+# 56. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -17705,7 +17859,7 @@ def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
 
 
 # ==============================================================================
-# 56. HANDLING - what handlers work with: the service, and a request over HTTP
+# 57. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -17730,6 +17884,7 @@ TRANSITIONS: Final = {
 }
 _LOADING: Final = "the model is still loading; try again in a moment"
 _STOPPING: Final = "the server is shutting down; ask another one"
+_WITHDRAWN: Final = "taken out of service by POST /admin/drain; ask another one"
 
 
 @dataclass(slots=True)
@@ -17743,7 +17898,11 @@ class Service:
     read_settings: Callable[[], LoadedSettings]  # raises BadSetting
     reload: Callable[[], Awaitable[dict[str, object]]]  # raises ReloadRefused
     connections: Connections = field(init=False)
+    given: LoadedSettings = field(init=False)  # the settings, and where they are from
+    leave: Callable[[], None] = field(init=False)  # what SIGTERM does
     phase: Phase = Phase.LOADING
+    ends_at: float = math.inf  # once it is stopping, at the latest; monotonic
+    is_withdrawn: bool = False  # an administrator wants no more requests sent here
 
     def enter(self, phase: Phase) -> None:
         """Go on to the next phase. Raises ValueError if it cannot follow this one."""
@@ -17752,6 +17911,12 @@ class Service:
         self.telemetry.set("embellama_phase", 0, self.phase.value)
         self.telemetry.set("embellama_phase", 1, phase.value)
         self.phase = phase
+
+    def withdraw(self, *, on: bool) -> None:
+        """Have balancers send no more requests, or again; what comes is answered."""
+        if self.phase not in (Phase.LOADING, Phase.READY):
+            raise NotReady(_STOPPING)
+        self.is_withdrawn = self.connections.is_closing = on
 
     def check_open(self) -> None:
         """Raise NotReady, with the reason, if no new work is taken."""
@@ -17763,6 +17928,8 @@ class Service:
         """Return why load balancers should send no requests; empty if they may."""
         if self.phase is not Phase.READY:
             return _LOADING if self.phase is Phase.LOADING else _STOPPING
+        if self.is_withdrawn:
+            return _WITHDRAWN
         queues = [served.pool.queue for served in self.models.in_memory]
         if any(queue.stuck for queue in queues):
             return ENGINE_STUCK
@@ -18137,7 +18304,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 57. ANSWERS - replies on their way: whole, or part by part
+# 58. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -18252,7 +18419,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 58. VECTORS - numbers of a reply, in the types that clients ask for
+# 59. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18375,7 +18542,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 59. OPENAI - its shapes
+# 60. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -18506,7 +18673,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 60. TOOLS - which functions a model may call, and which it must
+# 61. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -18697,7 +18864,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 61. CHAT FORMS - what may be asked of a model that generates
+# 62. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -19138,7 +19305,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 62. CHAT - OpenAI's chat and completions, whole and streamed
+# 63. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -19510,7 +19677,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 63. ITEMS - what may be asked on OpenAI's /v1/responses
+# 64. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -19917,7 +20084,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 64. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 65. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -20292,7 +20459,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 65. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 66. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -20593,7 +20760,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 66. TEI - the shapes of text-embeddings-inference
+# 67. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -20851,7 +21018,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 67. TOKENS - texts as the tokens that a model reads, and back
+# 68. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -21158,7 +21325,7 @@ async def _decoded(
 
 
 # ==============================================================================
-# 68. LLAMA SERVER - routes of its own that clients look at
+# 69. LLAMA SERVER - routes of its own that clients look at
 # ==============================================================================
 # Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
 # without the texts, and of a model without its path.
@@ -21278,7 +21445,7 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 
 
 # ==============================================================================
-# 69. OLLAMA - its models and its embeddings
+# 70. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -21527,7 +21694,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 70. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 71. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -21745,7 +21912,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 71. OLLAMA CHAT - its chat and generate, whole and streamed
+# 72. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -21987,7 +22154,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 72. SEEDS - what infer-server and LMServ promise
+# 73. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -22203,7 +22370,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 73. ADMIN - health, readiness, metrics, models
+# 74. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -22443,7 +22610,196 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 74. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 75. OPERATION - what the workers do, which settings hold, and draining
+# ==============================================================================
+# For an administrator, who is shown neither texts nor secrets: what is secret is declared
+# with the setting.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainForm:
+    """The body of POST /admin/drain; {} takes the server out of service."""
+
+    off: bool | None = optional(FLAG, "Put it back into service.")
+    stop: bool | None = optional(FLAG, "Stop it, as SIGTERM does.")
+
+
+def _or_null(schema: Schema) -> Schema:
+    return any_of(schema, {"type": "null"})
+
+
+_CALL: Final = an_object(
+    inputs=INTEGER, tokens=INTEGER, threads=INTEGER, age_s=NUMBER, deadline_s=NUMBER
+)
+_REPLY_STATE: Final = an_object(
+    state={"enum": ["waiting", "reading", "growing"]},
+    client=STRING,
+    replies=INTEGER,
+    prompt_tokens=INTEGER,
+    cached_tokens=INTEGER,
+    tokens=INTEGER,
+    max_tokens=INTEGER,
+    age_s=NUMBER,
+    deadline_s=_or_null(NUMBER),
+)
+_WORKER: Final = an_object(
+    "replies",
+    model=STRING,
+    worker=INTEGER,
+    state={"enum": ["idle", "busy", "stuck"]},
+    state_s=NUMBER,
+    call=_or_null(_CALL),
+    totals=an_object(calls=INTEGER, inputs=INTEGER, tokens=INTEGER, busy_s=NUMBER),
+    busy_share=NUMBER,
+    cpus=_or_null(array(INTEGER)),
+    last_error=_or_null(an_object(message=STRING, age_s=NUMBER)),
+    contexts_renewed=INTEGER,
+    replies=array(_REPLY_STATE),
+)
+WORKERS_REPLY: Final = an_object(workers=array(_WORKER))
+_SETTING: Final = an_object(
+    name=STRING,
+    value=ANYTHING,
+    default=STRING,
+    source=STRING,
+    allowed=STRING,
+    reload={"enum": [*RELOADS]},
+)
+CONFIG_REPLY: Final = an_object(
+    settings=array(_SETTING), models=array({"type": "object"})
+)
+DRAIN_REPLY: Final = an_object(
+    phase={"enum": [phase.value for phase in Phase]},
+    is_withdrawn=BOOLEAN,
+    in_flight=INTEGER,
+    connections=INTEGER,
+    seconds_left=_or_null(NUMBER),
+)
+
+
+async def list_workers(context: RequestContext) -> Response:
+    """What each worker does, has done, and how it last failed; no texts."""
+    rows = [
+        row
+        for entry in context.service.models.entries
+        if entry.loaded
+        for row in worker_rows(entry.label, entry.loaded.pool.queue)
+    ]
+    return Response(200, json_codec().dumps({"workers": rows}), is_compressible=True)
+
+
+def worker_rows(model: str, queue: WorkQueue) -> Iterator[dict[str, object]]:
+    """Yield what an administrator is shown of each of a model's workers."""
+    now, calls = queue.clock(), {call.worker: call for call in queue.current_calls}
+    for number, notes in enumerate(queue.workers):
+        call, error = calls.get(number), None
+        if notes.error:
+            error = {"message": notes.error, "age_s": _rounded(now - notes.failed_at)}
+        row: dict[str, object] = {
+            "model": model,
+            "worker": number,
+            "state": ("stuck" if call.is_stuck else "busy") if call else "idle",
+            "state_s": _rounded(now - (call.began_at if call else notes.since)),
+            "call": _call_row(call, now) if call else None,
+            "totals": {
+                "calls": notes.calls,
+                "inputs": notes.inputs,
+                "tokens": notes.tokens,
+                "busy_s": _rounded(notes.busy_s),
+            },
+            "busy_share": _rounded(notes.busy_share(now)),
+            "cpus": [*notes.cpus] or None,
+            "last_error": error,
+            "contexts_renewed": max(0, notes.contexts - 1),
+        }
+        if isinstance(queue, GenerationQueue):
+            row["replies"] = [_reply_row(one, now) for one in queue.under_way]
+        yield row
+
+
+def _call_row(call: CurrentCall, now: float) -> dict[str, object]:
+    return {
+        "inputs": call.inputs,
+        "tokens": call.tokens,
+        "threads": call.threads,
+        "age_s": _rounded(now - call.began_at),
+        "deadline_s": round(call.overdue_at - now, 3),
+    }
+
+
+def _reply_row(generation: Generation, now: float) -> dict[str, object]:
+    request, state = generation.request, "waiting"
+    if generation.started_at:
+        state = "growing" if generation.first_token_at else "reading"
+    left_s = generation.arrived_at + generation.timeout_s - now
+    return {
+        "state": state,
+        "client": generation.client,
+        "replies": request.n,
+        "prompt_tokens": len(request.ids),
+        "cached_tokens": generation.cached_tokens,
+        "tokens": generation.tokens,
+        "max_tokens": request.max_tokens,
+        "age_s": _rounded(now - generation.arrived_at),
+        "deadline_s": round(left_s, 3) if math.isfinite(left_s) else None,
+    }
+
+
+def _rounded(seconds: float) -> float:
+    return round(max(0.0, seconds), 3)
+
+
+async def show_config(context: RequestContext) -> Response:
+    """Each setting in force: its value, where it is from, what it may be; no secrets."""
+    given, rows = context.service.given, {row.table_key: row for row in MODEL_ROWS}
+    settings = [
+        {
+            "name": row.name,
+            "value": shown_value(row, getattr(given.settings, row.name)),
+            "default": row.default_text,
+            "source": given.sources[row.name],
+            "allowed": row.allowed_text,
+            "reload": row.reload,
+        }
+        for row in SETTING_ROWS
+    ]
+    models = [
+        {key: shown_value(rows[key], value) for key, value in table.items()}
+        for table in given.tables
+    ]
+    shown = {"settings": settings, "models": models}
+    return Response(200, json_codec().dumps(shown), is_compressible=True)
+
+
+async def drain_state(context: RequestContext) -> Response:
+    """The phase, the requests that are being answered, and how long they may take yet."""
+    service = context.service
+    owing = sum(connection.owes_bytes for connection in service.connections.open)
+    is_stopping = service.phase not in (Phase.LOADING, Phase.READY)
+    left_s = service.ends_at - time.monotonic()
+    shown = {
+        "phase": service.phase.value,
+        "is_withdrawn": service.is_withdrawn,
+        "in_flight": max(0, owing - 1),  # this one aside
+        "connections": len(service.connections.open),
+        "seconds_left": _rounded(left_s) if is_stopping else None,
+    }
+    return Response(200, json_codec().dumps(shown))
+
+
+async def drain(context: RequestContext, form: DrainForm) -> Response:
+    """Take the server out of service while all goes on, put it back, or stop it."""
+    if form.off and form.stop:
+        raise InvalidValue("give either off or stop", param="off")
+    if form.stop:
+        context.service.leave()
+    else:
+        context.service.withdraw(on=not form.off)
+    return await drain_state(context)
+
+
+# ==============================================================================
+# 76. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -22755,7 +23111,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 75. ROUTES - the table, and everything derived from it
+# 77. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -22840,6 +23196,10 @@ _TABLE: Final = (
     Route("POST", "/admin/models/load", load_model, LoadForm, MODEL_STATE, "admin", group="Admin"),
     Route("POST", "/admin/models/unload", unload_model, UnloadForm, MODEL_STATE, "admin", group="Admin"),
     Route("POST", "/admin/models/default", default_model, ModelForm, MODEL_STATE, "admin", group="Admin"),
+    Route("GET", "/admin/workers", list_workers, None, WORKERS_REPLY, "admin", group="Admin"),
+    Route("GET", "/admin/config", show_config, None, CONFIG_REPLY, "admin", group="Admin"),
+    Route("GET", "/admin/drain", drain_state, None, DRAIN_REPLY, "admin", group="Admin"),
+    Route("POST", "/admin/drain", drain, DrainForm, DRAIN_REPLY, "admin", group="Admin"),
 )
 # fmt: on
 ROUTES: Final = tuple(
@@ -22959,7 +23319,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 76. DISPATCH - from a request to its response
+# 78. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -23408,7 +23768,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 77. TRIALS - a model loaded in another process first
+# 79. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -23491,7 +23851,7 @@ class Trial:
 
 
 # ==============================================================================
-# 78. FOLDER - what a model's authors wrote beside its file
+# 80. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -23618,7 +23978,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 79. LOADING - a model's way into memory
+# 81. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -24044,7 +24404,7 @@ class Loader:
 
 
 # ==============================================================================
-# 80. SUPERVISOR - a small parent that outlives the server
+# 82. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -24295,6 +24655,10 @@ class Parent:
                     self._set(*told)
             else:
                 self._was_ready |= message == "READY=1"
+                if message == "STOPPING=1" and not self._is_stopping:
+                    # It was told otherwise than by us: it is not to be started again.
+                    self._is_stopping = True
+                    child.kill_at = min(child.kill_at, child.heard_at + self._stop_s)
                 self._systemd.send(message)
 
     def _pass_on(self, number: int) -> None:
@@ -24429,7 +24793,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 81. SERVER - builds every object; loading, ready, draining, stopped
+# 83. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -24542,6 +24906,7 @@ class Server:
         self.service = Service(
             settings, telemetry, gate, registry, read_settings, self.reload
         )
+        self.service.given, self.service.leave = loaded, self.leave
         telemetry.set("embellama_phase", 1, self.service.phase.value)
         context = maybe_tls_context(settings)
         self._tls = Tls(context) if context else None
@@ -24615,6 +24980,10 @@ class Server:
             self._move(Phase.DRAINING if is_ready else Phase.STOPPED, "stop")
 
     def _move(self, phase: Phase, after: str) -> None:
+        settings, now = self.service.settings, time.monotonic()
+        grace_s = settings.drain_grace_s if phase is Phase.LEAVING else 0.0
+        if phase is not Phase.READY:
+            self.service.ends_at = now + grace_s + settings.drain_timeout_s
         self.service.enter(phase)
         self.log("info", phase.value, after=after)
         self._moved.set()
@@ -24837,6 +25206,7 @@ class Server:
         loaded = await service.models.replace(read.models)
         if service.phase is not Phase.READY:
             raise StartupError("the server is being stopped")
+        service.given = read
         self._apply(new)
         names = [row.name for row in changed]
         model = "replaced" if loaded else "kept"
@@ -24862,7 +25232,7 @@ class Server:
 
 
 # ==============================================================================
-# 82. TUNING - the settings that are fastest on this box
+# 84. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -24997,7 +25367,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 83. CHECKING - what a model is and gives, before it is served
+# 85. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -25136,7 +25506,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 84. DEPLOYMENT - what the printed files have in common
+# 86. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -25349,7 +25719,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 85. UNITS - the server under systemd
+# 87. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -25561,7 +25931,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 86. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 88. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -25972,7 +26342,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 87. FRONTS - HAProxy or nginx before several servers
+# 89. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -26105,7 +26475,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 88. WATCHING - what scrapes, alerts and scales
+# 90. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -26313,7 +26683,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 89. BOARD - one dashboard for Grafana
+# 91. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -26517,7 +26887,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 90. COLLECTION - the routes as a Postman collection
+# 92. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -26625,7 +26995,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 91. COMMAND LINE - flags in, exit code out
+# 93. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -735,7 +735,8 @@ class Configuration:
     def read(self) -> es.LoadedSettings:
         if isinstance(self.now, Exception):
             raise self.now
-        return es.LoadedSettings(self.now, {}, self.models or (self.now,))
+        sources = {row.name: "default" for row in es.SETTING_ROWS}
+        return es.LoadedSettings(self.now, sources, self.models or (self.now,))
 
 
 def bound(chosen: es.Settings) -> list[socket.socket]:
@@ -785,6 +786,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/admin/models/load": {"model": "fake"},
     "/admin/models/unload": {"model": "fake"},
     "/admin/models/default": {"model": "fake"},
+    "/admin/drain": {"off": True},
 }
 
 

@@ -524,12 +524,15 @@ def test_administration_answers_as_described_whatever_is_asked(
     @ONE_SERVER
     @given(st.one_of(fitting(form_schema(route)), misfits(route)))
     def holds(body: Any) -> None:
+        if isinstance(body, dict) and "stop" in body:
+            body |= {"stop": False}  # there is more to ask it
         reply = spare.post(route.path, body)
         assert reply.status < 500 or reply.status == 503, reply.body
         check(reply, route)
         check(spare.get("/admin/models"), ROUTES["GET", "/admin/models"])
 
     holds()
+    assert spare.post("/admin/drain", {"off": True}).status == 200
 
 
 def test_after_all_that_the_servers_are_well(

@@ -400,7 +400,8 @@ async def test_more_slashes_and_the_prefix_are_answered_as_none(
                 assert said_by(reply) == said_by(plain), spelled
 
 
-COUNTING = {"/metrics", "/v1/metrics", "/admin/models"}  # what was asked
+# What was asked, or for how long something has been as it is.
+COUNTING = {"/metrics", "/v1/metrics", "/admin/models", "/admin/workers"}
 
 
 def said_by(reply: kit.Reply) -> Any:

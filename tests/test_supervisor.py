@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 import embellama_server as es
-from tests import kit
+from tests import both, kit
 from tests.faults import Client, metrics, supervised, until
 
 pytestmark = pytest.mark.skipif(
@@ -658,6 +658,24 @@ def test_a_path_may_have_an_at_sign(tmp_path: Path) -> None:
         made.setblocking(False)
         es.Notifier(None, {"NOTIFY_SOCKET": address}).tell(READY=1)
         assert made.recv(64) == b"READY=1"
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_child_that_was_told_to_stop_otherwise_is_not_started_again(
+    systemd: FakeSystemd, *, dies: bool
+) -> None:
+    environment = {"NOTIFY_SOCKET": systemd.address}
+    grace_s = "60" if dies else "0"
+    with supervised("--drain-grace-s", grace_s, environment=environment) as server:
+        client = both.Client(server.url, server.admin_fields())
+        assert client.post("/admin/drain", {"stop": True}).status == 200
+        client.close()
+        systemd.told("STOPPING")
+        if dies:
+            assert server.child
+            server.kill_child()
+        assert server.process.wait(kit.DEADLINE_S) == (137 if dies else 0)
+        assert "starting it again" not in "".join(server.log)
 
 
 @pytest.mark.parametrize("flag", ["--supervise", "--no-supervise"])
