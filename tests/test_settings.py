@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import socket
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -1222,3 +1225,208 @@ def test_a_file_that_becomes_a_fifo_is_not_waited_for(
     monkeypatch.setattr(os, "stat", lambda *_, **__: before)
     with pytest.raises(OSError, match="not a plain file"):
         es.open_plain(tmp_path / "fifo")
+
+
+# --- YAML ---
+
+
+def in_yaml(folder: Path, text: str, name: str = "x.yaml") -> es.LoadedSettings:
+    """What is loaded from a file with this text."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return es.load_settings({"config": str(path)}, {})
+
+
+def shown(loaded: es.LoadedSettings) -> list[str]:
+    """What --print-config shows, without where each value is from."""
+    lines = loaded.describe().split("\n")
+    return [line.rpartition("  # ")[0] for line in lines if "config = " not in line]
+
+
+@pytest.mark.parametrize("name", [row.name for row in es.SETTING_ROWS if row.in_file])
+def test_a_row_says_the_same_in_yaml(name: str, tmp_path: Path) -> None:
+    row = ROWS[name]
+    for value in pair(row, tmp_path):
+        others = [Saying(tmp_path) for _ in range(2)]
+        for said, source in zip(others, ("environment", "file"), strict=True):
+            said.say(source, name, value)
+        wanted = [shown(said.load()) for said in others]
+        assert wanted[0] == wanted[1]
+        plain = json.loads(json.dumps(value))
+        texts = (
+            [yaml.safe_dump({name: plain}, allow_unicode=True), json.dumps({name: plain})]
+            + ([f"{name}: {'on' if value else 'off'}\n"] if row.kind is bool else [])
+            + ([f"{name}: {value}"] if row.kind in (int, float) else [])
+        )  # fmt: skip
+        for text in texts:
+            loaded = in_yaml(tmp_path, text)
+            assert shown(loaded) == wanted[0], text
+            assert loaded.sources[name] == f"file {tmp_path}/x.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("gzip: off", "gzip", "off"),
+        ("cpu_affinity: off", "cpu_affinity", "off"),
+        ("signed_requests: off", "signed_requests", "off"),
+        ("uds_mode: 0660", "uds_mode", "0660"),
+        ("uds_mode: 0600", "uds_mode", "0600"),
+        ("model_name: 1.10", "model_name", "1.10"),
+        ("model_name: 12:30", "model_name", "12:30"),
+        ("api_key: 0123456789", "api_key", "0123456789"),
+        ("gpu: yes", "gpu", True),
+        ("gpu: 'on'", "gpu", True),
+        ("port: 0", "port", 0),
+        ("open_route: health, ready", "open_route", ("health", "ready")),
+        ("open_route: [health, ready]", "open_route", ("health", "ready")),
+        ("open_route:\n- health\n- ready\n", "open_route", ("health", "ready")),
+        ("cors_origin: [null]", "cors_origin", ("null",)),
+        ("cors_origin: 'null'", "cors_origin", ("null",)),
+        ("prompt: {query: 'q: '}", "prompt", ("query=q: ",)),
+        ("prompt:\n  query: |-\n    a, b\n    c\n", "prompt", ("query=a, b\nc",)),
+        ("prompt: ['a=x, y']", "prompt", ("a=x, y",)),
+        ("max-batch-tokens: 32", "", "no such setting"),
+        ("max_batch_tokens: 32", "batch_tokens", 32),
+        ("", "port", 8080),
+        ("# nothing\n", "port", 8080),
+        ("{}", "port", 8080),
+        ("%YAML 1.1\n---\nport: 1\n...\n", "port", 1),
+        ("\ufeffport: 1\n", "port", 1),
+        ("port: 1\r\ngpu: on\r\n", "gpu", True),
+    ],
+)
+def test_what_yaml_would_read_as_something_else_is_read_as_a_variable(
+    text: str, name: str, value: Any, tmp_path: Path
+) -> None:
+    if not name:
+        with pytest.raises(es.BadSetting, match=value):
+            in_yaml(tmp_path, text)
+        return
+    for file in ("x.yaml", "x.yml", "X.YAML"):
+        assert getattr(in_yaml(tmp_path, text, file).settings, name) == value
+
+
+HIDDEN = "s3cr3t-0123456789"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port: 1\nport: 2", "'port' is given twice (at line 2, column 1)"),
+        ("models: [{path: a, path: b}]", "'path' is given twice"),
+        ("port: &a 1", "anchors are not read (at line 1, column 7)"),
+        ("port: &a 1\nworkers: *a", "anchors are not read"),
+        ("workers: *a", "anchors are not read"),
+        ("a: &a [x]\n<<: *a", "anchors are not read"),
+        ("port: !!int 1", "tags are not read"),
+        ("port: !!python/object/apply:os.system ['true']", "tags are not read"),
+        ("port: ! 1", "tags are not read"),
+        ("[" * 5000, "no setting is that deep"),
+        ("a: " + "{b: " * 3000, "no setting is that deep"),
+        ("- port: 1", "not a mapping"),
+        ("port", "not a mapping"),
+        ("port: 1\n---\nport: 2", "document"),
+        ("? [a]\n: b", "a key must be a text"),
+        ("port: 1\n\tb: 2", "at line 2"),
+        (f"api_key: '{HIDDEN}", "at line 1"),
+        (f"api_key: {HIDDEN}: {HIDDEN}", "at line 1"),
+        (f"api_key: {HIDDEN}\nbad", "at line "),
+        ("---\n", "not a mapping"),
+        ("port: \x01", "not allowed"),
+        ("port:", "port = '' cannot be used: must not be empty"),
+        ("port: ''", "must not be empty"),
+        ("api_key:", "must not be empty"),
+        ("api_key: ''", "must not be empty"),
+        ("audit_log: null", "must not be empty"),
+        ("audit_log: ~", "must not be empty"),
+        ("cors_origin: null", "must not be empty"),
+        ("port: 80_80", "must be a whole number, 0 to 65535"),
+        ("port: 0x50", "must be a whole number"),
+        ("port: 1e3", "must be a whole number"),
+        ("port: 8080.0", "must be a whole number"),
+        ("port: [8080]", "must be a whole number"),
+        ("port: {a: b}", "must be a whole number"),
+        ("gpu: maybe", "must be true or false"),
+        ("gpu: [on]", "must be true or false"),
+        ("model_path: [a, b]", "must be a string"),
+        ("listen: [[a]]", "must be a list of strings"),
+        ("prompt: {a: {b: c}}", "must be a list of strings"),
+        ("prompt: {a: }", "must be a list of strings"),
+        ("prot: 1", "did you mean prompt or port?"),
+        ("models: {path: a}", "must be a list of models"),
+        ("models: a", "must be a list of models"),
+        ("models:", "must be a list of models"),
+        ("models: [a]", "must be a list of models"),
+        ("models: [{workers: 1}]", "must be a GGUF file"),
+        ("config: x.toml", "no such setting"),
+    ],
+)
+def test_yaml_that_says_no_setting_is_refused_in_one_line_without_a_secret(
+    text: str, said: str, saying: Saying, refused: Refused
+) -> None:
+    path = saying.folder / "x.yaml"
+    path.write_text(text, encoding="utf-8", newline="")
+    saying.flags = [f"--config={path}"]
+    sentence = refused(saying)
+    assert said in sentence
+    assert HIDDEN not in sentence
+
+
+def test_models_of_yaml_are_those_of_toml(farm: Farm, saying: Saying) -> None:
+    one, two = (str(kit.fake_gguf(saying.folder, name)) for name in ("one", "two"))
+    in_toml = saying.folder / "x.toml"
+    in_toml.write_text(
+        f"""
+        cache_mb = 7
+        [[models]]
+        path = "{one}"
+        aliases = ["a", "b"]
+        workers = 2
+        prompts = {{ q = "Q: " }}
+        [[models]]
+        path = "{two}"
+        version = 3
+        preload = false
+        rope_freq_scale = 0.5
+        """
+    )
+    tables = [
+        {"path": one, "aliases": ["a", "b"], "workers": 2, "prompts": {"q": "Q: "}},
+        {"path": two, "version": 3, "preload": False, "rope_freq_scale": 0.5},
+    ]
+    wanted = es.load_settings({"config": str(in_toml)}, {})
+    text = yaml.safe_dump({"cache_mb": 7, "models": tables})
+    found = in_yaml(saying.folder, text)
+    same = [dataclasses.replace(one, config="") for one in found.models]
+    assert same == [dataclasses.replace(one, config="") for one in wanted.models]
+    assert len(same) == 2
+    assert shown(found) == shown(wanted)
+
+
+def test_without_pyyaml_one_sentence_says_so(
+    saying: Saying, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    path = saying.folder / "x.yaml"
+    path.write_text("port: 1")
+    saying.flags = [f"--config={path}"]
+    assert "YAML needs PyYAML; TOML needs nothing" in refused(saying)
+    toml = saying.folder / "x.toml"
+    toml.write_text("port = 1")
+    assert es.load_settings({"config": str(toml)}, {}).settings.port == 1
+
+
+@given(
+    st.text(max_size=60)
+    | st.lists(st.sampled_from([*"-:?[]{},&*!|>'\"%@`# \n\tab0~"])).map("".join)
+)
+def test_whatever_a_yaml_file_holds_it_is_read_or_refused(text: str) -> None:
+    try:
+        table = es.yaml_table(text)
+    except ValueError as error:
+        assert len(str(error).split("\n")) == 1
+        return
+    assert isinstance(table, dict)
+    with contextlib.suppress(yaml.YAMLError):
+        assert table == {} or list(table) == list(yaml.load(text, yaml.BaseLoader))
