@@ -206,6 +206,9 @@ class Words:
     def piece(self, token: int) -> bytes:
         return f"<{token}>".encode()
 
+    def constraint(self, grammar: es.Grammar | None, *, drops_space: bool) -> None:
+        assert grammar is None
+
 
 class Asked:
     """A request under way, as whoever waits for it sees it."""
