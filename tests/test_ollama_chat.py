@@ -657,3 +657,35 @@ async def test_models_are_the_operator_s(method: str, path: str) -> None:
         assert reply.status == 404
         if method != "HEAD":
             assert "models come from this server's operator" in reply.json["error"]
+
+
+async def test_ollama_s_own_program_finds_what_it_asks_for() -> None:
+    # As Go writes its structs: fields without a value are there, and empty.
+    nothing = {"prompt": "", "suffix": "", "system": "", "template": ""}
+    load = {"model": "fake", **nothing, "options": None, "keep_alive": "5m0s"}
+    show = {"model": "fake", "system": "", "template": "", "verbose": False}
+    talk = {"model": "fake", "messages": HELLO, "options": {}, "think": False}
+    agent = {"user_agent": "ollama/0.12.6 (amd64 linux) Go/go1.24.1"}
+    agent |= {"accept": "application/x-ndjson", "content_type": "application/json"}
+
+    async with chatting() as (running, _):
+
+        async def asked(method: str, path: str, body: object = None) -> kit.Reply:
+            raw = None if body is None else es.json_codec().dumps(body)
+            reply = await running.ask(method, path, raw, **agent)
+            assert reply.status == 200, reply.body
+            return reply
+
+        await asked("HEAD", "/")
+        shown = (await asked("POST", "/api/show", show | {"options": None})).json
+        assert "completion" in shown["capabilities"]
+        assert (await asked("POST", GENERATE, load)).json["done_reason"] == "load"
+        *parts, last = (await asked("POST", CHAT, talk)).body.splitlines()
+        texts = [json.loads(part)["message"]["content"] for part in parts]
+        assert "".join(texts) == "hello my friend"
+        assert json.loads(last)["done"]
+        stop = {"model": "fake", **nothing, "keep_alive": "0s"}
+        assert (await asked("POST", GENERATE, stop)).json["done_reason"] == "unload"
+        (listed,) = (await asked("GET", "/api/tags")).json["models"]
+        (running_now,) = (await asked("GET", "/api/ps")).json["models"]
+        assert listed["name"] == running_now["name"] == "fake:latest"
