@@ -446,4 +446,4 @@ def test_litellm_chats_streams_calls_and_reads_objects(
     assert seen["calls False"] == seen["calls True"] == [["weather", {"city": "Ulm"}]]
     assert seen["answer"] == ANSWER
     assert seen["person"] == PERSON
-    assert seen["error"] == ["APIConnectionError", True]
+    assert seen["error"] == ["NotFoundError", True]
