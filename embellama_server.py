@@ -26054,7 +26054,7 @@ FROM ${BASE}
 # hadolint ignore=DL3008
 RUN apt-get update \\
  && apt-get install --yes --no-install-recommends libgomp1 \\
- && rm -rf /var/lib/apt/lists/* \\
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \\
  && install --directory --owner=65532 --group=65532 /cache
 COPY --from=build /opt/embellama /opt/embellama
 ENV PATH=/opt/embellama/bin:${PATH} \\
