@@ -119,87 +119,88 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 13. ARGUMENTS - what models write for a tool, as JSON
 14. CALLS - how models write that a tool is to be called
 15. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-16. TEMPLATES - messages to the text a model was trained on
-17. SEGMENTS - what tells a BERT the two texts of a pair apart
-18. REACH - how long a sequence a model can read
-19. CONTEXTS - batches of token ids through llama.cpp
-20. DECODING - steps of several sequences through llama.cpp
-21. PASSES - a decoder's vectors without its head
-22. ENGINE - a GGUF loaded by llama.cpp
-23. WEIGHTS - the same model, re-encoded for this CPU
-24. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
-25. READING - requests to a model, and their texts to token ids, slice by slice
-26. HISTORY - what each worker does, and did
-27. QUEUE - which jobs are admitted, whose turn it is, how each ends
-28. BATCHING - which waiting inputs share the next call, and what becomes of it
-29. WORKERS - the threads
-30. GBNF - grammars as llama-server takes them, written and read
-31. GRAMMARS - which bytes, and so which tokens, may come next
-32. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
-33. SCHEMAS - JSON Schema: what several parts say together, as one
-34. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
-35. SAMPLING - which token comes next
-36. TEXT - tokens to the text that a client may see
-37. SEQUENCES - what of past prompts is still in memory
-38. DRAFTS - how a reply may go on, tried ahead
-39. STEPS - which tokens share the next call
-40. GENERATIONS - requests for text: what each has gained, and which wait
-41. GROWING - what a reply's next token adds to it
-42. GENERATOR - the thread that generates
+16. TURNS - a conversation in the one form that most templates understand
+17. TEMPLATES - messages to the text a model was trained on
+18. SEGMENTS - what tells a BERT the two texts of a pair apart
+19. REACH - how long a sequence a model can read
+20. CONTEXTS - batches of token ids through llama.cpp
+21. DECODING - steps of several sequences through llama.cpp
+22. PASSES - a decoder's vectors without its head
+23. ENGINE - a GGUF loaded by llama.cpp
+24. WEIGHTS - the same model, re-encoded for this CPU
+25. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+26. READING - requests to a model, and their texts to token ids, slice by slice
+27. HISTORY - what each worker does, and did
+28. QUEUE - which jobs are admitted, whose turn it is, how each ends
+29. BATCHING - which waiting inputs share the next call, and what becomes of it
+30. WORKERS - the threads
+31. GBNF - grammars as llama-server takes them, written and read
+32. GRAMMARS - which bytes, and so which tokens, may come next
+33. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+34. SCHEMAS - JSON Schema: what several parts say together, as one
+35. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+36. SAMPLING - which token comes next
+37. TEXT - tokens to the text that a client may see
+38. SEQUENCES - what of past prompts is still in memory
+39. DRAFTS - how a reply may go on, tried ahead
+40. STEPS - which tokens share the next call
+41. GENERATIONS - requests for text: what each has gained, and which wait
+42. GROWING - what a reply's next token adds to it
+43. GENERATOR - the thread that generates
 --- network wing ---
-43. MESSAGES - requests and responses, and the bytes of a response
-44. REQUESTS - bytes to requests
-45. CODINGS - compressed bodies, JSON, and what a client takes
-46. PROXIES - which client one speaks for
-47. KEYS - who is asking, and how much each may ask for
-48. SOCKETS - how many, how much is held for them, how each ends
-49. CONNECTIONS - requests of one client, in order; back-pressure
-50. LISTENERS - where connections come from
+44. MESSAGES - requests and responses, and the bytes of a response
+45. REQUESTS - bytes to requests
+46. CODINGS - compressed bodies, JSON, and what a client takes
+47. PROXIES - which client one speaks for
+48. KEYS - who is asking, and how much each may ask for
+49. SOCKETS - how many, how much is held for them, how each ends
+50. CONNECTIONS - requests of one client, in order; back-pressure
+51. LISTENERS - where connections come from
 --- hall ---
-51. GATE - who is let in
-52. MODELS - what is configured, what is in memory, and what a name means
-53. REGISTRY - when each model is in memory
-54. FORMS - what is asked and answered, declared once
-55. COMPUTE - from an EmbedRequest to its EmbedResult
-56. REPLIES - from messages to the text of a reply, as it grows
-57. CONSTRAINTS - which grammar the replies to a request follow
-58. HANDLING - what handlers work with: the service, and a request over HTTP
-59. ANSWERS - replies on their way: whole, or part by part
-60. VECTORS - numbers of a reply, in the types that clients ask for
-61. OPENAI - its shapes
-62. TOOLS - which functions a model may call, and which it must
-63. CHAT FORMS - what may be asked of a model that generates
-64. CHAT - OpenAI's chat and completions, whole and streamed
-65. ITEMS - what may be asked on OpenAI's /v1/responses
-66. RESPONSES - OpenAI's newer route: items, whole and streamed
-67. COHERE - its vectors and scores, Jina's scores, and vLLM's
-68. TEI - the shapes of text-embeddings-inference
-69. TOKENS - texts as the tokens that a model reads, and back
-70. LLAMA SERVER - routes of its own that clients look at
-71. OLLAMA - its models and its embeddings
-72. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-73. OLLAMA CHAT - its chat and generate, whole and streamed
-74. SEEDS - what infer-server and LMServ promise
-75. ADMIN - health, readiness, metrics, models
-76. OPERATION - what the workers do, which settings hold, and draining
-77. DESCRIPTION - the routes as an OpenAPI document, and as a page
-78. ROUTES - the table, and everything derived from it
-79. DISPATCH - from a request to its response
-80. TRIALS - a model loaded in another process first
-81. FOLDER - what a model's authors wrote beside its file
-82. LOADING - a model's way into memory
-83. SUPERVISOR - a small parent that outlives the server
-84. SERVER - builds every object; loading, ready, draining, stopped
-85. TUNING - the settings that are fastest on this box
-86. CHECKING - what a model is and gives, before it is served
-87. DEPLOYMENT - what the printed files have in common
-88. UNITS - the server under systemd
-89. CONTAINERS - the server in images, with Compose, in Kubernetes
-90. FRONTS - HAProxy or nginx before several servers
-91. WATCHING - what scrapes, alerts and scales
-92. BOARD - one dashboard for Grafana
-93. COLLECTION - the routes as a Postman collection
-94. COMMAND LINE - flags in, exit code out
+52. GATE - who is let in
+53. MODELS - what is configured, what is in memory, and what a name means
+54. REGISTRY - when each model is in memory
+55. FORMS - what is asked and answered, declared once
+56. COMPUTE - from an EmbedRequest to its EmbedResult
+57. REPLIES - from messages to the text of a reply, as it grows
+58. CONSTRAINTS - which grammar the replies to a request follow
+59. HANDLING - what handlers work with: the service, and a request over HTTP
+60. ANSWERS - replies on their way: whole, or part by part
+61. VECTORS - numbers of a reply, in the types that clients ask for
+62. OPENAI - its shapes
+63. TOOLS - which functions a model may call, and which it must
+64. CHAT FORMS - what may be asked of a model that generates
+65. CHAT - OpenAI's chat and completions, whole and streamed
+66. ITEMS - what may be asked on OpenAI's /v1/responses
+67. RESPONSES - OpenAI's newer route: items, whole and streamed
+68. COHERE - its vectors and scores, Jina's scores, and vLLM's
+69. TEI - the shapes of text-embeddings-inference
+70. TOKENS - texts as the tokens that a model reads, and back
+71. LLAMA SERVER - routes of its own that clients look at
+72. OLLAMA - its models and its embeddings
+73. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+74. OLLAMA CHAT - its chat and generate, whole and streamed
+75. SEEDS - what infer-server and LMServ promise
+76. ADMIN - health, readiness, metrics, models
+77. OPERATION - what the workers do, which settings hold, and draining
+78. DESCRIPTION - the routes as an OpenAPI document, and as a page
+79. ROUTES - the table, and everything derived from it
+80. DISPATCH - from a request to its response
+81. TRIALS - a model loaded in another process first
+82. FOLDER - what a model's authors wrote beside its file
+83. LOADING - a model's way into memory
+84. SUPERVISOR - a small parent that outlives the server
+85. SERVER - builds every object; loading, ready, draining, stopped
+86. TUNING - the settings that are fastest on this box
+87. CHECKING - what a model is and gives, before it is served
+88. DEPLOYMENT - what the printed files have in common
+89. UNITS - the server under systemd
+90. CONTAINERS - the server in images, with Compose, in Kubernetes
+91. FRONTS - HAProxy or nginx before several servers
+92. WATCHING - what scrapes, alerts and scales
+93. BOARD - one dashboard for Grafana
+94. COLLECTION - the routes as a Postman collection
+95. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -4344,6 +4345,51 @@ ELEMENT_MARKS: Final = ("<function=", "<function name=", "<invoke name=")
 _BEFORE_ARGUMENTS: Final = (
     *("[ARGS]", "<\uff5ctool\u2581sep\uff5c>", "<|tool_call_argument_begin|>"),
 )
+
+
+class CallStyle(NamedTuple):
+    """A way to write calls whose arguments are JSON, piece by piece."""
+
+    opening: str
+    before_name: str
+    before_arguments: str
+    after_arguments: str
+    between_calls: str
+    closing: str = ""
+
+    def begun(self, name: str) -> str:
+        """Return what stands before the arguments of the first call."""
+        return f"{self.opening}{self.before_name}{name}{self.before_arguments}"
+
+
+# The first is Hermes's, and of those who were taught none of these.
+CALL_STYLES: Final = (
+    CallStyle(
+        "", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n"
+    ),
+    CallStyle("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
+    CallStyle("", "[TOOL_CALLS]", "[ARGS]", "", ""),
+    CallStyle("", "[TOOL_CALLS]", "[CALL_ID]a1b2c3d4e[ARGS]", "", ""),
+    CallStyle(
+        "<TOOLCALL>[", '{"name": "', '", "arguments": ', "}", ", ", "]</TOOLCALL>"
+    ),
+    CallStyle(
+        "<tool_calls>[", '{"name": "', '", "arguments": ', "}", ", ", "]</tool_calls>"
+    ),
+    CallStyle(
+        "<tool_calls>\n", '{"name": "', '", "arguments": ', "}\n", "", "</tool_calls>"
+    ),
+    CallStyle("", "<function=", ">", "</function>", ""),
+    CallStyle("", '<|function_call|>{"name": "', '", "arguments": ', "}", ""),
+    CallStyle(
+        "<\uff5ctool\u2581calls\u2581begin\uff5c>",
+        "<\uff5ctool\u2581call\u2581begin\uff5c>",
+        "<\uff5ctool\u2581sep\uff5c>",
+        *("<\uff5ctool\u2581call\u2581end\uff5c>", ""),
+        "<\uff5ctool\u2581calls\u2581end\uff5c>",
+    ),
+    CallStyle("", '{"name": "', '", "parameters": ', "}", "; "),  # Llama 3
+)
 CALL_INNER_MARKS: Final = (*_BEFORE_ARGUMENTS, "[CALL_ID]", '<|"|>')
 _SPACE: Final = re.compile(r"\s*")
 _KEY: Final = re.compile(r'\{\s*(?:\Z|"([^"\\]*)(?:\Z|"))')
@@ -4669,7 +4715,11 @@ _MARKS_OF_THOUGHTS: Final = (
 
 def thoughts_in(template: str) -> Sequence[Thoughts]:
     """Return the marks that models with this template put around their thoughts."""
-    others = [one for one in _MARKS_OF_THOUGHTS if one.closing in template]
+    others = [
+        one
+        for one in _MARKS_OF_THOUGHTS
+        if one.opening in template and one.closing in template
+    ]
     return (THINK, *others)
 
 
@@ -4708,6 +4758,7 @@ class MarkedText:
         self.calls += later.calls
 
 
+CALL_ID_CHARS: Final = 9
 _ID_CHARS: Final = string.ascii_letters + string.digits
 
 
@@ -4716,7 +4767,7 @@ def new_call_id() -> str:
 
     Mistral's templates refuse any other, and a chat may go on with another model.
     """
-    return "".join(random.choices(_ID_CHARS, k=9))
+    return "".join(random.choices(_ID_CHARS, k=CALL_ID_CHARS))
 
 
 class MarkupReader:
@@ -4942,18 +4993,11 @@ _MAX_MARK_CHARS: Final = 64
 
 
 # ==============================================================================
-# 16. TEMPLATES - messages to the text a model was trained on
+# 16. TURNS - a conversation in the one form that most templates understand
 # ==============================================================================
-# A chat model was trained on one way to write down who said what. Its GGUF carries that
-# way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
-# Hugging Face's own renderer has it (CVE-2024-34359 and CVE-2026-5760: servers without).
-# Its output and its time are bounded, its memory is not: one operation may take much.
-#
 # Templates differ in what they understand: of 70 that come with llama.cpp, 37 leave out a
 # "developer" and 32 fail on a tool's arguments as OpenAI sends them. So messages are put
 # into one form first, and afterwards it is checked that none was left out.
-
-# --- messages in one form ---
 
 _ROLES: Final = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -5069,7 +5113,170 @@ def _invalid(name: str, problem: str) -> InvalidValue:
     return InvalidValue(f"{name} {problem}", param=name)
 
 
-# --- rendering ---
+# --- tools, for templates that know none ---
+
+
+class TemplateSkills(NamedTuple):
+    """What of tools a template passes on to its model."""
+
+    tools: bool = True
+    calls: bool = True
+    results: bool = True
+    several_calls: bool = True  # in one message
+    any_ids: bool = True  # of calls: else nine letters and digits
+
+
+# As Hermes was trained, and Qwen: the form that most models have seen.
+_TOOLS_TEXT: Final = """\
+# Tools
+
+You may call functions to help with what the user asks. These are there, each described \
+by a JSON object in a line:
+<tools>
+{tools}
+</tools>
+
+To call one, write its name and its arguments as a JSON object between these marks, once \
+for each call:
+<tool_call>
+{{"name": "the function's name", "arguments": {{"an argument's name": "its value"}}}}
+</tool_call>
+Then stop: the user sends the results. If you need no function, just answer."""
+_CALL_TEXT: Final = "<tool_call>\n{}\n</tool_call>"
+_RESULT_TEXT: Final = "<tool_response>\n{}\n</tool_response>"
+_NO_MESSAGE: Final = 10**6  # the index of a turn that nobody sent
+
+
+def tool_turns(
+    turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], skills: TemplateSkills
+) -> list[Turn]:
+    """Return turns in which what a template does not know of tools is text."""
+    found = _with_names(turns)
+    if not skills.any_ids:
+        found = [_with_short_ids(turn) for turn in found]
+    if not skills.several_calls and skills.calls:
+        found = _calls_apart(found)
+    teaches = bool(tools) and not skills.tools
+    if teaches or not skills.calls:
+        found = [_with_written_calls(turn) for turn in found]
+    if teaches or not skills.results:
+        found = _with_written_results(found)
+    if teaches:
+        lines = (json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        text = _TOOLS_TEXT.format(tools="\n".join(lines))
+        system = [turn for turn in found if turn.role == "system"]
+        first = system[0] if system else Turn(_NO_MESSAGE, "system", "")
+        first = dataclasses.replace(first, text=_joined(first.text, text))
+        found = [first, *(turn for turn in found if turn.role != "system")]
+    return found
+
+
+def _with_names(turns: Sequence[Turn]) -> list[Turn]:
+    """Give calls their ids, and results the ids and names of their calls."""
+    found: list[Turn] = []
+    open_calls: dict[str, str] = {}  # names by ids
+    for turn in turns:
+        others = dict(turn.others)
+        if calls := others.get("tool_calls"):
+            made = (f"call{turn.index:03}{n:02}" for n in itertools.count())
+            others["tool_calls"] = [
+                call
+                | {
+                    k: v
+                    for k, v in (("id", id_), ("type", "function"))
+                    if k not in call
+                }
+                for call, id_ in zip(calls, made, strict=False)
+            ]
+            open_calls = {
+                str(call["id"]): str(call["function"].get("name", ""))
+                for call in others["tool_calls"]
+            }
+        if turn.role == "tool":
+            id_ = str(others.get("tool_call_id") or next(iter(open_calls), ""))
+            name = open_calls.pop(id_, "") or str(others.get("tool_name", ""))
+            others.setdefault("tool_call_id", id_)
+            others.setdefault("name", name)
+        found.append(dataclasses.replace(turn, others=others))
+    return found
+
+
+def _short_id(text: object) -> str:
+    """Return nine letters and digits for an id: itself, if it has that form."""
+    text = str(text)
+    if len(text) == CALL_ID_CHARS and text.isascii() and text.isalnum():
+        return text
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:CALL_ID_CHARS]
+
+
+def _with_short_ids(turn: Turn) -> Turn:
+    others = dict(turn.others)
+    if "tool_call_id" in others:
+        others["tool_call_id"] = _short_id(others["tool_call_id"])
+    if calls := others.get("tool_calls"):
+        others["tool_calls"] = [{**call, "id": _short_id(call["id"])} for call in calls]
+    return dataclasses.replace(turn, others=others)
+
+
+def _calls_apart(turns: Sequence[Turn]) -> list[Turn]:
+    """Return turns with one call each, and each with its result after it."""
+    found: list[Turn] = []
+    left = collections.deque(turns)
+    while left:
+        turn = left.popleft()
+        calls = turn.others.get("tool_calls", ())
+        if len(calls) < 2:
+            found.append(turn)
+            continue
+        results = [*itertools.takewhile(lambda one: one.role == "tool", left)]
+        for _ in results:
+            left.popleft()
+        for n, call in enumerate(calls):
+            others = (
+                {**turn.others, "tool_calls": [call]}
+                if not n
+                else {"tool_calls": [call]}
+            )
+            text = "" if n else turn.text
+            found.append(dataclasses.replace(turn, text=text, others=others))
+            mine = [r for r in results if r.others.get("tool_call_id") == call["id"]]
+            found += mine
+            results = [one for one in results if one not in mine]
+        found += results
+    return found
+
+
+def _with_written_calls(turn: Turn) -> Turn:
+    others = dict(turn.others)
+    texts = []
+    for call in others.pop("tool_calls", ()):
+        function = call["function"]
+        said = {"name": function.get("name"), "arguments": function.get("arguments")}
+        texts.append(_CALL_TEXT.format(json.dumps(said, ensure_ascii=False)))
+    text = "\n".join(filter(None, (turn.text, *texts)))
+    return dataclasses.replace(turn, text=text, others=others)
+
+
+def _with_written_results(turns: Sequence[Turn]) -> list[Turn]:
+    """Return turns in which users send the results, those of several calls in one."""
+    found: list[Turn] = []
+    for was_tool, group in itertools.groupby(turns, lambda turn: turn.role == "tool"):
+        some = [*group]
+        if was_tool:
+            text = "\n".join(_RESULT_TEXT.format(turn.text) for turn in some)
+            some = [Turn(some[0].index, "user", text)]
+        found += some
+    return found
+
+
+# ==============================================================================
+# 17. TEMPLATES - messages to the text a model was trained on
+# ==============================================================================
+# A chat model was trained on one way to write down who said what. Its GGUF carries that
+# way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
+# Hugging Face's own renderer has it (CVE-2024-34359 and CVE-2026-5760: servers without).
+# Its output and its time are bounded, its memory is not: one operation may take much.
+# What it knows of tools is found by trying.
 
 # It comes with llama-cpp-python, and nothing else needs it: a row of its own.
 _JINJA2: Final = Library(
@@ -5088,12 +5295,45 @@ _RESERVED: Final = re.compile(f"[{_OPEN}{_CLOSE}{_MARK}]")
 _QUOTED: Final = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 _NOT_ASCII: Final = re.compile(f"[^\0-\x7f{_OPEN}{_CLOSE}{_MARK}]+")
 _MARKED: Final = re.compile(f"{_MARK}([0-9]+){_MARK}")
-_MARK_CHARS: Final = 12
+_MARK_CHARS: Final = 13
 _until_s: Final = contextvars.ContextVar("_until_s", default=math.inf)  # thread_time()
 
 
 class UnusableTemplate(Exception):
     """A chat template that cannot be used at all; one sentence says why."""
+
+
+# What a template is tried with.
+_TRIED_IDS: Final = ("a1b2c3d4e", "f1b2c3d4e")
+_ASKS: Final = {"role": "user", "content": "TRIED-QUESTION"}
+_TRIED_TOOL: Final[Mapping[str, Any]] = {
+    "type": "function",
+    "function": {
+        "name": "tried_function",
+        "description": "TRIED-DESCRIPTION",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "A word"}},
+            "required": ["word"],
+        },
+    },
+}
+
+
+def _calling(*ids: str) -> Sequence[Mapping[str, Any]]:
+    """Return a conversation with these calls."""
+    function = {"name": "tried_function", "arguments": {"word": "TRIED-VALUE"}}
+    calls = [{"id": id_, "type": "function", "function": function} for id_ in ids]
+    results = [
+        {"role": "tool", "content": "TRIED-RESULT", "tool_call_id": id_} for id_ in ids
+    ]
+    return [
+        _ASKS,
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *results,
+        {"role": "assistant", "content": "TRIED-ANSWER"},
+        _ASKS,
+    ]
 
 
 class RenderedPrompt(NamedTuple):
@@ -5136,8 +5376,46 @@ class ChatTemplate:
             raise UnusableTemplate(f"the chat template is not valid: {words}") from None
         self.source = source
         self.thoughts = thoughts_in(source)
+        self.thinks = any(one.closing in source for one in self.thoughts)
+        self.skills = TemplateSkills()
+        self.call_style = CALL_STYLES[0]  # in which its model is told to write calls
         self.names = {"bos_token": bos, "eos_token": eos}
         self._control = re.compile(_any_of({*control_texts}) or "(?!)")
+        self._try_skills()
+
+    def _try_skills(self) -> None:
+        """Find out what of tools comes out, by trying."""
+        about = _TRIED_TOOL["function"]["description"]
+        self._skills_are(tools=about in self._tried([_ASKS], [_TRIED_TOOL]))
+        tools = [_TRIED_TOOL] if self.skills.tools else []
+        one, short = _calling("call_0"), _calling(_TRIED_IDS[0])
+        called = self._tried(one, tools)
+        if not called:
+            called = self._tried(short, tools)
+            self._skills_are(any_ids=not called)
+        if "TRIED-VALUE" not in called:
+            self._skills_are(calls=False)
+            called = self._tried(short, tools)
+        self._skills_are(results="TRIED-RESULT" in called)
+        both = self._tried(_calling(*_TRIED_IDS), tools)
+        name = _TRIED_TOOL["function"]["name"]
+        self._skills_are(several_calls=both.count(name) > called.count(name))
+        if self.skills.tools and self.skills.calls:
+            styles = (one for one in CALL_STYLES if one.begun(name) in called)
+            self.call_style = next(styles, CALL_STYLES[0])
+
+    def _skills_are(self, **skills: bool) -> None:
+        self.skills = self.skills._replace(**skills)
+
+    def _tried(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """Return a prompt; empty if the template does not take these messages."""
+        with contextlib.suppress(ApiError):
+            return "".join(p.text for p in self.render(messages, tools=tools).parts)
+        return ""
 
     def render(
         self,
@@ -5155,7 +5433,9 @@ class ChatTemplate:
         the template's, e.g. enable_thinking. Raises InvalidValue for messages that are
         none, TemplateRefused, and ContextLengthExceeded above ``max_chars``.
         """
-        turns = normalized(messages)
+        turns = tool_turns(normalized(messages), tools or (), self.skills)
+        if tools and not self.skills.tools:
+            tools = None
         if continues_last and not (turns and turns[-1].role == "assistant"):
             raise _invalid("messages", "must end with the assistant's, to continue it")
         values = {"documents": None, **(variables or {}), "tools": tools or None}
@@ -5213,6 +5493,10 @@ class _Run:
                 raise _refused(
                     f"it leaves out the text of messages[{turn.index}] ({turn.role})"
                 )
+        for turn in turns:
+            for n, _ in enumerate(turn.others.get("tool_calls", ())):
+                if _call_mark(turn, n).strip(_MARK) not in passed_on:
+                    raise _refused(f"it leaves out the calls of messages[{turn.index}]")
         if not self.continues_last:
             return text
         *before, _ = _MARKED.split(text)[::2]
@@ -5224,8 +5508,10 @@ class _Run:
         for number, turn in enumerate(turns):
             mark = f"{_MARK}{turn.index}{_MARK}" if number >= unmarked else ""
             fixed = {"role": turn.role, "content": turn.text + mark}
-            messages.append({**fixed, **turn.others})
-        limit = self.max_chars + (len(turns) - unmarked) * _MARK_CHARS
+            others = _with_marked_calls(turn) if number >= unmarked else turn.others
+            messages.append({**fixed, **others})
+        marks = sum(1 + len(turn.others.get("tool_calls", ())) for turn in turns)
+        limit = self.max_chars + (marks if unmarked < len(turns) else 0) * _MARK_CHARS
         pieces: list[str] = []
         try:
             for piece in self.template.generate({**self.values, "messages": messages}):
@@ -5243,6 +5529,22 @@ class _Run:
         except Exception as error:  # the template is a stranger's program
             raise _refused(_words_of(error)) from None
         return "".join(pieces)
+
+
+def _call_mark(turn: Turn, number: int) -> str:
+    return f"{_MARK}{turn.index:06}{number:03}{_MARK}"
+
+
+def _with_marked_calls(turn: Turn) -> Mapping[str, Any]:
+    """Return a turn's other fields, with a mark after the name in each of its calls."""
+    if not (calls := turn.others.get("tool_calls")):
+        return turn.others
+    marked = []
+    for number, call in enumerate(calls):
+        function = call["function"]
+        name = f"{function.get('name', '')}{_call_mark(turn, number)}"
+        marked.append({**call, "function": {**function, "name": name}})
+    return {**turn.others, "tool_calls": marked}
 
 
 def _parts_of(text: str) -> list[PromptPart]:
@@ -5388,7 +5690,7 @@ def _sandbox() -> jinja2.Environment:
 
 
 # ==============================================================================
-# 17. SEGMENTS - what tells a BERT the two texts of a pair apart
+# 18. SEGMENTS - what tells a BERT the two texts of a pair apart
 # ==============================================================================
 # To each token's row BERT adds a row of token_types: the first in a query, the second in
 # a text. llama.cpp adds the first to all ("hardcoded to zero", bert.cpp), so a
@@ -5472,7 +5774,7 @@ def _to_floats(llama: Any, tensor: Tensor) -> Callable[[int, int, int], object]:
 
 
 # ==============================================================================
-# 18. REACH - how long a sequence a model can read
+# 19. REACH - how long a sequence a model can read
 # ==============================================================================
 # As far as it was trained, unless the operator scales its rotary positions. llama.cpp takes
 # any length, but a BERT's table of positions ends where training did.
@@ -5531,7 +5833,7 @@ def context_and_input_tokens(
 
 
 # ==============================================================================
-# 19. CONTEXTS - batches of token ids through llama.cpp
+# 20. CONTEXTS - batches of token ids through llama.cpp
 # ==============================================================================
 # We use the low level API: Llama.embed() truncates silently, drops the final token, loops
 # over tokens in Python and zeroes the whole KV buffer before every call.
@@ -5962,7 +6264,7 @@ class Context(AbortableContext):
 
 
 # ==============================================================================
-# 20. DECODING - steps of several sequences through llama.cpp
+# 21. DECODING - steps of several sequences through llama.cpp
 # ==============================================================================
 # What generates has one llama_context with the KV cells of all its sequences (unified: a
 # copied prefix costs no cell, and a step may mix prompts and replies). Its one thread
@@ -6151,7 +6453,7 @@ class StepContext(AbortableContext):
 
 
 # ==============================================================================
-# 21. PASSES - a decoder's vectors without its head
+# 22. PASSES - a decoder's vectors without its head
 # ==============================================================================
 # Asked for embeddings, llama.cpp computes the logits of every token of a decoder, and has
 # room for them twice: of 440 tokens of Gemma 3 270M more than half of the time and 850 MB.
@@ -6351,7 +6653,7 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 
 
 # ==============================================================================
-# 22. ENGINE - a GGUF loaded by llama.cpp
+# 23. ENGINE - a GGUF loaded by llama.cpp
 # ==============================================================================
 # The only room that imports llama_cpp, and only when a model is loaded. One model is
 # shared by all contexts, read-only.
@@ -6797,7 +7099,7 @@ class Engine:
 
 
 # ==============================================================================
-# 23. WEIGHTS - the same model, re-encoded for this CPU
+# 24. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which weight type is fastest depends on the CPU: with AVX512_BF16, bf16 is 1.4 (MiniLM)
 # to 1.5 times (BERT-base) as fast as f16, and q8_0 is slower; other CPUs were not
@@ -7027,7 +7329,7 @@ def _here() -> str:
 
 
 # ==============================================================================
-# 24. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+# 25. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 # ==============================================================================
 # Pure: callers pass the time. The speed of past calls decides how many threads and tokens
 # the next one gets, and what Retry-After says. A job reserves room in the queue when it is
@@ -7390,7 +7692,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 25. READING - requests to a model, and their texts to token ids, slice by slice
+# 26. READING - requests to a model, and their texts to token ids, slice by slice
 # ==============================================================================
 # What tokenizer threads do. A slice ends after some inputs or characters, so that large
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
@@ -7801,7 +8103,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 26. HISTORY - what each worker does, and did
+# 27. HISTORY - what each worker does, and did
 # ==============================================================================
 
 
@@ -7867,7 +8169,7 @@ class WorkerNotes:
 
 
 # ==============================================================================
-# 27. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 28. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -8272,7 +8574,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 28. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 29. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -8722,7 +9024,7 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
-# 29. WORKERS - the threads
+# 30. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -9075,7 +9377,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 30. GBNF - grammars as llama-server takes them, written and read
+# 31. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -9410,7 +9712,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 
 
 # ==============================================================================
-# 31. GRAMMARS - which bytes, and so which tokens, may come next
+# 32. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -9723,7 +10025,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 32. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 33. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -10094,7 +10396,7 @@ def _any_digits(count: int) -> str:
 
 
 # ==============================================================================
-# 33. SCHEMAS - JSON Schema: what several parts say together, as one
+# 34. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -10443,7 +10745,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 34. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 35. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -10804,7 +11106,7 @@ class _SchemaReader:
 
 
 # ==============================================================================
-# 35. SAMPLING - which token comes next
+# 36. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -11246,7 +11548,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 36. TEXT - tokens to the text that a client may see
+# 37. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -11454,7 +11756,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 37. SEQUENCES - what of past prompts is still in memory
+# 38. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -11829,7 +12131,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 38. DRAFTS - how a reply may go on, tried ahead
+# 39. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -11958,7 +12260,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 39. STEPS - which tokens share the next call
+# 40. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -12237,7 +12539,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 40. GENERATIONS - requests for text: what each has gained, and which wait
+# 41. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -12602,7 +12904,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 41. GROWING - what a reply's next token adds to it
+# 42. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -12743,7 +13045,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 42. GENERATOR - the thread that generates
+# 43. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -13193,7 +13495,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 43. MESSAGES - requests and responses, and the bytes of a response
+# 44. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -13384,7 +13686,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 44. REQUESTS - bytes to requests
+# 45. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -13742,7 +14044,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 45. CODINGS - compressed bodies, JSON, and what a client takes
+# 46. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -14105,7 +14407,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 46. PROXIES - which client one speaks for
+# 47. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -14230,7 +14532,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 47. KEYS - who is asking, and how much each may ask for
+# 48. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -14617,7 +14919,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 48. SOCKETS - how many, how much is held for them, how each ends
+# 49. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -14980,7 +15282,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 49. CONNECTIONS - requests of one client, in order; back-pressure
+# 50. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -15426,7 +15728,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 50. LISTENERS - where connections come from
+# 51. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -15776,7 +16078,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 51. GATE - who is let in
+# 52. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -16009,7 +16311,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 52. MODELS - what is configured, what is in memory, and what a name means
+# 53. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -16391,7 +16693,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 53. REGISTRY - when each model is in memory
+# 54. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -16818,7 +17120,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 54. FORMS - what is asked and answered, declared once
+# 55. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -17255,7 +17557,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 55. COMPUTE - from an EmbedRequest to its EmbedResult
+# 56. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -17474,7 +17776,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 56. REPLIES - from messages to the text of a reply, as it grows
+# 57. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -17912,7 +18214,7 @@ class Replies:
 
 
 # ==============================================================================
-# 57. CONSTRAINTS - which grammar the replies to a request follow
+# 58. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -17949,7 +18251,7 @@ def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
 
 
 # ==============================================================================
-# 58. HANDLING - what handlers work with: the service, and a request over HTTP
+# 59. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -18394,7 +18696,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 59. ANSWERS - replies on their way: whole, or part by part
+# 60. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -18509,7 +18811,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 60. VECTORS - numbers of a reply, in the types that clients ask for
+# 61. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18632,7 +18934,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 61. OPENAI - its shapes
+# 62. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -18763,7 +19065,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 62. TOOLS - which functions a model may call, and which it must
+# 63. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -18954,7 +19256,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 63. CHAT FORMS - what may be asked of a model that generates
+# 64. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -19395,7 +19697,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 64. CHAT - OpenAI's chat and completions, whole and streamed
+# 65. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -19767,7 +20069,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 65. ITEMS - what may be asked on OpenAI's /v1/responses
+# 66. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -20174,7 +20476,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 66. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 67. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -20549,7 +20851,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 67. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 68. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -20850,7 +21152,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 68. TEI - the shapes of text-embeddings-inference
+# 69. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -21108,7 +21410,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 69. TOKENS - texts as the tokens that a model reads, and back
+# 70. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -21415,7 +21717,7 @@ async def _decoded(
 
 
 # ==============================================================================
-# 70. LLAMA SERVER - routes of its own that clients look at
+# 71. LLAMA SERVER - routes of its own that clients look at
 # ==============================================================================
 # Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
 # without the texts, and of a model without its path.
@@ -21535,7 +21837,7 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 
 
 # ==============================================================================
-# 71. OLLAMA - its models and its embeddings
+# 72. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
 # when a model leaves memory is the operator's affair here.
@@ -21784,7 +22086,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 72. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 73. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -22002,7 +22304,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 73. OLLAMA CHAT - its chat and generate, whole and streamed
+# 74. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -22244,7 +22546,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 74. SEEDS - what infer-server and LMServ promise
+# 75. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -22460,7 +22762,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 75. ADMIN - health, readiness, metrics, models
+# 76. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -22700,7 +23002,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 76. OPERATION - what the workers do, which settings hold, and draining
+# 77. OPERATION - what the workers do, which settings hold, and draining
 # ==============================================================================
 # For an administrator, who is shown neither texts nor secrets: what is secret is declared
 # with the setting.
@@ -22889,7 +23191,7 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 
 
 # ==============================================================================
-# 77. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 78. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -23201,7 +23503,7 @@ DOCS_POLICY: Final = (
 
 
 # ==============================================================================
-# 78. ROUTES - the table, and everything derived from it
+# 79. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -23409,7 +23711,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 79. DISPATCH - from a request to its response
+# 80. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -23858,7 +24160,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 80. TRIALS - a model loaded in another process first
+# 81. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -23941,7 +24243,7 @@ class Trial:
 
 
 # ==============================================================================
-# 81. FOLDER - what a model's authors wrote beside its file
+# 82. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -24068,7 +24370,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 82. LOADING - a model's way into memory
+# 83. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -24494,7 +24796,7 @@ class Loader:
 
 
 # ==============================================================================
-# 83. SUPERVISOR - a small parent that outlives the server
+# 84. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -24883,7 +25185,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 84. SERVER - builds every object; loading, ready, draining, stopped
+# 85. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -25322,7 +25624,7 @@ class Server:
 
 
 # ==============================================================================
-# 85. TUNING - the settings that are fastest on this box
+# 86. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -25457,7 +25759,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 86. CHECKING - what a model is and gives, before it is served
+# 87. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -25596,7 +25898,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 87. DEPLOYMENT - what the printed files have in common
+# 88. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -25809,7 +26111,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 88. UNITS - the server under systemd
+# 89. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -26021,7 +26323,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 89. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 90. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -26432,7 +26734,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 90. FRONTS - HAProxy or nginx before several servers
+# 91. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -26565,7 +26867,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 91. WATCHING - what scrapes, alerts and scales
+# 92. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -26773,7 +27075,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 92. BOARD - one dashboard for Grafana
+# 93. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -26977,7 +27279,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 93. COLLECTION - the routes as a Postman collection
+# 94. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -27085,7 +27387,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 94. COMMAND LINE - flags in, exit code out
+# 95. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -173,11 +173,13 @@ def test_prompts_are_hugging_face_s_to_the_character(
         except es.TemplateRefused as error:
             refused[name] = error.message.partition("these messages: ")[2]
             continue
-        turns = es.normalized(messages)
+        skills = template.skills
+        turns = es.tool_turns(es.normalized(messages), tools or (), skills)
         if prompt.is_folded:
             folded.add((name, conversation))
             turns = es.folded(turns)
-        like = reference(source, turns, tools=tools, add_generation_prompt=True)
+        known = tools if skills.tools else None
+        like = reference(source, turns, tools=known, add_generation_prompt=True)
         assert text_of(prompt) == like, name
         assert BOS not in like[1:], name  # one at most, and in front
     place = next((n for n, m in enumerate(messages) if m["role"] == "tool"), None)
