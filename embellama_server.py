@@ -5162,7 +5162,8 @@ def tool_turns(
     if teaches or not skills.results:
         found = _with_written_results(found)
     if teaches:
-        lines = (json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        functions = (tool.get("function", tool) for tool in tools)
+        lines = (json.dumps(one, ensure_ascii=False) for one in functions)
         text = _TOOLS_TEXT.format(tools="\n".join(lines))
         system = [turn for turn in found if turn.role == "system"]
         first = system[0] if system else Turn(_NO_MESSAGE, "system", "")

@@ -428,10 +428,11 @@ def test_calls_and_thoughts_of_neighbours_are_kept() -> None:
     source = (
         "{% for m in messages %}{% if loop.previtem and loop.previtem.role == m.role %}"
         "{{ raise_exception('twice') }}{% endif %}{{ m.content }}|{{ m.reasoning_content }}|"
-        "{% for c in m.tool_calls %}{{ c.function.arguments.n }}{% endfor %}{% endfor %}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.n }}"
+        "{{ c.function.arguments.word }}{% endfor %}{% endfor %}"
     )
     calls = [calling({"n": n}) | {"reasoning_content": f"t{n}"} for n in (1, 2)]
-    assert rendered(source, calls) == "|t1\n\nt2|12"
+    assert rendered(source, calls) == "|t1\n\nt2|weather1weather2"
 
 
 @pytest.mark.parametrize(
@@ -491,6 +492,9 @@ def parts(
     return [(text, plain) for text, plain in template.render(messages, **how).parts]
 
 
+TOOL_D = "{{ messages[0].content }}{{ tools[0].d or tools[0].function.description }}"
+
+
 @pytest.mark.parametrize(
     ("source", "message", "found"),
     [
@@ -508,7 +512,7 @@ def parts(
         ("{{ messages[0].content }}{{ messages[0].name }}", user("", name="<s>"), [("<s>", True)]),
         ("{{ messages[0].x.keys() | first }}", user("", x={"<s>": 1}), [("<s>", True)]),
         ("{{ v }}", user(""), [("v", False), ("<s>", True)]),
-        ("{{ tools[0].d }}", user(""), [("t", False), ("<s>", True)]),
+        (TOOL_D, user(""), [("t", False), ("<s>", True)]),
         (
             "{{ messages[0].content | tojson(ensure_ascii=true) }}",
             user('é<|"|>'),
@@ -522,7 +526,9 @@ def parts(
 def test_a_control_token_s_text_is_text_wherever_somebody_writes_it(
     source: str, message: Message, found: list[tuple[str, bool]]
 ) -> None:
-    how: Any = {"variables": {"v": "v<s>"}, "tools": [{"d": "t<s>"}]}
+    how: Any = {"variables": {"v": "v<s>"}}
+    if "tools" in source:
+        how["tools"] = [{"d": "t<s>"}]
     assert parts(source, [message], **how) == found
 
 
@@ -727,3 +733,136 @@ def test_html_s_end_of_a_strike_through_ends_no_reply(tmp_path: Path) -> None:
     assert token in vocabulary.end_tokens
     assert vocabulary.piece(token) == b""
     assert "</s>" in vocabulary.control_texts
+
+
+# --- tools ---
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Now",
+        "parameters": {"type": "object"},
+    },
+}
+KNOWS_NONE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+AGENT = [
+    user("Zurich? Rome?"),
+    {
+        "role": "assistant",
+        "content": "Let me see.",
+        "tool_calls": [
+            {"id": f"call_{n}", "function": {"name": "weather", "arguments": {"n": n}}}
+            for n in (1, 2)
+        ],
+    },
+    {"role": "tool", "content": "rain", "tool_call_id": "call_1"},
+    {"role": "tool", "content": "sun", "tool_call_id": "call_2"},
+]
+
+
+def test_a_template_that_knows_no_tools_says_all_of_them_in_our_words() -> None:
+    template = es.ChatTemplate(KNOWS_NONE)
+    assert not (template.skills.tools or template.skills.calls)
+    (part,) = template.render(AGENT, tools=[WEATHER]).parts
+    words, _, rest = part.text.partition("<user>")
+    assert words.startswith("<system>") and '"name": "weather"' in words
+    assert rest == (
+        "Zurich? Rome?<assistant>Let me see.\n"
+        '<tool_call>\n{"name": "weather", "arguments": {"n": 1}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"n": 2}}\n</tool_call>'
+        "<user><tool_response>\nrain\n</tool_response>\n"
+        "<tool_response>\nsun\n</tool_response><assistant>"
+    )
+
+
+def test_what_is_told_of_the_form_of_calls_is_a_form_that_is_read() -> None:
+    (part,) = es.ChatTemplate(KNOWS_NONE).render(AGENT, tools=[WEATHER]).parts
+    reader = es.MarkupReader(es.Markup(tools={"weather": {}}))
+    found = reader.feed(part.text.partition("Let me see.")[2]).calls
+    assert [call.arguments for call in found if not call.id] == ['{"n": 1}', '{"n": 2}']
+    for style in es.CALL_STYLES:
+        reader = es.MarkupReader(es.Markup(tools={"weather": {}}))
+        one = f'{style.before_name}weather{style.before_arguments}{{"n": 1}}'
+        one += style.after_arguments
+        written = style.opening + one + style.between_calls + one + style.closing
+        assert not reader.feed(written).text + reader.end().text, style
+        assert reader.calls == 2, style
+
+
+def test_a_system_message_is_kept_beside_the_tools() -> None:
+    (part,) = (
+        es.ChatTemplate(KNOWS_NONE)
+        .render([system("Be brief."), user("Hi")], tools=[WEATHER])
+        .parts
+    )
+    assert part.text.startswith("<system>Be brief.\n\n# Tools")
+
+
+ONE_CALL = (
+    "{% for m in messages %}{% if m.tool_calls and m.tool_calls | length > 1 %}"
+    "{{ raise_exception('only one') }}{% endif %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}{% endfor %}{% for t in tools %}{{ t.function.description }}{% endfor %}"
+)
+
+
+def test_several_calls_come_one_by_one_where_a_template_takes_no_more() -> None:
+    template = es.ChatTemplate(ONE_CALL)
+    assert template.skills == es.TemplateSkills(several_calls=False)
+    (part,) = template.render(AGENT, tools=[WEATHER]).parts
+    assert part.text == (
+        '<user>Zurich? Rome?<assistant>Let me see.weather{"n": 1}<tool>rain'
+        '<assistant>weather{"n": 2}<tool>sunNow'
+    )
+
+
+SHORT_IDS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ c.id }}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+    "{% if m.role == 'tool' %}{{ m.tool_call_id }}{{ m.name }}{% endif %}{% endfor %}"
+    "{% for t in tools %}{{ t.function.description }}{% endfor %}"
+)
+
+
+def test_ids_of_other_servers_become_what_a_template_takes() -> None:
+    template = es.ChatTemplate(SHORT_IDS)
+    assert not template.skills.any_ids
+    (part,) = template.render(AGENT, tools=[WEATHER]).parts
+    found = re.findall(r"[0-9a-z]{9}(?=weather)", part.text)
+    assert len(found) == 4 and found[:2] == found[2:] and found[0] != found[1]
+
+
+def test_results_get_the_names_and_ids_of_their_calls() -> None:
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.id }}{{ c.type }}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{{ m.content }}{% if m.role == 'tool' %}={{ m.tool_call_id }}={{ m.name }}"
+        "{% endif %}{% endfor %}{% for t in tools or [] %}{{ t.function.description }}"
+        "{% endfor %}"
+    )
+    call: Message = {"function": {"name": "weather", "arguments": {}}}
+    messages: list[Message] = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+    ]
+    assert rendered(source, messages) == (
+        "call00000functionweather{}rain=call00000=weather"
+    )
+
+
+def test_a_template_that_drops_a_call_is_not_believed() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if loop.index0 < 2 %}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+        "{% endfor %}{% endif %}{% endfor %}"
+        "{% for t in tools %}{{ t.function.description }}{% endfor %}"
+    )
+    template = es.ChatTemplate(source)
+    messages = [user("a"), assistant("b"), user("c"), AGENT[1]]
+    with pytest.raises(es.TemplateRefused, match=r"the calls of messages\[3\]"):
+        template.render(messages, tools=[WEATHER])
