@@ -5061,12 +5061,12 @@ def folded(turns: Sequence[Turn]) -> list[Turn]:
 def _turn(index: int, message: Mapping[str, Any]) -> Turn:
     name, role = f"messages[{index}]", message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise _invalid(f"{name}.role", f"must be one of {', '.join(_ROLES)}")
+        raise invalid_message(f"{name}.role", f"must be one of {', '.join(_ROLES)}")
     others = {key: value for key, value in message.items() if value is not None}
     text = _text_of(others.pop("content", ""), f"{name}.content")
     calls = others.pop("tool_calls", [])
     if not isinstance(calls, list):
-        raise _invalid(f"{name}.tool_calls", "must be a list")
+        raise invalid_message(f"{name}.tool_calls", "must be a list")
     if calls:  # many templates take an empty list for a call
         names = (f"{name}.tool_calls[{n}]" for n in itertools.count())
         others["tool_calls"] = [*map(_call, calls, names)]
@@ -5074,7 +5074,7 @@ def _turn(index: int, message: Mapping[str, Any]) -> Turn:
     thoughts = {key: others[key] for key in _REASONING if key in others}
     for key, thought in thoughts.items():
         if not isinstance(thought, str):
-            raise _invalid(f"{name}.{key}", "must be a string")
+            raise invalid_message(f"{name}.{key}", "must be a string")
     if thoughts:  # most templates know the first name, gpt-oss's the last
         thought = next(iter(thoughts.values()))
         others |= {"reasoning_content": thought, "thinking": thought}
@@ -5085,13 +5085,15 @@ def _text_of(content: object, name: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _invalid(name, "must be a string or a list of parts")
+        raise invalid_message(name, "must be a string or a list of parts")
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get(kind) if kind in _PART_TYPES else None
         if not isinstance(text, str):
-            raise _invalid(f"{name}[{number}]", "must be a part of the type text")
+            raise invalid_message(
+                f"{name}[{number}]", "must be a part of the type text"
+            )
         texts.append(text)
     return "\n".join(texts)
 
@@ -5100,7 +5102,7 @@ def _call(call: object, name: str) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, no longer JSON in a string."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise _invalid(f"{name}.function", "must have a name and arguments")
+        raise invalid_message(f"{name}.function", "must have a name and arguments")
     arguments = function.get("arguments") or "{}"
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
@@ -5109,7 +5111,8 @@ def _call(call: object, name: str) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _invalid(name: str, problem: str) -> InvalidValue:
+def invalid_message(name: str, problem: str) -> InvalidValue:
+    """Return the error for a part of a message, by its name."""
     return InvalidValue(f"{name} {problem}", param=name)
 
 
@@ -5305,6 +5308,8 @@ class UnusableTemplate(Exception):
 
 
 # What a template is tried with.
+_MAX_TRIED_CHARS: Final = 1 << 17  # of a prompt
+_MAX_TRY_S: Final = 0.2  # of the thread's time, each
 _TRIED_IDS: Final = ("a1b2c3d4e", "f1b2c3d4e")
 _ASKS: Final = {"role": "user", "content": "TRIED-QUESTION"}
 _TRIED_TOOL: Final[Mapping[str, Any]] = {
@@ -5382,7 +5387,9 @@ class ChatTemplate:
         self.call_style = CALL_STYLES[0]  # in which its model is told to write calls
         self.names = {"bos_token": bos, "eos_token": eos}
         self._control = re.compile(_any_of({*control_texts}) or "(?!)")
+        self._max_render_s = _MAX_TRY_S
         self._try_skills()
+        self._max_render_s = _MAX_RENDER_S
 
     def _try_skills(self) -> None:
         """Find out what of tools comes out, by trying."""
@@ -5415,7 +5422,8 @@ class ChatTemplate:
     ) -> str:
         """Return a prompt; empty if the template does not take these messages."""
         with contextlib.suppress(ApiError):
-            return "".join(p.text for p in self.render(messages, tools=tools).parts)
+            prompt = self.render(messages, tools=tools, max_chars=_MAX_TRIED_CHARS)
+            return "".join(part.text for part in prompt.parts)
         return ""
 
     def render(
@@ -5438,7 +5446,9 @@ class ChatTemplate:
         if tools and not self.skills.tools:
             tools = None
         if continues_last and not (turns and turns[-1].role == "assistant"):
-            raise _invalid("messages", "must end with the assistant's, to continue it")
+            raise invalid_message(
+                "messages", "must end with the assistant's, to continue it"
+            )
         values = {"documents": None, **(variables or {}), "tools": tools or None}
         values["add_generation_prompt"] = add_generation_prompt and not continues_last
         try:
@@ -5446,7 +5456,7 @@ class ChatTemplate:
             turns = [*map(self._plain_turn, turns)]
         except RecursionError:
             raise _refused("these messages are nested too deeply") from None
-        _until_s.set(time.thread_time() + _MAX_RENDER_S)
+        _until_s.set(time.thread_time() + self._max_render_s)
         run = _Run(self._template, values, continues_last, max_chars)
         try:
             return RenderedPrompt(_parts_of(run.text(turns)))

@@ -437,7 +437,7 @@ def test_calls_and_thoughts_of_neighbours_are_kept() -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    [[assistant("a")], [user("a"), tool("b")], [system("s"), tool("a")]],
+    [[assistant("a")], [assistant("a"), tool("b")], [assistant("a"), user("b")]],
 )
 def test_what_is_refused_twice_is_a_400_with_the_first_words(
     messages: list[Message],
