@@ -17832,6 +17832,11 @@ class ReplyRequest:
     begins_inside: Thoughts | None = None  # as in Markup
 
     @property
+    def demands_call(self) -> bool:
+        """Whether each reply has to be a call of a tool."""
+        return self.tool_choice in ("required", "named")
+
+    @property
     def kind(self) -> str:
         """The kind of model it needs."""
         return "generate"
@@ -18049,6 +18054,7 @@ def _markup(request: ReplyRequest, loaded_model: LoadedModel) -> Markup | None:
         begins_inside=None if request.thoughts_are_text else request.begins_inside,
         tools=tools,
         max_calls=sys.maxsize if request.calls_in_parallel else 1,
+        is_constrained=request.demands_call,
     )
 
 
@@ -18237,7 +18243,8 @@ async def read_grammar(
 
     Raises InvalidValue.
     """
-    if request.json_schema is None and not request.grammar:
+    is_free = request.json_schema is None and not request.grammar
+    if is_free and not request.demands_call:
         return None
 
     def work() -> Grammar:
@@ -18254,11 +18261,36 @@ async def read_grammar(
 def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
     """Return the GBNF of the replies, and the field that asks for it."""
     schema, param = request.json_schema, request.schema_param
-    if schema is None:
+    if schema is None and not request.demands_call:
         return request.grammar, "grammar"
     rules = GrammarRules()
-    rule = schema_rule(rules, schema, param) if schema else json_object_rule(rules)
+    if request.demands_call:  # what the text would have to be does not matter then
+        rule, param = _calls_body(rules, request), "tools"
+    elif schema:
+        rule = schema_rule(rules, schema, param)
+    else:
+        rule = json_object_rule(rules)
+    if inside := request.begins_inside:  # else all of it would be thoughts
+        rule = rf'"{inside.closing}\n\n" {rule}'
     return rules.text(rule), param
+
+
+_MAX_DEMANDED_CALLS: Final = 16  # a weak model might never end
+
+
+def _calls_body(rules: GrammarRules, request: ReplyRequest) -> str:
+    """Return the body of a rule: calls as most models write them. Raises InvalidValue."""
+    calls = []
+    for name, schema in map(_named_schema, request.tools):
+        arguments = schema_rule(
+            rules, {"type": "object"} | dict(schema), f"tools.{name}.parameters"
+        )
+        begin = rf'"<tool_call>\n{{\"name\": \"{name}\", \"arguments\": "'
+        calls.append(rf'{begin} {arguments} "}}\n</tool_call>"')
+    call = rules.add(" | ".join(calls))
+    if request.tool_choice == "named" or not request.calls_in_parallel:
+        return call
+    return rf'{call} ("\n" {call}){{0,{_MAX_DEMANDED_CALLS - 1}}}'
 
 
 # ==============================================================================
@@ -18591,8 +18623,8 @@ async def replies_for(
     entry, loaded_model = await resolve_model(context, request, request.kind)
     check_reply_request(request, entry, loaded_model, settings)
     begun_at = time.monotonic()
-    grammar = await read_grammar(request, loaded_model, client, priority)
     prompts = await read_prompts(request, loaded_model, client, priority)
+    grammar = await read_grammar(request, loaded_model, client, priority)
     context.parts = (("tokenization", begun_at, time.monotonic()),)
     context.log_fields["folded"] = request.is_folded or None
     return Replies(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 
 import embellama_server as es
+from tests import both, chat_models, kit
 from tests.kit import RunningService
 from tests.test_chat import CHAT, DONE, HELLO, Stream, ask, chatting, idle, streamed
 
@@ -426,3 +428,54 @@ def test_what_is_asked_of_tools_becomes_the_request_s() -> None:
     assert (asked.tools, asked.tool_choice) == (TOOLS, "named")
     assert not asked.calls_in_parallel
     assert request(tools=TOOLS, tool_choice="none").tool_choice == "none"
+
+
+# --- calls that are demanded, of a real model, if a tiny one ---
+
+CITY = {"type": "string", "enum": ["Ulm", "Bonn"]}
+CITIES = {"type": "object", "properties": {"city": CITY}, "required": ["city"]}
+CLOSED = CITIES | {"additionalProperties": False}
+FUNCTIONS = [
+    {"type": "function", "function": {"name": name, "parameters": CLOSED}}
+    for name in ("weather", "population")
+]
+# Of a model that always thinks: the prompt ends within its thoughts.
+THINKING = chat_models.CHATML.replace(
+    "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"
+)
+
+
+@pytest.mark.parametrize("template", [chat_models.CHATML, THINKING])
+def test_a_call_that_is_demanded_is_valid_whatever_the_model_would_say(
+    template: str, tmp_path: Path
+) -> None:
+    path = chat_models.tiny_qwen(tmp_path, template=template)
+    flags = ("--model-path", f"tiny={path}")
+    program = (str(kit.ROOT / "embellama_server.py"),)
+    with kit.started(*flags, module=program) as server:
+        client = both.Client(server.url)
+        for seed, choice in enumerate(
+            ("required", {"type": "function", "function": {"name": "population"}})
+        ):
+            asks = {"messages": HELLO, "tools": FUNCTIONS, "tool_choice": choice}
+            asks |= {"parallel_tool_calls": False, "seed": seed, "temperature": 2}
+            whole = client.post(CHAT, asks).json["choices"][0]
+            (made,) = whole["message"]["tool_calls"]
+            jsonschema.validate(json.loads(made["function"]["arguments"]), CLOSED)
+            assert made["function"]["name"] in ("weather", "population")[seed:]
+            assert whole["finish_reason"] == "tool_calls"
+            assert whole["message"]["content"] is None
+            choices = choices_in(
+                client.post(CHAT, asks | {"stream": True}).body.replace(
+                    f"{DONE}\n\n".encode(), b""
+                )
+            )
+            (streamed_call,) = put_together(choices)["tool_calls"]
+            assert streamed_call["function"] == made["function"]
+        odd = {"type": "object", "properties": {"a": {"not": {}}}}
+        function = {"name": "f", "parameters": odd}
+        tools = [{"type": "function", "function": function}]
+        asks = {"messages": HELLO, "tools": tools, "tool_choice": "required"}
+        error = client.post(CHAT, asks).json["error"]
+        assert "not" in error["message"] and error["code"] == "invalid_value"
+        client.close()
