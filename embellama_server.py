@@ -18046,7 +18046,7 @@ def _markup(request: ReplyRequest, loaded_model: LoadedModel) -> Markup | None:
         return None
     tools = {}
     if request.tool_choice != "none":
-        tools = {name: schema for name, schema in map(_named_schema, request.tools)}
+        tools = {name: schema for name, schema in map(named_schema, request.tools)}
     if request.thoughts_are_text and not tools:
         return None
     return Markup(
@@ -18058,7 +18058,7 @@ def _markup(request: ReplyRequest, loaded_model: LoadedModel) -> Markup | None:
     )
 
 
-def _named_schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def named_schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return a tool's name and the schema of its arguments."""
     function = tool["function"]
     return function["name"], function.get("parameters") or {}
@@ -18281,7 +18281,7 @@ _MAX_DEMANDED_CALLS: Final = 16  # a weak model might never end
 def _calls_body(rules: GrammarRules, request: ReplyRequest) -> str:
     """Return the body of a rule: calls as most models write them. Raises InvalidValue."""
     calls = []
-    for name, schema in map(_named_schema, request.tools):
+    for name, schema in map(named_schema, request.tools):
         arguments = schema_rule(
             rules, {"type": "object"} | dict(schema), f"tools.{name}.parameters"
         )
