@@ -41,6 +41,7 @@ from tests.chat_load import (
     Figures,
     Stream,
     Texts,
+    lookup,
     overcommit,
 )
 from tests.servers import Server, free_port, started, watched
@@ -69,7 +70,8 @@ PROMPTS = [" ".join(pair) for pair in itertools.product(OPENINGS, TOPICS)]
 MB = 1e6
 SETTLE_S = 0.5
 IDLE_SHARE = 0.02  # of a core: more of it while the other is asked, and it disturbs
-OTHERS = ("overcommit", "memory")  # with servers of their own
+OTHERS = ("overcommit", "memory", "lookup")  # with servers of their own
+PLAIN = "--draft-tokens 0"  # what drafts are compared with: this server without
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,12 @@ BARS = {
     "8 behind 4,000 tokens: first token p95, ms": Bar(0.25),
     "after one has left: first token later, ms": Bar(120, of_peer=False),  # a step + 20
     "twice the cells: lost": Bar(0, of_peer=False),
+    **{f"quoting, {how}": Bar(1.5, at_least=True) for how in ("greedy", "sampled")},
+    "editing, greedy": Bar(1.5, at_least=True),
+    **{
+        f"a story, {how}": Bar(0.98, at_least=True)
+        for how in ("greedy", "sampled", "sampled, 4 streams")
+    },
 }
 
 
@@ -212,6 +220,20 @@ def measure_memory(subject: Subject, model: Path) -> list[str]:
     return [subject.name, *(f"{n / MB:.1f}" for n in (anonymous, most, resident, each))]
 
 
+def measure_lookup(subject: Subject, model: Path, rounds: int) -> Rounds:
+    """What drafts gain, and cost, and print that."""
+    found: Rounds = {}
+    with contextlib.ExitStack() as stack:
+        plain = Subject(PLAIN, f"{subject.command} {PLAIN}")
+        servers = [
+            stack.enter_context(one.serving(model, TIGHT_PARALLEL, CONTEXT // 2))
+            for one in (subject, plain)
+        ]
+        measure(servers, [lookup], rounds, found)
+    print(f"\ntokens/s, {rounds} rounds, medians:\n\n{table(found, PLAIN)}\n")
+    return found
+
+
 def _crowd(streams: int) -> Cell:
     async def crowd(url: str, texts: Texts) -> Figures:
         asked = [
@@ -230,7 +252,7 @@ def same_texts(subjects: Sequence[Subject], model: Path) -> int:
     # For checkpoints llama-server reads a prompt's last 4 tokens by themselves, and other
     # shapes of batches give other bits.
     plain = Subject(PEER, f"{subjects[1].command} --ctx-checkpoints 0")
-    for subject in (subjects[0], plain):
+    for subject in (Subject(OURS, f"{subjects[0].command} {PLAIN}"), plain):
         with subject.serving(model, 1, 4096) as server:
             texts: list[str] = []
             run_cell(_telling(texts), server, 0)
@@ -262,14 +284,19 @@ def _telling(texts: list[str]) -> Cell:
 def missed(name: str, by_server: dict[str, list[float]]) -> bool:
     """Whether a figure is not as it must be."""
     bar = BARS.get(name)
-    return bar is not None and not bar.reached(by_server[OURS], by_server.get(PEER, ()))
+    return bar is not None and not bar.reached(by_server[OURS], others(by_server))
 
 
-def table(found: Rounds) -> str:
+def others(by_server: dict[str, list[float]]) -> list[float]:
+    """What the other server gave, if it was asked."""
+    return next((them for name, them in by_server.items() if name != OURS), [])
+
+
+def table(found: Rounds, peer: str = PEER) -> str:
     """Every figure: medians, the median ratio, and whether it is as it must be."""
     rows = []
     for name, by_server in found.items():
-        ours, peers = by_server[OURS], by_server.get(PEER, ())
+        ours, peers = by_server[OURS], others(by_server)
         middles = [
             f"{statistics.median(them):.4g}" if them else "" for them in (ours, peers)
         ]
@@ -277,7 +304,7 @@ def table(found: Rounds) -> str:
         ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
         verdict = "NO" if missed(name, by_server) else "yes"
         rows.append([name, *middles, ratio, str(BARS.get(name, "")), verdict])
-    return markdown(["figure", OURS, PEER, "ratio", "must be", "is"], rows)
+    return markdown(["figure", OURS, peer, "ratio", "must be", "is"], rows)
 
 
 def memory_table(subjects: Sequence[Subject], model: Path) -> str:
@@ -338,7 +365,10 @@ def main() -> None:
                 for subject in subjects * bool(cells)
             ]
             measure(servers, cells, given.rounds, found)
-    print(f"\n{given.rounds} rounds, medians:\n\n{table(found)}\n")
+    if found:
+        print(f"\n{given.rounds} rounds, medians:\n\n{table(found)}\n")
+    if "lookup" in names:
+        found |= measure_lookup(subjects[0], model, given.rounds)
     if "memory" in names:
         print(memory_table(subjects, model))
     if given.json:

@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+from tests import kit
 from tests.bench import quantile_ms
 from tests.words import WORDS
 
 TIGHT_PARALLEL, TIGHT_CONTEXT = 4, 2048
 DEFAULT_CHAIN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 GREEDY = {"temperature": 0}
+LOOKUP_TOKENS = 96
 RUNNING_TOKENS = 1000  # more than a stream says while it is watched
 
 
@@ -123,6 +125,28 @@ class Texts:
         """About as many tokens."""
         return " ".join(self._chance.choices(WORDS, k=count))
 
+    def to_quote(self) -> str:
+        """A passage to be written again, which has begun."""
+        whole = (kit.ROOT / "README.md").read_text()
+        begin = whole.index("\n", self._chance.randrange(len(whole) // 2))
+        part = whole[begin : begin + 1200]
+        return f"Text:\n{part}\n\nThe same text, copied word by word:\n{part[:150]}"
+
+    def to_edit(self) -> str:
+        """Code to be written again with another name, which has begun."""
+        whole = (kit.ROOT / "tests" / "bench.py").read_text()
+        begin = whole.index("\ndef ", self._chance.randrange(len(whole) // 2))
+        code = whole[begin : begin + 1200]
+        edited = code[:150].replace("server", "peer")
+        return (
+            f"```python\n{code}\n```\n\nThe same code, where `server` is called `peer`:"
+            f"\n\n```python\n{edited}"
+        )
+
+    def to_tell(self) -> str:
+        """How a story begins."""
+        return f"Once upon a time, a {self.words(1)} and a {self.words(1)}"
+
 
 async def _rate(
     url: str, texts: Texts, name: str, streams: int, **options: object
@@ -161,6 +185,30 @@ async def rates(url: str, texts: Texts) -> Figures:
         **await _rate(url, texts, "4 streams", 4, **DEFAULT_CHAIN),
         **await _rate(url, texts, "16 streams", 16, **DEFAULT_CHAIN),
     }
+
+
+async def lookup(url: str, texts: Texts) -> Figures:
+    """Tokens a second of what says again what was said, and of what does not."""
+    found = {}
+    for task, text in (
+        ("quoting", texts.to_quote),
+        ("editing", texts.to_edit),
+        ("a story", texts.to_tell),
+    ):
+        for how, streams, options in (
+            ("greedy", 1, GREEDY),
+            ("sampled", 1, DEFAULT_CHAIN),
+            ("sampled, 4 streams", 4, DEFAULT_CHAIN),
+        ):
+            asked = [
+                Stream(url, text(), LOOKUP_TOKENS, **options) for _ in range(streams)
+            ]
+            for stream in asked:
+                await stream.ended()
+            took_s = max(stream.arrivals[-1] for stream in asked)
+            took_s -= min(stream.arrivals[0] for stream in asked)
+            found[f"{task}, {how}"] = streams * LOOKUP_TOKENS / took_s
+    return found
 
 
 async def first(url: str, texts: Texts) -> Figures:

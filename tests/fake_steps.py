@@ -257,7 +257,8 @@ class Generating:
     def __init__(self, engine: Any, **settings: Any) -> None:
         self.engine = engine
         self.reports: list[es.StepReport] = []
-        chosen = es.ModelSettings(**({"workers": 1, "parallel": 4} | settings))
+        usual = {"workers": 1, "parallel": 4, "draft_tokens": 0}
+        chosen = es.ModelSettings(**(usual | settings))
         backlog = es.Backlog(es.Size(1 << 16, 1 << 24, 1 << 30))
         self.queue = es.GenerationQueue(engine.card, chosen, backlog)
         self.log = kit.WatchedLog()

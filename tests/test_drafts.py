@@ -118,9 +118,9 @@ def odds_after(outcomes: Sequence[bool]) -> float:
 
 
 def test_a_reply_s_own_guesses_tell_how_likely_the_next_one_is_right() -> None:
-    assert odds_after([True] * 20) > 0.9
-    assert odds_after([False] * 20) < 0.1
-    assert odds_after([False] * 20 + [True] * 20) > odds_after([]) > 0.5
+    assert odds_after([True] * 40) > 0.9
+    assert odds_after([False] * 40) < 0.05
+    assert odds_after([False] * 20 + [True] * 20) > 0.5 > odds_after([])
 
 
 @settings(max_examples=40)
@@ -157,8 +157,13 @@ def test_one_reply_gets_what_is_fastest(
 ) -> None:
     cost = cost_of(row_s)
     (length,) = es.draft_lengths([odds], cost, most)
-    rates = [expected(odds, n) / cost(1 + n) for n in range(min(most, len(odds)) + 1)]
-    assert rates[length] == pytest.approx(max(rates))
+    counts = range(min(most, len(odds)) + 1)
+    rates = {
+        n: expected(odds, n) / cost(1 + n) / (1.05 if n else 1)
+        for n in counts
+        if not n or (n + 1) % 4 == 0
+    }
+    assert rates[length] == pytest.approx(max(rates.values()))
 
 
 @settings(max_examples=60)
@@ -191,12 +196,12 @@ class Quoting(es.StepWork):
     """A reply of which all that follows is known."""
 
     def guess(self) -> es.Guess:
-        return es.Guess([1] * DRAFT_TOKENS, [1.0] * DRAFT_TOKENS)
+        return es.Guess([1] * 20, [1.0] * 20)
 
 
 def planner(**options: Any) -> es.StepPlanner:
     """One that has timed a step."""
-    rooms = {"step_s": 0.1, "batch_tokens": 64, "max_outputs": 12, "draft_tokens": 8}
+    rooms = {"step_s": 0.1, "batch_tokens": 64, "max_outputs": 12, "draft_tokens": 15}
     made = es.StepPlanner(es.StepSpeed(), **(rooms | options))
     made.speed.record(1, 0, 0.01)
     return made
@@ -211,11 +216,12 @@ def tried(step: es.Step[Quoting] | None) -> list[int]:
 
 def test_replies_are_tried_ahead_as_far_as_there_is_room() -> None:
     one, two = Quoting(prompt_tokens=0), Quoting(prompt_tokens=0)
-    assert tried(planner().plan([one])) == [8]
-    assert tried(planner(max_outputs=4).plan([one])) == [3]
-    assert tried(planner(batch_tokens=6).plan([one])) == [5]
+    assert tried(planner().plan([one])) == [11]
+    assert tried(planner(max_outputs=5).plan([one])) == [3]
+    assert tried(planner(batch_tokens=10).plan([one])) == [7]
+    assert tried(planner(draft_tokens=4).plan([one])) == [3]
     assert tried(planner(draft_tokens=0).plan([one])) == [0]
-    assert tried(planner().plan([one, two])) == [4, 4]
+    assert tried(planner().plan([one, two])) == [5, 5]
     assert (
         tried(planner().plan([Quoting(prompt_tokens=0) for _ in range(9)])) == [0] * 9
     )
@@ -289,6 +295,15 @@ def test_a_model_is_asked_for_a_token_at_a_time_where_drafts_are_off() -> None:
         assert all(
             len(row.ids) == 1 for step in running.engine.steps[1:] for row in step
         )
+
+
+@pytest.mark.usefixtures("daring")
+def test_nothing_is_tried_of_a_reply_with_a_seed() -> None:
+    seeded = es.SamplingOptions(temperature=0, seed=3)
+    with drafting() as running:
+        one = running.ask(quoting(1), 30, sampling=seeded)
+        assert one.text() == said_after(quoting(1), 30)
+        assert drafted(running) == (0, 0)
 
 
 @pytest.mark.usefixtures("daring")
@@ -420,11 +435,13 @@ def alike(one: list[es.TokenLogprob], other: list[es.TokenLogprob]) -> bool:
 @pytest.mark.parametrize("make", [*MAKERS, *RECURRENT])
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 def test_a_real_model_says_the_same_with_drafts_and_without(
-    make: Any, temperature: float, tmp_path: Path
+    make: Any, temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As if each had the same seed: with one of its own nothing is tried ahead.
+    monkeypatch.setattr(random, "getrandbits", lambda _: 5)
     engine = engine_of(make, tmp_path)
     sampling = es.SamplingOptions(
-        temperature=temperature, top_k=3, top_p=1.0, seed=5, repeat_penalty=1.1
+        temperature=temperature, top_k=3, top_p=1.0, repeat_penalty=1.1
     )
     said: list[list[list[es.TokenLogprob]]] = []
     for draft_tokens in (0, DRAFT_TOKENS):
