@@ -19,7 +19,7 @@ from tests.words import WORDS
 TIGHT_PARALLEL, TIGHT_CONTEXT = 4, 2048
 DEFAULT_CHAIN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 GREEDY = {"temperature": 0}
-LOOKUP_TOKENS = 96
+LOOKUP_TOKENS = 64
 RUNNING_TOKENS = 1000  # more than a stream says while it is watched
 
 
