@@ -1065,9 +1065,10 @@ class ModelSettings:
     step_ms: float = option(100.0,
         "Longest that a step may take while replies grow: a prompt is read in pieces "
         "that fit.", 1, 60_000)
-    # With the replies' own rows 16: more gained nothing on two cores, where a row more took
-    # 0.3 to 0.4 of a step of one.
-    draft_tokens: int = model_option(15,
+    # Off: of quantised models it may change a text where two tokens were nearly a tie. With
+    # 15 and a reply's own row a step has 16: more gained little on two cores, where each
+    # took 0.3 to 0.4 of a step of one.
+    draft_tokens: int = model_option(0,
         "Most tokens that a step tries ahead, as a reply or its prompt went on before; "
         "only those that the model chooses are kept. 0: off.", 0, 63)
     chat_template: str = model_option("",
@@ -6290,7 +6291,7 @@ STEP_TOKENS: Final = 512  # most in a step
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
 _MAX_PACKED_BYTES: Final = 64 << 20  # at once; 38 MB took 45 ms
-_MIN_OUTPUTS: Final = 16  # rows of logits: see DRAFTS
+_MIN_OUTPUTS: Final = 16  # rows of logits: tokens may be tried ahead
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 
 

@@ -71,6 +71,7 @@ MB = 1e6
 SETTLE_S = 0.5
 IDLE_SHARE = 0.02  # of a core: more of it while the other is asked, and it disturbs
 OTHERS = ("overcommit", "memory", "lookup")  # with servers of their own
+DRAFTING = "--draft-tokens 15"
 PLAIN = "--draft-tokens 0"  # what drafts are compared with: this server without
 
 
@@ -225,6 +226,7 @@ def measure_lookup(subject: Subject, model: Path, rounds: int) -> Rounds:
     found: Rounds = {}
     with contextlib.ExitStack() as stack:
         plain = Subject(PLAIN, f"{subject.command} {PLAIN}")
+        subject = Subject(OURS, f"{subject.command} {DRAFTING}")
         servers = [
             stack.enter_context(one.serving(model, TIGHT_PARALLEL, CONTEXT // 2))
             for one in (subject, plain)
