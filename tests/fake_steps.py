@@ -203,9 +203,6 @@ class Words:
     def adds_space_after(self, ids: Sequence[int]) -> bool:
         return False
 
-    def constraint(self, grammar: object, *, drops_space: bool) -> None:
-        return None
-
     def piece(self, token: int) -> bytes:
         return f"<{token}>".encode()
 
