@@ -512,6 +512,7 @@ class Script:
     """A model whose replies are written down: a sampler and a vocabulary in one."""
 
     end_tokens = frozenset((0,))
+    is_over = False  # no grammar ends it
 
     def __init__(self, *tokens: str) -> None:
         """Those that begin with a dollar sign are control tokens."""
