@@ -183,24 +183,26 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 75. SEEDS - what infer-server and LMServ promise
 76. ADMIN - health, readiness, metrics, models
 77. OPERATION - what the workers do, which settings hold, and draining
-78. DESCRIPTION - the routes as an OpenAPI document, and as a page
-79. ROUTES - the table, and everything derived from it
-80. DISPATCH - from a request to its response
-81. TRIALS - a model loaded in another process first
-82. FOLDER - what a model's authors wrote beside its file
-83. LOADING - a model's way into memory
-84. SUPERVISOR - a small parent that outlives the server
-85. SERVER - builds every object; loading, ready, draining, stopped
-86. TUNING - the settings that are fastest on this box
-87. CHECKING - what a model is and gives, before it is served
-88. DEPLOYMENT - what the printed files have in common
-89. UNITS - the server under systemd
-90. CONTAINERS - the server in images, with Compose, in Kubernetes
-91. FRONTS - HAProxy or nginx before several servers
-92. WATCHING - what scrapes, alerts and scales
-93. BOARD - one dashboard for Grafana
-94. COLLECTION - the routes as a Postman collection
-95. COMMAND LINE - flags in, exit code out
+78. STATUS - figures of this moment and of the last five minutes
+79. DESCRIPTION - the routes as an OpenAPI document, and as a page
+80. PAGE - what a browser shows at /
+81. ROUTES - the table, and everything derived from it
+82. DISPATCH - from a request to its response
+83. TRIALS - a model loaded in another process first
+84. FOLDER - what a model's authors wrote beside its file
+85. LOADING - a model's way into memory
+86. SUPERVISOR - a small parent that outlives the server
+87. SERVER - builds every object; loading, ready, draining, stopped
+88. TUNING - the settings that are fastest on this box
+89. CHECKING - what a model is and gives, before it is served
+90. DEPLOYMENT - what the printed files have in common
+91. UNITS - the server under systemd
+92. CONTAINERS - the server in images, with Compose, in Kubernetes
+93. FRONTS - HAProxy or nginx before several servers
+94. WATCHING - what scrapes, alerts and scales
+95. BOARD - one dashboard for Grafana
+96. COLLECTION - the routes as a Postman collection
+97. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -2076,11 +2078,15 @@ def error_headers(error: ApiError) -> list[tuple[str, str]]:
 _to_json: Final = json.JSONEncoder(default=str).encode
 
 
+LogEvent = tuple[float, str, str]  # Unix time, level, event; no fields: they hold paths
+
+
 class Log:
     """Structured lines on stderr, from any thread: one write per line."""
 
     def __init__(self, level: str, shape: str, stream: typing.TextIO) -> None:
         self.set_level(level)
+        self.recent: list[LogEvent] = []  # the last 20, requests aside
         self._write = self._json if shape == "json" else self._text
         self._stream = stream
 
@@ -2090,6 +2096,9 @@ class Log:
 
     def __call__(self, level: str, event: str, **fields: object) -> None:
         """Log ``event`` with its fields; those that are None are left out."""
+        if event != "request" and level != "debug":
+            self.recent.append((time.time(), level, event))
+            del self.recent[:-20]
         if LOG_LEVELS.index(level) < self._min_level:
             return
         now = datetime.datetime.now(datetime.UTC)
@@ -2339,6 +2348,10 @@ class Telemetry:
     def value(self, name: str, label: str = "") -> float:
         """Return the present value of one series."""
         return self._values[name, label]
+
+    def buckets(self, name: str, label: str = "") -> tuple[Sequence[float], list[int]]:
+        """Return a histogram's bounds, and how much was seen up to each and above all."""
+        return self._rows[name].buckets, self._hits[name, label]
 
     def total(self, name: str) -> float:
         """Return the sum over all models of a metric that has a series for each."""
@@ -18345,6 +18358,9 @@ _STOPPING: Final = "the server is shutting down; ask another one"
 _WITHDRAWN: Final = "taken out of service by POST /admin/drain; ask another one"
 
 
+MAX_MOMENTS: Final = 150  # five minutes of them
+
+
 @dataclass(slots=True)
 class Service:
     """What every handler works with. Event-loop thread only."""
@@ -18361,6 +18377,11 @@ class Service:
     phase: Phase = Phase.LOADING
     ends_at: float = math.inf  # once it is stopping, at the latest; monotonic
     is_withdrawn: bool = False  # an administrator wants no more requests sent here
+    # for the page at /
+    events: Collection[LogEvent] = ()
+    moments: collections.deque[tuple[float, ...]] = field(
+        default_factory=lambda: collections.deque(maxlen=MAX_MOMENTS)
+    )
 
     def enter(self, phase: Phase) -> None:
         """Go on to the next phase. Raises ValueError if it cannot follow this one."""
@@ -23257,7 +23278,145 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 
 
 # ==============================================================================
-# 78. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 78. STATUS - figures of this moment and of the last five minutes
+# ==============================================================================
+# What the page at / draws. Counters are given as they are, with the server's own time:
+# who reads them takes the difference of two moments. So two readers, curl and Prometheus
+# agree, and nothing here depends on who has a page open.
+
+_MOMENT_S: Final = 1.9  # at least, from one that is kept to the next
+_REFUSALS: Final = (Overloaded, RateLimited, TooManyConnections, NotReady)
+_FAULTS: Final = tuple(
+    row for row in API_ERRORS if row.type == "server_error" and row not in _REFUSALS
+)
+_HISTOGRAMS: Final = {  # metric and label
+    "request_s": ("embellama_http_request_seconds", "request"),
+    "wait_s": ("embellama_queue_seconds", ""),
+    "first_token_s": ("embellama_first_token_seconds", ""),
+}
+_MOMENT: Final = (
+    *("time_s", "requests", "refused", "failed", "inputs", "tokens", "reply_tokens"),
+    *("queue_inputs", "queue_tokens", "backlog_s", "busy", "streams", "connections"),
+    *("held_bytes", "resident_bytes", "cpu_s", "cache_hits", "cache_lookups"),
+)
+_BUCKETS: Final = an_object(bounds=NUMBERS, hits=NUMBERS)
+STATUS_REPLY: Final = an_object(
+    version=STRING,
+    phase=STRING,
+    problem=STRING,
+    uptime_s=NUMBER,
+    fields=array(STRING),
+    moments=ROWS_OF_NUMBERS,
+    limits={"type": "object", "additionalProperties": NUMBER},
+    histograms=an_object(**dict.fromkeys(_HISTOGRAMS, _BUCKETS)),
+    errors={"type": "object", "additionalProperties": NUMBER},
+    models=array(ANYTHING),
+    events=array(ANYTHING),
+)
+
+
+def note_moment(service: Service) -> None:
+    """Keep the figures of this moment, if the last ones kept are old enough."""
+    kept, now = service.moments, time.monotonic()
+    if not kept or now - kept[-1][0] >= _MOMENT_S:
+        kept.append(_moment(service, now))
+
+
+def _moment(service: Service, now: float) -> tuple[float, ...]:
+    """Return the figures that _MOMENT names: counters since the start, and gauges."""
+    value, connections = service.telemetry.value, service.connections
+    queues = [loaded.pool.queue for loaded in service.models.in_memory]
+    times, counts = os.times(), service.models.cache_counts()
+
+    def errors(rows: Iterable[type[ApiError]]) -> float:
+        return sum(value("embellama_errors_total", row.code) for row in rows)
+
+    return (
+        round(now, 3),
+        sum(value("embellama_http_requests_total", name) for name in STATUS_CLASSES),
+        errors(_REFUSALS),
+        errors(_FAULTS),
+        value("embellama_inputs_total"),
+        value("embellama_tokens_total"),
+        value("embellama_generation_tokens_total"),
+        sum(queue.backlog.inputs for queue in queues),
+        sum(queue.backlog.tokens for queue in queues),
+        round(sum(queue.backlog.wait_s for queue in queues), 3),
+        sum(queue.busy for queue in queues),
+        value("embellama_http_streams"),
+        len(connections.open),
+        connections.held_bytes,
+        resident_bytes(),
+        round(times.user + times.system, 3),
+        counts.hits + counts.shared,
+        counts.hits + counts.shared + counts.misses,
+    )
+
+
+async def status_figures(context: RequestContext) -> Response:
+    """Figures of now and of the last five minutes, the models, and what happened last."""
+    service, now = context.service, time.monotonic()
+    telemetry = service.telemetry
+    begun_at = telemetry.value("process_start_time_seconds")
+    shown = {
+        "version": __version__,
+        "phase": service.phase.value,
+        "problem": service.why_unready(),
+        "uptime_s": round(time.time() - begun_at, 1),
+        "fields": _MOMENT,
+        "moments": [*service.moments, _moment(service, now)],
+        "limits": _limits(service),
+        "histograms": {
+            name: dict(zip(("bounds", "hits"), telemetry.buckets(*which), strict=True))
+            for name, which in _HISTOGRAMS.items()
+        },
+        "errors": {
+            row.code: count
+            for row in API_ERRORS
+            if (count := telemetry.value("embellama_errors_total", row.code))
+        },
+        "models": [_shown_model(entry, service) for entry in service.models.entries],
+        "events": [
+            {"time": round(at, 3), "level": level, "event": event}
+            for at, level, event in tuple(service.events)
+        ],
+    }
+    return Response(200, json_codec().dumps(shown), is_compressible=True)
+
+
+def _limits(service: Service) -> dict[str, float]:
+    """Return the most that figures of the same name may be; nothing: no limit is known."""
+    pools = [loaded.pool for loaded in service.models.in_memory]
+    limits = [pool.queue.backlog.limit for pool in pools]
+    known = {
+        "queue_inputs": sum(limit.inputs for limit in limits),
+        "queue_tokens": sum(limit.tokens for limit in limits),
+        "busy": sum(pool.settings.workers for pool in pools),
+        "connections": service.connections.limits.max_connections,
+        "held_bytes": service.connections.limits.max_buffered_mb << 20,
+        "resident_bytes": tightest_memory_bytes()[0],
+        "cores": usable_cores(),
+    }
+    return {name: limit for name, limit in known.items() if limit}
+
+
+def _shown_model(entry: ModelEntry, service: Service) -> dict[str, object]:
+    value, label = service.telemetry.value, entry.label
+    backlog = entry.loaded.pool.queue.backlog if entry.loaded else None
+    return {
+        "model": label,
+        "kind": entry.facts.kind,
+        "state": entry.state,
+        "weights": entry.loaded.card.weights if entry.loaded else "",
+        "requests": value("embellama_model_requests_total", label),
+        "inputs": value("embellama_model_inputs_total", label),
+        "tokens": value("embellama_model_tokens_total", label),
+        "queue_inputs": backlog.inputs if backlog else 0,
+    }
+
+
+# ==============================================================================
+# 79. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -23551,32 +23710,495 @@ def _csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-# The strictest policy under which the page works. Its own script and style, known by their
-# hashes, run and may talk to this server. Trusted types: anything that would parse text as
-# markup throws, such as innerHTML.
-DOCS_POLICY: Final = (
-    (
-        "content-security-policy",
-        f"default-src 'none'; script-src {_csp_hash(_SCRIPT)}; "
-        + f"style-src {_csp_hash(_STYLE)}; connect-src 'self'; base-uri 'none'; "
-        + "form-action 'none'; frame-ancestors 'none'; "
-        + "require-trusted-types-for 'script'; trusted-types 'none'",
-    ),
-    ("x-content-type-options", "nosniff"),
-    ("referrer-policy", "no-referrer"),
-    ("cross-origin-resource-policy", "same-origin"),
-)
+def page_policy(script: str, style: str) -> tuple[tuple[str, str], ...]:
+    """Return the headers of the strictest policy under which a page works.
+
+    Its own script and style, known by their hashes, run and may talk to this server.
+    Trusted types: anything that would parse text as markup throws, such as innerHTML.
+    """
+    policy = (
+        f"default-src 'none'; script-src {_csp_hash(script)}; "
+        f"style-src {_csp_hash(style)}; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return (
+        ("content-security-policy", policy),
+        ("x-content-type-options", "nosniff"),
+        ("referrer-policy", "no-referrer"),
+        ("cross-origin-resource-policy", "same-origin"),
+    )
+
+
+DOCS_POLICY: Final = page_policy(_SCRIPT, _STYLE)
 
 
 # ==============================================================================
-# 79. ROUTES - the table, and everything derived from it
+# 80. PAGE - what a browser shows at /
+# ==============================================================================
+# One text without any other file, for a box that has no network. It asks /status every two
+# seconds (no stream: those hold one of a browser's few connections, and a drain), and the
+# routes that everybody uses. What comes from elsewhere, such as a model's name, becomes
+# text and never markup.
+
+_PAGE_STYLE: Final = """
+:root { color-scheme: light dark; --line: #2563eb; --back: #8881 }
+@media (prefers-color-scheme: dark) { :root { --line: #7db0ff } }
+* { box-sizing: border-box }
+html { background: Canvas; color: CanvasText }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: anywhere }
+a { color: var(--line) }
+#state { padding: .5rem .75rem; border-left: .4rem solid var(--line); background: var(--back) }
+#state.bad { border-color: #d11; font-weight: bold }
+.stale dl, .stale table { opacity: .45 }
+dl { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
+h1 { font-size: clamp(1.2rem, 7vw, 2rem) }
+dl > div { border: 1px solid #8886; border-radius: 6px; padding: .5rem .75rem }
+dt { font-size: 14px }
+dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums }
+dd small { display: block; font-size: 13px }
+svg { display: block; width: 100% }
+polyline { fill: none; stroke: var(--line); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+.wide { overflow: auto; overflow-wrap: normal }
+.both { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center }
+#map { flex: 1 1 18rem; max-width: 34rem } meter { width: 6rem }
+table { border-collapse: collapse }
+th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #8884 }
+#heat td { min-width: 3rem; text-align: right; font-variant-numeric: tabular-nums }
+label { display: block; margin: .5rem 0 }
+input, textarea, select { display: block; width: 100%; font: inherit; padding: .3rem }
+button { font: inherit; padding: .3rem .9rem; margin: .25rem .25rem .25rem 0 }
+circle { fill: var(--line) } text { fill: currentColor; font-size: 9px }
+#talk { white-space: pre-wrap; border: 1px solid #8886; border-radius: 6px; padding: .5rem;
+  min-height: 4rem; max-height: 30rem; overflow: auto }
+:focus-visible { outline: 3px solid var(--line); outline-offset: 2px }
+"""
+_PAGE_SCRIPT: Final = r"""
+"use strict";
+const POLL_MS = 2000, MAX_POLL_MS = 30000, WINDOW_S = 30, MAX_TEXTS = 64;
+const base = location.origin + location.pathname.replace(/\/*$/, "/");
+const $ = (id) => document.getElementById(id);
+
+function make(name, own = {}, ...inside) {
+  const made = Object.assign(document.createElement(name), own);
+  made.append(...inside);
+  return made;
+}
+
+function drawn(name, attributes, ...inside) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...inside);
+  return made;
+}
+
+async function call(path, body, signal) {
+  const headers = {};
+  if (body) headers["content-type"] = "application/json";
+  if ($("key").value) headers.authorization = `Bearer ${$("key").value}`;
+  const response = await fetch(base + path, {
+    method: body ? "POST" : "GET", body: body && JSON.stringify(body), headers, signal,
+    cache: "no-store", credentials: "omit",
+  });
+  if (response.ok) return response;
+  const said = await response.json().catch(() => ({}));
+  throw new Error(said.error?.message ?? `status ${response.status}`);
+}
+
+// --- figures ---
+
+const short = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+const number = (value) => short.format(value);
+const seconds = (value) => value < 0.9995 ? `${number(value * 1000)} ms` : `${number(value)} s`;
+function bytes(value) {
+  const power = Math.min(3, Math.max(0, Math.floor(Math.log2(value) / 10)));
+  return `${number(value / 1024 ** power)} ${["B", "KiB", "MiB", "GiB"][power]}`;
+}
+const percent = (value) => `${Math.round(value * 100)} %`;
+const gauge = (name) => (now) => now[name];
+// A counter that falls is of a server that was started again.
+const rate = (name) => (now, old) => Math.max(0, now[name] - old[name]) / (now.time_s - old.time_s);
+const share = (part, whole) => (now, old) => now[whole] > old[whole]
+  ? (now[part] - old[part]) / (now[whole] - old[whole]) : null;
+
+// What is shown of each moment, how, and the name of its limit.
+const FIGURES = [
+  ["Requests a second", rate("requests"), number],
+  ["Refused a second (503, 429)", rate("refused"), number],
+  ["Failed a second", rate("failed"), number],
+  ["Inputs a second", rate("inputs"), number],
+  ["Tokens read a second", rate("tokens"), number],
+  ["Tokens written a second", rate("reply_tokens"), number],
+  ["Inputs waiting or running", gauge("queue_inputs"), number, "queue_inputs"],
+  ["Tokens waiting or running", gauge("queue_tokens"), number, "queue_tokens"],
+  ["Backlog", gauge("backlog_s"), seconds],
+  ["Busy workers", gauge("busy"), number, "busy"],
+  ["Found in the cache", share("cache_hits", "cache_lookups"), percent],
+  ["Memory", gauge("resident_bytes"), bytes, "resident_bytes"],
+  ["Processor cores used", rate("cpu_s"), number, "cores"],
+  ["Connections", gauge("connections"), number, "connections"],
+  ["Held for clients", gauge("held_bytes"), bytes, "held_bytes"],
+];
+const TIMES = [["Request", "request_s"], ["Wait", "wait_s"], ["First token", "first_token_s"]];
+
+function card(title, value, notes, line) {
+  const shown = make("dd", {}, value, make("small", { textContent: notes }), ...line);
+  return make("div", {}, make("dt", { textContent: title }), shown);
+}
+
+function figure([title, of, show, limit], moments, limits) {
+  const values = moments.slice(1).map((now, n) => of(now, moments[n]));
+  const known = values.filter(Number.isFinite);
+  if (!known.length) return card(title, "-", "nothing yet", []);
+  const most = Math.max(...known), last = values.at(-1);
+  const now = Number.isFinite(last) ? show(last) : "-";
+  const notes = [`most ${show(most)}`, ...(limits[limit] ? [`limit ${show(limits[limit])}`] : [])];
+  const begin = moments[0].time_s, span = moments.at(-1).time_s - begin || 1;
+  const points = values.map((value, n) => Number.isFinite(value)
+    ? `${(moments[n + 1].time_s - begin) / span * 150},${29 - value / (most || 1) * 28}` : "");
+  const label = `${title}: now ${now}, ${notes.join(", ")}, in ${Math.round(span)} s`;
+  const line = drawn("svg", { viewBox: "0 0 150 30", height: 30, role: "img",
+    preserveAspectRatio: "none", "aria-label": label },
+  drawn("polyline", { points: points.join(" ") }));
+  return card(title, now, notes.join(", "), [line]);
+}
+
+// As Prometheus: linear within a bucket; above the last bound only that is known.
+function quantile(part, bounds, hits) {
+  let left = part * hits.reduce((sum, one) => sum + one, 0);
+  const at = hits.findIndex((one) => (left -= one) <= 0 && one);
+  if (at < 0 || at === bounds.length) return `over ${seconds(bounds.at(-1))}`;
+  const low = at ? bounds[at - 1] : 0;
+  return seconds(low + (bounds[at] - low) * (1 + left / hits[at]));
+}
+
+let replies = [];
+
+function times([title, name]) {
+  const now = replies.at(-1).histograms[name], old = replies[0].histograms[name];
+  const hits = now.hits.map((one, n) => one - old.hits[n]);
+  const count = hits.reduce((sum, one) => sum + one, 0);
+  const since = `${number(count)} in the last ${WINDOW_S} s`;
+  if (count < 20) return card(title, "-", `${since}: too few to tell`, []);
+  const [half, most, nearly] = [0.5, 0.95, 0.99].map((p) => quantile(p, now.bounds, hits));
+  return card(title, half, `95 %: ${most}, 99 %: ${nearly}; ${since}`, []);
+}
+
+function row(cells) {
+  return make("tr", {}, ...cells.map((cell) => make("td", { textContent: cell })));
+}
+
+function draw(reply) {
+  const moments = reply.moments.map((values) =>
+    Object.fromEntries(reply.fields.map((name, n) => [name, values[n]])));
+  // Of another process than the last reply: nothing can be subtracted.
+  if (replies.length && reply.uptime_s < replies.at(-1).uptime_s) replies = [];
+  replies.push(reply);
+  while (moments.at(-1).time_s - replies[0].moments.at(-1)[0] > WINDOW_S) replies.shift();
+  $("figures").replaceChildren(...FIGURES.map((one) => figure(one, moments, reply.limits)),
+    ...TIMES.map(times));
+  $("models").replaceChildren(...reply.models.map((one) => row([one.model, one.kind, one.state,
+    one.weights, number(one.requests), number(one.tokens), number(one.queue_inputs)])));
+  const errors = Object.entries(reply.errors).map(([code, count]) => `${code} ${number(count)}`);
+  $("errors").textContent = errors.join(", ") || "none";
+  $("events").replaceChildren(...reply.events.toReversed().map((one) => row(
+    [new Date(one.time * 1000).toLocaleTimeString(), one.level, one.event])));
+  choices($("embedder"), reply.models, "embed");
+  choices($("ranker"), reply.models, "rank");
+  choices($("talker"), reply.models, "generate");
+}
+
+function choices(select, models, kind) {
+  const names = models.filter((one) => one.kind === kind).map((one) => one.model);
+  const old = [...select.options].map((one) => one.value);
+  if (names.join("\n") !== old.join("\n")) {
+    const kept = select.value;
+    select.replaceChildren(...names.map((name) => make("option", { textContent: name })));
+    if (names.includes(kept)) select.value = kept;
+  }
+  for (const part of document.querySelectorAll(`.${kind}`)) part.hidden = !names.length;
+}
+
+// --- asking, again and again ---
+
+let pause_ms = POLL_MS, timer = 0, heard = Date.now();
+
+function tell(text, isBad) {
+  if ($("state").textContent === text) return; // a screen reader reads each change
+  $("state").textContent = text;
+  $("state").className = isBad ? "bad" : "";
+}
+
+async function poll() {
+  clearTimeout(timer);
+  if (document.hidden) return;
+  try {
+    const reply = await (await call("status", null, AbortSignal.timeout(4000))).json();
+    [pause_ms, heard] = [POLL_MS, Date.now()];
+    document.body.classList.remove("stale");
+    document.title = "embellama_server";
+    const hours = Math.floor(reply.uptime_s / 3600);
+    tell(`${reply.phase}${reply.problem && `: ${reply.problem}`}; embellama_server ` +
+      `${reply.version}, up ${hours ? `${hours} h` : "less than an hour"}`, reply.problem);
+    draw(reply);
+  } catch (error) {
+    pause_ms = Math.min(2 * pause_ms, MAX_POLL_MS);
+    document.body.classList.add("stale");
+    document.title = "(no answer) embellama_server";
+    const since = new Date(heard).toLocaleTimeString();
+    tell(`No answer since ${since}: ${error.message}. What is shown is old.`, true);
+  }
+  timer = setTimeout(poll, pause_ms);
+}
+
+document.addEventListener("visibilitychange", poll);
+$("key").addEventListener("change", poll);
+$("docs").href = `${base}docs`;
+
+// --- texts ---
+
+const texts = () => $("texts").value.split("\n").map((one) => one.trim()).filter(Boolean)
+  .slice(0, MAX_TEXTS);
+const shortened = (text, most) => text.length > most ? `${text.slice(0, most - 3)}...` : text;
+const dot = (one, other) => one.reduce((sum, value, n) => sum + value * other[n], 0);
+
+async function vectors(input, more = {}) {
+  const body = { model: $("embedder").value, input, encoding_format: "float", ...more };
+  const { data } = await (await call("v1/embeddings", body)).json();
+  return data.map((one) => one.embedding);
+}
+
+// The direction in which these rows differ most: power iteration on their products.
+function component(products) {
+  let way = products.map((_, n) => Math.sin(n + 1)), size = 0;
+  for (let turn = 0; turn < 200; turn += 1) {
+    const next = products.map((line) => dot(line, way));
+    size = Math.hypot(...next);
+    if (size < 1e-12) return { way, size: 0 };
+    way = next.map((value) => value / size);
+  }
+  return { way, size };
+}
+
+// Principal components, from the products of the centred rows: there are few rows.
+function places(rows) {
+  const mean = rows[0].map((_, at) => rows.reduce((sum, one) => sum + one[at], 0) / rows.length);
+  const centred = rows.map((one) => one.map((value, at) => value - mean[at]));
+  let products = centred.map((one) => centred.map((other) => dot(one, other)));
+  return [0, 1].map(() => {
+    const { way, size } = component(products);
+    products = products.map((line, n) => line.map((value, m) => value - size * way[n] * way[m]));
+    return way.map((value) => value * Math.sqrt(size));
+  });
+}
+
+function drawMap(said, rows) {
+  const [across, up] = places(rows);
+  const far = Math.max(...across.map(Math.abs), ...up.map(Math.abs)) || 1;
+  const dots = said.flatMap((text, n) => {
+    const x = 150 + across[n] / far * 130, y = 110 - up[n] / far * 95;
+    const [shift, anchor] = x > 150 ? [-6, "end"] : [6, "start"];
+    return [drawn("circle", { cx: x, cy: y, r: 3 }, drawn("title", {}, text)),
+      drawn("text", { x: x + shift, y: y + 3, "text-anchor": anchor },
+        said.length > 12 ? `${n + 1}` : shortened(text, 28))];
+  });
+  $("map").replaceChildren(drawn("svg", { viewBox: "0 0 300 220", role: "img",
+    "aria-label": "The texts on a plane: those near each other are alike" }, ...dots));
+}
+
+function drawHeat(said, rows) {
+  const head = make("tr", {}, make("td"), ...said.map((_, n) =>
+    make("th", { scope: "col", textContent: n + 1 })));
+  $("heat").replaceChildren(head, ...said.map((text, n) => {
+    const cells = rows.map((other) => {
+      const value = dot(rows[n], other), cell = make("td", { textContent: value.toFixed(2) });
+      cell.style.background = `rgb(37 99 235 / ${Math.max(0, value) ** 2 * 0.5})`;
+      return cell;
+    });
+    const name = `${n + 1} ${shortened(text, 32)}`;
+    return make("tr", {}, make("th", { scope: "row", textContent: name }), ...cells);
+  }));
+}
+
+function list(said, scores) {
+  const order = scores.map((_, n) => n).sort((one, other) => scores[other] - scores[one]);
+  const [low, high] = [Math.min(0, ...scores), Math.max(1, ...scores)];
+  $("ranks").replaceChildren(...order.map((n) => make("li", {},
+    make("meter", { min: low, max: high, value: scores[n], ariaHidden: "true" }),
+    ` ${scores[n].toFixed(3)} ${said[n]}`)));
+}
+
+// Each button: what it asks for and shows.
+const ACTIONS = {
+  async compare(said) {
+    const rows = await vectors(said);
+    drawHeat(said, rows);
+    drawMap(said, rows);
+  },
+  async search(said) {
+    const [query] = await vectors($("query").value, { input_type: "query" });
+    const rows = await vectors(said, { input_type: "document" });
+    list(said, rows.map((one) => dot(query, one)));
+  },
+  async rerank(said) {
+    const body = { model: $("ranker").value, query: $("query").value, documents: said };
+    const { results } = await (await call("v1/rerank", body)).json();
+    const scores = [];
+    for (const one of results) scores[one.index] = one.relevance_score;
+    list(said, scores);
+  },
+};
+
+for (const [id, act] of Object.entries(ACTIONS)) {
+  $(id).addEventListener("click", async () => {
+    $("said").textContent = "...";
+    try {
+      await act(texts());
+      $("said").textContent = "";
+    } catch (error) {
+      $("said").textContent = error.message;
+    }
+  });
+}
+
+// --- chat ---
+
+let messages = [], stopper = null;
+
+async function* deltas(response) {
+  let text = "";
+  const parts = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part; !(part = await parts.read()).done;) {
+    const events = (text + part.value).split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      if (!event.startsWith("data: ") || event === "data: [DONE]") continue;
+      const { error, choices } = JSON.parse(event.slice(6));
+      if (error) throw new Error(error.message);
+      yield choices[0]?.delta ?? {};
+    }
+  }
+}
+
+async function talk() {
+  const content = $("say").value.trim();
+  if (!content || stopper) return;
+  messages.push({ role: "user", content });
+  const thought = make("i"), answer = make("span");
+  $("talk").append(make("div", {}, make("b", { textContent: "You: " }), content),
+    make("div", {}, make("b", { textContent: "Model: " }), thought, answer));
+  $("say").value = "";
+  stopper = new AbortController();
+  try {
+    const body = { model: $("talker").value, messages, stream: true };
+    for await (const delta of deltas(await call("v1/chat/completions", body, stopper.signal))) {
+      thought.textContent += delta.reasoning_content ?? "";
+      answer.textContent += delta.content ?? "";
+      $("talk").scrollTop = $("talk").scrollHeight;
+    }
+  } catch (error) {
+    answer.textContent += ` (${error.name === "AbortError" ? "stopped" : error.message})`;
+  }
+  messages.push({ role: "assistant", content: answer.textContent });
+  stopper = null;
+}
+
+$("send").addEventListener("click", talk);
+$("say").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey) return;
+  event.preventDefault();
+  talk();
+});
+$("stop").addEventListener("click", () => stopper?.abort());
+$("anew").addEventListener("click", () => {
+  messages = [];
+  $("talk").replaceChildren();
+});
+poll();
+"""
+_SAMPLE_TEXTS: Final = (
+    "The cat sleeps on the sofa.\nA kitten naps on the couch.\nDogs love long walks.\n"
+    "The market fell by two percent.\nShares lost value on Monday.\nBread needs flour and "
+    "time."
+)
+PAGE_HTML: Final = f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>embellama_server</title>
+<style>{_PAGE_STYLE}</style>
+<header>
+<h1>embellama_server</h1>
+<p id="state" role="status">Asking ...</p>
+<p><a id="docs" href="docs">Every route, to read and to try</a></p>
+<label>API key, if this server asks for one; forgotten with this page
+<input id="key" type="password" autocomplete="off"></label>
+</header>
+<main>
+<h2>Now, and the last five minutes</h2>
+<dl id="figures"></dl>
+<h2>Models</h2>
+<div class="wide" tabindex="0" role="region" aria-label="Models"><table>
+<thead><tr><th>model<th>kind<th>state<th>weights<th>requests<th>tokens<th>waiting</thead>
+<tbody id="models"></tbody></table></div>
+<h2>Errors and events</h2>
+<p>Errors answered, by code: <span id="errors"></span></p>
+<div class="wide" tabindex="0" role="region" aria-label="Events"><table>
+<thead><tr><th>time<th>level<th>event</thead>
+<tbody id="events"></tbody></table></div>
+<section class="embed" hidden>
+<h2>Texts</h2>
+<label>Model <select id="embedder"></select></label>
+<label>Texts, one on each line, 64 at most
+<textarea id="texts" rows="7">{_SAMPLE_TEXTS}</textarea></label>
+<button id="compare" type="button">Compare them</button>
+<label>Query <input id="query" value="pets that rest"></label>
+<button id="search" type="button">Search by the query</button>
+<output id="said"></output>
+<div class="both">
+<div class="wide" tabindex="0" role="region" aria-label="Similarities">
+<table id="heat"></table></div>
+<div id="map"></div></div>
+</section>
+<section class="rank" hidden>
+<label>Reranker <select id="ranker"></select></label>
+<button id="rerank" type="button">Rerank by the query</button>
+</section>
+<ol id="ranks"></ol>
+<section class="generate" hidden>
+<h2>Chat</h2>
+<label>Model <select id="talker"></select></label>
+<div id="talk" role="log" tabindex="0" aria-label="Conversation"></div>
+<label>Your message <textarea id="say" rows="2"></textarea></label>
+<button id="send" type="button">Send</button>
+<button id="stop" type="button">Stop</button>
+<button id="anew" type="button">Begin anew</button>
+</section>
+</main>
+<noscript>The figures need JavaScript; GET /status has them as JSON.</noscript>
+<script>{_PAGE_SCRIPT}</script>
+</html>
+"""
+PAGE_POLICY: Final = page_policy(_PAGE_SCRIPT, _PAGE_STYLE)
+
+
+# ==============================================================================
+# 81. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
 
 
+_HTML: Final = "text/html"
+_HTML_TEXT: Final = "text/html; charset=utf-8"
+
+
 async def index(context: RequestContext) -> Response:
-    """What this server is, and its routes."""
+    """What this server is, and its routes; to a browser, a page that shows its state."""
+    if context.media_type == _HTML:
+        body = PAGE_HTML.encode()
+        return Response(200, body, _HTML_TEXT, PAGE_POLICY, is_compressible=True)
     if context.media_type == "text/plain":
         lines = [f"embellama_server {__version__}; /docs describes it"]
         lines += [LMSERV_IS_RUNNING, ""]
@@ -23597,8 +24219,7 @@ async def openapi(context: RequestContext) -> Response:
 
 async def docs(context: RequestContext) -> Response:
     """This API as a page, from which one can try it."""
-    kind = "text/html; charset=utf-8"
-    return Response(200, _docs_html(), kind, DOCS_POLICY, is_compressible=True)
+    return Response(200, _docs_html(), _HTML_TEXT, DOCS_POLICY, is_compressible=True)
 
 
 _JSON: Final = "application/json"
@@ -23645,9 +24266,10 @@ _TABLE: Final = (
     Route("GET", "/health /ping", health, None, HEALTH_REPLY, "health", offers=_TEXT_TOO, caching=NEVER_CACHED, group="State"),
     Route("GET", "/ready", ready, None, READY_REPLY, "ready", dialect=INFER, caching=NEVER_CACHED, group="State"),
     Route("GET", "/metrics", metrics, None, {}, "metrics", offers=("text/plain",), caching=NEVER_CACHED, group="State"),
-    Route("GET", "/", index, None, {}, offers=_TEXT_TOO, group="State"),
+    Route("GET", "/", index, None, {}, "docs", offers=(*_TEXT_TOO, _HTML), group="State"),
+    Route("GET", "/status", status_figures, None, STATUS_REPLY, "metrics", caching=NEVER_CACHED, group="State"),
     Route("GET", "/openapi.json", openapi, None, {}, "docs", caching=CACHED, group="State"),
-    Route("GET", "/docs", docs, None, {}, "docs", offers=("text/html",), caching=CACHED, group="State"),
+    Route("GET", "/docs", docs, None, {}, "docs", offers=(_HTML,), caching=CACHED, group="State"),
     Route("DELETE", "/admin/cache", clear_cache, access="admin", group="Admin"),
     Route("POST", "/admin/reload", reload, access="admin", group="Admin"),
     Route("GET", "/admin/models", list_models, None, MODEL_STATES, "admin", group="Admin"),
@@ -23777,7 +24399,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 80. DISPATCH - from a request to its response
+# 82. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -24226,7 +24848,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 81. TRIALS - a model loaded in another process first
+# 83. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -24309,7 +24931,7 @@ class Trial:
 
 
 # ==============================================================================
-# 82. FOLDER - what a model's authors wrote beside its file
+# 84. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -24436,7 +25058,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 83. LOADING - a model's way into memory
+# 85. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -24862,7 +25484,7 @@ class Loader:
 
 
 # ==============================================================================
-# 84. SUPERVISOR - a small parent that outlives the server
+# 86. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -25251,7 +25873,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 85. SERVER - builds every object; loading, ready, draining, stopped
+# 87. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -25365,6 +25987,7 @@ class Server:
             settings, telemetry, gate, registry, read_settings, self.reload
         )
         self.service.given, self.service.leave = loaded, self.leave
+        self.service.events = log.recent
         telemetry.set("embellama_phase", 1, self.service.phase.value)
         context = maybe_tls_context(settings)
         self._tls = Tls(context) if context else None
@@ -25536,6 +26159,7 @@ class Server:
         self._notifier.beat(settings)
         self._dispatcher.log_refusals()
         self.service.telemetry.remember(time.monotonic())
+        note_moment(self.service)
         self._loop.call_later(_TICK_S, self._tick)
         for loaded in self._everything_loaded():
             if loaded.pool.watch() or loaded.pool.has_lost_a_thread:
@@ -25690,7 +26314,7 @@ class Server:
 
 
 # ==============================================================================
-# 86. TUNING - the settings that are fastest on this box
+# 88. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -25825,7 +26449,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 87. CHECKING - what a model is and gives, before it is served
+# 89. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -25964,7 +26588,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 88. DEPLOYMENT - what the printed files have in common
+# 90. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -26177,7 +26801,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 89. UNITS - the server under systemd
+# 91. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -26389,7 +27013,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 90. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 92. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -26800,7 +27424,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 91. FRONTS - HAProxy or nginx before several servers
+# 93. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -26933,7 +27557,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 92. WATCHING - what scrapes, alerts and scales
+# 94. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -27141,7 +27765,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 93. BOARD - one dashboard for Grafana
+# 95. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -27345,7 +27969,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 94. COLLECTION - the routes as a Postman collection
+# 96. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -27453,7 +28077,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 95. COMMAND LINE - flags in, exit code out
+# 97. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

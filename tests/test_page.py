@@ -1,0 +1,306 @@
+"""Rooms STATUS and PAGE: figures of five minutes, and one page that draws them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+import embellama_server as es
+from tests import both, kit
+
+PAGE = es.PAGE_HTML
+POLICY = dict(es.PAGE_POLICY)["content-security-policy"]
+SCRIPT = PAGE.partition("<script>")[2].partition("</script>")[0]
+# What Chromium 156 and Firefox 140 send when one opens a page.
+ACCEPTS = (
+    "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8,v=b3;q=0.7",
+    "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+)
+
+
+# --- the page ---
+
+
+def test_the_page_has_no_outside_parts_and_makes_no_markup_of_strings() -> None:
+    without_svg = PAGE.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|src=|@import|url\(", without_svg)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(", PAGE
+    )
+    assert not re.search("Storage|cookie|indexedDB", PAGE)
+    assert not re.search(r"(?i)<[^>]+ (on[a-z]+|style)=", PAGE)
+    assert PAGE.isascii() and "\r" not in PAGE
+    assert max(map(len, SCRIPT.splitlines())) <= 100
+
+
+def test_the_policy_allows_just_the_script_and_style_of_the_page() -> None:
+    for tag in ("script", "style"):
+        text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in POLICY
+    assert "unsafe" not in POLICY and "*" not in POLICY
+
+
+@pytest.mark.parametrize("accept", ACCEPTS)
+async def test_a_browser_gets_the_page_and_others_what_they_got(accept: str) -> None:
+    async with kit.running_service() as running:
+        page = await running.ask("GET", "/", accept=accept)
+        assert page.body.decode() == PAGE
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert page.headers["content-security-policy"] == POLICY
+        for other in ("*/*", "application/json"):
+            shown = await running.ask("GET", "/", accept=other)
+            assert json.loads(shown.body)["name"] == "embellama_server"
+        assert (await running.ask("GET", "/", accept="text/plain")).body.startswith(
+            b"embellama_server"
+        )
+
+
+async def test_with_keys_the_page_opens_and_its_figures_need_one() -> None:
+    async with kit.running_service(api_key="secretkey") as running:
+        assert (await running.ask("GET", "/", accept=ACCEPTS[0])).status == 200
+        assert (await running.ask("GET", "/status")).status == 401
+        told = await running.ask("GET", "/status", authorization="Bearer secretkey")
+        assert told.status == 200
+
+
+# --- its figures ---
+
+
+async def figures(running: kit.RunningService) -> dict[str, Any]:
+    """What /status says; its moments as objects."""
+    reply = await running.ask("GET", "/status")
+    assert reply.status == 200
+    shown: dict[str, Any] = json.loads(reply.body)
+    jsonschema.validate(shown, es.STATUS_REPLY)
+    rows = shown["moments"]
+    shown["moments"] = [dict(zip(shown["fields"], row, strict=True)) for row in rows]
+    return shown
+
+
+async def test_the_figures_are_those_of_the_metrics() -> None:
+    async with kit.running_service(cache_mb=1, workers=2) as running:
+        before = (await figures(running))["moments"][-1]
+        for text in ("a b", "c", "a b"):
+            await running.ask("POST", "/v1/embeddings", {"input": text})
+        await running.ask("GET", "/nope")
+        await running.ask("POST", "/v1/embeddings", {"input": kit.BOOM_WORD})
+        shown = await figures(running)
+        now = shown["moments"][-1]
+        gained = {name: now[name] - before[name] for name in now}
+        assert gained["requests"] == 6  # and the one for the figures before
+        assert (gained["inputs"], gained["failed"], gained["refused"]) == (2, 1, 0)
+        assert (gained["cache_hits"], gained["cache_lookups"]) == (1, 4)
+        assert now["resident_bytes"] > 1 << 20 or not Path("/proc").exists()
+        assert shown["errors"] == {"unknown_url": 1, "engine_failed": 1}
+        (model,) = shown["models"]
+        assert (model["model"], model["kind"], model["requests"]) == (
+            "fake@1",
+            "embed",
+            3,
+        )
+        assert shown["limits"]["busy"] == 2
+        limit = running.served.pool.queue.backlog.limit
+        assert shown["limits"]["queue_inputs"] == limit.inputs
+        assert sum(shown["histograms"]["wait_s"]["hits"]) == 3
+        assert (shown["phase"], shown["problem"]) == ("ready", "")
+
+
+async def test_moments_are_kept_for_five_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with kit.running_service() as running:
+        service = running.service
+        service.moments.clear()
+        begin = es.time.monotonic()
+        for half in range(800):  # twice a second, as the server calls it
+            monkeypatch.setattr(es.time, "monotonic", lambda at=half: begin + at / 2)
+            es.note_moment(service)
+        times = [moment[0] for moment in service.moments]
+        monkeypatch.undo()
+    assert len(times) == es.MAX_MOMENTS
+    assert {round(b - a, 1) for a, b in itertools.pairwise(times)} == {2.0}
+
+
+async def test_events_are_told_without_what_may_hold_paths() -> None:
+    async with kit.running_service() as running:
+        running.server.log("warning", "file is gone", path="/home/somebody/secret")
+        (event,) = [
+            one
+            for one in (await figures(running))["events"]
+            if one["event"] == "file is gone"
+        ]
+        assert sorted(event) == ["event", "level", "time"]
+        assert "somebody" not in json.dumps(await figures(running))
+
+
+def test_of_events_the_last_twenty_are_kept_and_no_requests() -> None:
+    log = kit.quiet_log()
+    for number in range(30):
+        log("info", f"event {number}")
+        log("info", "request", path="/x")
+        log("debug", "detail")
+    assert [event for _, _, event in log.recent] == [
+        f"event {n}" for n in range(10, 30)
+    ]
+
+
+# --- what its script computes ---
+
+# Just what the script uses of a browser when it begins.
+BROWSER = """
+const part = () => ({ addEventListener() {}, classList: { add() {}, remove() {} } });
+globalThis.location = new URL("http://127.0.0.1/");
+globalThis.document = { hidden: true, getElementById: part, addEventListener() {} };
+"""
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
+
+
+def computed(expression: str, *arguments: object) -> Any:
+    """What an expression gives in the page's script; ``given`` are the arguments."""
+    given = f"const given = {json.dumps(arguments)};"
+    told = f"console.log(JSON.stringify({expression}));"
+    source = BROWSER + SCRIPT.replace('"use strict";', "") + given + told
+    command = [NODE or "", "--input-type=module", "-e", source]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=kit.DEADLINE_S, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@needs_node
+def test_the_map_shows_the_principal_components() -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(9, 24)) * np.linspace(3, 0.1, 24)
+    across_up = np.array(computed("places(given[0])", rows.tolist()))
+    centred = rows - rows.mean(axis=0)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    expected = (u[:, :2] * s[:2]).T
+    assert np.allclose(np.abs(across_up), np.abs(expected), atol=1e-2 * s[0])
+
+
+@needs_node
+@pytest.mark.parametrize("rows", [[[1, 0]], [[1, 0]] * 3, [[0, 0], [0, 1]]])
+def test_a_map_of_texts_that_hardly_differ_has_places_too(rows: list[Any]) -> None:
+    across, up = computed("places(given[0])", rows)
+    assert np.isfinite([across, up]).all()
+
+
+def interpolated(part: float, bounds: list[float], hits: list[int]) -> float:
+    """As Prometheus' histogram_quantile; infinity above the last bound."""
+    rank, seen, low = part * sum(hits), 0, 0.0
+    for bound, count in zip(bounds, hits, strict=False):
+        if count and seen + count >= rank:
+            return low + (bound - low) * (rank - seen) / count
+        seen, low = seen + count, bound
+    return float("inf")
+
+
+@needs_node
+def test_quantiles_are_prometheus_s() -> None:
+    rng, cases = random.Random(3), []
+    bounds = [0.001, 0.01, 0.1, 1.0, 10.0]
+    for _ in range(200):
+        hits = [rng.choice((0, 0, 1, 7, 40)) for _ in range(6)]
+        hits[rng.randrange(6)] += 20
+        cases.append((rng.choice((0.5, 0.95, 0.99)), bounds, hits))
+    shown = computed("given[0].map((one) => quantile(...one))", cases)
+    for case, text in zip(cases, shown, strict=True):
+        expected = interpolated(*case)
+        if expected == float("inf"):
+            assert text == "over 10 s"
+            continue
+        value, unit = text.split()
+        seconds = float(value) * (1e-3 if unit == "ms" else 1)
+        assert seconds == pytest.approx(expected, rel=0.01), case
+
+
+@needs_node
+def test_rates_of_a_server_that_was_started_again_are_not_negative() -> None:
+    now, old = {"requests": 3, "time_s": 12}, {"requests": 90, "time_s": 10}
+    assert computed('rate("requests")(...given)', now, old) == 0
+    assert computed('rate("requests")(...given)', now | {"requests": 94}, old) == 2
+    assert computed("given.map(bytes)", 0, 1790, 5 << 20, 3 << 30) == [
+        "0 B",
+        "1.75 KiB",
+        "5 MiB",
+        "3 GiB",
+    ]
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    api = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not installed")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox"]
+        )
+        yield started
+        started.close()
+
+
+LINES = ["The cat sleeps.", "A kitten naps.", "<b>Bread</b> & butter"]
+
+
+@pytest.mark.clients
+def test_the_playground_s_numbers_are_the_api_s(browser: Any, tmp_path: Path) -> None:
+    with both.asking(tmp_path, has_chatter=True) as asker:
+        page = browser.new_page(viewport={"width": 320, "height": 800})
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        hosts = set[str]()
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+        page.goto(f"http://{asker.host}:{asker.port}/")
+        page.wait_for_selector("#models tr")
+        page.fill("#texts", "\n".join(LINES))
+        page.fill("#query", "a pet")
+        page.click("#compare")
+        page.wait_for_selector("#map circle")
+        vectors = np.array(
+            [
+                row["embedding"]
+                for row in asker.post(
+                    "/v1/embeddings", {"model": "embedder", "input": LINES}
+                ).json["data"]
+            ]
+        )
+        shown = [float(text) for text in page.locator("#heat td").all_inner_texts()[1:]]
+        assert np.allclose(shown, (vectors @ vectors.T).ravel(), atol=0.006)
+        page.click("#rerank")
+        page.wait_for_selector("#ranks li")
+        ranked = asker.post(
+            "/v1/rerank", {"model": "ranker", "query": "a pet", "documents": LINES}
+        ).json["results"]
+        expected = [f"{r['relevance_score']:.3f} {LINES[r['index']]}" for r in ranked]
+        assert page.locator("#ranks li").all_inner_texts() == [
+            f" {text}" for text in expected
+        ]
+        page.fill("#say", "Hello")
+        page.press("#say", "Enter")
+        page.wait_for_function("document.querySelector('#talk span')?.textContent")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 320, "nothing is cut off on a narrow screen"
+        assert len(hosts) == 1
+        assert not [text for text in said if "Password field" not in text]
