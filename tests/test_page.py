@@ -26,7 +26,7 @@ POLICY = dict(es.PAGE_POLICY)["content-security-policy"]
 SCRIPT = PAGE.partition("<script>")[2].partition("</script>")[0]
 # What Chromium 156 and Firefox 140 send when one opens a page.
 ACCEPTS = (
-    "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8,v=b3;q=0.7",
+    "text/html,application/xml;q=0.9,image/webp,*/*;q=0.8,a/b;v=b3;q=0.7",
     "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
 )
 
