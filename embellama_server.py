@@ -18358,9 +18358,6 @@ _STOPPING: Final = "the server is shutting down; ask another one"
 _WITHDRAWN: Final = "taken out of service by POST /admin/drain; ask another one"
 
 
-MAX_MOMENTS: Final = 150  # five minutes of them
-
-
 @dataclass(slots=True)
 class Service:
     """What every handler works with. Event-loop thread only."""
@@ -18379,9 +18376,7 @@ class Service:
     is_withdrawn: bool = False  # an administrator wants no more requests sent here
     # for the page at /
     events: Collection[LogEvent] = ()
-    moments: collections.deque[tuple[float, ...]] = field(
-        default_factory=lambda: collections.deque(maxlen=MAX_MOMENTS)
-    )
+    moments: list[tuple[float, ...]] = field(default_factory=list)
 
     def enter(self, phase: Phase) -> None:
         """Go on to the next phase. Raises ValueError if it cannot follow this one."""
@@ -23284,6 +23279,7 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 # who reads them takes the difference of two moments. So two readers, curl and Prometheus
 # agree, and nothing here depends on who has a page open.
 
+MAX_MOMENTS: Final = 150  # five minutes of them
 _MOMENT_S: Final = 1.9  # at least, from one that is kept to the next
 _REFUSALS: Final = (Overloaded, RateLimited, TooManyConnections, NotReady)
 _FAULTS: Final = tuple(
@@ -23320,6 +23316,7 @@ def note_moment(service: Service) -> None:
     kept, now = service.moments, time.monotonic()
     if not kept or now - kept[-1][0] >= _MOMENT_S:
         kept.append(_moment(service, now))
+        del kept[:-MAX_MOMENTS]
 
 
 def _moment(service: Service, now: float) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,9 @@ async def test_moments_are_kept_for_five_minutes(
     async with kit.running_service() as running:
         service = running.service
         service.moments.clear()
-        begin = es.time.monotonic()
+        begin = time.monotonic()
         for half in range(800):  # twice a second, as the server calls it
-            monkeypatch.setattr(es.time, "monotonic", lambda at=half: begin + at / 2)
+            monkeypatch.setattr(time, "monotonic", lambda at=half: begin + at / 2)
             es.note_moment(service)
         times = [moment[0] for moment in service.moments]
         monkeypatch.undo()
