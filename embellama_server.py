@@ -18306,6 +18306,8 @@ def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
         rule = schema_rule(rules, schema, param)
     else:
         rule = json_object_rule(rules)
+    if request.tools and not request.demands_call:  # it may call one of them instead
+        rule = rules.add(f"{rule} | {_calls_body(rules, request)}")
     if inside := request.begins_inside:  # else all of it would be thoughts
         rule = rf'"{inside.closing}\n\n" {rule}'
     return rules.text(rule), param

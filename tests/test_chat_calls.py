@@ -472,6 +472,20 @@ def test_a_call_that_is_demanded_is_valid_whatever_the_model_would_say(
             )
             (streamed_call,) = put_together(choices)["tool_calls"]
             assert streamed_call["function"] == made["function"]
+        # Asked for JSON, it may call a tool instead.
+        answer = {"type": "json_schema", "json_schema": {"schema": CITIES}}
+        asks = {"messages": HELLO, "tools": FUNCTIONS, "response_format": answer}
+        reasons = set()
+        for seed in range(12):
+            more = {"seed": seed, "temperature": 2, "parallel_tool_calls": False}
+            whole = client.post(CHAT, asks | more).json["choices"][0]
+            reasons.add(whole["finish_reason"])
+            if whole["finish_reason"] == "stop":
+                jsonschema.validate(json.loads(whole["message"]["content"]), CITIES)
+            else:
+                (made,) = whole["message"]["tool_calls"]
+                jsonschema.validate(json.loads(made["function"]["arguments"]), CLOSED)
+        assert reasons == {"stop", "tool_calls"}
         odd = {"type": "object", "properties": {"a": {"not": {}}}}
         function = {"name": "f", "parameters": odd}
         tools = [{"type": "function", "function": function}]
