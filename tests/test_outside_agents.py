@@ -7,10 +7,12 @@ what it is told to: see scripted.py.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -393,6 +395,10 @@ def test_llama_index_s_agent_calls_a_tool_and_gives_objects(url: str) -> None:
         return str(await agent.run(ASKS_WEATHER))
 
     assert asyncio.run(run(True)) == asyncio.run(run(False)) == ANSWER
+    with warnings.catch_warnings():  # it leaves its connections open
+        warnings.simplefilter("ignore", ResourceWarning)
+        chat._aclient = None
+        gc.collect()
     from llama_index.core.prompts import PromptTemplate
 
     said = PromptTemplate("{said}")
