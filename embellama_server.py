@@ -9979,8 +9979,11 @@ def _first_rules(
             item = item.next
 
 
-# A state with more of them has no list of its tokens: most come, or it would take 10 ms.
+# A state with more of them has no list of its tokens: most may come, or it would take
+# 20 ms.
 _MAX_PREFIXES: Final = 2000
+_MANY_BYTES: Final = 64  # may come inside a string
+_MANY_TOKENS: Final = 128
 
 
 class TokenTexts:
@@ -10029,27 +10032,27 @@ class TokenTexts:
             while low < high and len(self._sorted[low]) == length:
                 found.append(low)
                 low += 1
-            for byte in at.next_bytes() if low < high else ():
-                begin, end = self._range(byte, length, low, high)
-                if begin == end:
-                    continue
+            allowed = at.next_bytes() if low < high else ()
+            if len(allowed) > _MANY_BYTES and high - low > _MANY_TOKENS:
+                return None
+            while low < high:
+                byte = self._sorted[low][length]
+                end = self._end_of(byte, length, low, high)
                 prefixes += 1
-                following = at.after(bytes([byte]))
-                assert following is not None, "it is one of its next bytes"
-                todo.append((following, begin, end, length + 1))
-            if prefixes + len(todo) > _MAX_PREFIXES:
+                if byte in allowed and (following := at.after(bytes([byte]))):
+                    todo.append((following, low, end, length + 1))
+                low = end
+            if prefixes > _MAX_PREFIXES:
                 return None
         return found
 
-    def _range(self, byte: int, at: int, low: int, high: int) -> tuple[int, int]:
-        """Return from where to where tokens have this byte there."""
+    def _end_of(self, byte: int, at: int, low: int, high: int) -> int:
+        """Return where the tokens end that have this byte there, as the one at ``low``."""
 
         def byte_of(piece: bytes) -> int:
             return piece[at]
 
-        begin = bisect.bisect_left(self._sorted, byte, low, high, key=byte_of)
-        end = bisect.bisect_right(self._sorted, byte, begin, high, key=byte_of)
-        return begin, end
+        return bisect.bisect_right(self._sorted, byte, low, high, key=byte_of)
 
 
 # ==============================================================================
@@ -11312,12 +11315,13 @@ class Constraint:
         """
         import numpy as np
 
-        state, ends = self.state, self._ends[: len(self._ends) * self.state.is_complete]
+        state, may_come = self.state, np.zeros(len(logits), bool)
         ids = self._texts.allowed(state)
         is_tried = ids is not None
-        ids = self._texts.possible(state) if ids is None else ids
-        ids = np.union1d(ids, ends)
-        ids = ids[logits[ids] > -math.inf]
+        may_come[self._texts.possible(state) if ids is None else ids] = True
+        may_come[self._ends] = state.is_complete
+        may_come &= logits > -math.inf
+        ids = np.flatnonzero(may_come)
         for wanted in () if is_tried else (*_TRIED_TOKENS, len(ids)):
             some = ids
             if wanted < len(ids):
