@@ -9474,6 +9474,27 @@ class GrammarRules:
                 "characters: ask for less at once"
             )
 
+    def until(self, mark: str) -> str:
+        """Return the name of a rule: any text, and the first ``mark`` as its end."""
+        names = [self.reserve() for _ in mark]
+        for at, name in enumerate(names):
+            # What is read so far ends like the mark begins, and with a character more too.
+            ends = {
+                char: max(
+                    size
+                    for size in range(at + 2)
+                    if (mark[:at] + char).endswith(mark[:size])
+                )
+                for char in dict.fromkeys(mark)
+            }
+            others = "".join(f"\\U{ord(char):08x}" for char in ends)
+            parts = [f"[^{others}] {names[0]}"]
+            for char, size in ends.items():
+                following = names[size] if size < len(mark) else ""
+                parts.append(f"{literal(char)} {following}")
+            self.define(name, " | ".join(parts))
+        return names[0]
+
     def text(self, root: str) -> str:
         """Return the whole grammar; a reply is what ``root``, a rule's body, says."""
         lines = (f"{name} ::= {body}\n" for name, body in self._bodies.items())
@@ -18288,9 +18309,9 @@ async def read_grammar(
         return None
 
     def work() -> Grammar:
-        text, param = _grammar_text(request)
         vocabulary = loaded_model.generations.vocabulary
         assert vocabulary is not None, "it is a model that generates"
+        text, param = _grammar_text(request, vocabulary)
         grammar = vocabulary.grammar(text, param)
         _ = vocabulary.texts  # takes 0.5 s once: not the generating thread's
         return grammar
@@ -18298,7 +18319,7 @@ async def read_grammar(
     return await run_on_tokenizer(work, loaded_model, client, priority)
 
 
-def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
+def _grammar_text(request: ReplyRequest, vocabulary: Vocabulary) -> tuple[str, str]:
     """Return the GBNF of the replies, and the field that asks for it."""
     schema, param = request.json_schema, request.schema_param
     if schema is None and not request.demands_call:
@@ -18312,9 +18333,19 @@ def _grammar_text(request: ReplyRequest) -> tuple[str, str]:
         rule = json_object_rule(rules)
     if request.tools and not request.demands_call:  # it may call one of them instead
         rule = rules.add(f"{rule} | {_calls_body(rules, request)}")
-    if inside := request.begins_inside:  # else all of it would be thoughts
-        rule = rf'"{inside.closing}\n\n" {rule}'
+    if inside := request.begins_inside:  # the model thinks first
+        rule = f"{_end_of(inside, rules, vocabulary)} [ \\n]{{0,4}} ({rule})"
     return rules.text(rule), param
+
+
+def _end_of(thoughts: Thoughts, rules: GrammarRules, vocabulary: Vocabulary) -> str:
+    """Return the GBNF of thoughts that have begun, up to and with their closing mark."""
+    mark = thoughts.closing
+    pieces = vocabulary.control_pieces(frozenset([mark]))
+    for token, piece in pieces.items():
+        if piece == mark.encode():
+            return f".* <[{token}]>"
+    return rules.until(mark)
 
 
 _MAX_DEMANDED_CALLS: Final = 16  # a weak model might never end

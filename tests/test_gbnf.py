@@ -85,6 +85,22 @@ def test_a_rule_may_use_itself() -> None:
     assert grammar.start.after(b"((())))") is None
 
 
+@given(
+    text=st.text("<>/thinka", max_size=30), mark=st.sampled_from(["</think>", "aab"])
+)
+@settings(max_examples=60, deadline=None)
+def test_until_a_mark_is_until_its_first(text: str, mark: str) -> None:
+    rules = es.GrammarRules()
+    grammar = es.Grammar(rules.text(f'{rules.until(mark)} "{{}}"'), "grammar")
+    text = text.replace(mark, "")
+    before = text + mark
+    before = before[: before.find(mark) + len(mark)]
+    state = grammar.start.after(before.encode())
+    assert state is not None
+    assert state.after(b"{}") is not None
+    assert state.after(b"x") is None
+
+
 def test_a_grammar_that_grows_too_large_is_refused() -> None:
     rules = es.GrammarRules()
     with pytest.raises(es.InvalidValue, match="more than 262144 characters"):

@@ -166,3 +166,20 @@ def test_200_schemas_of_applications_are_followed(
 
         reasons = [*threads.map(one, range(200))]
     assert reasons.count("stop") > 120
+
+
+def test_a_schema_holds_for_what_comes_after_thoughts(tmp_path: Path) -> None:
+    template = chat_models.CHATML.replace(
+        "<|im_start|>assistant\n{% if", "<|im_start|>assistant\n<think>\n{% if"
+    )
+    path = chat_models.tiny_qwen(tmp_path, template=template)
+    flags = ["--model-path", str(path), "--any-model"]
+    with kit.started(*flags, module=("embellama_server.py",)) as running:
+        body = chat({"const": "yes"}, max_tokens=200)
+        for _ in range(2):
+            (choice,) = posted(running.url, body)["choices"]
+            message = choice["message"]
+            thought = message.get("reasoning_content")
+            if choice["finish_reason"] == "stop":
+                assert message["content"].strip() == '"yes"'
+            assert thought
