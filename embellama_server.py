@@ -18,7 +18,8 @@
     python embellama_server.py emit systemd                       # print its unit
 
 A GGUF that says how token vectors become one embeds or ranks; another decoder generates.
-It speaks the dialects of OpenAI, text-embeddings-inference, Cohere, Jina and Ollama.
+It speaks the dialects of OpenAI, text-embeddings-inference, Cohere, Jina, Ollama and
+llama-server. In a browser, / shows what it does.
 
 The life of one request
 -----------------------
@@ -48,18 +49,23 @@ The life of one request
 
 The life of a reply: 1 to 7 as above, then
 ------------------------------------------
- 8. CHAT         the form becomes a ReplyRequest
+ 8. CHAT FORMS, RESPONSES, OLLAMA CHAT
+                 whatever the dialect, the form becomes a ReplyRequest
     TEMPLATES    messages become the text that the model was trained on, and ids, in a
-                 tokenizer thread; REPLIES checks that they fit
+                 tokenizer thread (TURNS: also where it knows no tools); REPLIES checks
+                 that they fit
+    CONSTRAINTS  a schema, or the tools of which one must be called, become a grammar
  9. GENERATIONS  submit(): room is reserved for the prompt and the longest reply, or 503
 10. SEQUENCES    KV cells for both, or it waits; what it shares with another prompt is
                  not read again
 11. STEPS        each step, all replies grow by a token and prompts are read in the rest
-                 of --step-ms
+                 of --step-ms; DRAFTS: by more, if --draft-tokens lets it guess
 12. DECODING     one llama.cpp call a step
-    SAMPLING     a row of logits becomes a token, TEXT its bytes become text
+    SAMPLING     a row of logits becomes a token, one that the grammar (GRAMMARS) allows
+    GROWING      its bytes become text (TEXT), or thoughts and calls of tools (MARKUP)
 13. GENERATOR    one wake-up of the event loop a step, for all that has grown
-14. CHAT         an event for each delta; CONNECTIONS takes the next when there is room
+14. ANSWERS      whole or part by part, as the dialect's room writes it; CONNECTIONS takes
+                 the next when there is room
 
 Which thread owns what
 ----------------------
