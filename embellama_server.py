@@ -23505,7 +23505,8 @@ def openapi_document(routes: Sequence[Route], server: str) -> dict[str, object]:
 
 
 def _operation(route: Route) -> dict[str, object]:
-    name = re.sub(r"[{}]", "", route.path.strip("/")).replace("/", "_") or "root"
+    bare = re.sub(r"[{}]", "", route.path.strip("/"))
+    name = re.sub("[/-]", "_", bare) or "root"
     operation: dict[str, object] = {
         "operationId": f"{route.method.lower()}_{name}",
         "tags": [route.group],

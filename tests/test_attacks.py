@@ -53,7 +53,7 @@ def bugs(client: both.Client) -> float:
 def body(path: str, inputs: Any, **more: Any) -> dict[str, Any]:
     """A request of a route, with inputs where it has some."""
     texts = inputs if isinstance(inputs, list) else [inputs]
-    if path == "/chat":
+    if path in ("/chat", "/api/generate"):
         return {"prompt": texts[0], "model": "chatter", **more}
     said = [{"role": "user", "content": text} for text in texts]
     if "responses" in path:
@@ -95,7 +95,7 @@ def is_refused(reply: kit.Reply) -> bool:
 NAMING = ("/api/show", "/api/pull")  # a model, and nothing else
 ANY_NAME = [r.path for r in WORKING if r.dialect in (es.TEI, es.SEED)]
 TALKS = [path for path in PATHS if "chat" in path or "responses" in path]
-TALKS += ["/apply-template", "/detokenize"]
+TALKS += ["/api/generate", "/apply-template", "/detokenize"]
 TAKES_ONE = (*NAMING, "/api/embeddings", *TALKS)
 TAKES_MANY = [path for path in PATHS if path not in TAKES_ONE]
 
