@@ -24789,6 +24789,7 @@ class Dispatcher:
         kind = "probe" if is_probe else "request"
         telemetry.count("embellama_http_requests_total", label=f"{status // 100}xx")
         path = context.route.path if context.route else _NO_ROUTE
+        telemetry.add("route", path)
         telemetry.count("embellama_route_requests_total", label=path)
         telemetry.observe("embellama_http_request_seconds", seconds, kind)
         self._log(

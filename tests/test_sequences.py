@@ -652,7 +652,9 @@ def test_replies_that_grew_together_are_packed_and_say_the_same(
         for each in (1, 2):
             packed.copy(0, each, 40)
         for at in range(100):
-            rows = [es.StepRow(n, 40 + at, replies[n][at : at + 1]) for n in range(3)]
+            rows = [
+                es.StepRow(n, 40 + at, replies[n][at : at + 1], 1) for n in range(3)
+            ]
             packed.decode(rows, 1)
         lengths = [100, 20 if packed.can_trim else 100, 100]
         packed.trim(1, 40 + lengths[1])
