@@ -121,7 +121,8 @@ def agrees_with_the_gguf_package(path: Path) -> Mapping[str, Any]:
         expected = reader.fields[name].contents()
         if name == "tokenizer.ggml.tokens":
             assert header.n_tokens == len(expected)
-        if isinstance(expected, list) or len(str(expected).encode()) > 256:
+        is_long = isinstance(expected, list) or len(str(expected).encode()) > 256
+        if is_long and name != "tokenizer.chat_template":  # kept: /api/show tells it
             expected = ()
         assert value == expected, name
     assert values.get("general.alignment", 32) == reader.alignment
