@@ -1119,7 +1119,7 @@ class Settings(ModelSettings):
         "Longest time from a request's arrival to its reply; then it gets a 504.",
         0.1, 86400)
     heartbeat_s: float = option(15.0,
-        "While a streamed reply has no token yet, send an empty one this often; 0: never.",
+        "While nothing of a streamed reply shows, send an empty part this often; 0: never.",
         0, 3600)
     dead_letter: str = start_option("",
         "File for inputs that were refused after their retry, as JSON lines with the "
@@ -2313,7 +2313,7 @@ class Telemetry:
     def __init__(self) -> None:
         self._rows = {row.name: row for row in METRICS}
         # Values of labels that METRICS leaves open, in order of arrival.
-        self._added: dict[str, list[str]] = {"model": [], "route": []}
+        self._added: dict[str, dict[str, None]] = {"model": {}, "route": {}}
         self._values = {(row.name, v): 0.0 for row in METRICS for v in row.values}
         # Observations per bucket; the last bucket is for those above all bounds.
         self._hits = {
@@ -2331,7 +2331,7 @@ class Telemetry:
     def add(self, name: str, value: str) -> None:
         """Show the series of one more value of the label ``name``; may be repeated."""
         if value not in self._added[name]:
-            self._added[name].append(value)
+            self._added[name][value] = None
             names = (row.name for row in METRICS if row.label == name)
             self._values |= {(each, value): 0.0 for each in names}
 
@@ -21964,8 +21964,8 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 # ==============================================================================
 # 72. OLLAMA - its models and its embeddings
 # ==============================================================================
-# Reference: Ollama's docs/api.md. keep_alive and options are accepted and change nothing:
-# when a model leaves memory is the operator's affair here.
+# Reference: Ollama's docs/api.md. With embeddings, keep_alive and options are accepted and
+# change nothing: when a model leaves memory is the operator's affair here.
 
 _FOREVER: Final = "9999-12-31T23:59:59Z"
 
