@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import embellama_server as es
+from tests import runbook
 from tests.kit import ROOT
 
 README = ROOT / "README.md"
@@ -19,9 +20,10 @@ README = ROOT / "README.md"
 
 def errors_table() -> str:
     """Every error that a client can be sent."""
-    lines = ["| status | code | when |", "|---|---|---|"]
+    lines = ["| status | code | when | what to do |", "|---|---|---|---|"]
     lines += [
-        f"| {row.status} | `{row.code}` | {row.__doc__} |" for row in es.API_ERRORS
+        f"| {row.status} | `{row.code}` | {row.__doc__} | {runbook.ERRORS[row.code]} |"
+        for row in es.API_ERRORS
     ]
     return "\n".join(lines)
 
@@ -170,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "limits": limits_table,
     "emit": emit_table,
     "alerts": alerts_table,
+    "log": runbook.log_table,
     "request": functools.partial(form_table, es.EmbeddingsForm),
     "chat": functools.partial(form_table, es.ChatForm),
 }
