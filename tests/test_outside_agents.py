@@ -234,6 +234,27 @@ print(json.dumps([
 """
 
 
+def test_openai_s_loop_of_calls_results_and_an_answer_on_responses(
+    client: openai.OpenAI,
+) -> None:
+    tools: Any = [{"type": "function", "strict": True, **TOOLS[0]["function"]}]
+    asked = user(ASKS_WEATHER)
+    whole = client.responses.create(model="tiny", input=asked, tools=tools)
+    with client.responses.stream(model="tiny", input=asked, tools=tools) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_response()
+    for said in (whole, streamed):
+        (call,) = said.output
+        assert call.type == "function_call"
+        assert (call.name, json.loads(call.arguments)) == ("weather", WEATHER)
+        result = {"type": "function_call_output", "call_id": call.call_id}
+        history: Any = [*asked, call.model_dump(exclude_none=True)]
+        history.append({**result, "output": RESULT})
+        answer = client.responses.create(model="tiny", input=history, tools=tools)
+        assert answer.output_text == ANSWER
+
+
 def test_a_newer_openai_parses_replies_and_calls(
     url: str, apart: dict[str, str]
 ) -> None:
@@ -506,7 +527,8 @@ def test_litellm_calls_tools_and_gives_objects(
 
 NODE_SCRIPT = """
 import OpenAI from "openai";
-import { zodFunction, zodResponseFormat } from "openai/helpers/zod";
+import { zodFunction, zodResponseFormat, zodResponsesFunction, zodTextFormat }
+  from "openai/helpers/zod";
 import { ChatOpenAI } from "@langchain/openai";
 import { tool as langchainTool } from "@langchain/core/tools";
 import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";
@@ -514,7 +536,7 @@ import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { z } from "zod";
 const [baseURL, asksBoth, asksWeather, result, asksPerson, asksOutput] =
   process.argv.slice(2);
-const seen = { openai: {}, langchain: {}, vercel: {} };
+const seen = { openai: {}, responses: {}, langchain: {}, vercel: {} };
 const Person = z.object({ name: z.string(), age: z.number().int() });
 const City = z.object({ city: z.enum(["Ulm", "Bonn"]) });
 const told = (content) => [{ role: "user", content }];
@@ -538,6 +560,28 @@ const told = (content) => [{ role: "user", content }];
     tools: tools.slice(0, 1), tool_choice: "required", parallel_tool_calls: false });
   own.demanded = demanded.choices[0].message.tool_calls
     .map((call) => JSON.parse(call.function.arguments).city);
+}
+{
+  const own = seen.responses;
+  const { responses } = new OpenAI({ baseURL, apiKey: "any", maxRetries: 0 });
+  const typed = { model: "tiny", input: asksPerson,
+    text: { format: zodTextFormat(Person, "person") } };
+  own.parsed = (await responses.parse(typed)).output_parsed;
+  own.streamed = (await responses.stream(typed).finalResponse()).output_parsed;
+  const asks = { model: "tiny", input: told(asksBoth),
+    tools: ["weather", "population"].map((name) => zodResponsesFunction(
+      { name, parameters: City })) };
+  const said = (await responses.stream(asks).finalResponse()).output;
+  const calls = said.filter((item) => item.type === "function_call");
+  own.kinds = said.map((item) => item.type);
+  own.asked = calls.map((call) => [call.name, call.parsed_arguments.city]);
+  own.same = (await responses.parse(asks)).output
+    .filter((item) => item.type === "function_call")
+    .map((call) => [call.name, call.parsed_arguments.city]);
+  const results = calls.map(({ call_id }) => (
+    { type: "function_call_output", call_id, output: result }));
+  own.answer = (await responses.create(
+    { ...asks, input: [...asks.input, ...said, ...results] })).output_text;
 }
 {
   const own = seen.langchain;
@@ -599,6 +643,14 @@ def test_npm_s_openai_runs_tools_and_parses(npm_saw: Any) -> None:
     assert seen["ran"] == seen["ranStreamed"] == ANSWER
     assert seen["asked"] == BOTH * 2
     assert len(seen["demanded"]) == 1 and seen["demanded"][0] in CITIES
+
+
+def test_npm_s_openai_runs_tools_and_parses_on_responses(npm_saw: Any) -> None:
+    seen = npm_saw["responses"]
+    assert seen["parsed"] == seen["streamed"] == PERSON
+    assert seen["kinds"] == ["reasoning", "function_call", "function_call"]
+    assert seen["asked"] == seen["same"] == BOTH
+    assert seen["answer"] == ANSWER
 
 
 def test_langchain_js_calls_tools_and_gives_objects(npm_saw: Any) -> None:
