@@ -346,11 +346,11 @@ def restart(rounds: int = 2) -> dict[str, object]:
     return figures
 
 
-def answers(url: str) -> bool:
-    """Whether /ready says 200 there."""
+def answers(url: str, path: str = "/ready") -> bool:
+    """Whether it says 200 there."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
     try:
-        connection.request("GET", "/ready")
+        connection.request("GET", path)
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
