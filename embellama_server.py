@@ -231,6 +231,7 @@ import faulthandler
 import fcntl
 import fractions
 import functools
+import graphlib
 import hashlib
 import hmac
 import html
@@ -245,6 +246,7 @@ import json
 import marshal
 import math
 import mmap
+import operator
 import os
 import platform
 import random
@@ -309,6 +311,18 @@ if TYPE_CHECKING:
     Vectors = npt.NDArray[np.float32]  # (inputs, n_embd), rows of Euclidean length 1
     TokenIds = npt.NDArray[np.int32]  # (tokens,)
     Cells = npt.NDArray[np.intp]  # numbers of KV cells, (tokens,)
+else:
+
+    class _Numpy:
+        """numpy, imported at its first use: --help and the parent do without it."""
+
+        def __getattr__(self, name: str) -> Any:
+            import numpy
+
+            setattr(self, name, getattr(numpy, name))
+            return getattr(numpy, name)
+
+    np = _Numpy()
 
 __version__ = "0.3.0"
 __all__ = ["__version__", "main"]
@@ -1950,6 +1964,11 @@ class VersionNotSupported(ApiError, status=505, code="http_version_not_supported
 API_ERRORS: Final = tuple(ApiError.__subclasses__())
 
 
+def invalid(name: str, problem: str) -> InvalidValue:
+    """Return the error for a field by its name, with which the sentence begins."""
+    return InvalidValue(f"{name} {problem}", param=name)
+
+
 def error_object(error: ApiError) -> dict[str, str | None]:
     """Return OpenAI's error object, of a reply or of one input that failed."""
     return {
@@ -2894,8 +2913,6 @@ def convert_bert(
     Matrices become f16, vectors stay f32. Formats: GGUF specification
     (ggml/docs/gguf.md) and the safetensors header (JSON, then data).
     """
-    import numpy as np
-
     (header_bytes,) = struct.unpack_from("<Q", weights)
     header = json.loads(weights[8 : 8 + header_bytes])
     metadata = _bert_metadata(model, vocabulary.decode("utf-8").splitlines())
@@ -4010,8 +4027,6 @@ class Tokenizer:
         return text.removeprefix(" ") if self.adds_space else text
 
     def _detokenized(self, ids: Sequence[int], *, with_special: bool) -> str:
-        import numpy as np
-
         # Several times as fast as c_int32 * n, which holds the interpreter lock too.
         array = np.array(ids, np.int32)
         numbers = array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
@@ -4135,9 +4150,9 @@ _PYTHON_TOKEN: Final = re.compile(
     r"""\s*(?:("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|(-?\d[\d.eE+-]*)"""
     r"""|([^\W\d]\w*)(\s*=)?|([][{}:,()]))"""
 )
-_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"} | {
-    word: word for word in ("true", "false", "null")
-}
+_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
+_CONSTANTS.update({word: word for word in _CONSTANTS.values()})
+_HALF_CHAR: Final = re.compile("[\ud800-\udfff]")  # it cannot be sent as it is
 
 
 class ValueMarks(NamedTuple):
@@ -4237,16 +4252,7 @@ def dumped_object(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:  # a number beyond all
         raise NoValue from None
-    # Half of a character cannot be sent as it is.
-    return text if _is_text(text) else json.dumps(value)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return json.dumps(value) if _HALF_CHAR.search(text) else text
 
 
 def python_arguments(text: str) -> str:
@@ -4333,9 +4339,8 @@ CALL_MARKS: Final[Mapping[str, Sequence[str]]] = {
     "<seed:tool_call>": ("</seed:tool_call>",),
     "<minimax:tool_call>": ("</minimax:tool_call>",),
     "<atem:function_calls>": ("</atem:function_calls>",),
-    "<function=": (
-        "</tool_call>",
-    ),  # Qwen3-Coder, where it leaves out the mark before; functionary
+    # Qwen3-Coder, where it leaves out the mark before; functionary
+    "<function=": ("</tool_call>",),
     "<function name=": (),
     "<invoke name=": (),
     "[TOOL_CALLS]": (),  # Mistral
@@ -4384,25 +4389,22 @@ class CallStyle(NamedTuple):
         return f"{self.opening}{self.before_name}{name}{self.before_arguments}"
 
 
+_ARGUMENTS_KEY: Final = '", "arguments": '
 # The first is Hermes's, and of those who were taught none of these.
 CALL_STYLES: Final = (
-    CallStyle(
-        "", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n"
-    ),
-    CallStyle("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
+    CallStyle("", '<tool_call>\n{"name": "', _ARGUMENTS_KEY, "}\n</tool_call>", "\n"),
+    CallStyle("[TOOL_CALLS][", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]"),
     CallStyle("", "[TOOL_CALLS]", "[ARGS]", "", ""),
     CallStyle("", "[TOOL_CALLS]", "[CALL_ID]a1b2c3d4e[ARGS]", "", ""),
+    CallStyle("<TOOLCALL>[", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]</TOOLCALL>"),
     CallStyle(
-        "<TOOLCALL>[", '{"name": "', '", "arguments": ', "}", ", ", "]</TOOLCALL>"
+        "<tool_calls>[", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]</tool_calls>"
     ),
     CallStyle(
-        "<tool_calls>[", '{"name": "', '", "arguments": ', "}", ", ", "]</tool_calls>"
-    ),
-    CallStyle(
-        "<tool_calls>\n", '{"name": "', '", "arguments": ', "}\n", "", "</tool_calls>"
+        "<tool_calls>\n", '{"name": "', _ARGUMENTS_KEY, "}\n", "", "</tool_calls>"
     ),
     CallStyle("", "<function=", ">", "</function>", ""),
-    CallStyle("", '<|function_call|>{"name": "', '", "arguments": ', "}", ""),
+    CallStyle("", '<|function_call|>{"name": "', _ARGUMENTS_KEY, "}", ""),
     CallStyle(
         "<\uff5ctool\u2581calls\u2581begin\uff5c>",
         "<\uff5ctool\u2581call\u2581begin\uff5c>",
@@ -4445,9 +4447,8 @@ class CallScan:
         self.text = ""
         self.at = 0
         self.is_whole = False  # nothing more comes
-        self.begun: tuple[str, int] | None = (
-            None  # a name, and where its arguments begin
-        )
+        # A name, and where its arguments begin.
+        self.begun: tuple[str, int] | None = None
         self._ends: dict[int, ValueEnd] = {}
         self._searched: dict[int, int] = {}
 
@@ -4529,7 +4530,8 @@ class CallScan:
                 self._take("```")
             return call
         if first == "(":
-            found = self._python(name)
+            begin, self.at = self.at, self._end_of(self.at, PYTHON_VALUE)
+            found = WrittenCall(name, python_arguments(self.text[begin : self.at]))
             if is_printed:
                 self._space()
                 self._take(")")
@@ -4558,9 +4560,8 @@ class CallScan:
         self.at = self._end_of(begin, written)
         self.begun = None
         text = self.text[begin : self.at]
-        return WrittenCall(
-            name, checked_object(text if written is None else gemma_as_json(text))
-        )
+        text = text if written is None else gemma_as_json(text)
+        return WrittenCall(name, checked_object(text))
 
     def _pairs(self, name: str) -> WrittenCall:
         """Read <arg_key> and <arg_value>, as GLM writes them."""
@@ -4575,12 +4576,6 @@ class CallScan:
         if not found and not self._peek("</tool_call>"):
             raise NoValue
         return WrittenCall(name, dumped_object(found))
-
-    def _python(self, name: str) -> WrittenCall:
-        """Read name=value pairs in parentheses."""
-        begin = self.at
-        self.at = self._end_of(begin, PYTHON_VALUE)
-        return WrittenCall(name, python_arguments(self.text[begin : self.at]))
 
     # --- elements ---
 
@@ -4708,7 +4703,7 @@ class Thoughts(NamedTuple):
 
 THINK: Final = Thoughts("<think>", "</think>")  # most models'
 # Those of others: a template's are the ones whose marks it holds.
-_MARKS_OF_THOUGHTS: Final = (
+_OTHER_THOUGHTS: Final = (
     Thoughts("[THINK]", "[/THINK]"),  # Mistral
     Thoughts("<thinking>", "</thinking>"),
     Thoughts("<reasoning>", "</reasoning>"),
@@ -4717,15 +4712,13 @@ _MARKS_OF_THOUGHTS: Final = (
     Thoughts("<think:opensource>", "</think:opensource>"),
     Thoughts("<|channel>thought", "<channel|>"),  # Gemma 4
     Thoughts("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
-    Thoughts(
-        "<|START_THINKING|>",  # Command
+    Thoughts(  # Command
+        "<|START_THINKING|>",
         "<|END_THINKING|>",
         ("<|START_TEXT|>", "<|START_RESPONSE|>"),
     ),
-    Thoughts(
-        "<|open|>think<|sep|>",  # Kimi K3
-        "<|close|>think<|sep|>",
-        ("<|open|>response<|sep|>",),
+    Thoughts(  # Kimi K3
+        "<|open|>think<|sep|>", "<|close|>think<|sep|>", ("<|open|>response<|sep|>",)
     ),
     Thoughts(
         "<|channel|>analysis<|message|>",  # gpt-oss
@@ -4737,12 +4730,8 @@ _MARKS_OF_THOUGHTS: Final = (
 
 def thoughts_in(template: str) -> Sequence[Thoughts]:
     """Return the marks that models with this template put around their thoughts."""
-    others = [
-        one
-        for one in _MARKS_OF_THOUGHTS
-        if one.opening in template and one.closing in template
-    ]
-    return (THINK, *others)
+    others = (t for t in _OTHER_THOUGHTS if t.opening in template)
+    return (THINK, *(t for t in others if t.closing in template))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -4808,9 +4797,8 @@ class MarkupReader:
         self._read = self._read_thoughts if self._inside else self._read_start
         # of the calls after a mark
         self._skipped = 0  # characters of what is held: blanks and the mark
-        self._refused_chars = (
-            0  # of these and the call: text if it turns out to be none
-        )
+        # Of these and the call: text if it turns out to be none.
+        self._refused_chars = 0
         self._closings: list[str] = []
         self._is_first = self._is_closed = False  # no call was read yet; all were
         self._scan: CallScan | None = None  # of the call that is being written
@@ -5083,12 +5071,12 @@ def folded(turns: Sequence[Turn]) -> list[Turn]:
 def _turn(index: int, message: Mapping[str, Any]) -> Turn:
     name, role = f"messages[{index}]", message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise invalid_message(f"{name}.role", f"must be one of {', '.join(_ROLES)}")
+        raise invalid(f"{name}.role", f"must be one of {', '.join(_ROLES)}")
     others = {key: value for key, value in message.items() if value is not None}
     text = _text_of(others.pop("content", ""), f"{name}.content")
     calls = others.pop("tool_calls", [])
     if not isinstance(calls, list):
-        raise invalid_message(f"{name}.tool_calls", "must be a list")
+        raise invalid(f"{name}.tool_calls", "must be a list")
     if calls:  # many templates take an empty list for a call
         names = (f"{name}.tool_calls[{n}]" for n in itertools.count())
         others["tool_calls"] = [*map(_call, calls, names)]
@@ -5096,7 +5084,7 @@ def _turn(index: int, message: Mapping[str, Any]) -> Turn:
     thoughts = {key: others[key] for key in _REASONING if key in others}
     for key, thought in thoughts.items():
         if not isinstance(thought, str):
-            raise invalid_message(f"{name}.{key}", "must be a string")
+            raise invalid(f"{name}.{key}", "must be a string")
     if thoughts:  # most templates know the first name, gpt-oss's the last
         thought = next(iter(thoughts.values()))
         others |= {"reasoning_content": thought, "thinking": thought}
@@ -5107,15 +5095,13 @@ def _text_of(content: object, name: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise invalid_message(name, "must be a string or a list of parts")
+        raise invalid(name, "must be a string or a list of parts")
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get(kind) if kind in _PART_TYPES else None
         if not isinstance(text, str):
-            raise invalid_message(
-                f"{name}[{number}]", "must be a part of the type text"
-            )
+            raise invalid(f"{name}[{number}]", "must be a part of the type text")
         texts.append(text)
     return "\n".join(texts)
 
@@ -5124,18 +5110,13 @@ def _call(call: object, name: str) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, no longer JSON in a string."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise invalid_message(f"{name}.function", "must have a name and arguments")
+        raise invalid(f"{name}.function", "must have a name and arguments")
     arguments = function.get("arguments") or "{}"
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
             read = json.loads(arguments)
             arguments = read if isinstance(read, dict) else arguments
     return {**call, "function": {**function, "arguments": arguments}}
-
-
-def invalid_message(name: str, problem: str) -> InvalidValue:
-    """Return the error for a part of a message, by its name."""
-    return InvalidValue(f"{name} {problem}", param=name)
 
 
 # --- tools, for templates that know none ---
@@ -5206,12 +5187,7 @@ def _with_names(turns: Sequence[Turn]) -> list[Turn]:
         if calls := others.get("tool_calls"):
             made = (f"call{turn.index:03}{n:02}" for n in itertools.count())
             others["tool_calls"] = [
-                call
-                | {
-                    k: v
-                    for k, v in (("id", id_), ("type", "function"))
-                    if k not in call
-                }
+                call | {"id": call.get("id", id_), "type": call.get("type", "function")}
                 for call, id_ in zip(calls, made, strict=False)
             ]
             open_calls = {
@@ -5258,12 +5234,8 @@ def _calls_apart(turns: Sequence[Turn]) -> list[Turn]:
         for _ in results:
             left.popleft()
         for n, call in enumerate(calls):
-            others = (
-                {**turn.others, "tool_calls": [call]}
-                if not n
-                else {"tool_calls": [call]}
-            )
-            text = "" if n else turn.text
+            text, others = "" if n else turn.text, {} if n else dict(turn.others)
+            others["tool_calls"] = [call]
             found.append(dataclasses.replace(turn, text=text, others=others))
             mine = [r for r in results if r.others.get("tool_call_id") == call["id"]]
             found += mine
@@ -5468,9 +5440,7 @@ class ChatTemplate:
         if tools and not self.skills.tools:
             tools = None
         if continues_last and not (turns and turns[-1].role == "assistant"):
-            raise invalid_message(
-                "messages", "must end with the assistant's, to continue it"
-            )
+            raise invalid("messages", "must end with the assistant's, to continue it")
         values = {"documents": None, **(variables or {}), "tools": tools or None}
         values["add_generation_prompt"] = add_generation_prompt and not continues_last
         try:
@@ -5755,8 +5725,6 @@ class InputRows:
 
     def __init__(self, llama: Any, paths: Sequence[str], header: GgufHeader) -> None:
         """``paths``: the checked files. Raises OSError, or StartupError."""
-        import numpy as np
-
         self._tensor = tensor = header.tensors[_TOKEN_ROWS]
         self._raw = _mapped(paths, tensor)
         first, second = _mapped(paths, header.tensors[_TYPE_ROWS])[:2].view(np.float32)
@@ -5765,8 +5733,6 @@ class InputRows:
 
     def put(self, ids: TokenIds, rows: Any) -> None:
         """Write the rows of ``ids`` to ``rows``, f32 of the shape (tokens, n_embd)."""
-        import numpy as np
-
         segments, tokens = np.divmod(ids, self._tensor.rows)
         raw = self._raw[tokens]
         self._to_floats(raw.ctypes.data, rows.ctypes.data, rows.size)
@@ -5780,8 +5746,6 @@ class InputRows:
 
 def _mapped(paths: Sequence[str], tensor: Tensor) -> Any:
     """Return a tensor's bytes, of the shape (rows, row_bytes), without reading them."""
-    import numpy as np
-
     shape = tensor.rows, tensor.row_bytes
     return np.memmap(paths[tensor.part], np.uint8, "r", tensor.begin, shape)
 
@@ -5876,8 +5840,6 @@ def context_and_input_tokens(
 
 def normalised(vector: Any) -> Any:
     """Return a vector scaled to Euclidean length 1; NaN if it has no direction."""
-    import numpy as np
-
     square = float(np.vdot(vector, vector))  # dot() would warn of an overflow
     if not 1e-30 < square < 1e30:  # beyond float32, or near its ends
         vector = vector.astype("f8")
@@ -5992,7 +5954,6 @@ class TokenBatch:
 
     def __init__(self, llama: Any, tokens: int, row_length: int = 0) -> None:
         """``tokens``: how many it has room for. ``row_length``: given as rows, not ids."""
-        import numpy as np
 
         def pointer(array: Any, kind: Any) -> Any:
             return array.ctypes.data_as(ctypes.POINTER(kind))
@@ -6097,8 +6058,6 @@ class Context(AbortableContext):
         input_rows: InputRows | None = None,
     ) -> None:
         """Raises StartupError, or NoMemory."""
-        import numpy as np
-
         super().__init__(llama)
         self._options = options
         self._input_rows = input_rows
@@ -6153,8 +6112,6 @@ class Context(AbortableContext):
         ``threads`` is how many cores this call may use. ``fresh`` also wipes what
         earlier calls left in memory. Raises EngineError, NoMemory, or CallAborted.
         """
-        import numpy as np
-
         llama, handle = self._llama, self._main
         count, tokens = len(inputs), sum(map(len, inputs))
         if self._small is not None and tokens <= _SMALL_CALL_TOKENS:
@@ -6180,8 +6137,6 @@ class Context(AbortableContext):
             handle.threads = threads
 
     def _rows(self, handle: _Handle, inputs: int) -> Vectors:
-        import numpy as np
-
         if self._options.on_gpu:
             # A device may still be at work: wait here, where the interpreter is free,
             # and not where the first vector is asked for.
@@ -6215,8 +6170,6 @@ class Context(AbortableContext):
         of MiniLM then costs 9 MB instead of 95. Raises NoMemory when there is not even
         room to grow for a moment.
         """
-        import numpy as np
-
         if not self._has_idle_logits or tokens <= handle.output_rows:
             return
         rows = min(handle.max_tokens, 1 << (tokens - 1).bit_length())
@@ -6240,8 +6193,6 @@ class Context(AbortableContext):
 
     def _give_back_logits(self, handle: _Handle) -> None:
         """Return the pages of the logits to the system, unless they are in use."""
-        import numpy as np
-
         if not self._has_idle_logits:
             return
         logits = self._llama.llama_get_logits(handle.pointer)
@@ -6405,8 +6356,6 @@ class StepContext(AbortableContext):
 
         A view, valid until the next step. Raises EngineError if there are none.
         """
-        import numpy as np
-
         address = self._logits_of(self._pointer, index)
         if not address:
             raise EngineError(f"llama.cpp kept no logits for token {index}")
@@ -6629,15 +6578,11 @@ class RowsContext(PassesContext):
     def embed(
         self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
     ) -> Vectors:
-        import numpy as np
-
         self._begin(inputs, threads, fresh=fresh)
         return np.concatenate([self._step(rows).copy() for rows in steps_of(inputs)])
 
     def _step(self, rows: Sequence[StepRow]) -> Vectors:
         """Return the rows of a step's tokens: until the next step only."""
-        import numpy as np
-
         self._decode(rows)
         found = self._llama.llama_get_embeddings(self._main.pointer)
         if not found:
@@ -6658,8 +6603,6 @@ class MeanContext(RowsContext):
     def embed(
         self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
     ) -> Vectors:
-        import numpy as np
-
         self._begin(inputs, threads, fresh=fresh)
         means = np.zeros((len(inputs), self._row_length))
         for step in steps_of(inputs):
@@ -6940,8 +6883,6 @@ class Engine:
 
     def probe(self, context: Context, threads: int = 1) -> None:
         """Compute a letter. Raises EngineError, or StartupError if that gives NaN."""
-        import numpy as np
-
         ids = with_special_tokens(self.tokenizer.encode("a"), self.card)
         if not np.isfinite(context.embed([np.array(ids)], threads=threads)).all():
             raise StartupError(f"{self._path} gives vectors that are not numbers")
@@ -6957,8 +6898,6 @@ class Engine:
 
     def probe_step(self, context: StepContext, threads: int = 1) -> None:
         """Compute a letter. Raises EngineError, or StartupError if that gives NaN."""
-        import numpy as np
-
         ids = [*self.card.prefix, *self.tokenizer.encode("a")]
         context.decode([StepRow(0, 0, ids, outputs=1)], threads)
         if not np.isfinite(context.logits(len(ids) - 1).max()):
@@ -7178,8 +7117,6 @@ class Finding(NamedTuple):
 
 def probe_inputs(engine: Engine) -> list[TokenIds]:
     """Return the probes' ids, truncated to fit a worker's context."""
-    import numpy as np
-
     card, encode = engine.card, engine.tokenizer.encode
     longest = min(card.max_input_tokens, card.context_tokens, _PROBE_TOKENS)
     ends = len(card.prefix), len(card.suffix)
@@ -7874,8 +7811,6 @@ class Reader:
 
     def read(self) -> Reading:
         """Yield all inputs in turn. Raises the error that ends the job."""
-        import numpy as np
-
         request, card = self._request, self._card
         encode, (before, after) = self._tokenizer.encode, request.around
         max_short = min(PART_CHARS, card.max_chars) - len(before) - len(after)
@@ -9101,8 +9036,6 @@ def _outcomes(rows: Any, card: ModelCard) -> list[Any]:
 
     A zero vector has no direction and would poison a cosine index.
     """
-    import numpy as np
-
     axes = tuple(range(1, rows.ndim))
     is_usable = np.isfinite(rows).all(axes)
     if card.kind != "rank":
@@ -9546,9 +9479,8 @@ def read_gbnf(
     return _GbnfReader(text, param, token).read()
 
 
-_Sequence = list[
-    list[GrammarItem]
-]  # symbols, each of them items: the bytes of a text, mostly
+# Symbols, each of them items: the bytes of a text, mostly.
+_Sequence = list[list[GrammarItem]]
 
 
 class _GbnfReader:
@@ -9582,7 +9514,7 @@ class _GbnfReader:
     def _fail(self, problem: str) -> typing.NoReturn:
         line = self._text.count("\n", 0, self._at) + 1
         where = f" (line {line})" if self._at else ""
-        raise InvalidValue(f"{self._param} {problem}{where}", param=self._param)
+        raise invalid(self._param, f"{problem}{where}")
 
     def _read(self) -> None:
         goes_on = True  # the end of a line is not that of a rule
@@ -9957,23 +9889,12 @@ def _check_recursion(root: GrammarRule, param: str) -> None:
         if rule not in empty and any(_is_empty(first, empty) for first in rule.firsts):
             empty.add(rule)
             todo += users[rule]
-    # Rules are taken away that begin with none of the rest, until there is no rest.
     begins = {rule: {*_first_rules(rule, empty)} for rule in rules}
-    begun_by: dict[GrammarRule, list[GrammarRule]] = {rule: [] for rule in rules}
-    for rule, others in begins.items():
-        for other in others:
-            begun_by[other].append(rule)
-    left = {rule: len(others) for rule, others in begins.items()}
-    todo = [rule for rule, count in left.items() if not count]
-    while todo:
-        for user in begun_by[left_rule := todo.pop()]:
-            left[user] -= 1
-            todo += [user] if not left[user] else []
-        del left[left_rule]
-    if left:
-        raise InvalidValue(
-            f"{param} has a rule that begins with itself (left recursion)", param=param
-        )
+    try:
+        graphlib.TopologicalSorter(begins).prepare()
+    except graphlib.CycleError:
+        problem = "has a rule that begins with itself (left recursion)"
+        raise invalid(param, problem) from None
 
 
 def _items(rule: GrammarRule) -> Iterator[GrammarItem]:
@@ -10018,8 +9939,6 @@ class TokenTexts:
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         """``pieces``: of each token, in the order of their ids. Takes 0.5 s."""
-        import numpy as np
-
         ids = sorted(
             filter(pieces.__getitem__, range(len(pieces))), key=pieces.__getitem__
         )
@@ -10031,8 +9950,6 @@ class TokenTexts:
 
     def allowed(self, state: GrammarState) -> Any:
         """Return the ids that may come, ascending; None if they are too many to list."""
-        import numpy as np
-
         if state.places is None:
             state.places = False
             places = None if state.has_tokens else self._places(state)
@@ -10042,8 +9959,6 @@ class TokenTexts:
 
     def possible(self, state: GrammarState) -> Any:
         """Return the ids that begin with a byte that may come, or that need no text."""
-        import numpy as np
-
         may_begin = np.zeros(256, bool)
         may_begin[state.next_bytes()] = True
         if state.has_tokens:
@@ -10064,7 +9979,9 @@ class TokenTexts:
                 return None
             while low < high:
                 byte = self._sorted[low][length]
-                end = self._end_of(byte, length, low, high)
+                # Of the tokens that have this byte there, too.
+                at_length = operator.itemgetter(length)
+                end = bisect.bisect_right(self._sorted, byte, low, high, key=at_length)
                 prefixes += 1
                 if byte in allowed and (following := at.after(bytes([byte]))):
                     todo.append((following, low, end, length + 1))
@@ -10072,14 +9989,6 @@ class TokenTexts:
             if prefixes > _MAX_PREFIXES:
                 return None
         return found
-
-    def _end_of(self, byte: int, at: int, low: int, high: int) -> int:
-        """Return where the tokens end that have this byte there, as the one at ``low``."""
-
-        def byte_of(piece: bytes) -> int:
-            return piece[at]
-
-        return bisect.bisect_right(self._sorted, byte, low, high, key=byte_of)
 
 
 # ==============================================================================
@@ -10401,23 +10310,19 @@ def _magnitudes(low: int, high: int | None, digits: int) -> Iterator[str]:
     while low <= high:  # of one length, one after the other
         last = min(high, 10 ** (length + digits) - 1)
         size = length + digits
-        yield _between(f"{low:0{size}}", f"{last:0{size}}", length)
+        yield _between(f"{low:0{size}}", f"{last:0{size}}", length, size)
         low, length = last + 1, length + 1
 
 
-def _between(low: str, high: str, whole: int) -> str:
-    """Return the GBNF of digits from ``low`` to ``high``, ``whole`` of them before the point.
+def _between(low: str | None, high: str | None, whole: int, left: int) -> str:
+    """Return the GBNF of ``left`` digits from ``low`` to ``high``.
 
-    Zeros at the end of a fraction may be left out.
+    None: the digits before have decided it already. ``whole`` of them stand before the
+    point. Zeros at the end of a fraction may be left out.
     """
-    return _tail(low, high, whole, len(low))
-
-
-def _tail(low: str | None, high: str | None, whole: int, left: int) -> str:
-    """None: the digits before have decided it already."""
     if low is None and high is None:
         if whole > 0:
-            return f"{_any_digits(whole)} {_tail(None, None, 0, left - whole)}"
+            return f"[0-9]{{{whole}}} {_between(None, None, 0, left - whole)}"
         if not left:
             return '""'
         return f'("." [0-9]{{1,{left}}})?' if not whole else f"[0-9]{{0,{left}}}"
@@ -10432,7 +10337,7 @@ def _tail(low: str | None, high: str | None, whole: int, left: int) -> str:
 
     def add(least: int, most: int, low: str | None, high: str | None) -> None:
         if least <= most:
-            rest = _tail(low, high, whole - 1, left - 1)
+            rest = _between(low, high, whole - 1, left - 1)
             digit = f"[{least}-{most}]" if least < most else f'"{least}"'
             parts.append(f"{point}{digit} {rest}")
 
@@ -10449,10 +10354,6 @@ def _tail(low: str | None, high: str | None, whole: int, left: int) -> str:
     return f"({' | '.join(parts)})"
 
 
-def _any_digits(count: int) -> str:
-    return f"[0-9]{{{count}}}"
-
-
 # ==============================================================================
 # 34. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
@@ -10464,39 +10365,15 @@ _MAX_SCHEMA_CHARS: Final = 1 << 17  # converted in 1 s
 _MAX_JSON_DEPTH: Final = 1 << 8
 _MAX_SCHEMA_STEPS: Final = 20_000  # schemas that are looked at
 _MAX_BRANCHES: Final = 256
-_ANNOTATIONS: Final = frozenset(
-    [
-        "$id",
-        "$schema",
-        "$comment",
-        "$anchor",
-        "$defs",
-        "definitions",
-        "title",
-        "description",
-        "default",
-        "examples",
-        "example",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "discriminator",
-        "xml",
-        "externalDocs",
-        "contentEncoding",
-        "contentMediaType",
-        "contentSchema",
-    ]
+_ANNOTATIONS: Final = (
+    *("$id", "$schema", "$comment", "$anchor", "$defs", "definitions", "title"),
+    *("description", "default", "examples", "example", "deprecated", "readOnly"),
+    *("writeOnly", "discriminator", "xml", "externalDocs", "contentEncoding"),
+    *("contentMediaType", "contentSchema"),
 )
-_OBJECT_KEYS: Final = frozenset(
-    [
-        "properties",
-        "required",
-        "additionalProperties",
-        "propertyNames",
-        "minProperties",
-        "maxProperties",
-    ]
+_OBJECT_KEYS: Final = (
+    *("properties", "required", "additionalProperties", "propertyNames"),
+    *("minProperties", "maxProperties"),
 )
 _ARRAY_KEYS: Final = frozenset(
     ["items", "prefixItems", "minItems", "maxItems", "uniqueItems"]
@@ -10506,7 +10383,7 @@ _NUMBER_KEYS: Final = frozenset(
     ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"]
 )
 SCHEMA_KEYS: Final[Mapping[str, frozenset[str]]] = {
-    "object": _OBJECT_KEYS,
+    "object": frozenset(_OBJECT_KEYS),
     "array": _ARRAY_KEYS,
     "string": _STRING_KEYS | {"format"},
     "number": _NUMBER_KEYS | {"format"},
@@ -10517,7 +10394,8 @@ SCHEMA_KEYS: Final[Mapping[str, frozenset[str]]] = {
 _OTHER_KEYS: Final = frozenset(
     ["type", "nullable", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"]
 )
-_KNOWN_KEYS: Final = _ANNOTATIONS.union(_OTHER_KEYS, *SCHEMA_KEYS.values())
+_MEANT_KEYS: Final = _OTHER_KEYS.union(*SCHEMA_KEYS.values())
+_COUNTED: Final = ("Length", "Items", "Properties")  # after min and max
 JSON_TYPES: Final = ("object", "array", "string", "number", "boolean", "null")
 JsonSchema = Mapping[str, Any]  # of an object; what is nested may be true or false, too
 
@@ -10556,13 +10434,10 @@ class FlatSchemas:
         if not isinstance(schema, Mapping):
             self.fail(where, "allows no value" if schema is False else "is no schema")
         for key in schema:
-            if key not in _KNOWN_KEYS and not key.startswith("x-"):
+            if key not in (*_MEANT_KEYS, *_ANNOTATIONS) and not key.startswith("x-"):
                 self.unable(where, key)
-        own = {
-            key: value
-            for key, value in schema.items()
-            if key in _KNOWN_KEYS - _ANNOTATIONS - {"$ref", "allOf"}
-        }
+        meant = _MEANT_KEYS - {"$ref", "allOf"}
+        own = {key: value for key, value in schema.items() if key in meant}
         flat: JsonSchema = self._plain(own, where)
         if "$ref" in schema:
             ref = schema["$ref"]
@@ -10626,11 +10501,7 @@ class FlatSchemas:
     def _check_values(self, flat: JsonSchema, where: str) -> None:
         for key, value in flat.items():
             name = f"{where}.{key}"
-            if key.startswith(("min", "max")) and key[3:] in (
-                "Length",
-                "Items",
-                "Properties",
-            ):
+            if key.startswith(("min", "max")) and key[3:] in _COUNTED:
                 if not is_whole_number(value) or value < 0:
                     self.fail(name, "must be a whole number")
             elif key in _NUMBER_KEYS and not _is_number(value):
@@ -10853,17 +10724,13 @@ def schema_rule(rules: GrammarRules, schema: object, param: str) -> str:
     return _SchemaReader(rules, schema, param).rule
 
 
-def json_object_rule(rules: GrammarRules) -> str:
-    """Return the name of a rule: any JSON object."""
-    return schema_rule(rules, {"type": "object"}, "")
-
-
 class _SchemaReader:
     """Turns one schema to rules. ``where``: the path of what is looked at."""
 
     def __init__(self, rules: GrammarRules, schema: object, param: str) -> None:
         self._rules = rules
         self._schemas = FlatSchemas(schema, param)
+        self._fail, self._unable = self._schemas.fail, self._schemas.unable
         self._known: dict[str, str] = {}  # names of rules by schemas as JSON
         self._depth = 0
         self._space = rules.add(_SPACE_RULE)
@@ -10877,7 +10744,7 @@ class _SchemaReader:
             return known
         self._depth += 1
         if self._depth > _MAX_SCHEMA_DEPTH:
-            self._schemas.fail(where, f"is more than {_MAX_SCHEMA_DEPTH} schemas deep")
+            self._fail(where, f"is more than {_MAX_SCHEMA_DEPTH} schemas deep")
         self._known[key] = name = self._rules.reserve()
         self._rules.define(name, self._body(self._schemas.flat(schema, where), where))
         self._depth -= 1
@@ -10916,22 +10783,20 @@ class _SchemaReader:
             parts = [self._schemas.flat(one, f"{where}.oneOf") for one in branches]
             for one, other in itertools.combinations(parts, 2):
                 if not self._schemas.are_apart(one, other, where):
-                    self._schemas.unable(
-                        where, key, " where two may hold at once: use anyOf"
-                    )
+                    self._unable(where, key, " where two may hold at once: use anyOf")
         names = (self._value(o, f"{where}.{key}[{n}]") for n, o in enumerate(branches))
         return " | ".join(dict.fromkeys(names))
 
     def _constants(self, flat: JsonSchema, types: list[str] | None, where: str) -> str:
         for key in {*flat} - {"enum", "type"}:
-            self._schemas.unable(where, key, " together with enum or const")
+            self._unable(where, key, " together with enum or const")
         values = [
             value
             for value in flat["enum"]
             if types is None or types_of({"enum": [value]}) & types_of({"type": types})
         ]
         if not values:
-            self._schemas.fail(f"{where}.enum", "allows no value")
+            self._fail(f"{where}.enum", "allows no value")
         return " | ".join(dict.fromkeys(self._constant(value) for value in values))
 
     def _constant(self, value: object) -> str:
@@ -10954,7 +10819,7 @@ class _SchemaReader:
     def _limits(self, flat: JsonSchema, what: str, where: str) -> tuple[int, float]:
         low, high = int(flat.get(f"min{what}", 0)), flat.get(f"max{what}", math.inf)
         if low > high:
-            self._schemas.fail(where, f"has min{what} {low} above max{what} {high}")
+            self._fail(where, f"has min{what} {low} above max{what} {high}")
         return low, high
 
     def _number(self, flat: JsonSchema, where: str) -> str:
@@ -10965,13 +10830,11 @@ class _SchemaReader:
         elif factor is not None and not (
             is_whole and is_whole_number(factor) and factor > 0
         ):
-            self._schemas.unable(where, "multipleOf", " but for integers")
+            self._unable(where, "multipleOf", " but for integers")
         bounds: dict[str, NumberBound | None] = {}
         size = {"int32": 31, "int64": 63}.get(flat.get("format", ""))
         if size is None and flat.get("format", "float") not in ("float", "double"):
-            self._schemas.unable(
-                where, "format", f" for numbers: {flat['format']!r:.40}"
-            )
+            self._unable(where, "format", f" for numbers: {flat['format']!r:.40}")
         for end, sign in (("Minimum", 1), ("Maximum", -1)):
             found = [
                 NumberBound(fractions.Fraction(str(flat[key])), key.startswith("ex"))
@@ -10988,7 +10851,7 @@ class _SchemaReader:
             return self._multiples(factor, bounds, where)
         gbnf = number_gbnf(bounds["Minimum"], bounds["Maximum"], is_whole=is_whole)
         if not gbnf:
-            self._schemas.fail(where, "allows no number: its bounds leave none")
+            self._fail(where, "allows no number: its bounds leave none")
         return gbnf
 
     def _multiples(
@@ -10996,7 +10859,7 @@ class _SchemaReader:
     ) -> str:
         low, high = bounds["Minimum"], bounds["Maximum"]
         if low is None or high is None or high.value - low.value > 1000 * factor:
-            self._schemas.unable(
+            self._unable(
                 where, "multipleOf", " without bounds that leave at most 1,000"
             )
         first, last = math.ceil(low.value / factor), math.floor(high.value / factor)
@@ -11007,7 +10870,7 @@ class _SchemaReader:
             and not (high.is_open and number * factor == high.value)
         ]
         if not found:
-            self._schemas.fail(where, "allows no number: its bounds leave none")
+            self._fail(where, "allows no number: its bounds leave none")
         return " | ".join(map(literal, found))
 
     def _string(self, flat: JsonSchema, where: str) -> str:
@@ -11015,26 +10878,26 @@ class _SchemaReader:
         pattern = flat.get("pattern")
         if (name := flat.get("format")) is not None:
             if pattern is not None:
-                self._schemas.unable(where, "format", " together with pattern")
+                self._unable(where, "format", " together with pattern")
             if name not in _FORMATS:
-                self._schemas.unable(where, "format", f" if it is {name!r:.40}")
+                self._unable(where, "format", f" if it is {name!r:.40}")
             pattern = _FORMATS[name]
         if pattern is None:
             return f'"\\"" {repeated(self._char, low, high)} "\\""'
         try:
             found = pattern_grammar(pattern)
         except ValueError as error:
-            self._schemas.fail(f"{where}.pattern", str(error))
+            self._fail(f"{where}.pattern", str(error))
         gbnf = found.gbnf
         if not (low <= found.least and found.most <= high):
             if not found.repeats:
                 why = " together with a pattern that does not imply it"
-                self._schemas.unable(
+                self._unable(
                     where, "minLength" if low > found.least else "maxLength", why
                 )
             low, high = max(low, found.least), min(high, found.most)
             if low > high:
-                self._schemas.fail(
+                self._fail(
                     where, "allows no string: its pattern and lengths exclude it"
                 )
             gbnf = repeated(self._rules.add(found.repeats), low, high)
@@ -11043,15 +10906,15 @@ class _SchemaReader:
     def _array(self, flat: JsonSchema, where: str) -> str:
         low, high = self._limits(flat, "Items", where)
         if flat.get("uniqueItems") and high > 1:
-            self._schemas.unable(where, "uniqueItems")
+            self._unable(where, "uniqueItems")
         items = flat.get("items", True)
         prefix = flat.get("prefixItems", [])
         if isinstance(items, list):
-            self._schemas.unable(where, "items", " as a list: use prefixItems")
+            self._unable(where, "items", " as a list: use prefixItems")
         if items is False:
             high = min(high, len(prefix))
         if low > high:
-            self._schemas.fail(where, "allows no array: there are too few items")
+            self._fail(where, "allows no array: there are too few items")
         first = [
             self._value(one, f"{where}.prefixItems[{number}]")
             for number, one in enumerate(prefix[: int(min(high, len(prefix)))])
@@ -11085,7 +10948,7 @@ class _SchemaReader:
         for name in required:
             properties.setdefault(name, flat.get("additionalProperties", True))
             if properties[name] is False:
-                self._schemas.fail(
+                self._fail(
                     f"{where}.required", f"has {name!r:.60}, which may not be there"
                 )
         fields = [
@@ -11100,9 +10963,9 @@ class _SchemaReader:
         other = self._other(flat, others, [*properties], where)
         least, most = low - len(required), high - len(fields)
         if least > 0 and not (least == 1 and not fields and other):
-            self._schemas.unable(where, "minProperties", " beyond the required ones")
+            self._unable(where, "minProperties", " beyond the required ones")
         if fields and (most < 0 or (other and high < math.inf)):
-            self._schemas.unable(where, "maxProperties", " unless all may be there")
+            self._unable(where, "maxProperties", " unless all may be there")
         begin, after = '""', '""'
         if other and high > 0:
             more = repeated(f'("," {self._space} {other})', 0, high - 1)
@@ -11126,7 +10989,7 @@ class _SchemaReader:
         """Return the rule of a property that the schema does not name; empty: none."""
         keys = flat.get("propertyNames")
         if keys is not None and names:
-            self._schemas.unable(where, "propertyNames", " together with properties")
+            self._unable(where, "propertyNames", " together with properties")
         if others is False:
             return ""
         value = self._value(others, f"{where}.additionalProperties")
@@ -11135,7 +10998,7 @@ class _SchemaReader:
             key = self._value(of_text, f"{where}.propertyNames")
         elif any(len(name) > _MAX_NAME_CHARS for name in names):
             why = f" beside names of more than {_MAX_NAME_CHARS} characters"
-            self._schemas.unable(where, "additionalProperties", why)
+            self._unable(where, "additionalProperties", why)
         elif names:
             key = f'"\\"" {self._unlike(names)} "\\""'
         else:
@@ -11251,8 +11114,6 @@ class _Chain:
     """llama.cpp's samplers, one after the other."""
 
     def __init__(self, llama: Any, options: SamplingOptions) -> None:
-        import numpy as np
-
         self._llama = llama
         self._record = np.dtype(llama.llama_token_data)
         # Called for each token, so it keeps the GIL: getting it back from a busy event loop
@@ -11274,8 +11135,6 @@ class _Chain:
 
     def choose(self, ids: Any, logits: Any) -> int:
         """Return one of the tokens."""
-        import numpy as np
-
         records = np.empty(len(ids), self._record)
         records["id"], records["logit"], records["p"] = ids, logits, 0
         candidates = self._llama.llama_token_data_array(
@@ -11310,8 +11169,6 @@ class Constraint:
         drops_space: bool = False,
     ) -> None:
         """``ends``: tokens that end a reply. ``drops_space``: as in ReplyText."""
-        import numpy as np
-
         self.grammar = grammar
         self.state = grammar.start
         self._texts = texts
@@ -11340,8 +11197,6 @@ class Constraint:
 
         Tens of thousands may begin with a byte that may come, and to try each takes 1 us.
         """
-        import numpy as np
-
         state, may_come = self.state, np.zeros(len(logits), bool)
         ids = self._texts.allowed(state)
         is_tried = ids is not None
@@ -11375,8 +11230,6 @@ class Sampler:
         constraint: Constraint | None = None,
     ) -> None:
         """``end_tokens`` are excluded by ``ignore_eos``. Penalties see the prompt too."""
-        import numpy as np
-
         excluded = [*_suppressed_tokens(llama, vocab)]
         excluded += end_tokens if options.ignore_eos else ()
         biases = dict.fromkeys(excluded, -math.inf)
@@ -11433,8 +11286,6 @@ class Sampler:
         self, constraint: Constraint, token: int, row: Any, counts: Mapping[int, int]
     ) -> int:
         """Return the token if the grammar allows it, else one that is chosen among those."""
-        import numpy as np
-
         constraint.grammar.begin()
         if not constraint.take(token):
             logits = row.copy()
@@ -11472,8 +11323,6 @@ class Sampler:
         What a bias or penalty changes may end anywhere, so it is among them, and top_k
         tokens that nothing changes. ``counts``: how often the penalized ones came.
         """
-        import numpy as np
-
         penalized = np.array([*counts], np.int64)
         wanted = max(1, self._options.top_k) + len(self._biased) + len(penalized)
         _, floor = _best_and_floor(row, wanted)
@@ -11506,8 +11355,6 @@ def _effective(options: SamplingOptions) -> SamplingOptions:
 
 def _penalized(logits: Any, times: Any, options: SamplingOptions) -> Any:
     """Return the logits of tokens that came so many times, in the order of llama.cpp."""
-    import numpy as np
-
     factor = options.repeat_penalty
     repeated = np.where(logits <= 0, logits * factor, logits / factor)
     return repeated - (times * options.frequency_penalty + options.presence_penalty)
@@ -11518,8 +11365,6 @@ def _most_likely(logits: Any, top_p: float) -> Any:
 
     llama.cpp often sorts all for it, which took up to 50 ms.
     """
-    import numpy as np
-
     weights = np.exp(logits - logits.max())
     weights /= weights.cumsum()[-1]  # float32, one after the other, as llama.cpp adds
     for reach in (2.0, 4.0, 8.0, 16.0, math.inf):
@@ -11548,8 +11393,6 @@ def logprobs(
 
     ``piece`` gives a token's bytes. Raises NonFiniteLogits.
     """
-    import numpy as np
-
     best, floor = _best_and_floor(row, max(1, top))
     ids = np.flatnonzero(row >= floor)
     likely = ids[(-row[ids]).argsort(kind="stable")[:top]]
@@ -11587,8 +11430,6 @@ def _best_and_floor(row: Any, wanted: int) -> tuple[float, float]:
     The best of each of many groups of tokens are compared: 60 us for 262,144 logits, while
     numpy's partition of all takes 2,400. Raises NonFiniteLogits.
     """
-    import numpy as np
-
     groups = max(_MIN_GROUPS, _GROUPS_PER_TOKEN * wanted)
     if len(row) < 2 * groups:
         _check_finite(best := row.max())
@@ -11939,8 +11780,6 @@ class SequenceTable:
         first_position: Callable[[int], int] = lambda _: 0,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        import numpy as np
-
         self.cells = cells
         self.hits = self.misses = self.hit_tokens = self.evictions = 0
         self.sequences: list[CachedSequence] = []
@@ -12009,8 +11848,6 @@ class SequenceTable:
 
         At least its last token is to be computed, for the logits.
         """
-        import numpy as np
-
         prompt = np.asarray(ids, np.int32)
         source, shared = self._longest_prefix(prompt) if reuse else (None, 0)
         borrowed = self._no_cells if source is None else source.cells[:shared]
@@ -12073,8 +11910,6 @@ class SequenceTable:
         self, sequence: CachedSequence, prompt: TokenIds, max_tokens: int, n: int
     ) -> None:
         """Give a sequence the cells of its tokens to come, and to each of its forks."""
-        import numpy as np
-
         self._extend(sequence, len(prompt) - sequence.length + max_tokens)
         sequence.ids = np.concatenate([prompt, np.zeros(max_tokens, np.int32)])
         for _ in range(n - 1):
@@ -12085,8 +11920,6 @@ class SequenceTable:
 
     def _extend(self, sequence: CachedSequence, count: int) -> None:
         """Give a sequence free cells."""
-        import numpy as np
-
         fresh = np.flatnonzero(self._holders == 0)[:count]
         self._holders[fresh] = 1
         sequence.cells = np.concatenate([sequence.cells, fresh])
@@ -12097,8 +11930,6 @@ class SequenceTable:
         self, sequence: CachedSequence
     ) -> tuple[list[CachedSequence], list[MemoryOperation]]:
         """Return the sequences of its other replies, once its prompt has been read."""
-        import numpy as np
-
         forks, sequence.forks = sequence.forks, []
         operations = list[MemoryOperation]()
         shared = sequence.cells[: sequence.length]
@@ -12179,8 +12010,6 @@ class SequenceTable:
 
     def _protected(self, borrowed: Cells) -> int:
         """Count the cells that running sequences hold, and those about to be shared."""
-        import numpy as np
-
         held = np.zeros(self.cells, np.bool_)
         held[borrowed] = True
         for sequence in self.sequences:
@@ -12231,8 +12060,6 @@ def longest_match(ids: TokenIds) -> tuple[int, int]:
     Of several the latest. (0, 0) if the last token is new. 30 us at 8,192 tokens: a table
     of what was said would have to be kept for each reply.
     """
-    import numpy as np
-
     last = len(ids) - 1
     (places,) = (ids[:last] == ids[last]).nonzero()
     length = 1
@@ -12263,8 +12090,6 @@ class PromptLookup:
 
     def guess(self, ids: TokenIds, most: int) -> Guess:
         """Return at most ``most`` tokens that may follow ``ids``."""
-        import numpy as np
-
         end, self._length = longest_match(ids)
         # A loop goes on in what is guessed.
         found = np.resize(ids[end:], min(most, self._max_tokens) if end else 0).tolist()
@@ -13035,8 +12860,6 @@ class Reply(StepWork):
 
     def lose(self) -> None:
         """Keep the ids of what it has in memory, which is lost: see begin_again()."""
-        import numpy as np
-
         self.lost_ids = self.sequence.ids[: self.prompt_tokens]
         if not self.left_tokens:
             self.lost_ids = np.append(self.sequence.held, np.int32(self.next_token))
@@ -17252,7 +17075,7 @@ def parse_form(form: type[T], body: Mapping[str, object], prefix: str = "") -> T
             values[name] = row.kind.read(value, prefix + name)
         elif row.is_required:
             name = prefix + name
-            raise InvalidValue(f"{name} is missing: {row.help}", param=name)
+            raise invalid(name, f"is missing: {row.help}")
     return form(**values)
 
 
@@ -17334,7 +17157,7 @@ def choice(meanings: Mapping[Any, Any], allowed: str, schema: Schema) -> Kind:
         key = value[:32].lower() if isinstance(value, str) else value
         if isinstance(key, (str, int, float)) and key in meanings:
             return meanings[key]
-        raise InvalidValue(f"{name} must be {allowed}", param=name)
+        raise invalid(name, f"must be {allowed}")
 
     return Kind(read, schema)
 
@@ -17359,7 +17182,7 @@ TRUNCATE: Final = choice(
 
 def _read_string(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise InvalidValue(f"{name} must be a string", param=name)
+        raise invalid(name, "must be a string")
     return value
 
 
@@ -17394,7 +17217,7 @@ def integer(at_least: int, at_most: int = 1 << 53) -> Kind:
             digits = _WHOLE.fullmatch(value)
             value = int(digits[1]) if digits else None
         if type(value) is not int or not at_least <= value <= at_most:
-            raise InvalidValue(f"{name} must be {bound}", param=name)
+            raise invalid(name, f"must be {bound}")
         return value
 
     # The schema of a number in a string allows fewer digits than the bound has.
@@ -17411,7 +17234,7 @@ def number(at_least: float, at_most: float) -> Kind:
     def read(value: object, name: str) -> float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not at_least <= typing.cast(float, value) <= at_most:
-            raise InvalidValue(f"{name} must be {bound}", param=name)
+            raise invalid(name, f"must be {bound}")
         return float(typing.cast(float, value))
 
     return Kind(read, {"type": "number", "minimum": at_least, "maximum": at_most})
@@ -17422,7 +17245,7 @@ def list_of(kind: Kind, allowed: str = "a list", *, at_least: int = 1) -> Kind:
 
     def read(value: object, name: str) -> list[Any]:
         if not isinstance(value, list):
-            raise InvalidValue(f"{name} must be {allowed}", param=name)
+            raise invalid(name, f"must be {allowed}")
         if len(value) < at_least:
             raise EmptyInput(f"{name} is an empty list: give at least one", param=name)
         return [kind.read(item, f"{name}[{n}]") for n, item in enumerate(value)]
@@ -17432,7 +17255,7 @@ def list_of(kind: Kind, allowed: str = "a list", *, at_least: int = 1) -> Kind:
 
 def _read_object(value: object, name: str) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise InvalidValue(f"{name} must be an object, {{...}}", param=name)
+        raise invalid(name, "must be an object, {...}")
     return value
 
 
@@ -17479,7 +17302,7 @@ def _read_input(value: object, name: str) -> str | list[int]:
         if type(token) is not int or not 0 <= token < 1 << 31:
             # Only its type: Python cannot show what is nested a thousand deep.
             kind = "a number" if type(token) is int else f"a {type(token).__name__}"
-            raise InvalidValue(f"{name} holds {kind}, not a token id", param=name)
+            raise invalid(name, f"holds {kind}, not a token id")
     return value
 
 
@@ -17530,7 +17353,7 @@ def _read_ids(value: object, name: str) -> list[list[int]]:
     """A list of numbers is one list of ids."""
     found = [value] if _is_ids(value) else value
     if not isinstance(found, list) or not all(isinstance(ids, list) for ids in found):
-        raise InvalidValue(f"{name} must be a list of token ids, or lists", param=name)
+        raise invalid(name, "must be a list of token ids, or lists")
     return typing.cast(list[list[int]], _INPUT_LIST.read(found, name))
 
 
@@ -17572,9 +17395,7 @@ def model_or_none() -> Any:
 class CutForm:
     """How texts are read."""
 
-    truncate: bool | str | None = optional(
-        TRUNCATE, "Cut what is too long, instead of an error."
-    )
+    truncate: bool | str | None = optional(TRUNCATE, "Cut what is too long: no error.")
     truncation_direction: str = optional(DIRECTION, "Which end to cut.", "right")
     prompt_name: str | None = optional(NAME, PROMPT_NAME)
 
@@ -17680,10 +17501,10 @@ def prepare(
     card = loaded_model.card
     check_kind(request.kind, entry, card)
     if request.dimensions is not None and not 1 <= request.dimensions <= card.n_embd:
-        raise InvalidValue(
-            f"dimensions must be 1 to {card.n_embd}, the length of this model's "
+        raise invalid(
+            "dimensions",
+            f"must be 1 to {card.n_embd}, the length of this model's "
             f"vectors, not {request.dimensions}",
-            param="dimensions",
         )
     if any(isinstance(item, list) for item in request.inputs):
         _check_ids(request, card, accepted=settings.accept_token_ids)
@@ -17732,9 +17553,8 @@ def _check_ids(request: EmbedRequest, card: ModelCard, *, accepted: bool) -> Non
 
 def bad_token_id(param: str, token: int, n_vocab: int) -> InvalidValue:
     """Return the error of a token id that a model does not have."""
-    return InvalidValue(
-        f"{param} has {token}: token ids of this model are 0 to {n_vocab - 1}",
-        param=param,
+    return invalid(
+        param, f"has {token}: token ids of this model are 0 to {n_vocab - 1}"
     )
 
 
@@ -17746,9 +17566,9 @@ def put_prompt(
     if name is not None:
         if name not in known:
             names = ", ".join(sorted(known)) or "none (--prompt NAME=TEXT adds one)"
-            raise InvalidValue(
-                f"prompt_name {name!r:.80} is not known; prompts of this model: {names}",
-                param="prompt_name",
+            raise invalid(
+                "prompt_name",
+                f"{name!r:.80} is not known; prompts of this model: {names}",
             )
         prompt = known[name]
         if prompt and not set(map(type, request.inputs)) <= {str}:
@@ -17939,9 +17759,7 @@ def check_reply_request(
             param="model",
         )
     if request.n > parallel:
-        raise InvalidValue(
-            f"n must be at most {parallel} (--parallel), not {request.n}", param="n"
-        )
+        raise invalid("n", f"must be at most {parallel} (--parallel), not {request.n}")
     ids = [("logit_bias", token) for token, _ in request.sampling.get("logit_bias", ())]
     for index, prompt in enumerate(request.prompts):
         if isinstance(prompt, list) and not settings.accept_token_ids:
@@ -18333,10 +18151,8 @@ def _grammar_text(request: ReplyRequest, vocabulary: Vocabulary) -> tuple[str, s
     rules = GrammarRules()
     if request.demands_call:  # what the text would have to be does not matter then
         rule, param = _calls_body(rules, request), "tools"
-    elif schema:
-        rule = schema_rule(rules, schema, param)
     else:
-        rule = json_object_rule(rules)
+        rule = schema_rule(rules, schema or {"type": "object"}, param)
     if request.tools and not request.demands_call:  # it may call one of them instead
         rule = rules.add(f"{rule} | {_calls_body(rules, request)}")
     if inside := request.begins_inside:  # the model thinks first
@@ -18623,7 +18439,7 @@ def client_timeout_s(head: Head, max_s: float) -> float:
             may_be_cut = name != "x-request-timeout" and "." not in value
             max_s = min(max_s, float(value) + may_be_cut)
         elif value and name == "x-request-timeout":
-            raise InvalidValue(f"{name} must be a number of seconds", param=name)
+            raise invalid(name, "must be a number of seconds")
     return max_s
 
 
@@ -18652,10 +18468,10 @@ async def resolve_model(
     context.log_fields.update(model=request.model or entry.name, inputs=count)
     most = max_inputs(service.settings, request.kind)
     if count > most:
-        raise InvalidValue(
-            f"{request.param} has {count} items and at most {most} are accepted "
+        raise invalid(
+            request.param,
+            f"has {count} items and at most {most} are accepted "
             "(--max-client-batch-size): send several requests",
-            param=request.param,
         )
     return entry, await loaded(context, entry)
 
@@ -18949,8 +18765,6 @@ _LARGE_REPLY_BYTES: Final = _NUMBER_BYTES << 14
 
 
 def _ubinary(vector: Any) -> Any:
-    import numpy as np
-
     return np.packbits(vector > 0)
 
 
@@ -19111,10 +18925,10 @@ MODELS_REPLY: Final = an_object(object=const("list"), data=array(MODEL_REPLY))
 async def embeddings(context: RequestContext, form: EmbeddingsForm) -> Response:
     """One vector for each text."""
     if not form.normalize and form.output_dtype not in ("float32", "float16"):
-        raise InvalidValue(
-            f"output_dtype {form.output_dtype} needs vectors of length 1: leave out "
+        raise invalid(
+            "output_dtype",
+            f"{form.output_dtype} needs vectors of length 1: leave out "
             "normalize, or ask for float32 or float16",
-            param="output_dtype",
         )
     if form.encoding_format == "bytes" and form.allow_partial:
         raise InvalidValue(
@@ -19208,9 +19022,8 @@ def checked(form: type) -> Kind:
 def _read_function_name(value: object, name: str) -> str:
     text = TEXT.read(value, name)
     if not _FUNCTION_NAME.fullmatch(text):
-        raise InvalidValue(
-            f"{name} must be 1 to 128 of the letters A to Z and a to z, digits, _ and -",
-            param=name,
+        raise invalid(
+            name, "must be 1 to 128 of the letters A to Z and a to z, digits, _ and -"
         )
     return str(text)
 
@@ -19218,10 +19031,10 @@ def _read_function_name(value: object, name: str) -> str:
 def _read_tool_type(value: object, name: str) -> str:
     if value != "function":
         other = f", not {value:.40}" if isinstance(value, str) else ""
-        raise InvalidValue(
-            f"{name} must be function{other}: this server has no tools of its own, and a "
+        raise invalid(
+            name,
+            f"must be function{other}: this server has no tools of its own, and a "
             "model's calls are of the client's functions",
-            param=name,
         )
     return value
 
@@ -19284,10 +19097,10 @@ def _named_once(tools: list[Tool], name: str) -> list[Tool]:
         said = tool["function"]["name"]
         if found.setdefault(said, index) != index:
             where = f"{name}[{index}].function.name"
-            raise InvalidValue(
-                f"{where} is {said}, as is that of {name}[{found[said]}]: functions need "
+            raise invalid(
+                where,
+                f"is {said}, as is that of {name}[{found[said]}]: functions need "
                 "names of their own",
-                param=where,
             )
     return [
         _without_nulls(tool) | {"function": _without_nulls(tool["function"])}
@@ -19317,15 +19130,13 @@ def offered(
     tools = tools or ()
     unknown = {*names} - {tool["function"]["name"] for tool in tools}
     if unknown:
-        raise InvalidValue(
-            f"tool_choice names {min(unknown)}, which none of the tools is called",
-            param="tool_choice",
+        raise invalid(
+            "tool_choice", f"names {min(unknown)}, which none of the tools is called"
         )
     if mode in _DEMANDS and not tools:
-        raise InvalidValue(
-            "tool_choice demands a call, and there are no tools: send some, or choose "
-            "auto",
-            param="tool_choice",
+        raise invalid(
+            "tool_choice",
+            "demands a call, and there are no tools: send some, or choose auto",
         )
     if mode == "none" or not tools:
         return (), mode
@@ -19340,10 +19151,7 @@ def _name_in(value: object, name: str) -> str:
         where = name if inner is None else f"{name}.function"
         named = OBJECT.read(value if inner is None else inner, where)
         return str(_NAME_OF_FUNCTION.read(named.get("name"), f"{where}.name"))
-    raise InvalidValue(
-        f'{name} must be {{"type": "function", "function": {{"name": ...}}}}',
-        param=name,
-    )
+    raise invalid(name, 'must be {"type": "function", "function": {"name": ...}}')
 
 
 def _read_tool_choice(value: object, name: str) -> ToolChoice:
@@ -19401,7 +19209,7 @@ def refused(why: str, *, unless: object = None) -> Kind:
 
     def read(value: object, name: str) -> None:
         if value != unless:
-            raise InvalidValue(f"{name} is not supported: {why}", param=name)
+            raise invalid(name, f"is not supported: {why}")
 
     return Kind(read, {"type": "null"} if unless is None else {"enum": [unless]})
 
@@ -19411,10 +19219,10 @@ def _read_stop(value: object, name: str) -> tuple[str, ...]:
     if len(texts) > _MAX_STOPS or not all(
         isinstance(text, str) and len(text) <= _MAX_STOP_CHARS for text in texts
     ):
-        raise InvalidValue(
-            f"{name} must be a string or a list of at most {_MAX_STOPS} strings, each of "
+        raise invalid(
+            name,
+            f"must be a string or a list of at most {_MAX_STOPS} strings, each of "
             f"at most {_MAX_STOP_CHARS} characters",
-            param=name,
         )
     return tuple(filter(None, texts))
 
@@ -19422,11 +19230,11 @@ def _read_stop(value: object, name: str) -> tuple[str, ...]:
 def _read_biases(value: object, name: str) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict) or len(value) > _MAX_BIASES:
         allowed = f"an object of at most {_MAX_BIASES} token ids and their biases"
-        raise InvalidValue(f"{name} must be {allowed}", param=name)
+        raise invalid(name, f"must be {allowed}")
     biases = []
     for token, bias in value.items():
         if not _TOKEN_ID.fullmatch(token):
-            raise InvalidValue(f"{name} has {token!r:.20}, no token id", param=name)
+            raise invalid(name, f"has {token!r:.20}, no token id")
         biases.append((int(token), _BIAS.read(bias, f"{name}.{token}")))
     return tuple(biases)
 
@@ -19435,7 +19243,7 @@ def _read_content(value: object, name: str) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise InvalidValue(f"{name} must be a string or a list of parts", param=name)
+        raise invalid(name, "must be a string or a list of parts")
     return [_read_part(part, f"{name}[{n}]") for n, part in enumerate(value)]
 
 
@@ -19443,9 +19251,8 @@ def _read_part(part: object, name: str) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or kind not in ("text", "refusal"):
         other = f", not {kind:.40}" if isinstance(kind, str) else ""
-        raise InvalidValue(
-            f"{name} must be a part of type text{other}: this server reads only text",
-            param=name,
+        raise invalid(
+            name, f"must be a part of type text{other}: this server reads only text"
         )
     return {"type": "text", "text": TEXT.read(part.get(kind), f"{name}.{kind}")}
 
@@ -19458,9 +19265,8 @@ def _read_format(value: object, name: str) -> Mapping[str, object] | None:
         "json_object",
         "json_schema",
     ):
-        raise InvalidValue(
-            f"{name} must be an object of type text, json_object or json_schema",
-            param=name,
+        raise invalid(
+            name, "must be an object of type text, json_object or json_schema"
         )
     if kind == "text":
         return None
@@ -19474,7 +19280,7 @@ def _read_format(value: object, name: str) -> Mapping[str, object] | None:
     if found is None and kind == "json_object":
         return {}
     if not isinstance(found, dict):
-        raise InvalidValue(f"{name} has no schema, which is an object", param=name)
+        raise invalid(name, "has no schema, which is an object")
     return found or {"type": list(JSON_TYPES)} if kind == "json_schema" else found
 
 
@@ -19560,9 +19366,7 @@ class SamplingForm:
     top_p: float | None = optional(
         _range("top_p"), "Choose among the likeliest tokens with this probability."
     )
-    top_k: int | None = optional(
-        _range("top_k"), "Choose among this many tokens; 0 or -1: all."
-    )
+    top_k: int | None = optional(_range("top_k"), "Choose among this many; 0, -1: all.")
     min_p: float | None = optional(
         _range("min_p"), "Choose among tokens this likely, relative to the likeliest."
     )
@@ -19607,9 +19411,7 @@ class GenerateForm(SamplingForm):
     stream_options: StreamOptionsForm | None = optional(
         nested(StreamOptionsForm), "What a stream holds besides the text."
     )
-    cache_prompt: bool = optional(
-        FLAG, "Use what is in memory of prompts that begin alike.", True
-    )
+    cache_prompt: bool = optional(FLAG, "Use what is in memory of its beginning.", True)
     timings_per_token: bool = optional(
         FLAG, "Tell llama-server's timings, in every event of a stream.", False
     )
@@ -19722,7 +19524,7 @@ def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
         )
     param, rules = next(iter(wanted.items()), ("response_format", None))
     if isinstance(rules, str) and not rules.strip():
-        raise InvalidValue("grammar is empty, which allows nothing", param="grammar")
+        raise invalid("grammar", "is empty, which allows nothing")
     return ReplyRequest(
         json_schema=None if isinstance(rules, str) else rules,
         grammar=rules if isinstance(rules, str) else "",
@@ -19743,7 +19545,7 @@ def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
 def chat_request(form: ChatForm) -> ReplyRequest:
     """Return what a form asks for. Raises InvalidValue."""
     if form.top_logprobs and not form.logprobs:
-        raise InvalidValue("top_logprobs needs logprobs: true", param="top_logprobs")
+        raise invalid("top_logprobs", "needs logprobs: true")
     messages = [
         _message(said, f"messages[{n}]") for n, said in enumerate(form.messages)
     ]
@@ -19755,10 +19557,9 @@ def chat_request(form: ChatForm) -> ReplyRequest:
     if continues and (
         form.add_generation_prompt or messages[-1]["role"] != "assistant"
     ):
-        raise InvalidValue(
-            "continue_final_message needs a last message of the assistant, and excludes "
-            "add_generation_prompt",
-            param="continue_final_message",
+        raise invalid(
+            "continue_final_message",
+            "needs a last message of the assistant, and excludes add_generation_prompt",
         )
     tools, tool_choice = offered(form.tools, form.tool_choice)
     most = form.max_completion_tokens
@@ -19803,14 +19604,14 @@ def _message(form: MessageForm, name: str) -> Message:
     if form.role == "assistant":
         message.setdefault("content", message.pop("refusal", None))
     elif form.content is None:
-        raise InvalidValue(f"{name}.content is missing", param=f"{name}.content")
+        raise invalid(f"{name}.content", "is missing")
     return message
 
 
 def completion_request(form: CompletionForm) -> ReplyRequest:
     """Return what a form asks for. Raises InvalidValue."""
     if form.best_of not in (None, form.n):
-        raise InvalidValue("best_of must be equal to n, or absent", param="best_of")
+        raise invalid("best_of", "must be equal to n, or absent")
     asked = _COMPLETION_TOKENS if form.max_tokens is None else form.max_tokens
     return reply_request_of(
         form,
@@ -20218,7 +20019,7 @@ def _read_item_parts(value: object, name: str) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise InvalidValue(f"{name} must be a string or a list of parts", param=name)
+        raise invalid(name, "must be a string or a list of parts")
     return [_read_item_part(part, f"{name}[{n}]") for n, part in enumerate(value)]
 
 
@@ -20226,10 +20027,10 @@ def _read_item_part(part: object, name: str) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or kind not in [*_TEXT_PARTS]:  # it may be a dict
         other = f", not {kind:.40}" if isinstance(kind, str) else ""
-        raise InvalidValue(
-            f"{name} must be a part of type input_text or output_text{other}: this "
+        raise invalid(
+            name,
+            f"must be a part of type input_text or output_text{other}: this "
             "server reads only text",
-            param=name,
         )
     key = _TEXT_PARTS[kind]
     return {"type": "text", "text": TEXT.read(part.get(key), f"{name}.{key}")}
@@ -20252,9 +20053,7 @@ class SaidForm:
     role: str = required(
         one_of("user", "assistant", "system", "developer"), "Who said it."
     )
-    content: str | list[dict[str, str]] = required(
-        _ITEM_PARTS, "The text, or its parts."
-    )
+    content: str | list[dict[str, str]] = required(_ITEM_PARTS, "A text, or its parts.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20273,9 +20072,7 @@ class CallOutputForm:
 
     type: str = required(one_of("function_call_output"), "The kind of item.")
     call_id: str = required(NAME, "Of the call.")
-    output: str | list[dict[str, str]] = required(
-        _ITEM_PARTS, "The text, or its parts."
-    )
+    output: str | list[dict[str, str]] = required(_ITEM_PARTS, "A text, or its parts.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20297,15 +20094,13 @@ _ITEM_FORMS: Final[Mapping[str, type[InputItem]]] = {
 
 def _read_item(value: object, name: str) -> InputItem:
     if not isinstance(value, dict):
-        raise InvalidValue(f"{name} must be an object, {{...}}", param=name)
+        raise invalid(name, "must be an object, {...}")
     kind = value.get("type") or "message"
     if kind == "item_reference":
-        raise InvalidValue(f"{name} is an item_reference: {_NOTHING_KEPT}", param=name)
+        raise invalid(name, f"is an item_reference: {_NOTHING_KEPT}")
     if not isinstance(kind, str) or kind not in _ITEM_FORMS:
         other = f", not {kind:.40}" if isinstance(kind, str) else ""
-        raise InvalidValue(
-            f"{name} must be of type {', '.join(_ITEM_FORMS)}{other}", param=name
-        )
+        raise invalid(name, f"must be of type {', '.join(_ITEM_FORMS)}{other}")
     return parse_form(_ITEM_FORMS[kind], value, f"{name}.")
 
 
@@ -20329,10 +20124,10 @@ def _read_pairs(value: object, name: str) -> dict[str, str]:
         or not all(isinstance(text, str) for text in value.values())
         or max(map(len, value.values()), default=0) > _MAX_VALUE_CHARS
     ):
-        raise InvalidValue(
-            f"{name} must be an object of at most {_MAX_PAIRS} texts of at most "
+        raise invalid(
+            name,
+            f"must be an object of at most {_MAX_PAIRS} texts of at most "
             f"{_MAX_VALUE_CHARS} characters, with keys of at most {_MAX_KEY_CHARS}",
-            param=name,
         )
     return value
 
@@ -20365,18 +20160,17 @@ def _only_functions(tools: list[FlatToolForm | None], name: str) -> list[FlatToo
     times = collections.Counter(tool.name for tool in functions)
     for said, count in times.most_common(1):
         if count > 1:
-            raise InvalidValue(
-                f"{name} has {count} functions called {said}: they need names of their own",
-                param=name,
+            raise invalid(
+                name,
+                f"has {count} functions called {said}: they need names of their own",
             )
     return functions
 
 
 def _read_choice(value: object, name: str) -> ToolChoice:
     if isinstance(value, dict) and value.get("type") not in _CHOICES:
-        raise InvalidValue(
-            f"{name} demands a tool of another kind: only functions can be called here",
-            param=name,
+        raise invalid(
+            name, "demands a tool of another kind: only functions can be called here"
         )
     return typing.cast(ToolChoice, TOOL_CHOICE.read(value, name))
 
@@ -20401,22 +20195,18 @@ _CHOICE: Final = Kind(
 class FormatForm:
     """What the text of a reply has to be."""
 
-    type: str = required(
-        one_of("text", "json_object", "json_schema"), "Any text, or JSON."
-    )
+    type: str = required(one_of("text", "json_object", "json_schema"), "Text, or JSON.")
     name: str | None = optional(NAME, "Of the schema.")
     description: str | None = optional(TEXT, "Of the schema.")
     schema: Mapping[str, object] | None = optional(OBJECT, "JSON Schema.")
-    strict: bool | None = optional(
-        FLAG, "Whether it must fit the schema; it always does."
-    )
+    strict: bool | None = optional(FLAG, "It must fit the schema; it always does.")
 
 
 def _check_format(form: FormatForm, name: str) -> FormatForm:
     if form.type == "json_schema":
         for key in ("name", "schema"):
             if getattr(form, key) is None:
-                raise InvalidValue(f"{name}.{key} is missing", param=f"{name}.{key}")
+                raise invalid(f"{name}.{key}", "is missing")
     return form
 
 
@@ -20440,7 +20230,7 @@ class ResponseReasoningForm:
 
 def _read_one(value: object, name: str) -> int:
     if isinstance(value, bool) or value != 1:
-        raise InvalidValue(f"{name} must be 1: ask again for more", param=name)
+        raise invalid(name, "must be 1: ask again for more")
     return 1
 
 
@@ -20476,9 +20266,7 @@ class ResponsesForm(GenerateForm):
     tool_choice: ToolChoice | None = optional(
         _CHOICE, "Which functions may or must be called; default: auto."
     )
-    parallel_tool_calls: bool = optional(
-        FLAG, "Whether one reply may have several.", True
-    )
+    parallel_tool_calls: bool = optional(FLAG, "A reply may have several calls.", True)
     text: ResponseTextForm | None = optional(
         nested(ResponseTextForm), "How the text is to be."
     )
@@ -21131,7 +20919,7 @@ async def cohere_embed(context: RequestContext, form: CohereEmbedForm) -> Respon
     kinds = form.embedding_types or ([] if version == "1" else ["float"])
     texts = form.inputs if form.texts is None else form.texts
     if texts is None:
-        raise InvalidValue("texts (or inputs) is missing", param="texts")
+        raise invalid("texts", "(or inputs) is missing")
     request = request_of(
         form,
         texts,
@@ -21254,10 +21042,10 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
     if len(first) == 1:
         first = first * len(second)
     if len(first) != len(second):
-        raise InvalidValue(
-            f"text_1 has {len(first)} texts and text_2 {len(second)}: give one text_1, "
+        raise invalid(
+            "text_1",
+            f"has {len(first)} texts and text_2 {len(second)}: give one text_1, "
             "or as many as text_2",
-            param="text_1",
         )
     found, result = await ranked(context, form, first, second, "text_2")
     found.sort(key=lambda one: one.index)
@@ -21287,18 +21075,14 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 class EmbedForm(VectorForm):
     """The body of POST /embed and POST /api/v1/embed."""
 
-    inputs: list[str | list[int]] = required(
-        INPUTS, SOME_STRINGS, example=TEXTS_EXAMPLE
-    )
+    inputs: list[Prompt] = required(INPUTS, SOME_STRINGS, example=TEXTS_EXAMPLE)
 
 
 @dataclass(slots=True, kw_only=True)
 class EmbedAllForm(CutForm):
     """The body of POST /embed_all."""
 
-    inputs: list[str | list[int]] = required(
-        INPUTS, SOME_STRINGS, example=TEXTS_EXAMPLE
-    )
+    inputs: list[Prompt] = required(INPUTS, SOME_STRINGS, example=TEXTS_EXAMPLE)
     model: str | None = model_or_none()
 
 
@@ -21411,7 +21195,7 @@ async def _rank_texts(
     context: RequestContext, form: AnyRerankForm | TaskForm, top_n: int | None
 ) -> Response:
     if form.texts is None:
-        raise InvalidValue("texts (or documents) is missing", param="texts")
+        raise invalid("texts", "(or documents) is missing")
     queries = [form.query] * len(form.texts)
     found, result = await ranked(context, form, queries, form.texts, "texts")
     del found[top_n or len(found) :]
@@ -21429,7 +21213,7 @@ async def task(context: RequestContext, form: TaskForm) -> Response:
         return await _rank_texts(context, form, None)
     split_errors(form.texts or (), is_partial=False)
     if form.inputs is None:
-        raise InvalidValue("inputs (or query and texts) is missing", param="inputs")
+        raise invalid("inputs", "(or query and texts) is missing")
     how = similarity if isinstance(form.inputs, SentencesForm) else embed
     return await how(context, form)
 
@@ -21601,7 +21385,7 @@ async def tokenize(context: RequestContext, form: TokenizeForm) -> Response:
     if form.content is not None:
         return await _tokens_of_content(context, form, form.content)
     if form.inputs is None:
-        raise InvalidValue("inputs (or content) is missing", param="inputs")
+        raise invalid("inputs", "(or content) is missing")
     request = request_of(form, form.inputs, "inputs")
     entry, loaded_model = await resolve_model(context, request)
     card = loaded_model.card
@@ -21986,9 +21770,7 @@ class OllamaEmbedForm:
         "A string or a list of strings; default: only load the model.",
         example=["The cat sleeps.", "Hello"],
     )
-    truncate: bool | str = optional(
-        TRUNCATE, "Cut what is too long, instead of a 400.", True
-    )
+    truncate: bool | str = optional(TRUNCATE, "Cut what is too long: no 400.", True)
     dimensions: int | None = optional(integer(0), f"{DIMENSIONS} 0: all.")
 
 
@@ -22169,7 +21951,7 @@ async def _named_entry(context: RequestContext, form: OllamaShowForm) -> ModelEn
     """Return the model that a form names, with all its facts. Raises ModelNotFound."""
     name, service = form.model or form.name, context.service
     if not name:
-        raise InvalidValue("model is missing: name one", param="model")
+        raise invalid("model", "is missing: name one")
     service.check_open()
     context.log_fields["model"] = name
     client, any_model = context.caller.client, service.settings.any_model
@@ -22231,16 +22013,14 @@ def _read_think(value: object, name: str) -> bool | str:
         return bool(FLAG.read(value, name))
     except InvalidValue:
         levels = ", ".join(_THINK_LEVELS)
-        raise InvalidValue(
-            f"{name} must be true, false or {levels}", param=name
-        ) from None
+        raise invalid(name, f"must be true, false or {levels}") from None
 
 
 def _read_output_format(value: object, name: str) -> Mapping[str, object] | None:
     if isinstance(value, dict):
         return value or {"type": list(JSON_TYPES)}
     if value not in ("", "json"):
-        raise InvalidValue(f'{name} must be "json" or a JSON schema', param=name)
+        raise invalid(name, 'must be "json" or a JSON schema')
     return {} if value else None  # which mean any object, and any text
 
 
@@ -22250,10 +22030,7 @@ def _read_keep_alive(value: object, name: str) -> bool:
         return value != 0
     text = value if isinstance(value, str) else ""
     if len(text) > _MAX_DURATION_CHARS or not re.search(_DURATION, text):
-        raise InvalidValue(
-            f'{name} must be a number of seconds, or a duration such as "5m"',
-            param=name,
-        )
+        raise invalid(name, 'must be a number of seconds, or a duration such as "5m"')
     return any(digit in text for digit in "123456789")
 
 
@@ -22280,9 +22057,7 @@ class OllamaOptionsForm(SamplingForm):
         integer(-2),
         "Most tokens of the reply; 0: only the prompt is read; -1, -2: as if absent.",
     )
-    num_ctx: int | None = optional(
-        integer(0), "Tokens that prompt and reply must have room for."
-    )
+    num_ctx: int | None = optional(integer(0), "Room for prompt and reply, in tokens.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22336,9 +22111,7 @@ class OllamaChatForm(OllamaReplyForm):
         "What was said so far; none: only load the model.",
         example=[{"role": "user", "content": "Hello!"}],
     )
-    tools: list[Mapping[str, object]] | None = optional(
-        TOOLS, "Functions that the model may call."
-    )
+    tools: list[Tool] | None = optional(TOOLS, "Functions that the model may call.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22410,7 +22183,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
     options = form.options or OllamaOptionsForm()
     most, variables = options.num_predict, dict[str, object]()
     if form.top_logprobs and not form.logprobs:
-        raise InvalidValue("top_logprobs needs logprobs: true", param="top_logprobs")
+        raise invalid("top_logprobs", "needs logprobs: true")
     if form.think is not None:
         variables["enable_thinking"] = bool(form.think)
     if isinstance(form.think, str):
@@ -22659,10 +22432,10 @@ async def _ollama_answer(
         loaded_model.card.max_input_tokens,
     )
     if asked and asked > most:
-        raise InvalidValue(
-            f"options.num_ctx is {asked}, and this model's context is {most} tokens "
+        raise invalid(
+            "options.num_ctx",
+            f"is {asked}, and this model's context is {most} tokens "
             "(--context-size): ask for no more than that",
-            param="options.num_ctx",
         )
     writer = kind_of_writer(replies, context.begun_at, loaded_at)
     if form.keep_alive is False:
@@ -22915,9 +22688,7 @@ class UnloadForm(ModelForm):
 class LoadForm:
     """The body of POST /admin/models/load."""
 
-    model: str | None = optional(
-        MODEL_NAME, "One that is known: name, alias or name@version."
-    )
+    model: str | None = optional(MODEL_NAME, "A known name, alias or name@version.")
     path: str | None = optional(
         short_text(4096), "Or a GGUF file on this machine, to be served too."
     )
@@ -23101,7 +22872,7 @@ async def default_model(context: RequestContext, form: ModelForm) -> Response:
 
 def _known(service: Service, name: str) -> ModelEntry:
     if not name:
-        raise InvalidValue("model is empty: name one", param="model")
+        raise invalid("model", "is empty: name one")
     return service.models.names.find(name, "")
 
 
@@ -26462,8 +26233,6 @@ class Tuner:
 
     def _measure(self, layout: Layout, tokens: int, seconds: float) -> float:
         """Return the inputs per second of all workers together."""
-        import numpy as np
-
         card = self.engine.card
         tokens = min(tokens, card.max_input_tokens, card.context_tokens)
         count = max(1, min(layout.batch_tokens, card.context_tokens) // tokens)
@@ -26513,8 +26282,6 @@ def read_reference(path: str) -> Reference:
 
     Raises StartupError if it is not that.
     """
-    import numpy as np
-
     try:
         with open_plain(path) as file:
             found: Any = json_codec().loads(file.read())
@@ -26537,8 +26304,6 @@ def read_reference(path: str) -> Reference:
 
 def cosines(ours: Any, theirs: Any) -> Any:
     """Return the cosine of each pair of rows: float64, (rows,)."""
-    import numpy as np
-
     lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     return (ours * theirs).sum(axis=1) / lengths
 
@@ -26583,8 +26348,6 @@ class Checker:
     async def _vectors(
         self, reference: Reference, entry: ModelEntry, loaded: LoadedModel
     ) -> Any:
-        import numpy as np
-
         rows, texts = list[Any](), reference.texts
         for begin in range(0, len(texts), MAX_INPUTS):
             batch = texts[begin : begin + MAX_INPUTS]
