@@ -199,16 +199,17 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 85. LOADING - a model's way into memory
 86. SUPERVISOR - a small parent that outlives the server
 87. SERVER - builds every object; loading, ready, draining, stopped
-88. TUNING - the settings that are fastest on this box
-89. CHECKING - what a model is and gives, before it is served
-90. DEPLOYMENT - what the printed files have in common
-91. UNITS - the server under systemd
-92. CONTAINERS - the server in images, with Compose, in Kubernetes
-93. FRONTS - HAProxy or nginx before several servers
-94. WATCHING - what scrapes, alerts and scales
-95. BOARD - one dashboard for Grafana
-96. COLLECTION - the routes as a Postman collection
-97. COMMAND LINE - flags in, exit code out
+88. EMBEDDER - the engine without a server, for programs and workers of a cluster
+89. TUNING - the settings that are fastest on this box
+90. CHECKING - what a model is and gives, before it is served
+91. DEPLOYMENT - what the printed files have in common
+92. UNITS - the server under systemd
+93. CONTAINERS - the server in images, with Compose, in Kubernetes
+94. FRONTS - HAProxy or nginx before several servers
+95. WATCHING - what scrapes, alerts and scales
+96. BOARD - one dashboard for Grafana
+97. COLLECTION - the routes as a Postman collection
+98. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -325,7 +326,7 @@ else:
     np = _Numpy()
 
 __version__ = "0.3.0"
-__all__ = ["__version__", "main"]
+__all__ = ["Embedder", "__version__", "main"]
 
 
 # ==============================================================================
@@ -821,7 +822,10 @@ class BadSetting(Exception):
     """A setting that cannot be used: its source, name, value and what is allowed."""
 
     def __init__(self, source: str, key: str, value: object, bound: str) -> None:
-        super().__init__(f"{source}: {key} = {value!r} cannot be used: {bound}")
+        super().__init__(source, key, value, bound)
+
+    def __str__(self) -> str:
+        return "{}: {} = {!r} cannot be used: {}".format(*self.args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1430,6 +1434,12 @@ class LoadedSettings:
             lines.append("\n[[models]]")
             lines += [f"{key} = {toml_value(value)}" for key, value in table.items()]
         return "\n".join(lines)
+
+
+def settings_with(values: Mapping[str, object], source: str) -> Settings:
+    """Return settings that a program names, of TOML's types. Raises BadSetting."""
+    table = {n: os.fspath(v) if isinstance(v, Path) else v for n, v in values.items()}
+    return _build(_from_table(source, table, {row.name: row for row in SETTING_ROWS}))
 
 
 def toml_value(value: object) -> str:
@@ -18806,13 +18816,21 @@ def unit_vector(vector: Any, dimensions: int | None) -> Any:
     return unit
 
 
+def final_vector(vector: Any, dimensions: int | None, card: ModelCard) -> Any:
+    """Return the first ``dimensions`` of a vector, as its authors shorten it, of length 1.
+
+    Raises NonFiniteVector where only zeros are left.
+    """
+    return unit_vector(shortened(vector, dimensions, card), dimensions)
+
+
 def final_vectors(result: EmbedResult, dimensions: int | None = None) -> Iterator[Any]:
     """Yield a reply's vectors, with the requested length and scale; None if failed."""
     for index, vector in enumerate(result.job.vectors):
         if index in result.job.errors:
             yield None
         elif result.job.request.normalize:
-            yield unit_vector(shortened(vector, dimensions, result.card), dimensions)
+            yield final_vector(vector, dimensions, result.card)
         else:
             yield shortened(vector, dimensions, result.card)
 
@@ -26127,7 +26145,225 @@ class Server:
 
 
 # ==============================================================================
-# 88. TUNING - the settings that are fastest on this box
+# 88. EMBEDDER - the engine without a server, for programs and workers of a cluster
+# ==============================================================================
+# The server's prompts, truncation, queue and vectors, for a caller that has a corpus and no
+# event loop. It refuses nothing for lack of room: it takes the next window when there is
+# some. A pickle of it has what it was made with, and each process loads the model on first
+# use, so it can be sent to any machine that has this file and the model's.
+
+# Upper bounds of tokens, 4 or 5 times their number: a second of work for two cores and a
+# small model.
+_AHEAD_TOKENS: Final = 1 << 16
+_MIN_WINDOWS: Final = 3  # so that two are there while the first one is used
+_WATCH_S: Final = 0.5
+_UNPAIRED: Final = re.compile("[\ud800-\udfff]")
+# The queue's limits are for clients that do not wait.
+_NO_LIMITS: Final[Mapping[str, Any]] = {
+    "queue_size": 1 << 24,
+    "queue_tokens": 1 << 30,
+    "queue_mb": 1 << 20,
+    "max_request_tokens": MAX_REQUEST_TOKENS,
+}
+
+
+def cores_given() -> int:
+    """Return the cores to use: Ray and others say by OMP_NUM_THREADS how many are ours."""
+    cores, given = usable_cores(), os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(given)) if re.fullmatch("[1-9][0-9]{0,5}", given) else cores
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """Texts under way."""
+
+    job: Job
+    over: threading.Event
+
+
+class Embedder:
+    """A model that embeds texts in this process. Any thread, several at once.
+
+    ``Embedder(model_path="m.gguf", prompt_name="query", auto_truncate=True)``: the names
+    are those of the server's settings. No variable or file is read.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        engine_factory: EngineFactory = Engine,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        **options: object,
+    ) -> None:
+        """``settings``, or ``options`` that name them. Nothing is loaded yet.
+
+        Raises BadSetting for an unknown or unusable option.
+        """
+        if settings is not None and options:
+            raise TypeError("an Embedder takes Settings or their names, not both")
+        self._made_with: Mapping[
+            str, Any
+        ] = {  # for another process, whose cores may be others
+            "settings": settings,
+            "engine_factory": engine_factory,
+            "prompt_name": prompt_name,
+            "dimensions": dimensions,
+            **options,
+        }
+        own = {"workers": cores_given(), "log_level": "warning", **options}
+        settings = settings or settings_with(own, "Embedder")
+        self._settings = dataclasses.replace(settings, **_NO_LIMITS)
+        self._engine_factory = engine_factory
+        self._request = EmbedRequest(  # of every window, but for its texts
+            inputs=[],
+            param="text",
+            prompt_name=prompt_name,
+            dimensions=dimensions,
+            allows_partial=True,
+        )
+        self._loading = threading.Lock()
+        self._loaded: LoadedModel | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return functools.partial(type(self), **self._made_with), ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the vectors: those with another identity belong in another index.
+
+        Loads the model. Raises what embed() raises.
+        """
+        loaded, request = self._load(), self._request
+        card = loaded.card
+        return {
+            "sha256": loaded.facts.sha256,
+            "weights": card.weights,
+            "pooling": card.pooling,
+            "prompt": "{text}".join(request.around),
+            "truncates": request.truncates,
+            "max_input_tokens": card.max_input_tokens,
+            "dimensions": request.dimensions or card.n_embd,
+            "end_token": self._settings.end_token,
+            **rope_params(self._settings),
+            "version": __version__,
+        }
+
+    def embed(
+        self, windows: Iterable[Sequence[str]]
+    ) -> Generator[list[Any], None, None]:
+        """Yield of each window, in order, what each text has: a vector, or an ApiError.
+
+        Vectors are float32, of length 1. The next windows are computed meanwhile. Raises
+        StartupError or EngineError if the model cannot be loaded; ApiErrors: InvalidValue
+        for a prompt or length that it does not have, WrongKindOfModel, and
+        EngineUnavailable if it fails on everything.
+        """
+        loaded = self._load()
+        queue, rest = loaded.batches, map(self._window, windows)
+        under_way: collections.deque[_Window] = collections.deque()
+        try:
+            while True:
+                while _has_room(under_way) and (window := next(rest, None)):
+                    queue.submit(window.job)
+                    under_way.append(window)
+                if not under_way:
+                    return
+                rows = self._rows(under_way[0], loaded)
+                under_way.popleft()
+                yield rows
+        finally:
+            for window in under_way:
+                queue.cancel(window.job)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch of columns with "embedding" beside "text": float32, a row each.
+
+        As Ray's map_batches calls it. Raises the error of the first text that has no
+        vector, and what embed() raises.
+        """
+        import numpy as np
+
+        texts = np.asarray(batch["text"], object).tolist()
+        rows = next(self.embed([texts]))
+        for row in rows:
+            if isinstance(row, ApiError):
+                raise row
+        length = self._request.dimensions or self._load().card.n_embd
+        return {**batch, "embedding": np.array(rows, "f4").reshape(len(rows), length)}
+
+    def close(self) -> None:
+        """End its threads and free the model, which the next use would load again.
+
+        Raises EngineUnavailable if a call does not end: then all of it stays.
+        """
+        with self._loading:
+            if self._loaded is not None and not self._loaded.free():
+                raise EngineUnavailable("a call of the engine does not end")
+            self._loaded = None
+
+    def _load(self) -> LoadedModel:
+        with self._loading:
+            if self._loaded is None:
+                log = Log(
+                    self._settings.log_level, log_shape(self._settings), sys.stderr
+                )
+                hooks = PoolHooks(
+                    log=log, deliver=lambda call: call(), on_call=lambda _: None
+                )
+                loader = Loader(self._settings.cache_dir, self._engine_factory, hooks)
+                loaded = loader.load(self._settings)
+                try:
+                    entry = ModelEntry(self._settings)
+                    prepare(self._request, entry, loaded, self._settings)
+                except ApiError:
+                    loaded.free()
+                    raise
+                self._loaded = loaded
+            return self._loaded
+
+    def _window(self, texts: Sequence[str]) -> _Window:
+        bad, inputs = dict[int, ApiError](), list[Input]()
+        for index, given in enumerate(texts):
+            try:
+                text = SOME_TEXT.read(given, f"{self._request.param}[{index}]")
+            except ApiError as error:
+                bad[index], text = error.with_traceback(None), ""
+            # As in JSON: an unpaired surrogate is no text.
+            inputs.append(text if text.isascii() else _UNPAIRED.sub("\ufffd", text))
+        request = dataclasses.replace(self._request, inputs=inputs, bad=bad)
+        over = threading.Event()
+        return _Window(Job(request, over.set), over)
+
+    def _rows(self, window: _Window, loaded: LoadedModel) -> list[Any]:
+        """Wait for a window, and return its rows."""
+        job = window.job
+        job.priority = 0  # before the next windows
+        while not window.over.wait(_WATCH_S):
+            loaded.pool.watch()
+        if job.error is not None:
+            raise job.error
+        return [
+            job.errors.get(index) or _vector(vector, job.request, loaded.card)
+            for index, vector in enumerate(job.vectors)
+        ]
+
+
+def _has_room(under_way: Collection[_Window]) -> bool:
+    tokens = sum(window.job.size.tokens for window in under_way)
+    return len(under_way) < _MIN_WINDOWS or tokens < _AHEAD_TOKENS
+
+
+def _vector(vector: Any, request: EmbedRequest, card: ModelCard) -> Any:
+    try:
+        return final_vector(vector, request.dimensions, card)
+    except NonFiniteVector as error:
+        return error.with_traceback(None)
+
+
+# ==============================================================================
+# 89. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -26260,7 +26496,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 89. CHECKING - what a model is and gives, before it is served
+# 90. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -26393,7 +26629,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 90. DEPLOYMENT - what the printed files have in common
+# 91. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -26606,7 +26842,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 91. UNITS - the server under systemd
+# 92. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -26818,7 +27054,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 92. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 93. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -27229,7 +27465,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 93. FRONTS - HAProxy or nginx before several servers
+# 94. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -27362,7 +27598,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 94. WATCHING - what scrapes, alerts and scales
+# 95. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -27570,7 +27806,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 95. BOARD - one dashboard for Grafana
+# 96. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -27774,7 +28010,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 96. COLLECTION - the routes as a Postman collection
+# 97. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -27882,7 +28118,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 97. COMMAND LINE - flags in, exit code out
+# 98. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

@@ -434,8 +434,8 @@ def test_a_status_number_stands_in_the_table_of_errors_or_is_a_success() -> None
 # --- the packaging around it ---
 
 
-def test_what_others_may_import_is_main_and_the_version() -> None:
-    assert sorted(es.__all__) == ["__version__", "main"]
+def test_what_others_may_import_is_main_the_embedder_and_the_version() -> None:
+    assert sorted(es.__all__) == ["Embedder", "__version__", "main"]
 
 
 def test_the_three_lists_of_requirements_agree() -> None:
