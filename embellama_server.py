@@ -14746,24 +14746,39 @@ def _sha256(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8")).digest()
 
 
-def new_admin_key(path: Path) -> Key:
+def new_admin_key(path: Path) -> tuple[Key, int]:
     """Make a new key for the administrator, kept in ``path``. Raises OSError.
 
-    The file is this user's alone from its first moment, and never half written.
+    The file is this user's alone from its first moment, and never half written. Its
+    descriptor stays open, and locked: so remove_dead_keys() knows that it is in use.
     """
     text = os.urandom(32).hex()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.new")
     unfinished.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with open(os.open(unfinished, flags, 0o600), "w", encoding="ascii") as file:
-            file.write(f"{text}\n")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.write(file, f"{text}\n".encode()) <= len(text):  # a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.replace(unfinished, path)
     except OSError:
+        os.close(file)
         unfinished.unlink(missing_ok=True)
         raise
-    return Key("admin-key-file", _sha256(text), is_admin=True)
+    return Key("admin-key-file", _sha256(text), is_admin=True), file
+
+
+_DEAD_KEY_S: Final = 60.0  # a younger one may be about to be locked
+
+
+def remove_dead_keys(folder: Path, prefix: str) -> None:
+    """Remove what servers that were killed have left of new_admin_key()."""
+    for path in folder.glob(f"*{prefix}*.key*"):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_mtime < time.time() - _DEAD_KEY_S:
+                path.unlink()
 
 
 def _key_lines(path: str) -> list[str]:
@@ -16021,6 +16036,7 @@ class Gate:
         self._keys = KeyRing((), window_s=math.inf, since=time.time())
         self._admin_keys = KeyRing(())  # the one that we wrote, if there are no others
         self._admin_key_path: Path | None = None
+        self._admin_key_file = -1  # its descriptor, which holds its lock
         self.renew(settings)
 
     def offer_admin_key(self, listeners: Iterable[socket.socket]) -> None:
@@ -16032,10 +16048,13 @@ class Gate:
         if self._keys or self._admin_key_path or not addresses:
             return
         host, port = addresses[0][:2]
-        name = f"admin-{socket.gethostname()}-{host}-{port}.key".replace("/", "_")
+        prefix = f"admin-{socket.gethostname()}-"
+        name = f"{prefix}{host}-{port}.key".replace("/", "_")
         path = Path(self._settings.cache_dir).absolute() / name
+        remove_dead_keys(path.parent, prefix)
         try:
-            self._admin_keys = KeyRing((new_admin_key(path),))
+            key, self._admin_key_file = new_admin_key(path)
+            self._admin_keys = KeyRing((key,))
         except OSError as error:
             reason = f"{error.strerror}: /admin answers on --uds or with --api-key only"
             self._log("warning", "no admin key written", path=path, reason=reason)
@@ -16048,6 +16067,8 @@ class Gate:
         if self._admin_key_path is not None:
             with contextlib.suppress(OSError):
                 self._admin_key_path.unlink()
+            os.close(self._admin_key_file)
+            self._admin_key_path = None
 
     def renew(self, settings: Settings) -> None:
         """Read the keys with these settings. Raises StartupError; then nothing changes."""
@@ -27693,6 +27714,9 @@ ALERTS: Final = (
     Alert("EmbellamaFailing", "page", "15m", promql(_BURNING, limit="0.03", long="6h", short="30m"),
         "So many requests fail that a month's error budget is gone in five days.",
         "As EmbellamaFailingFast. There is time to find the inputs: the log has request ids, --dead-letter the texts."),
+    Alert("EmbellamaFailingSlowly", "ticket", "1h", promql(_BURNING, limit="0.005", long="3d", short="6h"),
+        "So many requests fail that a month's error budget will be gone at its end.",
+        "As EmbellamaFailing, in working hours."),
     Alert("EmbellamaShedding", "ticket", "10m", promql(_SHEDDING),
         "More than one request in a hundred is refused: the queue, a key's limit or the connections are full.",
         "One client too many: lower its key's rate= and tokens=. All of them: another server behind a proxy (emit haproxy), "

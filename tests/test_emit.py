@@ -802,6 +802,10 @@ def alert_cases() -> dict[str, tuple[Series, Series]]:
             # Few requests: one failure is a great share of them, and no news.
             [requests("0x179 3"), errors("engine_failed", "0x179 3")],
         ),
+        "EmbellamaFailingSlowly": (
+            [busy, errors("engine_failed", "0+4x180")],
+            [busy, errors("engine_failed", "0+2x180")],
+        ),
         "EmbellamaShedding": (
             [busy, errors("overloaded", "0+12x180")],
             [busy, errors("overloaded", "0+3x180"), errors("not_ready", "0+99x180")],

@@ -209,6 +209,33 @@ def test_the_servers_own_key_is_this_users_alone_new_each_time_and_goes_with_it(
     assert asyncio.run(run()) != asyncio.run(run())
 
 
+def test_keys_of_servers_that_were_killed_go_at_the_next_start_and_no_others(
+    tmp_path: Path,
+) -> None:
+    prefix = f"admin-{socket.gethostname()}-"
+    names = [f"{prefix}127.0.0.1-{port}.key" for port in (1, 2, 3)]
+    dead, living, young = (tmp_path / name for name in names)
+    unfinished, other = (
+        tmp_path / f".{dead.name}.new",
+        tmp_path / "admin-elsewhere-1.key",
+    )
+    for path in (dead, young, unfinished, other):
+        path.write_text("key")
+    _, file = es.new_admin_key(living)
+    for path in (dead, living, unfinished, other):
+        os.utime(path, (time.time() - 61, time.time() - 61))
+
+    async def run() -> None:
+        async with kit.running_service(cache_dir=str(tmp_path)):
+            own = set(tmp_path.iterdir()) - {living, young, other}
+            assert len(own) == 1 and own.isdisjoint({dead, unfinished})
+
+    asyncio.run(run())
+    os.close(file)  # as the end of its process does
+    es.remove_dead_keys(tmp_path, prefix)
+    assert set(tmp_path.iterdir()) == {young, other}
+
+
 def test_where_no_key_can_be_written_admin_routes_say_what_is_left(
     tmp_path: Path,
 ) -> None:
