@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import embellama_server as es
-from tests import kit, models
+from tests import docs, kit, models
 
 WINDOWS = [["the sea", "a new year"], [], ["no time", "the sea", "one two three four"]]
 
@@ -134,6 +134,14 @@ def test_vectors_are_the_server_s_bit_for_bit(
     with contextlib.closing(es.Embedder(settings, **asked)) as embedder:
         ours = next(embedder.embed([texts]))
     assert [v.tobytes() for v in ours] == [v.tobytes() for v in theirs]
+
+
+def test_readme_s_example_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = (one for one in docs.commands("python") if "embedder.embed" in one)
+    exec(example.replace("m.gguf", str(models.tiny_bert(tmp_path))), {})
+    assert capsys.readouterr().out.count("dtype=float32") == 3
 
 
 # --- columns ---
