@@ -6,6 +6,7 @@ import base64
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -21,6 +22,8 @@ import pytest
 
 import embellama_server as es
 from tests import both, kit
+from tests.servers import free_port
+from tests.siege import memory_mb, quantile
 
 PAGE = es.PAGE_HTML
 POLICY = dict(es.PAGE_POLICY)["content-security-policy"]
@@ -246,6 +249,12 @@ def test_rates_of_a_server_that_was_started_again_are_not_negative() -> None:
 # --- in a browser ---
 
 
+def cpu_s(pid: int) -> float:
+    """What a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium without a window."""
@@ -264,7 +273,6 @@ def browser() -> Iterator[Any]:
 LINES = ["The cat sleeps.", "A kitten naps.", "<b>Bread</b> & butter"]
 
 
-@pytest.mark.clients
 def test_the_playground_s_numbers_are_the_api_s(browser: Any, tmp_path: Path) -> None:
     with both.asking(tmp_path, has_chatter=True) as asker:
         page = browser.new_page(viewport={"width": 320, "height": 800})
@@ -305,3 +313,155 @@ def test_the_playground_s_numbers_are_the_api_s(browser: Any, tmp_path: Path) ->
         assert width <= 320, "nothing is cut off on a narrow screen"
         assert len(hosts) == 1
         assert not [text for text in said if "Password field" not in text]
+
+
+STALE_S = 6.5  # a poll every 2 s, which waits for at most 4
+
+
+def is_stale(page: Any) -> bool:
+    """Whether the page says that what it shows is old."""
+    said = page.inner_text("#state").startswith("No answer since ")
+    assert said == page.title().startswith("(no answer)")
+    assert said == page.evaluate("document.body.classList.contains('stale')")
+    return bool(said)
+
+
+def test_a_server_that_is_killed_makes_its_page_stale_until_it_is_back(
+    browser: Any,
+) -> None:
+    port = str(free_port())
+    url = f"http://127.0.0.1:{port}/"
+    flags = ("--port", port, "--host", "127.0.0.1")
+    page = browser.new_page()
+    with kit.started(*flags) as server:
+        page.goto(url)
+        page.wait_for_selector("#models tr")
+        assert not is_stale(page)
+        server.process.kill()
+        killed_at = time.monotonic()
+        page.wait_for_selector("body.stale", timeout=kit.DEADLINE_S * 1000)
+        assert time.monotonic() - killed_at < STALE_S
+        assert is_stale(page)
+    with kit.started(*flags):
+        page.wait_for_selector("body:not(.stale)", timeout=40_000)  # it asks every 30 s
+        assert not is_stale(page)
+    page.close()
+
+
+HIDE = """
+let isHidden = false;
+Object.defineProperty(document, "hidden", { get: () => isHidden });
+globalThis.hide = (now) => {
+  isHidden = now;
+  document.dispatchEvent(new Event("visibilitychange"));
+};
+"""
+
+
+def test_a_tab_that_is_hidden_asks_nothing_until_it_is_shown(browser: Any) -> None:
+    with kit.started() as server:
+        page = browser.new_page()
+        page.clock.install()
+        page.add_init_script(HIDE)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+
+        def polls(seconds: int) -> int:
+            """How often it asks while its clock goes on, a second at a time."""
+            before = len(asked)
+            for _ in range(seconds):
+                page.clock.run_for(1000)
+                page.wait_for_load_state("networkidle")
+            return len(asked) - before
+
+        page.goto(server.url)
+        page.wait_for_selector("#models tr")
+        assert 4 <= polls(10) <= 6
+        page.evaluate("hide(true)")
+        assert polls(10) == 0
+        with page.expect_request("**/status"):
+            page.evaluate("hide(false)")
+        assert 4 <= polls(10) <= 6
+        page.close()
+
+
+def test_names_that_are_markup_are_shown_as_text(browser: Any, tmp_path: Path) -> None:
+    name = "<script>alert(1)</script><img/src/onerror>"
+    place = tmp_path / "m.gguf"
+    place.write_bytes(both.sound_gguf())
+    flags = ("--model-path", str(place), "--model-name", name)
+    with kit.started(*flags, module=both.MODULE) as server:
+        page = browser.new_page()
+        said: list[str] = []
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(server.url)
+        page.wait_for_selector("#models tr")
+        assert page.locator("#models td").first.inner_text() == f"{name}@1"
+        assert page.locator("#embedder option").first.inner_text() == f"{name}@1"
+        assert page.locator("#models script, #models img, select script").count() == 0
+        assert not [text for text in said if "Password field" not in text]
+        page.close()
+
+
+PREFIX = "/embed/a"
+
+
+@pytest.mark.parametrize("path", [PREFIX, f"{PREFIX}/"])
+def test_behind_a_prefix_pages_find_their_links_and_routes(
+    browser: Any, path: str
+) -> None:
+    with kit.started("--root-path", PREFIX) as server:
+        page = browser.new_page()
+        seen: list[tuple[bool, str]] = []
+        page.on("response", lambda reply: seen.append((reply.ok, reply.url)))
+        page.goto(f"{server.url}{path}")
+        page.wait_for_selector("#models tr")
+        page.click("#compare")
+        page.wait_for_selector("#map circle")
+        page.click("#docs")
+        page.wait_for_url(f"**{PREFIX}/docs")
+        page.click("summary:has-text('/v1/embeddings')")
+        page.click("details[open] button")
+        page.wait_for_selector("details[open] .answer:not([hidden])")
+        assert page.inner_text("details[open] output").startswith("200")
+        assert f"{server.url}{PREFIX}/v1/embeddings" in page.inner_text(
+            "details[open] .curl"
+        )
+        ours = [one for one in seen if not one[1].endswith("/favicon.ico")]
+        assert len(ours) >= 5
+        for is_ok, asked in ours:
+            assert is_ok and asked.startswith(f"{server.url}{PREFIX}"), asked
+        page.close()
+
+
+@pytest.mark.clients
+def test_fifty_open_pages_cost_the_server_little(
+    browser: Any, record_property: Any
+) -> None:
+    with kit.started() as server:
+        pages = [browser.new_page() for _ in range(50)]
+        pid = server.process.pid
+        before = memory_mb(pid)
+        for page in pages:
+            page.goto(server.url)
+        for page in pages:
+            page.wait_for_selector("#models tr")
+        begin, used = time.monotonic(), cpu_s(pid)
+        times = []
+        asker = both.Client(server.url)
+        while time.monotonic() - begin < 10:
+            asked_at = time.monotonic()
+            assert asker.get("/health").status == 200
+            times.append(time.monotonic() - asked_at)
+            pages[0].wait_for_timeout(20)
+        share = (cpu_s(pid) - used) / (time.monotonic() - begin)
+        grown = memory_mb(pid) - before
+        asker.close()
+        for page in pages:
+            assert not is_stale(page)
+            page.close()
+    figures = {"of a core": share, "MiB": grown, "p99 s": quantile(times, 0.99)}
+    record_property("fifty pages", figures)
+    assert share < 0.1 and grown < 20
+    assert quantile(times, 0.5) < 0.05
