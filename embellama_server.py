@@ -132,84 +132,85 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 20. CONTEXTS - batches of token ids through llama.cpp
 21. DECODING - steps of several sequences through llama.cpp
 22. PASSES - a decoder's vectors without its head
-23. ENGINE - a GGUF loaded by llama.cpp
-24. WEIGHTS - the same model, re-encoded for this CPU
-25. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
-26. READING - requests to a model, and their texts to token ids, slice by slice
-27. HISTORY - what each worker does, and did
-28. QUEUE - which jobs are admitted, whose turn it is, how each ends
-29. BATCHING - which waiting inputs share the next call, and what becomes of it
-30. WORKERS - the threads
-31. GBNF - grammars as llama-server takes them, written and read
-32. GRAMMARS - which bytes, and so which tokens, may come next
-33. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
-34. SCHEMAS - JSON Schema: what several parts say together, as one
-35. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
-36. SAMPLING - which token comes next
-37. TEXT - tokens to the text that a client may see
-38. SEQUENCES - what of past prompts is still in memory
-39. DRAFTS - how a reply may go on, tried ahead
-40. STEPS - which tokens share the next call
-41. GENERATIONS - requests for text: what each has gained, and which wait
-42. GROWING - what a reply's next token adds to it
-43. GENERATOR - the thread that generates
+23. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
+24. ENGINE - a GGUF loaded by llama.cpp
+25. WEIGHTS - the same model, re-encoded for this CPU
+26. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+27. READING - requests to a model, and their texts to token ids, slice by slice
+28. HISTORY - what each worker does, and did
+29. QUEUE - which jobs are admitted, whose turn it is, how each ends
+30. BATCHING - which waiting inputs share the next call, and what becomes of it
+31. WORKERS - the threads
+32. GBNF - grammars as llama-server takes them, written and read
+33. GRAMMARS - which bytes, and so which tokens, may come next
+34. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+35. SCHEMAS - JSON Schema: what several parts say together, as one
+36. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+37. SAMPLING - which token comes next
+38. TEXT - tokens to the text that a client may see
+39. SEQUENCES - what of past prompts is still in memory
+40. DRAFTS - how a reply may go on, tried ahead
+41. STEPS - which tokens share the next call
+42. GENERATIONS - requests for text: what each has gained, and which wait
+43. GROWING - what a reply's next token adds to it
+44. GENERATOR - the thread that generates
 --- network wing ---
-44. MESSAGES - requests and responses, and the bytes of a response
-45. REQUESTS - bytes to requests
-46. CODINGS - compressed bodies, JSON, and what a client takes
-47. PROXIES - which client one speaks for
-48. KEYS - who is asking, and how much each may ask for
-49. SOCKETS - how many, how much is held for them, how each ends
-50. CONNECTIONS - requests of one client, in order; back-pressure
-51. LISTENERS - where connections come from
+45. MESSAGES - requests and responses, and the bytes of a response
+46. REQUESTS - bytes to requests
+47. CODINGS - compressed bodies, JSON, and what a client takes
+48. PROXIES - which client one speaks for
+49. KEYS - who is asking, and how much each may ask for
+50. SOCKETS - how many, how much is held for them, how each ends
+51. CONNECTIONS - requests of one client, in order; back-pressure
+52. LISTENERS - where connections come from
 --- hall ---
-52. GATE - who is let in
-53. MODELS - what is configured, what is in memory, and what a name means
-54. REGISTRY - when each model is in memory
-55. FORMS - what is asked and answered, declared once
-56. COMPUTE - from an EmbedRequest to its EmbedResult
-57. REPLIES - from messages to the text of a reply, as it grows
-58. CONSTRAINTS - which grammar the replies to a request follow
-59. HANDLING - what handlers work with: the service, and a request over HTTP
-60. ANSWERS - replies on their way: whole, or part by part
-61. VECTORS - numbers of a reply, in the types that clients ask for
-62. OPENAI - its shapes
-63. TOOLS - which functions a model may call, and which it must
-64. CHAT FORMS - what may be asked of a model that generates
-65. CHAT - OpenAI's chat and completions, whole and streamed
-66. ITEMS - what may be asked on OpenAI's /v1/responses
-67. RESPONSES - OpenAI's newer route: items, whole and streamed
-68. COHERE - its vectors and scores, Jina's scores, and vLLM's
-69. TEI - the shapes of text-embeddings-inference
-70. TOKENS - texts as the tokens that a model reads, and back
-71. LLAMA SERVER - routes of its own that clients look at
-72. OLLAMA - its models and its embeddings
-73. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-74. OLLAMA CHAT - its chat and generate, whole and streamed
-75. SEEDS - what infer-server and LMServ promise
-76. ADMIN - health, readiness, metrics, models
-77. OPERATION - what the workers do, which settings hold, and draining
-78. STATUS - figures of this moment and of the last five minutes
-79. DESCRIPTION - the routes as an OpenAPI document, and as a page
-80. PAGE - what a browser shows at /
-81. ROUTES - the table, and everything derived from it
-82. DISPATCH - from a request to its response
-83. TRIALS - a model loaded in another process first
-84. FOLDER - what a model's authors wrote beside its file
-85. LOADING - a model's way into memory
-86. SUPERVISOR - a small parent that outlives the server
-87. SERVER - builds every object; loading, ready, draining, stopped
-88. EMBEDDER - the engine without a server, for programs and workers of a cluster
-89. TUNING - the settings that are fastest on this box
-90. CHECKING - what a model is and gives, before it is served
-91. DEPLOYMENT - what the printed files have in common
-92. UNITS - the server under systemd
-93. CONTAINERS - the server in images, with Compose, in Kubernetes
-94. FRONTS - HAProxy or nginx before several servers
-95. WATCHING - what scrapes, alerts and scales
-96. BOARD - one dashboard for Grafana
-97. COLLECTION - the routes as a Postman collection
-98. COMMAND LINE - flags in, exit code out
+53. GATE - who is let in
+54. MODELS - what is configured, what is in memory, and what a name means
+55. REGISTRY - when each model is in memory
+56. FORMS - what is asked and answered, declared once
+57. COMPUTE - from an EmbedRequest to its EmbedResult
+58. REPLIES - from messages to the text of a reply, as it grows
+59. CONSTRAINTS - which grammar the replies to a request follow
+60. HANDLING - what handlers work with: the service, and a request over HTTP
+61. ANSWERS - replies on their way: whole, or part by part
+62. VECTORS - numbers of a reply, in the types that clients ask for
+63. OPENAI - its shapes
+64. TOOLS - which functions a model may call, and which it must
+65. CHAT FORMS - what may be asked of a model that generates
+66. CHAT - OpenAI's chat and completions, whole and streamed
+67. ITEMS - what may be asked on OpenAI's /v1/responses
+68. RESPONSES - OpenAI's newer route: items, whole and streamed
+69. COHERE - its vectors and scores, Jina's scores, and vLLM's
+70. TEI - the shapes of text-embeddings-inference
+71. TOKENS - texts as the tokens that a model reads, and back
+72. LLAMA SERVER - routes of its own that clients look at
+73. OLLAMA - its models and its embeddings
+74. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+75. OLLAMA CHAT - its chat and generate, whole and streamed
+76. SEEDS - what infer-server and LMServ promise
+77. ADMIN - health, readiness, metrics, models
+78. OPERATION - what the workers do, which settings hold, and draining
+79. STATUS - figures of this moment and of the last five minutes
+80. DESCRIPTION - the routes as an OpenAPI document, and as a page
+81. PAGE - what a browser shows at /
+82. ROUTES - the table, and everything derived from it
+83. DISPATCH - from a request to its response
+84. TRIALS - a model loaded in another process first
+85. FOLDER - what a model's authors wrote beside its file
+86. LOADING - a model's way into memory
+87. SUPERVISOR - a small parent that outlives the server
+88. SERVER - builds every object; loading, ready, draining, stopped
+89. EMBEDDER - the engine without a server, for programs and workers of a cluster
+90. TUNING - the settings that are fastest on this box
+91. CHECKING - what a model is and gives, before it is served
+92. DEPLOYMENT - what the printed files have in common
+93. UNITS - the server under systemd
+94. CONTAINERS - the server in images, with Compose, in Kubernetes
+95. FRONTS - HAProxy or nginx before several servers
+96. WATCHING - what scrapes, alerts and scales
+97. BOARD - one dashboard for Grafana
+98. COLLECTION - the routes as a Postman collection
+99. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -6640,10 +6641,12 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 
 
 # ==============================================================================
-# 23. ENGINE - a GGUF loaded by llama.cpp
+# 23. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
 # ==============================================================================
-# The only room that imports llama_cpp, and only when a model is loaded. One model is
-# shared by all contexts, read-only.
+# llama.cpp is built for one CPU, or with a library for each kind of CPU, of which the best
+# that runs here is loaded at run time. llama-cpp-python loads none of those
+# (abetlen/llama-cpp-python#2069), and llama.cpp itself looks beside the executable and in
+# the current folder, never beside libllama.
 # OpenMP's threads spin while they have nothing to do: by default so long that a neighbour
 # on one core makes a call of two threads 1.2 to 2.1 times as slow as one of one, and that
 # an idle server uses 0.5 % of a core; not at all (OMP_WAIT_POLICY=passive), and the
@@ -6655,8 +6658,46 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 # busy process on one core the median step of one stream took 23.5 ms in each of three
 # runs, and 25 to 203 with 10,000; beside two 38 to 48, and 33 to 35.
 
-_POSITION_ROWS: Final = b"position_embd.weight"
 _SPINS, _SPINS_OF_STEPS = "1000", "300000"
+
+
+def set_openmp_spins(*, generates: bool) -> None:
+    """Decide how long threads spin; libgomp reads it as the first engine loads it."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        spins = _SPINS_OF_STEPS if generates else _SPINS
+        os.environ.setdefault("GOMP_SPINCOUNT", spins)
+
+
+def load_backends(llama: Any) -> None:
+    """Load from beside libllama what computes best here, unless that is built in.
+
+    ``llama``: llama-cpp-python's module of functions. Raises StartupError.
+    """
+    library = llama._lib
+    if library.ggml_backend_reg_count():
+        return
+    folder = os.path.dirname(library._name)
+    library.ggml_backend_load_all_from_path(os.fsencode(folder))
+    if not library.ggml_backend_reg_count():
+        raise StartupError(
+            f"no libggml-cpu*.so in {folder} runs on this CPU ({cpu_name()}): build "
+            "llama-cpp-python's wheel as README says under Air-gapped boxes"
+        )
+
+
+def cpu_features(llama: Any) -> str:
+    """Return which features of this CPU llama.cpp computes with, e.g. ``AVX2,FMA``."""
+    told = llama.llama_print_system_info().decode("utf-8", "replace")
+    return ",".join(re.findall(r"(\w+) = [^0 ]", told))
+
+
+# ==============================================================================
+# 24. ENGINE - a GGUF loaded by llama.cpp
+# ==============================================================================
+# The only room that imports llama_cpp, and only when a model is loaded. One model is
+# shared by all contexts, read-only.
+
+_POSITION_ROWS: Final = b"position_embd.weight"
 
 # Sequences that are kept beside the running ones, for prompts that begin like them; each
 # takes two rows of logits (2 MiB at a vocabulary of 262,144).
@@ -6689,6 +6730,7 @@ class ModelCard:
     prefix: tuple[int, ...]  # special tokens put before and after every text
     suffix: tuple[int, ...]
     max_chars: int = sys.maxsize  # longest text the tokenizer may be given
+    cpu_features: str = ""  # what it computes with, e.g. AVX2,FMA
     prompts: tuple[tuple[str, str], ...] = ()  # name and text, from the file
     has_dense: bool = False  # the file has layers for what was pooled
     norms_before_cut: bool = False  # shortened vectors get a layer norm first
@@ -6759,13 +6801,6 @@ def truncated(
     return [*ids[:front], *ids[len(ids) - max_tokens + front :]]
 
 
-def set_openmp_spins(*, generates: bool) -> None:
-    """Decide how long threads spin; libgomp reads it as the first engine loads it."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        spins = _SPINS_OF_STEPS if generates else _SPINS
-        os.environ.setdefault("GOMP_SPINCOUNT", spins)
-
-
 def _llama_cpp() -> Any:
     """Import the ctypes functions of llama-cpp-python, without the package around them.
 
@@ -6813,6 +6848,7 @@ class Engine:
                 why = f"llama-cpp-python does not load: {error}"
                 raise StartupError(why) from None
             LLAMA_LOG.install(llama, log)
+            load_backends(llama)
             llama.llama_backend_init()
             self._model = self._load(paths)
             self._make_ready(paths, header)
@@ -7006,6 +7042,7 @@ class Engine:
             prefix=prefix,
             suffix=suffix,
             max_chars=tokenizer.max_chars,
+            cpu_features=cpu_features(llama),
             prompts=tuple(prompts),
             has_dense=header.has_dense,
             norms_before_cut=header.norms_before_cut,
@@ -7082,7 +7119,7 @@ class Engine:
 
 
 # ==============================================================================
-# 24. WEIGHTS - the same model, re-encoded for this CPU
+# 25. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which weight type is fastest depends on the CPU: with AVX512_BF16, bf16 is 1.4 (MiniLM)
 # to 1.5 times (BERT-base) as fast as f16, and q8_0 is slower; other CPUs were not
@@ -7306,11 +7343,22 @@ def _replace(path: Path, content: bytes) -> None:
 def _here() -> str:
     """Return what a measurement depends on besides the file."""
     version = ".".join(map(str, installed_version("llama-cpp-python") or ()))
-    return f"{cpu_name()}; llama-cpp-python {version}"
+    return f"{cpu_name()}; llama-cpp-python {version} {_libraries()}"
+
+
+def _libraries() -> str:
+    """Return a digest of llama.cpp's libraries: another build has other speeds."""
+    record = ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        package = importlib.metadata.distribution("llama-cpp-python")
+        record = package.read_text("RECORD") or ""  # none if pip was interrupted
+    built = [line for line in record.splitlines() if ".so" in line]
+    built.append(os.environ.get("LLAMA_CPP_LIB_PATH", ""))  # libraries from elsewhere
+    return hashlib.sha256("\n".join(sorted(built)).encode()).hexdigest()[:12]
 
 
 # ==============================================================================
-# 25. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+# 26. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 # ==============================================================================
 # Pure: callers pass the time. The speed of past calls decides how many threads and tokens
 # the next one gets, and what Retry-After says. A job reserves room in the queue when it is
@@ -7673,7 +7721,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 26. READING - requests to a model, and their texts to token ids, slice by slice
+# 27. READING - requests to a model, and their texts to token ids, slice by slice
 # ==============================================================================
 # What tokenizer threads do. A slice ends after some inputs or characters, so that large
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
@@ -8082,7 +8130,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 27. HISTORY - what each worker does, and did
+# 28. HISTORY - what each worker does, and did
 # ==============================================================================
 
 
@@ -8148,7 +8196,7 @@ class WorkerNotes:
 
 
 # ==============================================================================
-# 28. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 29. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -8553,7 +8601,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 29. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 30. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -9003,7 +9051,7 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
-# 30. WORKERS - the threads
+# 31. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -9354,7 +9402,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 31. GBNF - grammars as llama-server takes them, written and read
+# 32. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -9709,7 +9757,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 
 
 # ==============================================================================
-# 32. GRAMMARS - which bytes, and so which tokens, may come next
+# 33. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -10002,7 +10050,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 33. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 34. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -10365,7 +10413,7 @@ def _between(low: str | None, high: str | None, whole: int, left: int) -> str:
 
 
 # ==============================================================================
-# 34. SCHEMAS - JSON Schema: what several parts say together, as one
+# 35. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -10684,7 +10732,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 35. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 36. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -11037,7 +11085,7 @@ class _SchemaReader:
 
 
 # ==============================================================================
-# 36. SAMPLING - which token comes next
+# 37. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -11458,7 +11506,7 @@ def _check_finite(best: float) -> None:
 
 
 # ==============================================================================
-# 37. TEXT - tokens to the text that a client may see
+# 38. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -11666,7 +11714,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 38. SEQUENCES - what of past prompts is still in memory
+# 39. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -12029,7 +12077,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 39. DRAFTS - how a reply may go on, tried ahead
+# 40. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -12161,7 +12209,7 @@ def draft_lengths(
 
 
 # ==============================================================================
-# 40. STEPS - which tokens share the next call
+# 41. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -12450,7 +12498,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 41. GENERATIONS - requests for text: what each has gained, and which wait
+# 42. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -12815,7 +12863,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 42. GROWING - what a reply's next token adds to it
+# 43. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -12956,7 +13004,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 43. GENERATOR - the thread that generates
+# 44. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -13406,7 +13454,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 44. MESSAGES - requests and responses, and the bytes of a response
+# 45. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -13597,7 +13645,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 45. REQUESTS - bytes to requests
+# 46. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -13955,7 +14003,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 46. CODINGS - compressed bodies, JSON, and what a client takes
+# 47. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -14318,7 +14366,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 47. PROXIES - which client one speaks for
+# 48. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -14443,7 +14491,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 48. KEYS - who is asking, and how much each may ask for
+# 49. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -14845,7 +14893,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 49. SOCKETS - how many, how much is held for them, how each ends
+# 50. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -15208,7 +15256,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 50. CONNECTIONS - requests of one client, in order; back-pressure
+# 51. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -15654,7 +15702,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 51. LISTENERS - where connections come from
+# 52. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -16004,7 +16052,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 52. GATE - who is let in
+# 53. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -16243,7 +16291,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 53. MODELS - what is configured, what is in memory, and what a name means
+# 54. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -16625,7 +16673,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 54. REGISTRY - when each model is in memory
+# 55. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -17052,7 +17100,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 55. FORMS - what is asked and answered, declared once
+# 56. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -17487,7 +17535,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 56. COMPUTE - from an EmbedRequest to its EmbedResult
+# 57. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -17705,7 +17753,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 57. REPLIES - from messages to the text of a reply, as it grows
+# 58. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -18147,7 +18195,7 @@ class Replies:
 
 
 # ==============================================================================
-# 58. CONSTRAINTS - which grammar the replies to a request follow
+# 59. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -18220,7 +18268,7 @@ def _calls_body(rules: GrammarRules, request: ReplyRequest) -> str:
 
 
 # ==============================================================================
-# 59. HANDLING - what handlers work with: the service, and a request over HTTP
+# 60. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -18668,7 +18716,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 60. ANSWERS - replies on their way: whole, or part by part
+# 61. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -18783,7 +18831,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 61. VECTORS - numbers of a reply, in the types that clients ask for
+# 62. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18912,7 +18960,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 62. OPENAI - its shapes
+# 63. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -19043,7 +19091,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 63. TOOLS - which functions a model may call, and which it must
+# 64. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -19228,7 +19276,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 64. CHAT FORMS - what may be asked of a model that generates
+# 65. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -19662,7 +19710,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 65. CHAT - OpenAI's chat and completions, whole and streamed
+# 66. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -20034,7 +20082,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 66. ITEMS - what may be asked on OpenAI's /v1/responses
+# 67. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -20428,7 +20476,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 67. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 68. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -20803,7 +20851,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 68. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 69. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -21104,7 +21152,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 69. TEI - the shapes of text-embeddings-inference
+# 70. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -21358,7 +21406,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 70. TOKENS - texts as the tokens that a model reads, and back
+# 71. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -21665,7 +21713,7 @@ async def _decoded(
 
 
 # ==============================================================================
-# 71. LLAMA SERVER - routes of its own that clients look at
+# 72. LLAMA SERVER - routes of its own that clients look at
 # ==============================================================================
 # Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
 # without the texts, and of a model without its path.
@@ -21785,7 +21833,7 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 
 
 # ==============================================================================
-# 72. OLLAMA - its models and its embeddings
+# 73. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. With embeddings, keep_alive and options are accepted and
 # change nothing: when a model leaves memory is the operator's affair here.
@@ -22032,7 +22080,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 73. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 74. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -22241,7 +22289,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 74. OLLAMA CHAT - its chat and generate, whole and streamed
+# 75. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -22483,7 +22531,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 75. SEEDS - what infer-server and LMServ promise
+# 76. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -22699,7 +22747,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 76. ADMIN - health, readiness, metrics, models
+# 77. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -22937,7 +22985,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 77. OPERATION - what the workers do, which settings hold, and draining
+# 78. OPERATION - what the workers do, which settings hold, and draining
 # ==============================================================================
 # For an administrator, who is shown neither texts nor secrets: what is secret is declared
 # with the setting.
@@ -23126,7 +23174,7 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 
 
 # ==============================================================================
-# 78. STATUS - figures of this moment and of the last five minutes
+# 79. STATUS - figures of this moment and of the last five minutes
 # ==============================================================================
 # What the page at / draws. Counters are given as they are, with the server's own time:
 # who reads them takes the difference of two moments. So two readers, curl and Prometheus
@@ -23271,7 +23319,7 @@ def _shown_model(entry: ModelEntry, service: Service) -> dict[str, object]:
 
 
 # ==============================================================================
-# 79. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 80. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -23590,7 +23638,7 @@ DOCS_POLICY: Final = page_policy(_SCRIPT, _STYLE)
 
 
 # ==============================================================================
-# 80. PAGE - what a browser shows at /
+# 81. PAGE - what a browser shows at /
 # ==============================================================================
 # One text without any other file, for a box that has no network. It asks /status every two
 # seconds (no stream: those hold one of a browser's few connections, and a drain), and the
@@ -24040,7 +24088,7 @@ PAGE_POLICY: Final = page_policy(_PAGE_SCRIPT, _PAGE_STYLE)
 
 
 # ==============================================================================
-# 81. ROUTES - the table, and everything derived from it
+# 82. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -24255,7 +24303,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 82. DISPATCH - from a request to its response
+# 83. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -24705,7 +24753,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 83. TRIALS - a model loaded in another process first
+# 84. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -24788,7 +24836,7 @@ class Trial:
 
 
 # ==============================================================================
-# 84. FOLDER - what a model's authors wrote beside its file
+# 85. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -24915,7 +24963,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 85. LOADING - a model's way into memory
+# 86. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -25303,6 +25351,7 @@ class Loader:
             max_input_tokens=card.max_input_tokens,
             pooling=card.pooling,
             weights=card.weights,
+            cpu_features=card.cpu_features or None,
             sha256=file.sha256[:16],
             tokenizer=card.tokenizer,
             pre_tokenizer=card.pre_tokenizer or None,
@@ -25341,7 +25390,7 @@ class Loader:
 
 
 # ==============================================================================
-# 86. SUPERVISOR - a small parent that outlives the server
+# 87. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -25730,7 +25779,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 87. SERVER - builds every object; loading, ready, draining, stopped
+# 88. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -26171,7 +26220,7 @@ class Server:
 
 
 # ==============================================================================
-# 88. EMBEDDER - the engine without a server, for programs and workers of a cluster
+# 89. EMBEDDER - the engine without a server, for programs and workers of a cluster
 # ==============================================================================
 # The server's prompts, truncation, queue and vectors, for a caller that has a corpus and no
 # event loop. It refuses nothing for lack of room: it takes the next window when there is
@@ -26389,7 +26438,7 @@ def _vector(vector: Any, request: EmbedRequest, card: ModelCard) -> Any:
 
 
 # ==============================================================================
-# 89. TUNING - the settings that are fastest on this box
+# 90. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -26522,7 +26571,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 90. CHECKING - what a model is and gives, before it is served
+# 91. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -26598,6 +26647,7 @@ class Checker:
             known = self._loader.look(self._settings, with_sha256=False)
             needed = needed_bytes(self._settings, known) >> 20
             facts["memory"] = f"at most {needed} MiB"
+            facts["cpu_features"] = loaded.card.cpu_features or None
             if reference is not None:
                 vectors = await self._vectors(reference, entry, loaded)
                 found, shortfall = compared(vectors, reference, min_cosine)
@@ -26655,7 +26705,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 91. DEPLOYMENT - what the printed files have in common
+# 92. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -26868,7 +26918,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 92. UNITS - the server under systemd
+# 93. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -27080,7 +27130,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 93. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 94. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -27100,14 +27150,15 @@ FROM ${BASE} AS build
 RUN apt-get update \\
  && apt-get install --yes --no-install-recommends build-essential cmake \\
  && rm -rf /var/lib/apt/lists/*
-# For CPUs with AVX2 (2013). Without this the image runs only where it was built, or on newer
-# ones. GPU: a CUDA image with Python as BASE, and -DGGML_CUDA=ON.
-ARG CMAKE_ARGS="-DGGML_NATIVE=OFF"
-RUN python3 -m venv /opt/embellama \\
- && /opt/embellama/bin/pip install --no-cache-dir <requirements>
-COPY embellama_server.py /opt/embellama/app/
+# llama.cpp with a library for each kind of CPU: the server loads the best that runs where it
+# is. GPU: a CUDA image with Python as BASE, and -DGGML_CUDA=ON as well.
+ARG CMAKE_ARGS="<cmake_args>"
+ARG SKBUILD_WHEEL_EXCLUDE="<left_out>"
+RUN pip wheel --no-cache-dir --wheel-dir /wheelhouse <requirements> \\
+ && pip install --no-cache-dir --no-index --target /opt/embellama /wheelhouse/*.whl
+COPY embellama_server.py /opt/embellama/
 # A module starts from its bytecode; a script would be compiled at each start.
-RUN /opt/embellama/bin/python -m compileall -q /opt/embellama/app
+RUN python3 -m compileall -q /opt/embellama/embellama_server.py
 
 FROM ${BASE}
 # hadolint ignore=DL3008
@@ -27116,8 +27167,7 @@ RUN apt-get update \\
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \\
  && install --directory --owner=65532 --group=65532 /cache
 COPY --from=build /opt/embellama /opt/embellama
-ENV PATH=/opt/embellama/bin:${PATH} \\
-    PYTHONPATH=/opt/embellama/app \\
+ENV PYTHONPATH=/opt/embellama \\
     PYTHONDONTWRITEBYTECODE=1 \\
     EMBELLAMA_HOST=0.0.0.0 \\
     EMBELLAMA_UDS=/tmp/embellama.sock \\
@@ -27131,6 +27181,14 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=600s CMD <health>
 ENTRYPOINT ["python", "-m", "embellama_server"]
 """
+# A backend for each kind of CPU, beside libllama, and one name for each library: a wheel has
+# no links, so three names are three copies. LLAVA is for images.
+WHEEL_CMAKE_ARGS: Final = (
+    "-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON "
+    "-DCMAKE_INSTALL_BINDIR=llama_cpp/lib -DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON "
+    "-DLLAVA_BUILD=OFF"
+)
+WHEEL_LEFT_OUT: Final = "lib/**;include/**"  # the libraries again, for C++; headers
 _DOCKERIGNORE: Final = """\
 <head>
 *
@@ -27144,6 +27202,8 @@ def docker_files(deployment: Deployment) -> dict[str, str]:
         _DOCKERFILE,
         head=lines_of(head_line("docker")),
         version=__version__,
+        cmake_args=WHEEL_CMAKE_ARGS,
+        left_out=WHEEL_LEFT_OUT,
         requirements=" ".join(f'"{row.requirement}"' for row in LIBRARIES),
         port=str(deployment.settings.port),
         health=_health_command("/ready"),
@@ -27491,7 +27551,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 94. FRONTS - HAProxy or nginx before several servers
+# 95. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -27624,7 +27684,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 95. WATCHING - what scrapes, alerts and scales
+# 96. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -27835,7 +27895,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 96. BOARD - one dashboard for Grafana
+# 97. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -28039,7 +28099,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 97. COLLECTION - the routes as a Postman collection
+# 98. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -28147,7 +28207,7 @@ EMITTERS: Final = {
 
 
 # ==============================================================================
-# 98. COMMAND LINE - flags in, exit code out
+# 99. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 

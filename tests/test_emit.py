@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import both, kit
+from tests import both, docs, kit
 from tests.servers import free_port
 from tests.siege import answers, wait_until
 
@@ -363,6 +363,19 @@ def test_a_container_s_health_is_asked_over_its_unix_socket(tmp_path: Path) -> N
         assert ask() == 0
         assert server.stop() == 0
     assert ask() != 0
+
+
+def test_the_image_has_the_wheels_that_readme_says_how_to_make(tmp_path: Path) -> None:
+    dockerfile = files(tmp_path / "out", "docker")["Dockerfile"]
+    printed = dict(re.findall(r'(?m)^ARG ([A-Z_]+)="(.*)"$', dockerfile))
+    assert "-DGGML_CPU_ALL_VARIANTS=ON" in printed["CMAKE_ARGS"]
+    (block,) = (b for b in docs.commands("text") if "--wheel-dir" in b)
+    block = block.replace("\\\n  ", "")
+    for name, value in printed.items():
+        assert f'{name}="{value}"' in block
+    for row in es.LIBRARIES:
+        assert f'"{row.requirement}"' in dockerfile
+        assert f" {row.package}" in block
 
 
 @pytest.mark.clients

@@ -35,6 +35,7 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
             "--wheel-dir",
             "--no-deps",
             "--dest",
+            "--no-cache-dir",
             "--no-index",
             "--find-links",
         ),

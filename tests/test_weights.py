@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
@@ -351,7 +352,21 @@ def test_another_cpu_or_llama_cpp_is_measured_anew(
     assert len(shelf.measured) == 4, "and this is remembered"
 
 
-def test_here_is_this_cpu_and_this_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+class Another:
+    """The package, built otherwise."""
+
+    record: str | None = "llama_cpp/lib/libllama.so,sha256=x,1\n"
+
+    def __init__(self, name: str) -> None:
+        assert name == "llama-cpp-python"
+
+    def read_text(self, name: str) -> str | None:
+        return self.record
+
+
+def test_here_is_this_cpu_and_this_build_of_llama_cpp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = {es._here()}
     monkeypatch.setattr(es, "cpu_name", lambda: "another")
     found.add(es._here())
@@ -359,7 +374,13 @@ def test_here_is_this_cpu_and_this_llama_cpp(monkeypatch: pytest.MonkeyPatch) ->
     found.add(es._here())
     monkeypatch.setattr(es, "installed_version", lambda _: None)
     found.add(es._here())
-    assert len(found) == 4
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", "/opt/another/build")
+    found.add(es._here())
+    monkeypatch.setattr(importlib.metadata, "distribution", Another)
+    found.add(es._here())
+    monkeypatch.setattr(Another, "record", None)  # pip was interrupted
+    found.add(es._here())
+    assert len(found) == 7
 
 
 def test_another_content_of_the_file_is_measured_anew(shelf: Shelf) -> None:
