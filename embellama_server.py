@@ -14,6 +14,7 @@
     python embellama_server.py --model-path a=a.gguf --model-path b=b.gguf
     python embellama_server.py tune --model-path m.gguf           # measure this box
     python embellama_server.py check m.gguf                       # see what it is
+    python embellama_server.py embed docs.jsonl --output v.npy    # vectors of files
     python embellama_server.py openapi                            # describe the API
     python embellama_server.py emit systemd                       # print its unit
 
@@ -210,7 +211,12 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 96. WATCHING - what scrapes, alerts and scales
 97. BOARD - one dashboard for Grafana
 98. COLLECTION - the routes as a Postman collection
-99. COMMAND LINE - flags in, exit code out
+99. CORPUS - texts in files, row by row
+100. VECTOR FILES - where vectors of a corpus are put
+101. JOBS - what `embed` is told, and how far it is
+102. BULK - a corpus to vectors, as a job that can be killed
+103. REMOTE - a running server instead of the engine
+104. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -223,6 +229,7 @@ import codecs
 import collections
 import contextlib
 import contextvars
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -233,11 +240,14 @@ import faulthandler
 import fcntl
 import fractions
 import functools
+import glob
 import graphlib
+import gzip
 import hashlib
 import hmac
 import html
 import http
+import http.client
 import importlib
 import importlib.metadata
 import importlib.util
@@ -255,9 +265,11 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import statistics
@@ -26368,6 +26380,13 @@ class Embedder:
         length = self._request.dimensions or self._load().card.n_embd
         return {**batch, "embedding": np.array(rows, "f4").reshape(len(rows), length)}
 
+    def shortened(self, vector: Any, dimensions: int) -> Any:
+        """Return the first ``dimensions`` of one of its vectors, of length 1.
+
+        Raises NonFiniteVector where only zeros are left.
+        """
+        return final_vector(vector, dimensions, self._load().card)
+
     def close(self) -> None:
         """End its threads and free the model, which the next use would load again.
 
@@ -26560,6 +26579,18 @@ class Tuner:
 
         with ThreadPoolExecutor(layout.workers) as threads:
             return sum(threads.map(rate, self._contexts[: layout.workers]))
+
+
+def check_profile(profile: Path) -> None:
+    """Raise StartupError if the profile could not be written after measuring."""
+    if not profile.parent.is_dir():
+        raise StartupError(f"there is no folder {profile.parent} for --output")
+    mark = TUNE_MARK.encode()
+    with contextlib.suppress(FileNotFoundError), open_plain(profile) as file:
+        if file.read(len(mark)) != mark:
+            raise StartupError(
+                f"{profile} exists and was not written by tune: name another --output"
+            )
 
 
 def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
@@ -28206,8 +28237,1533 @@ EMITTERS: Final = {
 }
 
 
+def write_files(
+    folder: Path, files: Mapping[str, str], *, can_replace: bool
+) -> list[Path]:
+    """Write files by name, whole or not at all. Raises StartupError."""
+    taken = [name for name in files if os.path.lexists(folder / name)]
+    if taken and not can_replace:
+        raise StartupError(
+            f"{folder} has {', '.join(taken)} already; --force replaces what is there"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            unfinished = folder / f".{name}.new"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, folder / name)
+    except (OSError, UnicodeError) as error:
+        raise StartupError(f"--output {folder} cannot be written: {error}") from None
+    return [folder / name for name in files]
+
+
 # ==============================================================================
-# 99. COMMAND LINE - flags in, exit code out
+# 99. CORPUS - texts in files, row by row
+# ==============================================================================
+# Files are read as they go, so that one of any size takes the same memory. Every byte
+# that was read is counted and hashed: that is how a later run knows where to go on, and
+# that what it goes on with is what was read before.
+
+INPUT_FORMATS: Final = ("jsonl", "txt", "csv", "tsv", "parquet")
+_SUFFIXES: Final = {"ndjson": "jsonl", "json": "jsonl", "text": "txt", "pq": "parquet"}
+_MAX_LINE_BYTES: Final = 32 << 20  # as --max-body-bytes: no text is longer
+_BLOCK_BYTES: Final = 1 << 20
+# What is in flight: enough for the workers' calls, little beside the model.
+WINDOW_ROWS: Final = 1024
+WINDOW_CHARS: Final = 1 << 20
+
+
+class BulkError(Exception):
+    """Why `embed` cannot go on, in a sentence; ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class BadRow(Exception):
+    """Why a row has no vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a file: its texts, or why it has none."""
+
+    number: int  # over all files, from 0
+    path: str
+    line: int  # where it begins, from 1
+    byte: int  # likewise, from 0; of what a .gz holds
+    id: object  # as in the file, else the number
+    texts: Sequence[str] = ()  # one; those of a request in a batch file
+    form: EmbeddingsForm | None = None  # that request
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlace:
+    """Where the next row begins."""
+
+    file: int = 0  # index
+    line: int = 0  # lines before it
+    offset: int = 0  # bytes before it; of Parquet: rows
+    rows: int = 0  # of all files
+    sha256: str = ""  # of all bytes before it, whatever file they are in
+    is_open: bool = False  # the last line before it had no end
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusOptions:
+    """Where the texts are in the files."""
+
+    format: str = ""  # one of INPUT_FORMATS; empty: as the name says
+    field: str = "text"
+    id_field: str = "id"
+
+
+def corpus_files(names: Sequence[str]) -> list[str]:
+    """Return the files that names and patterns stand for. Raises BulkError."""
+    files: list[str] = []
+    for name in names:
+        is_pattern = name != "-" and not os.path.exists(name) and glob.has_magic(name)
+        found = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+        if not found:
+            raise BulkError(f"no file is called {name}", 3)
+        files += found
+    if "-" in files and len(files) > 1:
+        raise BulkError("standard input (-) can only be the one input", 2)
+    return files
+
+
+def format_of(path: str, options: CorpusOptions) -> str:
+    """Return the format of a file, one of INPUT_FORMATS. Raises BulkError."""
+    if options.format:
+        return options.format
+    suffix = Path(path.removesuffix(".gz")).suffix[1:].lower()
+    found = "jsonl" if path == "-" else _SUFFIXES.get(suffix, suffix)
+    if found not in INPUT_FORMATS:
+        known = ", ".join(INPUT_FORMATS)
+        raise BulkError(
+            f"the name of {path} does not tell its format: say --input-format, one of "
+            f"{known}",
+            2,
+        )
+    return found
+
+
+class _Lines:
+    """The lines of a file, counted and hashed."""
+
+    def __init__(self, file: Any, path: str, digest: Any) -> None:
+        self.file, self.path, self.digest = file, path, digest
+        self.offset = self.count = 0
+        self.is_open = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        while line := self.next():
+            yield line
+
+    def next(self) -> bytes:
+        """Return the next line with its end; empty at the end. Raises BadRow."""
+        line = self._take(self.file.readline(_MAX_LINE_BYTES))
+        self.count += bool(line)
+        self.is_open = bool(line) and not line.endswith(b"\n")
+        if len(line) < _MAX_LINE_BYTES or not self.is_open:
+            return line
+        while line and not line.endswith(b"\n"):
+            line = self._take(self.file.readline(_BLOCK_BYTES))
+        raise BadRow(f"a line of more than {_MAX_LINE_BYTES >> 20} MiB")
+
+    def skip(self, place: RowPlace) -> None:
+        """Go on to a place. Raises BulkError if the file ends before it."""
+        while missing := place.offset - self.offset:
+            if not self._take(self.file.read(min(missing, _BLOCK_BYTES))):
+                raise BulkError(
+                    f"{self.path} is shorter than what was read of it: --restart begins "
+                    "anew",
+                    2,
+                )
+        self.count = place.line
+
+    def place(self, file: int, rows: int) -> RowPlace:
+        """Return where the next row begins."""
+        sha256 = self.digest.hexdigest()
+        return RowPlace(file, self.count, self.offset, rows, sha256, self.is_open)
+
+    def _take(self, data: bytes) -> bytes:
+        self.offset += len(data)
+        self.digest.update(data)
+        return data
+
+
+def _plain(line: bytes) -> str:
+    try:
+        return line.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"byte {error.start} of the line is not UTF-8") from None
+
+
+Found = tuple[object, object]  # a text or a request, and the row's id or None
+
+
+class _RowReader:
+    """Takes rows from lines. ``next`` returns None at the end, and raises BadRow."""
+
+    def __init__(self, lines: _Lines, options: CorpusOptions) -> None:
+        self.lines, self.options = lines, options
+        self.begin()
+
+    def begin(self) -> None:
+        """Note that the row begins here."""
+        self.line, self.byte = self.lines.count + 1, self.lines.offset
+
+    def next(self) -> Found | None:
+        """Return the next row."""
+        raise NotImplementedError
+
+
+class _TextReader(_RowReader):
+    def next(self) -> Found | None:
+        line = self.lines.next()
+        return (_plain(line), None) if line else None
+
+
+class _JsonReader(_RowReader):
+    def next(self) -> Found | None:
+        while line := self.lines.next():
+            if line.strip():
+                return self._row(line)
+            self.begin()
+        return None
+
+    def _row(self, line: bytes) -> Found:
+        try:
+            value = json_codec().loads(line)
+        except ValueError as error:
+            raise BadRow(f"not JSON: {error}") from None
+        if isinstance(value, str):
+            return value, None
+        if not isinstance(value, dict):
+            raise BadRow("neither an object nor a string")
+        if "custom_id" in value and "url" in value:
+            return value, value["custom_id"]
+        row_id, field = value.get(self.options.id_field), self.options.field
+        if field not in value:
+            known = ", ".join(value) or "none"
+            raise BadRow(f"no field {field} (--field); its fields: {known:.200}")
+        return value[field], row_id
+
+
+class _CsvReader(_RowReader):
+    delimiter = ","
+
+    def __init__(self, lines: _Lines, options: CorpusOptions) -> None:
+        super().__init__(lines, options)
+        csv.field_size_limit(_MAX_LINE_BYTES)
+        decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
+        self._records = csv.reader(decoded, delimiter=self.delimiter, strict=True)
+        header = next(self._records, [])
+        self._names = [name.removeprefix("\ufeff") for name in header]
+        if header and options.field not in self._names:
+            raise BulkError(
+                f"{lines.path} has no column {options.field} (--field); its columns: "
+                f"{', '.join(self._names):.200}",
+                2,
+            )
+
+    def next(self) -> Found | None:
+        try:
+            record = next((record for record in self._records if record), None)
+        except csv.Error as error:
+            raise BadRow(f"not CSV: {error}") from None
+        if record is None:
+            return None
+        if len(record) != len(self._names):
+            raise BadRow(f"{len(record)} columns, and the header {len(self._names)}")
+        row = dict(zip(self._names, record, strict=True))
+        if not row[self.options.field].isascii():
+            try:
+                row[self.options.field].encode("utf-8")
+            except UnicodeError:
+                raise BadRow("not UTF-8") from None
+        return row[self.options.field], row.get(self.options.id_field)
+
+
+class _TsvReader(_CsvReader):
+    delimiter = "\t"
+
+
+class _ParquetReader(_RowReader):
+    """Reads a column or two, batch by batch; the offset counts rows."""
+
+    def __init__(self, lines: _Lines, options: CorpusOptions) -> None:
+        super().__init__(lines, options)
+        arrow = parquet_library(lines.path)
+        # Its bytes are not read in order: so all of them are hashed first.
+        for block in iter(functools.partial(lines.file.read, _BLOCK_BYTES), b""):
+            lines.digest.update(block)
+        try:
+            file = arrow.ParquetFile(lines.file)
+        except ValueError as error:
+            raise _unreadable(error, lines.path) from None
+        names = file.schema_arrow.names
+        if options.field not in names:
+            raise BulkError(
+                f"{lines.path} has no column {options.field} (--field); its columns: "
+                f"{', '.join(names):.200}",
+                2,
+            )
+        columns = [n for n in (options.field, options.id_field) if n in names]
+        self._rows = self._read(file, columns)
+
+    def _read(self, file: Any, columns: Sequence[str]) -> Iterator[Found]:
+        for batch in file.iter_batches(WINDOW_ROWS, columns=columns):
+            taken = [batch.column(n).to_pylist() for n in columns]
+            ids = taken[1] if len(taken) > 1 else itertools.repeat(None)
+            yield from zip(taken[0], ids, strict=False)
+
+    def next(self) -> Found | None:
+        try:
+            row = next(self._rows, None)
+        except ValueError as error:  # pyarrow's own are
+            raise _unreadable(error, self.lines.path) from None
+        self.lines.offset += row is not None
+        self.lines.count = self.lines.offset
+        return row
+
+    def skip(self, place: RowPlace) -> None:
+        """Go on to a place."""
+        for _ in itertools.islice(iter(self.next, None), place.offset):
+            pass
+
+
+_READERS: Final[Mapping[str, type[_RowReader]]] = {
+    "txt": _TextReader,
+    "jsonl": _JsonReader,
+    "csv": _CsvReader,
+    "tsv": _TsvReader,
+    "parquet": _ParquetReader,
+}
+
+
+def parquet_library(path: str) -> Any:
+    """Return pyarrow's module for Parquet. Raises BulkError without it."""
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise BulkError(
+            f"{path}: Parquet needs pyarrow: pip install pyarrow", 2
+        ) from None
+
+
+class Corpus:
+    """The rows of files, in windows: what is computed and written together."""
+
+    def __init__(self, files: Sequence[str], options: CorpusOptions) -> None:
+        """Raises BulkError if a file's format is not known or it is not there."""
+        self._formats = [format_of(path, options) for path in files]
+        self.files, self._options = files, options
+        self.total_bytes = 0  # of the files as they are; 0: not known
+        self._bytes_before = 0  # of the files that have been read
+        self._raw: Any = None
+        try:
+            if files[0] != "-":
+                self.total_bytes = sum(os.stat(path).st_size for path in files)
+        except OSError as error:
+            raise _unreadable(error) from None
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the files as they are, compressed or not."""
+        return self._bytes_before + (self._raw.tell() if self._raw else 0)
+
+    def windows(self, start: RowPlace) -> Iterator[tuple[list[Row], RowPlace]]:
+        """Yield rows, and where the next ones begin. Raises BulkError.
+
+        Where a window ends depends on where it begins and on the rows alone.
+        """
+        window, chars, end = list[Row](), 0, start
+        for row, end in self._rows(start):
+            window.append(row)
+            chars += sum(map(len, row.texts))
+            if len(window) >= WINDOW_ROWS or chars >= WINDOW_CHARS:
+                yield window, end
+                window, chars = [], 0
+        if window:
+            yield window, end
+
+    def _rows(self, start: RowPlace) -> Iterator[tuple[Row, RowPlace]]:
+        digest, rows = hashlib.sha256(), start.rows
+        for index, path in enumerate(self.files):
+            with contextlib.ExitStack() as opened:
+                try:
+                    lines = _Lines(self._open(path, opened), path, digest)
+                    for row in self._file_rows(index, lines, start, rows):
+                        rows = row.number + 1
+                        yield row, lines.place(index, rows)
+                except (OSError, EOFError, zlib.error) as error:
+                    raise _unreadable(error, path) from None
+
+    def _open(self, path: str, opened: contextlib.ExitStack) -> Any:
+        if path == "-":
+            return sys.stdin.buffer
+        self._raw = open(path, "rb")  # noqa: SIM115  closed with what is opened
+        opened.callback(self._close)
+        if path.endswith(".gz"):
+            return opened.enter_context(gzip.open(self._raw))
+        return self._raw
+
+    def _close(self) -> None:
+        self._bytes_before = self.bytes_read
+        self._raw.close()
+        self._raw = None
+
+    def _file_rows(
+        self, index: int, lines: _Lines, start: RowPlace, number: int
+    ) -> Iterator[Row]:
+        if index < start.file:  # all of it was read: it only counts for the checksum
+            for block in iter(functools.partial(lines.file.read, _BLOCK_BYTES), b""):
+                lines.digest.update(block)
+            return
+        reader = _READERS[self._formats[index]](lines, self._options)
+        if index == start.file and start.rows:
+            (reader if isinstance(reader, _ParquetReader) else lines).skip(start)
+            _check_same(lines, start)
+        while True:
+            reader.begin()
+            more: dict[str, Any] = {"id": number}
+            try:
+                if (found := reader.next()) is None:
+                    return
+                more = _fields_of(found, number)
+            except BadRow as error:
+                more["error"] = str(error)
+            yield Row(number, lines.path, reader.line, reader.byte, **more)
+            number += 1
+
+
+def _check_same(lines: _Lines, start: RowPlace) -> None:
+    """Raise BulkError unless what was read is what was read before."""
+    if lines.digest.hexdigest() != start.sha256:
+        raise BulkError(
+            f"{lines.path}, or a file before it, is not what was read before (up to its "
+            f"line {start.line}): --restart begins anew",
+            2,
+        )
+    if start.is_open and lines.file.read(1):
+        raise BulkError(
+            f"{lines.path} goes on where its line {start.line} ended: --restart begins "
+            "anew",
+            2,
+        )
+
+
+def _fields_of(found: Found, number: int) -> dict[str, Any]:
+    """Return the fields of a row. A bad one has an id nevertheless."""
+    what, row_id = found
+    row_id = number if row_id is None else row_id
+    if not isinstance(row_id, (str, int, float)):
+        return {"id": number, "error": "its id is neither a string nor a number"}
+    try:
+        if isinstance(what, dict):
+            form = _request_in(what)
+            return {"id": row_id, "texts": form.input, "form": form}
+        if not isinstance(what, str):
+            raise BadRow("its text is not a string")
+        if not what.strip():
+            raise BadRow("its text is empty")
+    except BadRow as error:
+        return {"id": row_id, "error": str(error)}
+    return {"id": row_id, "texts": (what,)}
+
+
+def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
+    """Return the request that a line of OpenAI's batch files holds. Raises BadRow."""
+    if line["url"] != "/v1/embeddings":
+        raise BadRow(f"url is {line['url']!r:.80}: only /v1/embeddings is known here")
+    try:
+        form = parse_form(EmbeddingsForm, OBJECT.read(line.get("body"), "body"))
+    except ApiError as error:
+        raise BadRow(error.message) from None
+    for item in form.input:
+        if not isinstance(item, str):
+            told = item.message if isinstance(item, ApiError) else "it has token ids"
+            raise BadRow(f"{told}: send strings")
+    if form.encoding_format == "bytes":
+        raise BadRow("encoding_format bytes does not fit into JSON")
+    for name in ("prompt_name", "input_type", "truncate", "truncate_prompt_tokens"):
+        if getattr(form, name) is not None:
+            raise BadRow(f"{name} holds for all rows: give it to embed as a flag")
+    return form
+
+
+def _unreadable(error: Exception, path: str = "") -> BulkError:
+    name = path or getattr(error, "filename", "") or "the input"
+    return BulkError(
+        f"cannot read {name}: {getattr(error, 'strerror', '') or error}; mended, the same "
+        "command goes on",
+        3,
+    )
+
+
+# ==============================================================================
+# 100. VECTOR FILES - where vectors of a corpus are put
+# ==============================================================================
+# A file grows as NAME.part and gets its name when it is whole. What may grow by appending
+# alone does: a run that was killed goes on by cutting off what it had not yet noted. Parquet
+# and SQLite cannot, so they are made at the end, of numbers and ids that were appended.
+
+OUTPUT_SUFFIXES: Final = {
+    ".npy": "npy",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".sqlite": "sqlite",
+    ".db": "sqlite",
+}
+_NPY_HEAD_BYTES: Final = 128  # with room for a count of 20 digits
+_MADE_ROWS: Final = 4096  # at a time, of Parquet and SQLite
+
+
+def output_kind(output: str) -> str:
+    """Return what a name stands for. Raises BulkError."""
+    kind = "jsonl" if output == "-" else OUTPUT_SUFFIXES.get(Path(output).suffix)
+    if kind is None:
+        known = ", ".join(OUTPUT_SUFFIXES)
+        raise BulkError(f"--output {output} must end in one of {known}, or be -", 2)
+    if kind == "parquet":
+        parquet_library(output)
+    return kind
+
+
+def json_line(value: object) -> bytes:
+    """Return a value as a line of JSON."""
+    return json_codec().dumps(value) + b"\n"
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on the disk. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class GrowingFile:
+    """A file that is appended to under another name. Raises OSError."""
+
+    def __init__(self, target: Path, size: int) -> None:
+        """``size``: what is kept of it. Raises BulkError if there is less."""
+        self.target = target
+        self.part = target.with_name(f"{target.name}.part")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._file = os.open(self.part, flags, 0o666)
+        self.size = size
+        if os.fstat(self._file).st_size < size:
+            os.close(self._file)
+            raise BulkError(
+                f"{self.part} is shorter than it was: --restart begins anew", 2
+            )
+        os.ftruncate(self._file, size)
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        rest = memoryview(data)
+        while rest:  # a disk that becomes full takes a part
+            count = os.pwrite(self._file, rest, self.size)
+            self.size += count
+            rest = rest[count:]
+
+    def write_head(self, data: bytes) -> None:
+        """Write over the beginning."""
+        os.pwrite(self._file, data, 0)
+        self.size = max(self.size, len(data))
+
+    def sync(self) -> None:
+        """Return when all of it is on the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._file)
+
+
+class StandardOutput:
+    """Standard output, as if it were a file that grows."""
+
+    size = 0
+
+    def write(self, data: bytes) -> None:
+        """Write at once."""
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    def sync(self) -> None:
+        """Nothing can be kept."""
+
+    def close(self) -> None:
+        """It is not ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class VectorKind:
+    """Which numbers are written."""
+
+    dtype: str  # of DTYPES
+    length: int  # of a vector as the model gives it
+    identity: Mapping[str, Any]
+
+    def row(self, vector: Any) -> Any:
+        """Return a vector as an array of its type; None: NaN, or 0 where there is none."""
+        import numpy as np
+
+        if vector is not None:
+            return DTYPES[self.dtype](vector)
+        empty = DTYPES[self.dtype](np.zeros(self.length, "f4"))
+        return np.full_like(empty, math.nan if empty.dtype.kind == "f" else 0)
+
+
+class VectorFile:
+    """What the vectors are put in. Raises OSError wherever it cannot be written."""
+
+    extras: ClassVar[tuple[str, ...]] = ()  # suffixes of files beside it
+
+    def __init__(
+        self, output: str, kind: VectorKind, sizes: Mapping[str, int] | None
+    ) -> None:
+        """``sizes``: what sync() returned in the run that this one goes on with."""
+        self.kind = kind
+        self.files: dict[str, GrowingFile | StandardOutput] = {}
+        for suffix in ("", *self.extras):
+            size = (sizes or {}).get(suffix, 0)
+            if output == "-":
+                self.files[suffix] = StandardOutput()
+            else:
+                self.files[suffix] = GrowingFile(Path(output + suffix), size)
+
+    def write(self, rows: Sequence[tuple[Row, Any]]) -> None:
+        """Append rows, each with its vector or the ApiError instead.
+
+        Of a request in a batch file: the list of its vectors.
+        """
+        raise NotImplementedError
+
+    def sync(self) -> dict[str, int]:
+        """Return the files' sizes when all that was written is on the disk."""
+        for file in self.files.values():
+            file.sync()
+        return {suffix: file.size for suffix, file in self.files.items()}
+
+    def finish(self) -> tuple[dict[str, str], list[str]]:
+        """Make it whole. Return which files get which names, and which are to go."""
+        self.sync()
+        moves = {
+            str(file.part): str(file.target)
+            for file in self.files.values()
+            if isinstance(file, GrowingFile)
+        }
+        return moves, []
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self.files.values():
+            file.close()
+
+
+class _JsonLines(VectorFile):
+    def write(self, rows: Sequence[tuple[Row, Any]]) -> None:
+        self.files[""].write(b"".join(itertools.starmap(self._line, rows)))
+
+    def _line(self, row: Row, vector: Any) -> bytes:
+        if isinstance(vector, ApiError):
+            error = error_object(vector)
+            return json_line({"id": row.id, "embedding": None, "error": error})
+        return json_line({"id": row.id, "embedding": self.kind.row(vector)})
+
+
+class _BatchLines(VectorFile):
+    """OpenAI's output file and, beside it, the error file. Ids are made of line numbers."""
+
+    extras = (".errors.jsonl",)
+
+    def __init__(self, output: str, *more: Any) -> None:
+        if output_kind(output) != "jsonl":
+            raise BulkError(
+                "replies to a batch file are JSON lines: --output must end in .jsonl", 2
+            )
+        super().__init__(output, *more)
+
+    def write(self, rows: Sequence[tuple[Row, Any]]) -> None:
+        lines: dict[str, list[bytes]] = {suffix: [] for suffix in self.files}
+        for row, vectors in rows:
+            failed = isinstance(vectors, ApiError)
+            status = vectors.status if failed else http.HTTPStatus.OK.value
+            body = (
+                {"error": error_object(vectors)} if failed else self._body(row, vectors)
+            )
+            request_id = f"req_{row.number:012d}"
+            response = {"status_code": status, "request_id": request_id, "body": body}
+            line = {
+                "id": f"batch_req_{row.number:012d}",
+                "custom_id": row.id,
+                "response": response,
+                "error": None,
+            }
+            lines[self.extras[0] if failed else ""].append(json_line(line))
+        for suffix, file in self.files.items():
+            file.write(b"".join(lines[suffix]))
+
+    def _body(self, row: Row, vectors: Sequence[Any]) -> dict[str, object]:
+        data, form = list[object](), row.form
+        assert form is not None
+        for index, vector in enumerate(vectors):
+            numbers = DTYPES[form.output_dtype](vector)
+            if form.encoding_format == "base64":
+                numbers = base64_text(numbers)
+            data.append({"object": "embedding", "index": index, "embedding": numbers})
+        return {"object": "list", "data": data, "model": form.model}
+
+
+class _Numbers(VectorFile):
+    """Rows of numbers as .npy has them, and beside them their ids."""
+
+    extras: ClassVar[tuple[str, ...]] = (".ids.jsonl",)
+
+    def __init__(
+        self, output: str, kind: VectorKind, sizes: Mapping[str, int] | None
+    ) -> None:
+        super().__init__(output, kind, sizes)
+        self._empty = kind.row(None)
+        if not self.files[""].size:
+            self._write_head()
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return (self.files[""].size - _NPY_HEAD_BYTES) // len(self._empty.tobytes())
+
+    def write(self, rows: Sequence[tuple[Row, Any]]) -> None:
+        numbers, ids = list[bytes](), list[bytes]()
+        for row, vector in rows:
+            told: dict[str, object] = {"id": row.id}
+            if isinstance(vector, ApiError):
+                told["error"], vector = error_object(vector), None
+            numbers.append(self.kind.row(vector).tobytes())
+            ids.append(json_line(told))
+        self.files[""].write(b"".join(numbers))
+        self.files[self.extras[0]].write(b"".join(ids))
+
+    def sync(self) -> dict[str, int]:
+        self._write_head()  # so that what is there can be read already
+        return super().sync()
+
+    def chunks(self) -> Iterator[tuple[list[dict[str, Any]], Any]]:
+        """Yield rows of what was written: ids and errors, and an array."""
+        import numpy as np
+
+        numbers, ids = self.files[""], self.files[self.extras[0]]
+        assert isinstance(numbers, GrowingFile) and isinstance(ids, GrowingFile)
+        with open(numbers.part, "rb") as rows, open(ids.part, "rb") as lines:
+            rows.seek(_NPY_HEAD_BYTES)
+            while block := rows.read(_MADE_ROWS * self._empty.nbytes):
+                array = np.frombuffer(block, self._empty.dtype)
+                array = array.reshape(-1, len(self._empty))
+                told = itertools.islice(lines, len(array))
+                yield [json.loads(line) for line in told], array
+
+    def _write_head(self) -> None:
+        file, dtype = self.files[""], self._empty.dtype.str
+        assert isinstance(file, GrowingFile)
+        rows = self.rows if file.size else 0
+        shape = f"({rows}, {len(self._empty)})"
+        told = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
+        head = b"\x93NUMPY\x01\x00" + struct.pack("<H", _NPY_HEAD_BYTES - 10)
+        file.write_head(head + f"{told:<{_NPY_HEAD_BYTES - 11}}\n".encode())
+
+
+class _MadeFile(_Numbers):
+    """A file that is made of rows of numbers at the end."""
+
+    def finish(self) -> tuple[dict[str, str], list[str]]:
+        parts, _ = super().finish()
+        target = next(iter(parts.values()))
+        made = f"{target}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made)
+        try:
+            self.make(made)
+            with open(made, "rb") as file:
+                os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(made)
+            raise
+        return {made: target}, [*parts]
+
+    def make(self, path: str) -> None:
+        """Write the file. Raises OSError."""
+        raise NotImplementedError
+
+
+class _ParquetFile(_MadeFile):
+    def make(self, path: str) -> None:
+        arrow, pa = parquet_library(path), importlib.import_module("pyarrow")
+        kinds = {type(line["id"]) for lines, _ in self.chunks() for line in lines}
+        id_type = pa.int64() if kinds == {int} else pa.string()
+        number = pa.from_numpy_dtype(self._empty.dtype)
+        vector = pa.list_(number, len(self._empty))
+        told = {"embellama": json.dumps(self.kind.identity)}
+        schema = pa.schema([("id", id_type), ("embedding", vector)], told)
+        with arrow.ParquetWriter(path, schema) as file:
+            for lines, array in self.chunks():
+                as_id = int if id_type == pa.int64() else str
+                ids = pa.array([as_id(line["id"]) for line in lines], id_type)
+                failed = pa.array(["error" in line for line in lines])
+                flat = pa.array(array.reshape(-1), number)
+                rows = pa.FixedSizeListArray.from_arrays(flat, type=vector, mask=failed)
+                file.write_table(pa.Table.from_arrays([ids, rows], schema=schema))
+
+
+class _SqliteFile(_MadeFile):
+    """A table whose blobs sqlite-vec reads as they are."""
+
+    def make(self, path: str) -> None:
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                # A file that nobody reads yet, and that is made again if this ends.
+                database.execute("PRAGMA journal_mode = OFF")
+                database.execute("PRAGMA synchronous = OFF")
+                database.execute("CREATE TABLE embedder (name TEXT, value)")
+                database.execute(
+                    "CREATE TABLE embeddings (row INTEGER PRIMARY KEY, id, embedding BLOB)"
+                )
+                told = (
+                    (name, str(value)) for name, value in self.kind.identity.items()
+                )
+                database.executemany("INSERT INTO embedder VALUES (?, ?)", told)
+                numbers = itertools.count()
+                for lines, array in self.chunks():
+                    rows = (
+                        (next(numbers), line["id"], None if "error" in line else blob)
+                        for line, blob in zip(lines, map(bytes, array), strict=True)
+                    )
+                    insert = "INSERT INTO embeddings VALUES (?, ?, ?)"
+                    database.executemany(insert, rows)
+                database.commit()
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.EIO, str(error), path) from None
+
+
+VECTOR_FILES: Final[Mapping[str, Callable[..., VectorFile]]] = {
+    "npy": _Numbers,
+    "jsonl": _JsonLines,
+    "parquet": _ParquetFile,
+    "sqlite": _SqliteFile,
+    "batch": _BatchLines,
+}
+
+
+# ==============================================================================
+# 101. JOBS - what `embed` is told, and how far it is
+# ==============================================================================
+
+ON_ERROR: Final = ("stop", "skip", "null")
+_TTY_EVERY_S, _LINE_EVERY_S = 0.2, 10.0  # five a second are all that one sees
+
+
+# fmt: off
+EMBED_FLAGS: Final[Mapping[str, dict[str, Any]]] = {  # for argparse
+    "inputs": {"nargs": "+", "metavar": "INPUT",
+        "help": "Files or patterns: .jsonl, .txt (a text a line), .csv and .tsv "
+        "with a header, .parquet (needs pyarrow), OpenAI's batch files; all but "
+        "Parquet also as .gz. -: standard input."},
+    "--output": {"required": True, "metavar": "FILE",
+        "help": "Where to: .npy, .jsonl, .parquet, .sqlite or .db; -: standard "
+        "output, as JSON lines. Beside .npy, .ids.jsonl has the rows' ids."},
+    "--field": {"default": "text", "metavar": "NAME",
+        "help": "Field or column with the text. [default: text]"},
+    "--id-field": {"default": "id", "metavar": "NAME",
+        "help": "Field or column with the row's id, else it is numbered from 0. "
+        "[default: id]"},
+    "--input-format": {"default": "", "choices": INPUT_FORMATS,
+        "help": "Format of files whose names do not tell. [default of standard "
+        "input: jsonl]"},
+    "--output-dtype": {"default": "float32", "choices": [*DTYPES],
+        "help": "Type of the numbers. [default: float32]"},
+    "--prompt-name": {"default": None, "metavar": "NAME",
+        "help": "Put this prompt before each text. [default: "
+        "--default-prompt-name]"},
+    "--dimensions": {"type": int, "default": None,
+        "help": "Truncate to this many dimensions and renormalise."},
+    "--truncate": {"action": "store_true",
+        "help": "Truncate texts that are too long: the same as --auto-truncate."},
+    "--on-error": {"default": "stop", "choices": ON_ERROR,
+        "help": "What a row without a vector does: stop the run, leave out the "
+        "row, or leave it empty (NaN; 0 of integers). [default: stop]"},
+    "--restart": {"action": "store_true",
+        "help": "Begin anew, whatever is there: an unfinished run, a finished "
+        "output."},
+    "--url": {"default": "", "metavar": "URL",
+        "help": "Send the texts to a running server, e.g. http://127.0.0.1:8080, with "
+        "--api-key and, if it has several models, --model-name."},
+    "--concurrency": {"type": int, "default": 4, "metavar": "N",
+        "help": "Requests to it at once. [default: 4]"},
+    "--quiet": {"action": "store_true", "help": "Show no progress."},
+    "--json": {"action": "store_true",
+        "help": "Print a summary as JSON at the end."},
+}
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class BulkOptions:
+    """What a job is told."""
+
+    inputs: Sequence[str]
+    output: str
+    corpus: CorpusOptions
+    dtype: str = "float32"
+    on_error: str = "stop"
+    restarts: bool = False
+
+
+def bulk_options(flags: Mapping[str, Any]) -> BulkOptions:
+    """Return what the flags say."""
+    return BulkOptions(
+        flags["inputs"],
+        flags["output"],
+        CorpusOptions(flags["input_format"], flags["field"], flags["id_field"]),
+        flags["output_dtype"],
+        flags["on_error"],
+        flags["restart"],
+    )
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a job is."""
+
+    total_bytes: int = 0  # of the input; 0: not known
+    bytes_read: int = 0
+    rows: int = 0
+    rejected: int = 0
+    duplicates: int = 0  # of another row in the same window
+    begun_at: float = 0.0  # by time.monotonic()
+    first_row: int = 0  # of this run; those before were done in others
+    _first_share: float = 0.0  # of the bytes, likewise
+
+    @property
+    def rows_s(self) -> float:
+        """Rows per second of this run."""
+        seconds = time.monotonic() - self.begun_at
+        return (self.rows - self.first_row) / max(seconds, 1e-9)
+
+    def line(self) -> str:
+        """Return it as people read it."""
+        share = self.bytes_read / self.total_bytes if self.total_bytes else 0.0
+        parts = [f"{share:.1%}"] if share else []
+        parts += [f"{self.rows:,} rows", f"{self.rows_s:,.0f}/s"]
+        if share > self._first_share:
+            gone_s = time.monotonic() - self.begun_at
+            rest = (1 - share) / (share - self._first_share) * gone_s
+            parts.append(f"{datetime.timedelta(seconds=round(rest))} left")
+        parts += [
+            f"{count:,} {name}"
+            for name, count in (
+                ("duplicates", self.duplicates),
+                ("rejected", self.rejected),
+            )
+            if count
+        ]
+        return ", ".join(parts)
+
+    def summary(self) -> dict[str, object]:
+        """Return it as programs read it."""
+        return {
+            "rows": self.rows,
+            "rejected": self.rejected,
+            "duplicates": self.duplicates,
+            "resumed_at_row": self.first_row,
+            "seconds": round(time.monotonic() - self.begun_at, 3),
+            "rows_per_s": round(self.rows_s, 1),
+        }
+
+
+class ProgressLine:
+    """Shows how far a job is: a line that changes on a terminal, else one now and then."""
+
+    def __init__(self, stream: typing.TextIO) -> None:
+        self._stream, self._is_tty = stream, stream.isatty()
+        self._every_s = _TTY_EVERY_S if self._is_tty else _LINE_EVERY_S
+        self._next_at = time.monotonic() + self._every_s
+        self._is_begun = False
+
+    def show(self, progress: Progress) -> None:
+        """Show it, unless that was done a moment ago."""
+        if time.monotonic() < self._next_at:
+            return
+        self._next_at = time.monotonic() + self._every_s
+        before, end = ("\r\x1b[K", "") if self._is_tty else ("", "\n")
+        self._stream.write(f"{before}{progress.line()}{end}")
+        self._stream.flush()
+        self._is_begun = self._is_tty
+
+    def end(self) -> None:
+        """What comes next stands on a line of its own."""
+        if self._is_begun:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+# ==============================================================================
+# 102. BULK - a corpus to vectors, as a job that can be killed
+# ==============================================================================
+# Beside the output a state file notes what is written and where the next row begins. It is
+# replaced at once and only after what it tells of is on the disk, so whenever the job is
+# killed, the next one cuts the output back to what was noted and goes on from there. It goes
+# on only with the same rows, vectors and options: anything else is refused.
+
+SYNC_S: Final = 5.0
+SYNC_BYTES: Final = 64 << 20
+_STATE_VERSION: Final = 1
+
+
+class TextEmbedder(typing.Protocol):
+    """What gives vectors: the engine in this process, or a server."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the vectors, their length as "dimensions" among it."""
+
+    def embed(
+        self, windows: Iterable[Sequence[str]]
+    ) -> Generator[Sequence[Any], None, None]:
+        """Yield the vectors, or ApiErrors, of each window, in order."""
+
+    def shortened(self, vector: Any, dimensions: int) -> Any:
+        """Return the first ``dimensions`` of a vector, of length 1. Raises ApiErrors."""
+
+
+_BulkWindow = tuple[list[Row], RowPlace, int]  # and the bytes read until its end
+
+
+class _Notes:
+    """The state file, and the lock on it."""
+
+    def __init__(self, output: str) -> None:
+        self.path = Path(f"{output}.state")
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what was noted; None: nothing. Raises BulkError."""
+        try:
+            found: Any = json.loads(self.path.read_bytes())
+            if found["version"] == _STATE_VERSION:
+                return typing.cast(dict[str, Any], found)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise BulkError(
+            f"{self.path} was not written by this version of embed: --restart begins "
+            "anew",
+            2,
+        )
+
+    def write(self, state: Mapping[str, object]) -> None:
+        """Replace it, so that it is on the disk. Raises OSError."""
+        new = self.path.with_name(f"{self.path.name}.new")
+        with open(new, "wb") as file:
+            file.write(json_line({"version": _STATE_VERSION, **state}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+        sync_folder(self.path.parent)
+
+    def remove(self) -> None:
+        """The job is done."""
+        self.path.unlink(missing_ok=True)
+        sync_folder(self.path.parent)
+
+
+@contextlib.contextmanager
+def _only_writer(output: str) -> Iterator[None]:
+    """Raise BulkError if another process writes the output."""
+    try:
+        lock = os.open(f"{output}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(error, output) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BulkError(f"another embed is writing {output}", 3) from None
+    try:
+        yield
+    finally:
+        os.unlink(f"{output}.lock")
+        os.close(lock)
+
+
+class Bulk:
+    """One job."""
+
+    def __init__(
+        self,
+        options: BulkOptions,
+        embedder: TextEmbedder,
+        show: Callable[[Progress], None],
+    ) -> None:
+        """Raises BulkError."""
+        self._options, self._embedder, self._show = options, embedder, show
+        self._files = corpus_files(options.inputs)
+        self._kind = output_kind(options.output)
+        self.progress = Progress()
+        self._is_kept = options.output != "-"
+        self._notes = _Notes(options.output)
+        self._out: VectorFile | None = None
+        self._rejects: GrowingFile | None = None
+        self._state: dict[str, Any] = {}
+        self._failure: BulkError | None = None
+
+    @functools.cached_property
+    def _identity(self) -> Mapping[str, Any]:
+        return self._embedder.identity  # which loads the model
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a killed run can go on; not from or to a pipe."""
+        return self._is_kept and self._files != ["-"]
+
+    def run(self) -> Progress:
+        """Do what is left to do. Raises BulkError, and what the embedder raises."""
+        with contextlib.ExitStack() as stack:
+            if self._is_kept:
+                stack.enter_context(_only_writer(self._options.output))
+            try:
+                found = self._found()
+                if not (found and "moves" in found):
+                    self._compute(found, stack)
+                    self._finish()
+                self._put_in_place()
+            except OSError as error:
+                raise _unwritable(error, self._options.output) from None
+        return self.progress
+
+    # --- what was there before ---
+
+    def _found(self) -> dict[str, Any] | None:
+        """Return the state to go on with, or None. Raises BulkError."""
+        options, output = self._options, self._options.output
+        if not self._is_kept:
+            return None
+        if options.restarts:
+            self._notes.remove()
+        found = self._notes.read()
+        if found is None and os.path.lexists(output) and not options.restarts:
+            raise BulkError(f"{output} is there already: --restart replaces it", 2)
+        if found is not None and not self.can_resume:
+            raise BulkError(
+                f"{output} is unfinished, and standard input cannot be read again: "
+                "--restart begins anew",
+                2,
+            )
+        if found is not None:
+            self._check_same(found)
+            self._state = found
+            self.progress.rows = self.progress.first_row = found["place"]["rows"]
+            self.progress.rejected = found["rejected"]
+            self.progress.duplicates = found["duplicates"]
+        return found
+
+    def _bound(self) -> dict[str, object]:
+        """Return what a run must have in common with the one that it goes on with."""
+        options = self._options
+        told = {**dataclasses.asdict(options.corpus), "inputs": self._files}
+        told |= {"output_dtype": options.dtype, "on_error": options.on_error}
+        return {**told, **self._identity}
+
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        bound, before = json.loads(json.dumps(self._bound())), found["bound"]
+        for name in {**before, **bound}:
+            ours, theirs = bound.get(name), before.get(name)
+            # What to do with bad rows may be decided when the first one has been met.
+            is_free = name == "on_error" and not found["rejected"]
+            if ours != theirs and not is_free:
+                raise BulkError(
+                    f"{self._notes.path} is of a run with another {name}: {theirs!r:.200}"
+                    f", now {ours!r:.200}; --restart begins anew",
+                    2,
+                )
+
+    # --- the loop ---
+
+    def _compute(
+        self, found: dict[str, Any] | None, stack: contextlib.ExitStack
+    ) -> None:
+        place = RowPlace(**found["place"]) if found else RowPlace()
+        corpus = Corpus(self._files, self._options.corpus)
+        progress, marked_at, marked_bytes = self.progress, time.monotonic(), 0
+        progress.total_bytes, progress.begun_at = corpus.total_bytes, marked_at
+        if self._is_kept:
+            sizes = found["sizes"] if found else {}
+            rejects = Path(f"{self._options.output}.rejects.jsonl")
+            self._rejects = GrowingFile(rejects, sizes.get("rejects", 0))
+            stack.callback(self._rejects.close)
+        if found:
+            self._open(found["kind"], found["sizes"], stack)
+        under_way: collections.deque[_BulkWindow] = collections.deque()
+        try:
+            vectors = self._embedder.embed(self._texts(corpus, place, under_way))
+            stack.callback(vectors.close)
+            for unique in vectors:
+                window, place, progress.bytes_read = under_way.popleft()
+                if self._out is None:
+                    is_batch = window[0].form is not None
+                    self._open("batch" if is_batch else self._kind, {}, stack)
+                self._write(window, unique)
+                self._mark(place)
+                self._show(progress)
+                written = sum(self._state["sizes"].values())
+                now = time.monotonic()
+                if now > marked_at + SYNC_S or written > marked_bytes + SYNC_BYTES:
+                    self._save()
+                    marked_at, marked_bytes = now, written
+            if self._failure is not None:
+                raise self._failure
+        except BaseException:
+            with contextlib.suppress(OSError):  # then the last state holds
+                self._save()
+            raise
+        if self._out is None:
+            self._open(self._kind, {}, stack)
+            self._mark(place)
+
+    def _texts(
+        self,
+        corpus: Corpus,
+        start: RowPlace,
+        under_way: collections.deque[_BulkWindow],
+    ) -> Iterator[list[str]]:
+        """Yield each window's different texts. What is in flight ends before a failure."""
+        try:
+            for window, place in corpus.windows(start):
+                under_way.append((window, place, corpus.bytes_read))
+                yield [*_places_of(window)]
+        except BulkError as error:
+            self._failure = error
+
+    def _open(
+        self, kind: str, sizes: Mapping[str, int], stack: contextlib.ExitStack
+    ) -> None:
+        length = self._identity["dimensions"]
+        numbers = VectorKind(self._options.dtype, length, self._identity)
+        self._out = VECTOR_FILES[kind](self._options.output, numbers, sizes)
+        self._kind = kind
+        stack.callback(self._out.close)
+
+    def _write(self, window: Sequence[Row], unique: Sequence[Any]) -> None:
+        places, done = _places_of(window), list[tuple[Row, Any]]()
+        rejects = list[bytes]()
+        for row in window:
+            result = self._result(row, places, unique)
+            if isinstance(result, ApiError):
+                self._reject(row, result, rejects)
+            if not isinstance(result, ApiError) or self._keeps_bad:
+                done.append((row, result))
+        assert self._out is not None
+        self._out.write(done)
+        if self._rejects is not None:
+            self._rejects.write(b"".join(rejects))
+        texts = sum(len(row.texts) for row in window)
+        self.progress.duplicates += texts - len(places)
+
+    @property
+    def _keeps_bad(self) -> bool:
+        return self._options.on_error == "null" or self._kind == "batch"
+
+    def _result(
+        self, row: Row, places: Mapping[str, int], unique: Sequence[Any]
+    ) -> Any:
+        """Return a row's vector, of a request all of them, or the ApiError instead."""
+        if row.error:
+            return InvalidValue(row.error)
+        if (row.form is not None) != (self._kind == "batch"):
+            return InvalidValue("requests of a batch file and other rows do not mix")
+        vectors = [unique[places[text]] for text in row.texts]
+        for vector in vectors:
+            if isinstance(vector, ApiError):
+                # Which one of the window's texts it is, means nothing to the reader.
+                vector.param = None
+                vector.message = re.sub(r"^\w+\[\d+\]", "its text", vector.message)
+                return vector
+        if row.form is None:
+            return vectors[0]
+        if (wanted := row.form.dimensions) is None:
+            return vectors
+        try:
+            if wanted > (length := self._identity["dimensions"]):
+                raise InvalidValue(f"dimensions must be 1 to {length}, not {wanted}")
+            return [self._embedder.shortened(vector, wanted) for vector in vectors]
+        except ApiError as error:
+            return error
+
+    def _reject(self, row: Row, why: ApiError, rejects: list[bytes]) -> None:
+        """Note a row without a vector. Raises BulkError if that is to stop the job."""
+        if self._options.on_error == "stop":
+            raise BulkError(
+                f"{row.path}, line {row.line} (byte {row.byte}): {why.message}. Mended, "
+                "the same command goes on; with --on-error skip or null it goes on "
+                "without this row",
+                1,
+            )
+        self.progress.rejected += 1
+        told = {"file": row.path, "line": row.line, "byte": row.byte, "id": row.id}
+        rejects.append(json_line({**told, "reason": why.message}))
+
+    # --- what the next run will find ---
+
+    def _mark(self, place: RowPlace) -> None:
+        """Note that all up to a place is written, which it may not be on the disk."""
+        assert self._out is not None
+        self.progress.rows = place.rows
+        sizes = {name: file.size for name, file in self._out.files.items()}
+        if self._rejects is not None:
+            sizes["rejects"] = self._rejects.size
+        self._state = {
+            "bound": self._bound(),
+            "kind": self._kind,
+            "place": dataclasses.asdict(place),
+            "rejected": self.progress.rejected,
+            "duplicates": self.progress.duplicates,
+            "sizes": sizes,
+        }
+
+    def _save(self) -> None:
+        if not self.can_resume or self._out is None or not self._state:
+            return
+        self._out.sync()
+        if self._rejects is not None:
+            self._rejects.sync()
+        self._notes.write(self._state)
+
+    def _finish(self) -> None:
+        if self._out is None or self._rejects is None:
+            return
+        moves, drops = self._out.finish()
+        self._rejects.sync()
+        rejects, target = str(self._rejects.part), str(self._rejects.target)
+        if self._rejects.size:
+            moves[rejects] = target
+        else:
+            drops = [*drops, rejects, target]
+        self._state |= {"moves": moves, "drops": drops}
+        self._notes.write(self._state)
+
+    def _put_in_place(self) -> None:
+        """Give what is whole its name, the output last. May be killed at any moment."""
+        if not self._is_kept:
+            return
+        for part, target in reversed(self._state["moves"].items()):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(part, target)
+        for path in self._state["drops"]:
+            Path(path).unlink(missing_ok=True)
+        self._notes.remove()
+
+
+def _places_of(window: Sequence[Row]) -> dict[str, int]:
+    """Return the different texts of a window, and where each is among them."""
+    texts = dict.fromkeys(text for row in window for text in row.texts)
+    return {text: place for place, text in enumerate(texts)}
+
+
+def _unwritable(error: OSError, output: str) -> BulkError:
+    why = error.strerror or str(error)
+    more = "; with room made, the same command goes on" * (error.errno == errno.ENOSPC)
+    return BulkError(f"cannot write {error.filename or output}: {why}{more}", 3)
+
+
+# ==============================================================================
+# 103. REMOTE - a running server instead of the engine
+# ==============================================================================
+# For a box whose server has the model in memory already. Requests are of low priority, so
+# that whoever else asks goes first, and what the server has no room for is sent again when
+# it says so.
+
+_TEXTS_A_REQUEST: Final = 64
+_WINDOWS_AHEAD: Final = 3
+_PATIENCE_S: Final = 600.0  # as --request-timeout-s: after that, nobody is there
+_MAX_WAIT_S: Final = 60.0
+_TRANSIENT: Final = {row.status for row in API_ERRORS if row.is_transient}
+# TEI's as well: one of the texts may be wrong, and all were refused for it.
+_WRONG_TEXTS: Final = {
+    *(kind.status for kind in (InvalidValue, BodyTooLarge)),
+    TEI.status_of(InvalidValue),
+}
+
+
+class RemoteEmbedder:
+    """Vectors from a server's /v1/embeddings."""
+
+    def __init__(self, url: str, key: str, threads: int, **body: object) -> None:
+        """``body``: fields of each request. Raises BulkError for a bad URL."""
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise BulkError(f"--url {url} is not like http://127.0.0.1:8080", 2)
+        is_tls = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
+        host = parts.netloc.rpartition("@")[2]
+        self._connect = functools.partial(kind, host, timeout=_PATIENCE_S)
+        self._root, self._url = parts.path.rstrip("/").removesuffix("/v1"), url
+        self._headers = {"content-type": "application/json"}
+        if key:
+            self._headers["authorization"] = f"Bearer {key}"
+        self._body = {name: value for name, value in body.items() if value is not None}
+        self._own = threading.local()  # a thread's connection
+        self._pool = ThreadPoolExecutor(threads, "remote")
+        self._is_closed = threading.Event()
+        self.tokens = 0
+
+    @functools.cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the vectors, as far as the server says. Raises BulkError."""
+        first = self._post(["a"], is_first=True)[0]
+        if isinstance(first, ApiError):
+            raise BulkError(f"{self._url}: {first.message}", 2)
+        _, _, data = self._ask("GET", "/v1/models", b"")
+        try:
+            models: Any = json_codec().loads(data)
+            named = [m for m in models["data"] if m["id"] == self._body.get("model")]
+            meta = (named or models["data"])[0]["meta"]
+        except (ValueError, LookupError, TypeError):
+            meta = {}  # another kind of server
+        known = ("sha256", "weights", "pooling", "prompts", "default_prompt_name")
+        told = {name: meta.get(name) for name in known}
+        return {"dimensions": len(first), **told, **self._body}
+
+    def embed(
+        self, windows: Iterable[Sequence[str]]
+    ) -> Generator[list[Any], None, None]:
+        """Yield the vectors or errors of each window. Raises BulkError."""
+        rest = map(self._send, windows)
+        under_way: collections.deque[list[Future[list[Any]]]] = collections.deque()
+        while True:
+            more = itertools.islice(rest, _WINDOWS_AHEAD - len(under_way))
+            under_way.extend(more)
+            if not under_way:
+                return
+            yield [row for part in under_way.popleft() for row in part.result()]
+
+    def shortened(self, vector: Any, dimensions: int) -> Any:
+        """Raise InvalidValue: how its authors shorten a vector, only the server knows."""
+        raise InvalidValue("with --url, dimensions are those of --dimensions")
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._is_closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _send(self, texts: Sequence[str]) -> list[Future[list[Any]]]:
+        size = _TEXTS_A_REQUEST
+        parts = (texts[n : n + size] for n in range(0, len(texts), size))
+        return [self._pool.submit(self._post, part) for part in parts]
+
+    def _post(self, texts: Sequence[str], *, is_first: bool = False) -> list[Any]:
+        """Return the vectors or errors of some texts. Raises BulkError."""
+        body = {"input": texts, "encoding_format": "base64", **self._body}
+        raw = json_codec().dumps(body | {"allow_partial": True, "priority": "low"})
+        end, wait_s = time.monotonic() + _PATIENCE_S, 0.5
+        while True:
+            try:
+                status, headers, data = self._ask("POST", "/v1/embeddings", raw)
+                why, is_passing = f"{status} {_message_in(data)}", status in _TRANSIENT
+            except (OSError, http.client.HTTPException) as error:
+                status, headers, why = 0, {}, str(error) or type(error).__name__
+                is_passing = not is_first  # a wrong address is told at once
+            if status == http.HTTPStatus.OK:
+                return self._rows(data, len(texts))
+            if status in _WRONG_TEXTS and len(texts) > 1:
+                return [row for text in texts for row in self._post([text])]
+            if status in _WRONG_TEXTS:
+                return [InvalidValue(_message_in(data))]
+            if not is_passing or time.monotonic() > end:
+                raise BulkError(f"{self._url}: {why:.300}", 3)
+            wait_s = min(_MAX_WAIT_S, _retry_after_s(headers) or 2 * wait_s)
+            if self._is_closed.wait(wait_s):
+                raise BulkError(f"{self._url}: no longer asked", 3)
+
+    def _ask(self, method: str, path: str, body: bytes) -> tuple[int, Any, bytes]:
+        """Raises OSError or HTTPException; the next request then connects again."""
+        connection = getattr(self._own, "connection", None) or self._connect()
+        self._own.connection = None
+        try:
+            connection.request(method, self._root + path, body or None, self._headers)
+            response = connection.getresponse()
+            data = response.read()
+        except BaseException:
+            connection.close()
+            raise
+        self._own.connection = connection
+        return response.status, response.headers, data
+
+    def _rows(self, data: bytes, count: int) -> list[Any]:
+        import numpy as np
+
+        try:
+            reply: Any = json_codec().loads(data)
+            rows = list[Any]([None] * count)
+            for index, item in enumerate(reply["data"]):
+                found = item.get("embedding")
+                if isinstance(found, str):
+                    found = np.frombuffer(base64.b64decode(found), "<f4")
+                elif found is None:
+                    found = InvalidValue(str(item["error"]["message"]))
+                else:
+                    found = np.array(found, "<f4")
+                rows[item.get("index", index)] = found
+            if any(row is None for row in rows):
+                raise ValueError("fewer vectors than texts")
+            self.tokens += reply["usage"]["prompt_tokens"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            why = f"{self._url} gave no vectors: {error!r:.200}"
+            raise BulkError(why, 3) from None
+        return rows
+
+
+def _message_in(data: bytes) -> str:
+    """Return what an error reply says."""
+    try:
+        found: Any = json_codec().loads(data)
+        return str(found["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return data[:300].decode("utf-8", "replace")
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Return how long a reply asks to wait; 0: it does not say."""
+    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        with contextlib.suppress(ValueError):
+            return float(headers.get(name) or "") * unit_s
+    return 0.0
+
+
+def embedder_for(
+    flags: Mapping[str, Any], settings: Settings, engine_factory: EngineFactory
+) -> Embedder | RemoteEmbedder:
+    """Return what gives the vectors, by the flags of `embed`. Raises BulkError."""
+    asked = {"prompt_name": flags["prompt_name"], "dimensions": flags["dimensions"]}
+    truncates = settings.auto_truncate or flags["truncate"]
+    if flags["url"]:
+        body = {"model": settings.model_name or None, "truncate": truncates, **asked}
+        threads = max(1, flags["concurrency"])
+        return RemoteEmbedder(flags["url"], settings.api_key, threads, **body)
+    settings = dataclasses.replace(settings, auto_truncate=truncates)
+    if flags["quiet"] and settings.log_level == "info":
+        settings = dataclasses.replace(settings, log_level="warning")
+    return Embedder(settings, engine_factory=engine_factory, **asked)
+
+
+# ==============================================================================
+# 104. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
@@ -28333,7 +29889,7 @@ def _tune(call: Invocation) -> int:
     try:
         file = model_file(settings, ModelFetch(settings.cache_dir, log, DEFAULT_MODEL))
         profile = Path(call.own["output"] or f"{Path(file.path).stem}.tune.toml")
-        _check_profile(profile)
+        check_profile(profile)
         widest = dataclasses.replace(settings, batch_tokens=512)
         cache = weights_cache(widest, file, call.engine_factory, log)
         with contextlib.closing(cache.engine(str(given["weights"]))) as engine:
@@ -28347,18 +29903,6 @@ def _tune(call: Invocation) -> int:
         raise StartupError(str(error)) from None
     done = f"written to {profile}: python embellama_server.py --config {profile}"
     return _print(f"{tuner.table(best)}\n\n{done}")
-
-
-def _check_profile(profile: Path) -> None:
-    """Raise StartupError if the profile could not be written after measuring."""
-    if not profile.parent.is_dir():
-        raise StartupError(f"there is no folder {profile.parent} for --output")
-    mark = TUNE_MARK.encode()
-    with contextlib.suppress(FileNotFoundError), open_plain(profile) as file:
-        if file.read(len(mark)) != mark:
-            raise StartupError(
-                f"{profile} exists and was not written by tune: name another --output"
-            )
 
 
 def _show_progress(done: int, total: int, label: str) -> None:
@@ -28428,28 +29972,44 @@ def _emit(call: Invocation) -> int:
     for name in EMITTERS if "all" in names else dict.fromkeys(names):
         files |= EMITTERS[name].files(deployment)
     if folder:
-        return _write_files(Path(folder), files, can_replace=call.own["force"])
+        written = write_files(Path(folder), files, can_replace=call.own["force"])
+        return _print("\n".join(map(str, written)))
     if len(files) == 1:
         return _print("".join(files.values()).rstrip("\n"))
     parts = (f"# ===== {name} =====\n{text}" for name, text in files.items())
     return _print("\n".join(parts).rstrip("\n"))
 
 
-def _write_files(folder: Path, files: Mapping[str, str], *, can_replace: bool) -> int:
-    taken = [name for name in files if os.path.lexists(folder / name)]
-    if taken and not can_replace:
-        raise StartupError(
-            f"{folder} has {', '.join(taken)} already; --force replaces what is there"
-        )
+# --- embed ---
+
+
+def _embed(call: Invocation) -> int:
+    own = call.own
+    settings, *others = call.read_settings().models
+    if others:
+        raise BadSetting("embed", "model_path", len(others) + 1, "one model, please")
+    if not own["url"]:
+        call.check_libraries()
+    line = ProgressLine(io.StringIO() if own["quiet"] else sys.stderr)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            unfinished = folder / f".{name}.new"
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, folder / name)
-    except (OSError, UnicodeError) as error:
-        raise StartupError(f"--output {folder} cannot be written: {error}") from None
-    return _print("\n".join(str(folder / name) for name in files))
+        embedder = embedder_for(own, settings, call.engine_factory)
+        with contextlib.closing(embedder):
+            bulk = Bulk(bulk_options(own), embedder, line.show)
+            if not (bulk.can_resume or own["quiet"]):
+                print("a pipe: if it ends early, it begins anew", file=sys.stderr)
+            progress = bulk.run()
+        line.end()
+        code = _print(json.dumps(progress.summary())) if own["json"] else 0
+        return 3 if code else int(progress.rejected > 0)
+    except BulkError as error:
+        reason, code = str(error), error.code
+    except (StartupError, EngineError, ApiError) as error:
+        reason, code = str(error), 2 if isinstance(error, InvalidValue) else 3
+    except KeyboardInterrupt:
+        again = shlex.join(arg for arg in sys.orig_argv if arg != "--restart")
+        reason, code = f"interrupted; this goes on: {again}", 130
+    line.end()
+    return _fail(reason, code=code)
 
 
 # --- serve ---
@@ -28559,8 +30119,9 @@ class Verb:
 VERBS: Final = {
     "serve": Verb(_serve,
         "An embedding, reranking and chat server in one file. `embellama_server.py check "
-        "--help`: see what a model is. `embellama_server.py tune --help`: find this box's "
-        "best settings. `embellama_server.py emit --help`: print its deployment files. "
+        "--help`: see what a model is. `embellama_server.py embed --help`: embed files. "
+        "`embellama_server.py tune --help`: find this box's best settings. "
+        "`embellama_server.py emit --help`: print its deployment files. "
         "`embellama_server.py openapi`: describe the API.",
         "Each flag is also a variable (--port: EMBELLAMA_PORT) and a TOML key (port). "
         "Lists in a variable have commas or are JSON arrays. Precedence: flag, "
@@ -28610,6 +30171,15 @@ VERBS: Final = {
             "--force": {"action": "store_true",
                 "help": "Replace files that are there already."},
         }),
+    "embed": Verb(_embed,
+        "Turn files of texts into vectors, a row each, in their order. Killed at any "
+        "moment, the same command goes on where it was.",
+        "The model and its options are the server's settings, which are accepted too. "
+        "Exit codes: 0 every row has a vector; 1 some have none (NAME.rejects.jsonl says "
+        "why), or --on-error stop met one; 2 the command is wrong, or is not that of the "
+        "unfinished run it would go on with; 3 something cannot be read or written, or "
+        "the model cannot be used; 130 interrupted.",
+        flags=EMBED_FLAGS),
     "openapi": Verb(_openapi, "Print the API as an OpenAPI document.",
         has_settings=False),
 }

@@ -1,0 +1,254 @@
+"""Room CORPUS: texts in files, row by row, with where each begins."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embellama_server as es
+
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1
+).filter(str.strip)
+LINE = TEXT.filter(lambda text: "\n" not in text and text == text.rstrip("\r"))
+
+
+def rows(
+    *paths: Path | str, start: es.RowPlace | None = None, **options: str
+) -> list[es.Row]:
+    """All rows of files."""
+    corpus = es.Corpus([*map(str, paths)], es.CorpusOptions(**options))
+    found = corpus.windows(start or es.RowPlace())
+    return [row for window, _ in found for row in window]
+
+
+def texts(found: Sequence[es.Row]) -> list[str]:
+    """Of rows that have one each."""
+    assert [row.error for row in found] == [""] * len(found)
+    return [row.texts[0] for row in found]
+
+
+def as_csv(lines: Sequence[str], delimiter: str) -> bytes:
+    """A file as the standard library writes it."""
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerow(["id", "text"])
+    writer.writerows([f"d{n}", text] for n, text in enumerate(lines))
+    return out.getvalue().encode()
+
+
+def as_jsonl(lines: Sequence[str]) -> bytes:
+    """Objects, with an id."""
+    return b"".join(
+        json.dumps({"id": f"d{n}", "text": text}).encode() + b"\n"
+        for n, text in enumerate(lines)
+    )
+
+
+WRITERS: dict[str, Callable[[Sequence[str]], bytes]] = {
+    "a.txt": lambda lines: "".join(f"{text}\n" for text in lines).encode(),
+    "a.jsonl": as_jsonl,
+    "a.ndjson": lambda lines: "\n".join(map(json.dumps, lines)).encode(),
+    "a.csv": lambda lines: as_csv(lines, ","),
+    "a.tsv": lambda lines: as_csv(lines, "\t"),
+}
+
+
+@pytest.mark.parametrize("name", [*WRITERS, *(f"{name}.gz" for name in WRITERS)])
+def test_texts_come_back_in_order_from_any_format(
+    tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    path = tmp_path_factory.mktemp("corpus") / name
+    alphabet = LINE if ".txt" in name else TEXT
+
+    @given(st.lists(alphabet, max_size=9))
+    def check(lines: list[str]) -> None:
+        data = WRITERS[name.removesuffix(".gz")](lines)
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        assert texts(rows(path)) == lines
+
+    check()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_reader_goes_on_at_any_row(tmp_path: Path, name: str) -> None:
+    lines = ['a "quoted"', "b, c", "d\té", "e"] * 3
+    if name.endswith(("csv", "tsv")):
+        lines[1] = "two\nlines"
+    first, second = tmp_path / name, tmp_path / f"b-{name}"
+    for path in (first, second):
+        path.write_bytes(WRITERS[name](lines))
+    whole = rows(first, second)
+    assert [row.number for row in whole] == [*range(24)]
+    corpus = es.Corpus([str(first), str(second)], es.CorpusOptions())
+    places = [place for _, place in corpus._rows(es.RowPlace())]
+    for count, place in enumerate(places, 1):
+        assert rows(first, second, start=place) == whole[count:]
+        with pytest.raises(es.BulkError, match="is not what was read before"):
+            rows(first, second, start=replace(place, sha256="0"))
+
+
+def test_where_a_window_ends_depends_on_where_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "WINDOW_ROWS", 5)
+    monkeypatch.setattr(es, "WINDOW_CHARS", 30)
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{'x' * (n * 7 % 20 + 1)}\n" for n in range(50)))
+    corpus = es.Corpus([str(path)], es.CorpusOptions())
+    windows = [*corpus.windows(es.RowPlace())]
+    assert all(len(window) <= 5 for window, _ in windows)
+    assert all(
+        sum(len(row.texts[0]) for row in window[:-1]) < 30 for window, _ in windows
+    )
+    for index, (_, place) in enumerate(windows):
+        assert [*corpus.windows(place)] == windows[index + 1 :]
+
+
+def test_ids_are_the_file_s_or_numbers_over_all_files(tmp_path: Path) -> None:
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    one.write_text(
+        '{"key": "k", "body": "a"}\n\n{"body": "b", "key": 7}\n{"body": "c"}'
+    )
+    other.write_text("d\ne\n")
+    found = rows(one, other, field="body", id_field="key")
+    assert [row.id for row in found] == ["k", 7, 2, 3, 4]
+    assert [(row.path, row.line, row.byte) for row in found] == [
+        (str(one), 1, 0),
+        (str(one), 3, 27),
+        (str(one), 4, 51),
+        (str(other), 1, 0),
+        (str(other), 2, 2),
+    ]
+
+
+BAD = {
+    ("a.jsonl", b"{"): "not JSON",
+    ("a.jsonl", b'{"text": "a"} x'): "not JSON",
+    ("a.jsonl", b'{"text": "\xff"}'): "not JSON",
+    ("a.jsonl", b'{"title": "a"}'): "no field text (--field); its fields: title",
+    ("a.jsonl", b'{"text": 7}'): "its text is not a string",
+    ("a.jsonl", b'{"text": null}'): "its text is not a string",
+    ("a.jsonl", b'{"text": " "}'): "its text is empty",
+    ("a.jsonl", b'{"text": "a", "id": []}'): "neither a string nor a number",
+    ("a.jsonl", b"7"): "neither an object nor a string",
+    ("a.txt", b"a\xff"): "byte 1 of the line is not UTF-8",
+    ("a.txt", b""): "its text is empty",
+    ("a.csv", b"1"): "1 columns, and the header 2",
+    ("a.csv", b"1,2,3"): "3 columns, and the header 2",
+    ("a.csv", b"1,\xff"): "not UTF-8",
+    ("a.csv", b'1,"a" b'): "not CSV",
+}
+BEFORE = {
+    "a.jsonl": b'{"text": "before"}\n',
+    "a.txt": b"before\n",
+    "a.csv": b"id,text\n0,before\n",
+}
+AFTER = {"a.jsonl": b'{"text": "after"}', "a.txt": b"after", "a.csv": b"2,after"}
+
+
+@pytest.mark.parametrize(("name", "line"), BAD, ids=str)
+def test_a_bad_row_is_told_and_the_next_one_read(
+    tmp_path: Path, name: str, line: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(BEFORE[name] + line + b"\n" + AFTER[name])
+    before, bad, after = rows(path)
+    assert (before.texts, after.texts) == (("before",), ("after",))
+    assert BAD[name, line] in bad.error
+    assert (bad.line, bad.byte) == (BEFORE[name].count(b"\n") + 1, len(BEFORE[name]))
+
+
+def test_a_line_too_long_is_a_bad_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "_MAX_LINE_BYTES", 50)
+    path = tmp_path / "a.txt"
+    path.write_text(f"a\n{'x' * 49}\n{'y' * 500}\nb\n{'z' * 50}")
+    found = rows(path)
+    assert [bool(row.error) for row in found] == [False, False, True, False, True]
+    assert [row.byte for row in found] == [0, 2, 52, 553, 555]
+
+
+def test_a_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbftext\r\na\r\n")
+    assert texts(rows(path)) == ["a"]
+
+
+def test_patterns_are_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.jsonl", "[d].txt"):
+        (tmp_path / name).write_text("x")
+    found = es.corpus_files([f"{tmp_path}/[ab].txt", f"{tmp_path}/[d].txt"])
+    assert [Path(name).name for name in found] == ["a.txt", "b.txt", "[d].txt"]
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "told"),
+    [
+        (["*.none"], 3, "no file is called"),
+        (["-", "a.txt"], 2, "can only be the one input"),
+        (["a.doc"], 2, "say --input-format"),
+        (["none.txt"], 3, "cannot read none.txt"),
+        (["a.csv"], 2, "has no column text"),
+    ],
+)
+def test_what_cannot_be_read_is_a_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    code: int,
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.doc").write_text("")
+    (tmp_path / "a.csv").write_text("title\na\n")
+    with pytest.raises(es.BulkError, match=told) as error:
+        rows(*es.corpus_files(names))
+    assert error.value.code == code
+
+
+def test_a_format_may_be_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.doc"
+    path.write_text("a\n")
+    assert texts(rows(path, format="txt")) == ["a"]
+
+
+def test_parquet_without_pyarrow_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"")
+    with pytest.raises(es.BulkError, match="needs pyarrow: pip install") as error:
+        rows(path)
+    assert error.value.code == 2
+
+
+@pytest.mark.clients
+def test_parquet_is_read_from_any_row(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    arrow = pytest.importorskip("pyarrow.parquet")
+    path, lines = tmp_path / "a.parquet", [f"text {n}" for n in range(3000)]
+    table = pa.table({"id": [*range(3000)], "text": [*lines[:-1], None], "x": lines})
+    arrow.write_table(table, path)
+    whole = rows(path)
+    assert texts(whole[:-1]) == lines[:-1]
+    assert [row.id for row in whole] == [*range(3000)]
+    assert whole[-1].error == "its text is not a string"
+    places = [
+        p for _, p in es.Corpus([str(path)], es.CorpusOptions())._rows(es.RowPlace())
+    ]
+    assert rows(path, start=places[1499]) == whole[1500:]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(es.BulkError, match="cannot read"):
+        rows(path)

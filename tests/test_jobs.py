@@ -1,0 +1,283 @@
+"""Room JOBS and `embed` on the command line: what it is told, and how far it is."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embellama_server as es
+from tests import kit
+
+TEXTS = [f"words {n % 50} and {n}" for n in range(300)]
+
+
+@dataclass
+class Desk:
+    """`embed` in this process, with the fake engine."""
+
+    root: Path
+    capsys: pytest.CaptureFixture[str]
+    out: str = ""
+    err: str = ""
+
+    def embed(self, *flags: object) -> int:
+        """The exit code; sets out and err."""
+        given = ["embed", *map(str, flags), "--cache-dir", str(self.root / "cache")]
+        given += ["--batch-tokens", "64"]  # a fake context has no more
+        if "--url" not in flags:
+            given += ["--model-path", str(self.model)]
+        try:
+            code = es.main(given, engine_factory=kit.FakeEngine)
+        except SystemExit as end:
+            code = int(str(end.code))
+        self.out, self.err = self.capsys.readouterr()
+        return code
+
+    @property
+    def model(self) -> Path:
+        """A file that the fake engine serves."""
+        path = self.root / "fake.gguf"
+        path.write_bytes(es.GGUF_MAGIC)
+        return path
+
+    def put(self, name: str, text: str) -> Path:
+        """A file."""
+        path = self.root / name
+        path.write_text(text)
+        return path
+
+    def array(self, name: str = "v.npy") -> Any:
+        """The vectors that were written."""
+        return np.load(self.root / name)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk:
+    return Desk(tmp_path, capsys)
+
+
+def vectors(texts: list[str], around: str = "{text}") -> Any:
+    """The fake engine's, as a server gives them."""
+    words = [around.replace("{text}", text).split() for text in texts]
+    ids = [[1, *map(kit.fake_id, row), 2] for row in words]
+    return np.array([kit.fake_vector(row) for row in ids], "f4")
+
+
+def test_files_become_vectors(desk: Desk) -> None:
+    file = desk.put("a.txt", "\n".join(TEXTS))
+    assert desk.embed(file, "--output", desk.root / "v.npy", "--json") == 0
+    assert np.allclose(desk.array(), vectors(TEXTS), atol=1e-6)
+    told = json.loads(desk.out)
+    assert (told["rows"], told["rejected"]) == (300, 0)
+    assert desk.embed("--output", desk.root / "v.npy", file) == 2, "it is there already"
+    assert "--restart replaces it" in desk.err
+    assert (
+        desk.embed("--quiet", "--output", desk.root / "v.npy", "--restart", file) == 0
+    )
+    assert (desk.out, desk.err) == ("", "")
+
+
+def test_the_model_s_options_are_the_server_s(desk: Desk) -> None:
+    file = desk.put("a.txt", "a\n" + "word " * 99)
+    to = ("--output", desk.root / "v.npy")
+    assert desk.embed(file, *to, "--prompt", "q=find ", "--prompt-name", "q") == 1
+    assert "line 2 (byte 2)" in desk.err
+    assert "tokens" in desk.err and "--on-error skip" in desk.err
+    given = ("--prompt", "q=find ", "--prompt-name", "q", "--truncate", "--restart")
+    assert (
+        desk.embed(file, *to, *given, "--dimensions", 4, "--output-dtype", "int8") == 0
+    )
+    whole = vectors(["a"], "find {text}")[0]
+    expected = np.round(es.normalised(whole[:4]) * 127)
+    assert np.array_equal(desk.array()[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (["--prompt-name", "none"], 2, "prompt_name 'none' is not known"),
+        (["--dimensions", "9"], 2, "dimensions must be 1 to 8"),
+        (["--dimensions", "x"], 2, "invalid int value"),
+        (["--output-dtype", "f8"], 2, "invalid choice"),
+        (["--on-error", "go"], 2, "invalid choice"),
+        (["--port", "x"], 2, "port"),
+        (["--model-path", "none.gguf"], 2, "none.gguf"),
+        (["--output", "v.txt"], 2, "must end in one of"),
+        (["none.txt"], 3, "cannot read none.txt"),
+        (["--url", "x:/"], 2, "is not like http://"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_a_sentence_and_an_exit_code(
+    desk: Desk, flags: list[str], code: int, told: str
+) -> None:
+    file = [] if "none.txt" in flags else [desk.put("a.txt", "a\n")]
+    assert desk.embed(*file, "--output", desk.root / "v.npy", *flags) == code
+    assert told in desk.err
+    assert "Traceback" not in desk.err
+
+
+def test_rejected_rows_are_exit_1(desk: Desk) -> None:
+    file = desk.put("a.txt", f"a\n{kit.NAN_WORD}\nb\n")
+    for on_error, rows in (("skip", 2), ("null", 3)):
+        to = desk.root / f"{on_error}.npy"
+        assert desk.embed(file, "--output", to, "--on-error", on_error) == 1
+        assert len(np.load(to)) == rows
+
+
+def test_nothing_but_bad_rows_in_a_window_is_no_trouble(desk: Desk) -> None:
+    file = desk.put("a.txt", "\n" * 2500 + "a\n")
+    to = ("--output", desk.root / "v.npy", "--on-error", "skip")
+    assert desk.embed(file, *to) == 1
+    assert np.allclose(desk.array(), vectors(["a"]), atol=1e-6)
+
+
+def test_a_pipe_is_read_and_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = io.TextIOWrapper(io.BytesIO(b'{"text": "a", "id": "x"}\n"b"'))
+    monkeypatch.setattr(sys, "stdin", given)
+    assert desk.embed("-", "--output", "-") == 0
+    lines = [json.loads(line) for line in desk.out.splitlines()]
+    assert [line["id"] for line in lines] == ["x", 1]
+    found = np.array([line["embedding"] for line in lines])
+    assert np.allclose(found, vectors(["a", "b"]), atol=1e-6)
+    assert "it begins anew" in desk.err
+
+
+def test_an_interrupt_is_130_and_tells_what_goes_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "WINDOW_ROWS", 10)
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python", "e.py", "embed", "--restart", "a b"]
+    )
+    file, to = desk.put("a.txt", "\n".join(TEXTS)), desk.root / "v.npy"
+    real, calls = es.Bulk._write, [0]
+
+    def write(*given: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 7:
+            raise KeyboardInterrupt
+        real(*given)
+
+    monkeypatch.setattr(es.Bulk, "_write", write)
+    assert desk.embed(file, "--output", to) == 130
+    assert desk.err.endswith("interrupted; this goes on: python e.py embed 'a b'\n")
+    assert desk.embed(file, "--output", to, "--json") == 0
+    assert json.loads(desk.out)["resumed_at_row"] == 60
+    assert np.allclose(desk.array(), vectors(TEXTS), atol=1e-6)
+
+
+# --- progress ---
+
+
+class Terminal(io.StringIO):
+    """A stream that says what it is."""
+
+    def __init__(self, *, is_tty: bool) -> None:
+        super().__init__()
+        self.is_tty = is_tty
+
+    def isatty(self) -> bool:
+        return self.is_tty
+
+
+@pytest.mark.parametrize(("is_tty", "most", "least"), [(True, 51, 45), (False, 1, 1)])
+def test_a_terminal_is_written_to_five_times_a_second_a_file_each_ten(
+    monkeypatch: pytest.MonkeyPatch, is_tty: bool, most: int, least: int
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stream = Terminal(is_tty=is_tty)
+    line = es.ProgressLine(stream)
+    progress = es.Progress(total_bytes=1000, begun_at=100.0)
+    for step in range(1001):
+        now[0] = 100 + step / 100
+        progress.bytes_read, progress.rows = step // 2, step * 3
+        line.show(progress)
+    shown = stream.getvalue().replace("\r\x1b[K", "\n").strip("\n").split("\n")
+    assert least <= len(shown) <= most
+    assert shown[-1].startswith("50.0%, 3,000 rows, 300/s, 0:00:10 left") or is_tty
+    line.end()
+    assert stream.getvalue().endswith("\n")
+
+
+def test_the_line_tells_what_there_is_to_tell() -> None:
+    progress = es.Progress(rows=5, duplicates=1200, rejected=3)
+    assert progress.line().endswith("1,200 duplicates, 3 rejected")
+    assert "left" not in progress.line(), "nobody knows how long a pipe is"
+
+
+# --- kill -9 ---
+
+# Each run is a fork, so that Python starts once; ``moments`` say when it is killed, and
+# the last run is left alone. Prints how many ended before that.
+VICTIMS = textwrap.dedent(
+    """
+    import json, os, signal, sys, time
+    import numpy.random
+    import embellama_server as es
+    from tests import kit
+    es.SYNC_S, es.WINDOW_ROWS = 0.0, 10
+    real = es.Bulk._write
+    def slow(*given):
+        real(*given)
+        time.sleep(0.002)
+    es.Bulk._write = slow
+    moments, command = json.loads(sys.argv[1])
+    ends = []
+    for moment in [*moments, None]:
+        victim = os.fork()
+        if not victim:
+            os._exit(es.main(command, engine_factory=kit.FakeEngine))
+        if moment is not None:
+            time.sleep(moment)
+            os.kill(victim, signal.SIGKILL)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]))
+    print(json.dumps(ends))
+    """
+)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "jsonl", "sqlite"])
+def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(
+    desk: Desk, suffix: str
+) -> None:
+    file = desk.put("a.txt", "\n".join([*TEXTS[:150], kit.NAN_WORD, *TEXTS[150:]]))
+    flags = ("--on-error", "null", "--exact", "--quiet", "--batch-tokens", "64")
+    whole, to = desk.root / f"whole.{suffix}", desk.root / f"v.{suffix}"
+    assert desk.embed(file, "--output", whole, *flags) == 1
+    command = ["embed", file, "--output", to, *flags, "--model-path", desk.model]
+    chance = random.Random(suffix)
+    moments = [0.02 + 0.08 * chance.random() for _ in range(10)]
+    given = json.dumps([moments, [*map(str, command)]])
+    ran = subprocess.run(
+        [sys.executable, "-c", VICTIMS, given],
+        cwd=kit.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=kit.DEADLINE_S,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    *killed, last = json.loads(ran.stdout.splitlines()[-1])
+    assert last in (1, 2), ran.stderr  # 2: it had been finished before
+    assert killed.count(-9) > 1
+    for path in desk.root.glob("whole*"):
+        again = path.with_name(path.name.replace("whole", "v"))
+        assert again.read_bytes() == path.read_bytes(), path.name
+    left = {".part", ".state", ".new"}
+    assert not [name for name in os.listdir(desk.root) if Path(name).suffix in left]
