@@ -39,7 +39,13 @@ class FaultySteps(es.StepContext):
         self._aborted = threading.Event()
         self._rows: Sequence[es.StepRow] = ()
 
-    def decode(self, rows: Sequence[es.StepRow], threads: int) -> None:
+    def decode(
+        self,
+        rows: Sequence[es.StepRow],
+        threads: int,
+        *,
+        is_deterministic: bool = False,
+    ) -> None:
         time.sleep(self.STEP_S)
         ids = {int(token) for row in rows for token in row.ids}
         if DEAF in ids:
@@ -52,7 +58,7 @@ class FaultySteps(es.StepContext):
             raise es.EngineError("as asked")
         elif MEMORY in ids:
             bytearray(1 << 50)
-        super().decode(rows, threads)
+        super().decode(rows, threads, is_deterministic=is_deterministic)
         self._rows = rows
 
     def logits(self, index: int) -> Any:

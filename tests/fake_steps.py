@@ -101,7 +101,13 @@ class FakeStepContext(es.StepContext):
         self._engine = engine
         self._rows: dict[int, Any] = {}
 
-    def decode(self, rows: Sequence[es.StepRow], threads: int) -> None:
+    def decode(
+        self,
+        rows: Sequence[es.StepRow],
+        threads: int,
+        *,
+        is_deterministic: bool = False,
+    ) -> None:
         self._check_thread()
         engine = self._engine
         engine.enter(self)  # type: ignore[arg-type]

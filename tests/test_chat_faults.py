@@ -33,7 +33,7 @@ GAUGES = r'(?m)^embellama_(?:queue_(?:inputs|tokens)|http_streams|sequences\{sta
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Server]:
     """One that the faults are injected into, one after another."""
     folder = tmp_path_factory.mktemp("model")
-    flags = ("--stuck-after-s", "0.5", "--audit-log", "/dev/full")
+    flags = ("--stuck-after-s", "1.5", "--audit-log", "/dev/full")
     with chat_faults.serving(folder, *flags) as running:
         yield running
         assert running.stop() == 0

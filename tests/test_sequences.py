@@ -673,6 +673,93 @@ def test_replies_that_grew_together_are_packed_and_say_the_same(
             assert abs(found - alone.logits(len(whole) - 1)).max() < 0.2
 
 
+class Watching:
+    """llama.cpp's functions, and how many tokens each of its steps had."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(llama(), name)
+
+    def llama_decode(self, pointer: Any, batch: Any) -> int:
+        self.steps.append(batch.n_tokens)
+        return int(llama().llama_decode(pointer, batch))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba"])
+def test_odd_steps_get_a_token_more_of_which_nothing_stays(
+    kind: str, tmp_path: Path
+) -> None:
+    path, dice, watching = (
+        chat_models.GENERATING[kind](tmp_path),
+        random.Random(7),
+        Watching(),
+    )
+    replies = [[dice.randrange(300, 400) for _ in range(40)] for _ in range(7)]
+    paired = es.StepContext(
+        watching,
+        opened(path),
+        es.StepOptions(cells=512, sequences=7, pairs_tokens=True),
+    )
+    alone = es.StepContext(
+        llama(), opened(path), es.StepOptions(cells=512, sequences=7)
+    )
+    with contextlib.closing(paired), contextlib.closing(alone):
+        lengths, expected = [0] * 7, []
+        for at in range(40):
+            among = dice.sample(range(7), dice.randrange(1, 8))
+            rows = [
+                es.StepRow(n, lengths[n], replies[n][lengths[n] :][:1], 1)
+                for n in among
+            ]
+            is_deterministic = at % 4 == 3
+            paired.decode(rows, 1, is_deterministic=is_deterministic)
+            alone.decode(rows, 1)
+            is_paired = len(rows) in (3, 5, 7) and not is_deterministic
+            is_paired = is_paired and paired.can_trim
+            expected.append(len(rows) + is_paired)
+            for index, n in enumerate(among):
+                off = abs(paired.logits(index) - alone.logits(index)).max()
+                assert off < 0.2
+                lengths[n] += 1
+                assert paired.last_position(n) == lengths[n] - 1
+        assert watching.steps == expected
+        prompt = es.StepRow(0, lengths[0], replies[0][:5], outputs=1)
+        paired.decode([prompt], 1)
+        assert watching.steps[-1] == 5  # most of it is no reply's
+        tried = es.StepRow(1, lengths[1], replies[1][:5], outputs=5)
+        paired.decode([tried], 1)
+        assert watching.steps[-1] == (6 if paired.can_trim else 5)
+
+
+def test_without_a_free_cell_an_odd_step_is_computed_as_it_is(tmp_path: Path) -> None:
+    path, watching = chat_models.GENERATING["llama"](tmp_path), Watching()
+    room = es.StepOptions(cells=256, sequences=3, pairs_tokens=True)
+    with contextlib.closing(es.StepContext(watching, opened(path), room)) as context:
+        full = context.cells - 3
+        context.decode([es.StepRow(0, 0, [300] * full, outputs=1)], 1)
+        rows = [es.StepRow(0, full, [301], 1), es.StepRow(1, 0, [302, 303], 2)]
+        context.decode(rows, 1)
+        assert watching.steps == [full, 4, 3]
+        assert [context.last_position(n) for n in (0, 1)] == [full, 1]
+        with pytest.raises(es.NoCells):
+            context.decode([es.StepRow(1, 2, [304, 305, 306], 3)], 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "experts", "pairs"),
+    [("q8_0", 0, True), ("q4_k_m", 0, True), ("mxfp4_moe", 8, False)]
+    + [(kind, 0, False) for kind in ("f32", "f16", "bf16", "unknown")],
+)
+def test_tokens_are_paired_where_quantised_weights_are_shared_by_all(
+    weights: str, experts: int, pairs: bool
+) -> None:
+    values = {"llama.expert_count": experts}
+    header = es.GgufHeader("llama", values)
+    assert es.pairs_tokens(header, weights) is pairs
+
+
 def test_own_parts_begin_after_what_others_hold_and_the_last_used_comes_first() -> None:
     table = es.SequenceTable(1000, 8)
     first = left(table, [*SYSTEM, 1, 2], 3, 4)
