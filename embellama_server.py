@@ -23494,7 +23494,7 @@ def _json_of(schema: Schema) -> dict[str, object]:
 # $API_KEY in the curl command.
 
 _STYLE: Final = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark; background: Canvas; color: CanvasText }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto;
   padding: 1rem; overflow-wrap: anywhere }
 code, pre, input, textarea { font: 14px/1.45 ui-monospace, monospace }
@@ -23604,10 +23604,12 @@ def docs_page(routes: Iterable[Route]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>embellama_server</title>
 <style>{_STYLE}</style>
+<header>
 <h1>embellama_server {__version__}</h1>
 <p>{API_SUMMARY} /openapi.json says the same to programs.</p>
 <label>API key, if this server asks for one; forgotten with this page
 <input id="key" type="password" autocomplete="off"></label>
+</header>
 <main>
 {shown}</main>
 <noscript>Trying a call needs JavaScript.</noscript>
@@ -23631,9 +23633,9 @@ def _shown(route: Route) -> str:
     return f"""<details data-method="{route.method}" data-path="{route.path}">
 <summary><b>{route.method}</b> <code>{route.path}</code> {html.escape(route.summary)}</summary>
 {inputs}
-<pre class="curl" tabindex="0" aria-label="curl command"></pre>
+<pre class="curl" tabindex="0" role="group" aria-label="curl command"></pre>
 <button type="button">Send</button> <output></output>
-<pre class="answer" tabindex="0" aria-label="response" hidden></pre>
+<pre class="answer" tabindex="0" role="group" aria-label="response" hidden></pre>
 </details>
 """
 
@@ -23715,7 +23717,7 @@ dt { font-size: 14px }
 dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums }
 dd small { display: block; font-size: 13px }
 svg { display: block; width: 100% }
-polyline { fill: none; stroke: var(--line); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+polyline { fill: none; stroke: var(--line); stroke-width: 1.5 }
 .wide { overflow: auto; overflow-wrap: normal }
 .both { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center }
 #map { flex: 1 1 18rem; max-width: 34rem } meter { width: 6rem }
@@ -23816,7 +23818,7 @@ function figure([title, of, show, limit], moments, limits) {
   const label = `${title}: now ${now}, ${notes.join(", ")}, in ${Math.round(span)} s`;
   const line = drawn("svg", { viewBox: "0 0 150 30", height: 30, role: "img",
     preserveAspectRatio: "none", "aria-label": label },
-  drawn("polyline", { points: points.join(" ") }));
+  drawn("polyline", { points: points.join(" "), "vector-effect": "non-scaling-stroke" }));
   return card(title, now, notes.join(", "), [line]);
 }
 
@@ -24117,10 +24119,10 @@ PAGE_HTML: Final = f"""<!doctype html>
 <table id="heat"></table></div>
 <div id="map"></div></div>
 </section>
-<section class="rank" hidden>
+<div class="rank" hidden>
 <label>Reranker <select id="ranker"></select></label>
 <button id="rerank" type="button">Rerank by the query</button>
-</section>
+</div>
 <ol id="ranks"></ol>
 <section class="generate" hidden>
 <h2>Chat</h2>

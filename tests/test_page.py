@@ -24,6 +24,7 @@ import embellama_server as es
 from tests import both, kit
 from tests.servers import free_port
 from tests.siege import memory_mb, quantile
+from tests.test_outside_clients import node_printed
 
 PAGE = es.PAGE_HTML
 POLICY = dict(es.PAGE_POLICY)["content-security-policy"]
@@ -433,6 +434,54 @@ def test_behind_a_prefix_pages_find_their_links_and_routes(
         for is_ok, asked in ours:
             assert is_ok and asked.startswith(f"{server.url}{PREFIX}"), asked
         page.close()
+
+
+PLACE = """
+import { createRequire } from "node:module";
+console.log(JSON.stringify(createRequire(import.meta.url).resolve(process.argv[2])));
+"""
+
+
+@pytest.mark.clients
+def test_the_pages_have_no_barriers_that_axe_knows(
+    browser: Any, tmp_path: Path
+) -> None:
+    place = node_printed(tmp_path, ["axe-core@4"], PLACE, "axe-core/axe.min.js")
+    with both.asking(tmp_path, has_chatter=True) as server:
+        for scheme, path in itertools.product(("light", "dark"), ("/", "/docs")):
+            # axe is a script of its own, which the pages' policy would refuse.
+            context = browser.new_context(bypass_csp=True, color_scheme=scheme)
+            page = context.new_page()
+            page.goto(f"http://{server.host}:{server.port}{path}")
+            if path == "/":
+                page.click("#compare")
+                page.wait_for_selector("#map circle")
+            else:
+                page.click("summary:has-text('/v1/embeddings')")
+            page.add_script_tag(path=place)
+            found = page.evaluate("axe.run()")["violations"]
+            told = [(one["id"], one["nodes"][0]["html"][:99]) for one in found]
+            assert told == [], (scheme, path)
+            context.close()
+
+
+@pytest.mark.clients
+def test_the_pages_are_valid_html(tmp_path: Path) -> None:
+    java = shutil.which("java")
+    if java is None:
+        pytest.skip("not installed: java")
+    place = node_printed(tmp_path, ["vnu-jar"], PLACE, "vnu-jar/build/dist/vnu.jar")
+    pages = {"page.html": PAGE, "docs.html": es.docs_page(es.ROUTES)}
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        [java, "-jar", place, *(str(tmp_path / name) for name in pages)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=kit.DEADLINE_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.clients
