@@ -23496,9 +23496,10 @@ def _json_of(schema: Schema) -> dict[str, object]:
 _STYLE: Final = """
 :root { color-scheme: light dark; background: Canvas; color: CanvasText }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto;
-  padding: 1rem; overflow-wrap: anywhere }
+  padding: 1rem; overflow-wrap: break-word }
+h1 { font-size: clamp(1.2rem, 7vw, 2rem) }
 code, pre, input, textarea { font: 14px/1.45 ui-monospace, monospace }
-details { border: 1px solid GrayText; border-radius: 6px; margin: .5rem 0 }
+details { border: 1px solid GrayText; border-radius: 6px; margin: .5rem 0; overflow: auto }
 details > * { margin: .5rem .75rem }
 summary { cursor: pointer }
 summary b { display: inline-block; min-width: 4.5em; color: LinkText }
@@ -23706,25 +23707,21 @@ _PAGE_STYLE: Final = """
 html { background: Canvas; color: CanvasText }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto;
   padding: 1rem; overflow-wrap: anywhere }
-a { color: var(--line) }
+a { color: var(--line) } h1 { font-size: clamp(1.2rem, 7vw, 2rem) }
 #state { padding: .5rem .75rem; border-left: .4rem solid var(--line); background: var(--back) }
 #state.bad { border-color: #d11; font-weight: bold }
 .stale dl, .stale table { opacity: .45 }
 dl { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
-h1 { font-size: clamp(1.2rem, 7vw, 2rem) }
 dl > div { border: 1px solid #8886; border-radius: 6px; padding: .5rem .75rem }
-dt { font-size: 14px }
-dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums }
+dt { font-size: 14px } dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums }
 dd small { display: block; font-size: 13px }
-svg { display: block; width: 100% }
 polyline { fill: none; stroke: var(--line); stroke-width: 1.5 }
-.wide { overflow: auto; overflow-wrap: normal }
+.wide { overflow: auto; overflow-wrap: normal } svg { display: block; width: 100% }
 .both { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center }
 #map { flex: 1 1 18rem; max-width: 34rem } meter { width: 6rem }
-table { border-collapse: collapse }
 th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #8884 }
 #heat td { min-width: 3rem; text-align: right; font-variant-numeric: tabular-nums }
-label { display: block; margin: .5rem 0 }
+label { display: block; margin: .5rem 0 } table { border-collapse: collapse }
 input, textarea, select { display: block; width: 100%; font: inherit; padding: .3rem }
 button { font: inherit; padding: .3rem .9rem; margin: .25rem .25rem .25rem 0 }
 circle { fill: var(--line) } text { fill: currentColor; font-size: 9px }
@@ -23892,7 +23889,7 @@ async function poll() {
   clearTimeout(timer);
   if (document.hidden) return;
   try {
-    const reply = await (await call("status", null, AbortSignal.timeout(4000))).json();
+    const reply = await (await call("status", null, AbortSignal.timeout(3000))).json();
     [pause_ms, heard] = [POLL_MS, Date.now()];
     document.body.classList.remove("stale");
     document.title = "embellama_server";
@@ -23954,12 +23951,16 @@ function places(rows) {
 function drawMap(said, rows) {
   const [across, up] = places(rows);
   const far = Math.max(...across.map(Math.abs), ...up.map(Math.abs)) || 1;
-  const dots = said.flatMap((text, n) => {
+  const step = said.length > 12 ? 0 : 10; // between texts, so that none covers another
+  const downwards = said.map((_, n) => n).sort((one, other) => up[other] - up[one]);
+  let low = 0;
+  const dots = downwards.flatMap((n) => {
     const x = 150 + across[n] / far * 130, y = 110 - up[n] / far * 95;
     const [shift, anchor] = x > 150 ? [-6, "end"] : [6, "start"];
-    return [drawn("circle", { cx: x, cy: y, r: 3 }, drawn("title", {}, text)),
-      drawn("text", { x: x + shift, y: y + 3, "text-anchor": anchor },
-        said.length > 12 ? `${n + 1}` : shortened(text, 28))];
+    low = Math.max(y + 3, step && low + step);
+    return [drawn("circle", { cx: x, cy: y, r: 3 }, drawn("title", {}, said[n])),
+      drawn("text", { x: x + shift, y: low, "text-anchor": anchor },
+        step ? shortened(said[n], 28) : `${n + 1}`)];
   });
   $("map").replaceChildren(drawn("svg", { viewBox: "0 0 300 220", role: "img",
     "aria-label": "The texts on a plane: those near each other are alike" }, ...dots));
