@@ -26355,6 +26355,7 @@ class Embedder:
         )
         self._loading = threading.Lock()
         self._loaded: LoadedModel | None = None
+        self.tokens = 0  # of all that was embedded
 
     def __reduce__(self) -> tuple[object, ...]:
         return functools.partial(type(self), **self._made_with), ()
@@ -26481,6 +26482,7 @@ class Embedder:
             loaded.pool.watch()
         if job.error is not None:
             raise job.error
+        self.tokens += job.tokens
         return [
             job.errors.get(index) or _vector(vector, job.request, loaded.card)
             for index, vector in enumerate(job.vectors)
@@ -29190,33 +29192,37 @@ class Progress:
     rows: int = 0
     rejected: int = 0
     duplicates: int = 0  # of another row in the same window
+    tokens: int = 0  # of this run
     begun_at: float = 0.0  # by time.monotonic()
     first_row: int = 0  # of this run; those before were done in others
-    _first_share: float = 0.0  # of the bytes, likewise
+
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken so far."""
+        return max(time.monotonic() - self.begun_at, 1e-9)
 
     @property
     def rows_s(self) -> float:
         """Rows per second of this run."""
-        seconds = time.monotonic() - self.begun_at
-        return (self.rows - self.first_row) / max(seconds, 1e-9)
+        return (self.rows - self.first_row) / self.seconds
 
     def line(self) -> str:
         """Return it as people read it."""
-        share = self.bytes_read / self.total_bytes if self.total_bytes else 0.0
-        parts = [f"{share:.1%}"] if share else []
-        parts += [f"{self.rows:,} rows", f"{self.rows_s:,.0f}/s"]
-        if share > self._first_share:
-            gone_s = time.monotonic() - self.begun_at
-            rest = (1 - share) / (share - self._first_share) * gone_s
-            parts.append(f"{datetime.timedelta(seconds=round(rest))} left")
-        parts += [
-            f"{count:,} {name}"
-            for name, count in (
-                ("duplicates", self.duplicates),
-                ("rejected", self.rejected),
-            )
-            if count
-        ]
+        parts = [f"{self.rows:,} rows", f"{self.rows_s:,.0f}/s"]
+        if self.tokens:
+            parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
+        if self.total_bytes and self.rows > self.first_row:
+            share = self.bytes_read / self.total_bytes
+            gained = share * (self.rows - self.first_row) / self.rows
+            left_s = round((1 - share) / max(gained, 1e-9) * self.seconds)
+            parts = [
+                f"{share:.1%}",
+                *parts,
+                f"{datetime.timedelta(seconds=left_s)} left",
+            ]
+        for name in ("duplicates", "rejected"):
+            if count := getattr(self, name):
+                parts.append(f"{count:,} {name}")
         return ", ".join(parts)
 
     def summary(self) -> dict[str, object]:
@@ -29225,8 +29231,9 @@ class Progress:
             "rows": self.rows,
             "rejected": self.rejected,
             "duplicates": self.duplicates,
+            "tokens": self.tokens,
             "resumed_at_row": self.first_row,
-            "seconds": round(time.monotonic() - self.begun_at, 3),
+            "seconds": round(self.seconds, 3),
             "rows_per_s": round(self.rows_s, 1),
         }
 
@@ -29272,6 +29279,8 @@ _STATE_VERSION: Final = 1
 
 class TextEmbedder(typing.Protocol):
     """What gives vectors: the engine in this process, or a server."""
+
+    tokens: int  # of all texts so far
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -29464,6 +29473,7 @@ class Bulk:
                     self._open("batch" if is_batch else self._kind, {}, stack)
                 self._write(window, unique)
                 self._mark(place)
+                progress.tokens = self._embedder.tokens
                 self._show(progress)
                 written = sum(self._state["sizes"].values())
                 now = time.monotonic()
@@ -29661,7 +29671,7 @@ class RemoteEmbedder:
         if key:
             self._headers["authorization"] = f"Bearer {key}"
         self._body = {name: value for name, value in body.items() if value is not None}
-        self._own = threading.local()  # a thread's connection
+        self._idle: list[HTTPConnection] = []
         self._pool = ThreadPoolExecutor(threads, "remote")
         self._is_closed = threading.Event()
         self.tokens = 0
@@ -29704,6 +29714,8 @@ class RemoteEmbedder:
         """Send nothing more."""
         self._is_closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for connection in self._idle:
+            connection.close()
 
     def _send(self, texts: Sequence[str]) -> list[Future[list[Any]]]:
         size = _TEXTS_A_REQUEST
@@ -29736,8 +29748,10 @@ class RemoteEmbedder:
 
     def _ask(self, method: str, path: str, body: bytes) -> tuple[int, Any, bytes]:
         """Raises OSError or HTTPException; the next request then connects again."""
-        connection = getattr(self._own, "connection", None) or self._connect()
-        self._own.connection = None
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
         try:
             connection.request(method, self._root + path, body or None, self._headers)
             response = connection.getresponse()
@@ -29745,7 +29759,7 @@ class RemoteEmbedder:
         except BaseException:
             connection.close()
             raise
-        self._own.connection = connection
+        self._idle.append(connection)
         return response.status, response.headers, data
 
     def _rows(self, data: bytes, count: int) -> list[Any]:

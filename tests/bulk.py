@@ -31,7 +31,7 @@ class FakeEmbedder:
             "dimensions": LENGTH,
         } | identity
         self.texts: list[str] = []
-        self.ahead = 2
+        self.ahead, self.tokens = 2, 0
 
     def embed(
         self, windows: Iterable[Sequence[str]]

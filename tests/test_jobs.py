@@ -216,9 +216,19 @@ def test_a_terminal_is_written_to_five_times_a_second_a_file_each_ten(
 
 
 def test_the_line_tells_what_there_is_to_tell() -> None:
-    progress = es.Progress(rows=5, duplicates=1200, rejected=3)
+    progress = es.Progress(
+        rows=5, tokens=7, begun_at=time.monotonic() - 1, duplicates=1200, rejected=3
+    )
     assert progress.line().endswith("1,200 duplicates, 3 rejected")
+    assert " 7 tokens/s, " in progress.line()
     assert "left" not in progress.line(), "nobody knows how long a pipe is"
+
+
+def test_what_other_runs_did_does_not_make_this_one_faster() -> None:
+    begun = time.monotonic() - 10
+    progress = es.Progress(100, 60, rows=600, first_row=500, begun_at=begun)
+    # A sixth of 60 % in 10 s: 40 % take 40 s.
+    assert "10/s, 0:00:40 left" in progress.line()
 
 
 # --- kill -9 ---
