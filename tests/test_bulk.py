@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import embellama_server as es
-from tests.bulk import Desk, FakeEmbedder, array, jsonl
+from tests.bulk import Desk, FakeEmbedder, array, jsonl, vector
 
 TEXTS = [f"text {n % 7 if n % 3 else n}" for n in range(40)]  # some are there twice
 
@@ -437,3 +437,30 @@ def test_replies_to_a_batch_file_are_json_lines(desk: Desk) -> None:
 def test_flat_is_the_memory_that_windows_take(desk: Desk) -> None:
     desk.run(desk.put("a.txt", "x\n" * 200), output="v.jsonl")
     assert desk.shown == [*range(8, 201, 8)], "it is shown and written as it goes"
+
+
+@pytest.mark.heavy
+def test_memory_is_the_same_at_ten_thousand_rows_and_at_a_million(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lean(FakeEmbedder):
+        def embed(self, windows: Any) -> Any:
+            one = vector("a")
+            for window in windows:
+                yield [one] * len(window)
+
+    file = tmp_path / "a.jsonl"
+    with file.open("w") as lines:
+        for n in range(1_000_000):
+            lines.write(f'{{"id": {n}, "text": "text number {n} of a corpus"}}\n')
+    sizes: dict[int, int] = {}
+
+    def note(progress: es.Progress) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        sizes[progress.rows] = pages * os.sysconf("SC_PAGE_SIZE")
+
+    to = es.BulkOptions([str(file)], str(tmp_path / "v.npy"), es.CorpusOptions())
+    assert es.Bulk(to, Lean(), note).run().rows == 1_000_000
+    begun = sizes[10 * es.WINDOW_ROWS]
+    assert max(sizes.values()) - begun < 4 << 20
+    assert np.load(tmp_path / "v.npy", mmap_mode="r").shape == (1_000_000, 8)

@@ -262,9 +262,18 @@ VICTIMS = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("suffix", ["npy", "jsonl", "sqlite"])
+@pytest.mark.parametrize(
+    ("suffix", "kills"),
+    [
+        *(("npy", 10), ("jsonl", 5), ("sqlite", 5)),
+        *(
+            pytest.param(suffix, 60, marks=pytest.mark.heavy)
+            for suffix in ("npy", "db")
+        ),
+    ],
+)
 def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(
-    desk: Desk, suffix: str
+    desk: Desk, suffix: str, kills: int
 ) -> None:
     file = desk.put("a.txt", "\n".join([*TEXTS[:150], kit.NAN_WORD, *TEXTS[150:]]))
     flags = ("--on-error", "null", "--exact", "--quiet", "--batch-tokens", "64")
@@ -272,7 +281,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(
     assert desk.embed(file, "--output", whole, *flags) == 1
     command = ["embed", file, "--output", to, *flags, "--model-path", desk.model]
     chance = random.Random(suffix)
-    moments = [0.02 + 0.08 * chance.random() for _ in range(10)]
+    moments = [0.02 + 0.08 * chance.random() for _ in range(kills)]
     given = json.dumps([moments, [*map(str, command)]])
     ran = subprocess.run(
         [sys.executable, "-c", VICTIMS, given],
@@ -285,7 +294,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(
     assert ran.returncode == 0, ran.stderr
     *killed, last = json.loads(ran.stdout.splitlines()[-1])
     assert last in (1, 2), ran.stderr  # 2: it had been finished before
-    assert killed.count(-9) > 1
+    assert killed.count(-9) > 1  # the others had ended
     for path in desk.root.glob("whole*"):
         again = path.with_name(path.name.replace("whole", "v"))
         assert again.read_bytes() == path.read_bytes(), path.name
