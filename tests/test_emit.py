@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import both, docs, kit
+from tests import both, docs, kit, slow
 from tests.servers import free_port
 from tests.siege import answers, wait_until
 from tests.test_outside_clients import node_printed
@@ -934,12 +935,23 @@ def test_prometheus_takes_its_configuration(
 
 
 @contextlib.contextmanager
-def prometheus_of(folder: Path, port: int) -> Iterator[Callable[[str], Any]]:
-    """What Prometheus answers to a path; it reads a server's metrics each second."""
+def prometheus_of(
+    folder: Path, port: int, lasting: str = ""
+) -> Iterator[Callable[[str], Any]]:
+    """What Prometheus answers to a path; it reads a server's metrics each second.
+
+    ``lasting``: how long all alerts wait that wait at all, instead of their own time.
+    """
     program, own = needs("prometheus"), free_port()
     files(folder, "--port", str(port), "prometheus", "alerts")
     place = folder / "prometheus.yml"
     place.write_text(place.read_text().replace('"15s"', '"1s"'))
+    if lasting:
+        rules = folder / "embellama-alerts.yml"
+        waits = re.compile('for: "[1-9][0-9]*[mh]"')
+        text, found = waits.subn(f'for: "{lasting}"', rules.read_text())
+        assert found >= len(es.ALERTS) // 2
+        rules.write_text(text)
     process = subprocess.Popen(
         [
             *(
@@ -998,6 +1010,64 @@ def test_every_panel_draws_and_every_rule_is_computed_while_prometheus_watches(
     assert empty == {}
     assert len(rules) == len(es.ALERTS)
     assert {rule["health"] for rule in rules} == {"ok"}
+
+
+@pytest.mark.clients
+def test_each_fault_raises_its_alert_in_a_real_prometheus_and_no_other(
+    tmp_path: Path,
+) -> None:
+    port, folder = free_port(), tmp_path / "out"
+    supervised = ("-m", "tests.kit", "supervised")
+    flags = ("--port", str(port), "--host", "127.0.0.1")
+    limits = ("--rate-limit", "0.001", "--rate-burst", "30", "--open-route", "metrics")
+    fired: set[str] = set()
+
+    def raised_by(fault: Callable[[], object], wanted: set[str]) -> None:
+        """Wait for what is wanted, and a little longer; nothing else may be new."""
+        before = set(fired)
+        fault()
+        until = time.monotonic() + (kit.DEADLINE_S if wanted else 8)
+        while time.monotonic() < until and not (wanted and wanted <= fired - before):
+            time.sleep(0.2)  # Prometheus looks once a second
+            alerts = ask("alerts")["alerts"]
+            fired.update(
+                one["labels"]["alertname"] for one in alerts if one["state"] == "firing"
+            )
+        assert fired - before == wanted
+
+    def embed(times: int, status: int) -> None:
+        client = both.Client(f"http://127.0.0.1:{port}")
+        replies = [
+            client.post("/v1/embeddings", {"input": f"{n}"}) for n in range(times)
+        ]
+        assert {reply.status for reply in replies} == {status}
+        client.close()
+
+    def kill_children(server: kit.Server) -> None:
+        for count in range(1, 5):
+            os.kill(server.child, signal.SIGKILL)
+            server.wait_for_log(" ready ", times=count + 1)
+            time.sleep(2)  # until Prometheus has seen it
+
+    with prometheus_of(folder, port, lasting="6s") as ask:
+        model = ("--model-path", str(kit.fake_gguf(tmp_path)))
+        with kit.started(*model, *flags, *limits, module=supervised) as server:
+            wait_until(lambda: bool(ask("query?query=up")["result"]))
+            raised_by(lambda: embed(30, 200), set())
+            raised_by(lambda: embed(20, 429), {"EmbellamaShedding"})
+            raised_by(lambda: kill_children(server), {"EmbellamaRestarting"})
+            assert server.stop() == 0
+        raised_by(lambda: None, {"EmbellamaDown"})
+        environment = {slow.LOAD_S: "20"}
+        model = slow.model(tmp_path, "embedder")
+        with kit.started(
+            *model,
+            *flags,
+            module=slow.MODULE,
+            environment=environment,
+            wait_ready=False,
+        ):
+            raised_by(lambda: None, {"EmbellamaNotReady"})
 
 
 def test_systemd_s_sockets_and_the_printed_settings_start_the_server(
