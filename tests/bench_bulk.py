@@ -236,6 +236,7 @@ def memory(model: str) -> str:
         rows.append([f"Embedder, {lines:,} lines", f"{float(said[1]):.0f}"])
     port = free_port()
     flags = ["--model-path", model, "--port", str(port), "--no-supervise"]
+    flags += ["--any-model", "--log-level", "error"]
     command = [sys.executable, str(kit.ROOT / "embellama_server.py"), *flags]
     texts = [f"line {n} of what is read again and again" for n in range(5000)]
     bodies = [body(texts[n : n + 50]) for n in range(0, 5000, 50)]

@@ -142,7 +142,7 @@ def skewed(
 
 def command_of(number: int, port: int, *, is_real: bool) -> list[str]:
     """What starts a server with one worker."""
-    flags = "--workers 1 --cache-mb 0 --no-supervise --log-level error"
+    flags = "--workers 1 --cache-mb 0 --any-model --no-supervise --log-level error"
     own = [*flags.split(), "--port", str(port)]
     if not is_real:
         return [sys.executable, "-m", "tests.bench_front", "serve", *own]
