@@ -1169,6 +1169,9 @@ class Settings(ModelSettings):
     uds: str = start_option("", "Unix socket to listen on as well.", is_path=True)
     uds_mode: str = start_option("0660", "Permissions of that socket.",
         pattern=("0?[0-7]{3}", "octal, e.g. 0660"))
+    agent_port: int = start_option(0,
+        "TCP port that tells HAProxy's agent-check this server's weight, by its backlog in "
+        "seconds; 0: none.", 0, 65535)
     tls_cert: str = start_option("",
         "Certificate chain, PEM: TCP listeners then speak TLS 1.2 or later. The files "
         "are read again when they change.", is_path=True)
@@ -23264,6 +23267,32 @@ STATUS_REPLY: Final = an_object(
 )
 
 
+# As long as a few calls take: half the weight of a server where nothing waits.
+_HALF_WEIGHT_S: Final = 0.05
+
+
+def weight_line(service: Service) -> bytes:
+    """Return what HAProxy's agent-check reads: a weight by seconds of backlog.
+
+    Connections, which leastconn counts, may be of one text or of thousands.
+    """
+    queues = (loaded.pool.queue for loaded in service.models.in_memory)
+    backlog_s = sum(queue.backlog.wait_s for queue in queues)
+    return b"%d%%\n" % max(1, round(100 / (1 + backlog_s / _HALF_WEIGHT_S)))
+
+
+class Agent(asyncio.Protocol):
+    """A connection that is told the weight and closed."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        writer = typing.cast(asyncio.WriteTransport, transport)  # uvloop's is none
+        writer.write(weight_line(self._service))
+        writer.close()
+
+
 def note_moment(service: Service) -> None:
     """Keep the figures of this moment, if the last ones kept are old enough."""
     kept, now = service.moments, time.monotonic()
@@ -25961,6 +25990,7 @@ class Server:
             loop=self._loop,
         )
         self._acceptor: Acceptor | None = None
+        self._agent: asyncio.Server | None = None
 
     def _to_loop(self, call: Callable[[], None]) -> None:
         """Call it on the event loop, from any thread; dropped once the loop is closed."""
@@ -25987,6 +26017,7 @@ class Server:
             await self._wait_for_move(_WAIT_IN_BACKLOG_S)
         if service.phase is not Phase.STOPPED:
             self._listen(announce)
+            await self._open_agent()
         while service.phase in (Phase.LOADING, Phase.READY):
             await self._wait_for_move()
         if self._exit_code:  # another process takes who comes from now on
@@ -26065,7 +26096,25 @@ class Server:
         for listener in listeners:
             announce(url_of(listener, is_tls=self._tls is not None))
 
+    async def _open_agent(self) -> None:
+        """Listen on the agent's port. A successor waits while it is still taken."""
+        service, settings = self.service, self.service.settings
+        host = "localhost" if settings.host == "none" else settings.host
+        make, port = functools.partial(Agent, service), settings.agent_port
+        while port and self._agent is None and service.phase is not Phase.STOPPED:
+            try:
+                self._agent = await self._loop.create_server(make, host, port)
+            except OSError as error:
+                if self._is_successor:
+                    await asyncio.sleep(_TICK_S)
+                    continue
+                why = f"cannot listen on --agent-port {port} of {host}: {error}"
+                self._failure = StartupError(why)
+                self._move(Phase.STOPPED, "failed")
+
     def _close_listeners(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
         if self._acceptor is not None:
             self._acceptor.close()
         for listener in self._listeners:
@@ -27666,7 +27715,7 @@ backend embellama
   # 429 too, from HAProxy 3.1 on
   retry-on conn-failure empty-response 503
   # maxconn: as many short texts as fill the calls of all workers; more wait here
-  default-server check inter 500ms fall 1 rise 2 maxconn <at_once><tls>
+  default-server check inter 500ms fall 1 rise 2 maxconn <at_once><agent><tls>
   server a1 <address>
   # server a2 10.0.0.2:8080
 """
@@ -27724,9 +27773,13 @@ def haproxy_files(deployment: Deployment) -> dict[str, str]:
         tls = " ssl verify required ca-file /etc/haproxy/embellama-ca.pem"
     if settings.tls_client_ca:
         tls += " crt /etc/haproxy/embellama-client.pem"
+    agent, port = "", settings.agent_port
+    if port:
+        agent = f" weight 100 agent-check agent-inter 200ms agent-port {port}"
     text = filled(
         _HAPROXY,
         head=lines_of(head_line("haproxy")),
+        agent=agent,
         server_s=_server_s(settings),
         at_once=str(settings.workers * max(4, settings.batch_tokens // _SHORT_TOKENS)),
         tls=tls,

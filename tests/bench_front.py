@@ -9,7 +9,7 @@ With --real each has the default model and a core of its own. In turn, round aft
 connections with short texts, straight to one server, then through HAProxy to each number
 of servers; and a skewed load on the most servers, single texts at a steady rate beside
 clients that send batches of 64 long texts, with `leastconn` as `emit haproxy` prints it, and
-with weights from an agent that knows each server's backlog in seconds.
+with the weights that --agent-port tells.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shutil
-import socketserver
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,47 +35,20 @@ from tests.load import Load
 from tests.servers import Server, free_port, started
 from tests.siege import answers, haproxy_config, wait_until
 
-AGENT_MS = 200
-HALF_S = 0.05  # a backlog that halves a server's weight
-
-
-class Agent(socketserver.ThreadingTCPServer):
-    """Tells HAProxy the weight of a server, by its backlog."""
-
-    daemon_threads = True
-
-    def __init__(self, server: Server) -> None:
-        self.url = f"{server.url}/metrics"
-        super().__init__(("127.0.0.1", 0), Answer)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Answer(socketserver.BaseRequestHandler):
-    """One connection: a line, and the end."""
-
-    def handle(self) -> None:
-        with urllib.request.urlopen(self.server.url, timeout=5) as reply:  # type: ignore[attr-defined]
-            found = re.findall(rb"embellama_backlog_seconds\{.*?\} (\S+)", reply.read())
-        backlog_s = sum(map(float, found))
-        weight = max(1, round(100 / (1 + backlog_s / HALF_S)))
-        with contextlib.suppress(OSError):
-            self.request.sendall(b"%d%%\n" % weight)
+Started = tuple[Server, int]  # and the port of its agent
 
 
 @contextlib.contextmanager
-def fronted(servers: Sequence[Server], *, asks_agents: bool = False) -> Iterator[str]:
+def fronted(servers: Sequence[Started], *, asks_agents: bool = False) -> Iterator[str]:
     """HAProxy before these servers; its URL."""
-    ports, front = [int(s.url.rpartition(":")[2]) for s in servers], free_port()
+    ports = [int(server.url.rpartition(":")[2]) for server, _ in servers]
+    front = free_port()
     text = haproxy_config(front, ports)
     with contextlib.ExitStack() as stack:
-        for server, port in zip(servers, ports, strict=True):
-            if asks_agents:
-                agent = Agent(server)
-                stack.callback(agent.shutdown)
-                line = f"server s{port} 127.0.0.1:{port}"
-                asked = f"agent-addr 127.0.0.1 agent-port {agent.server_address[1]}"
-                how = f"weight 100 agent-check agent-inter {AGENT_MS}ms {asked}"
-                text = text.replace(line, f"{line} {how}")
+        for (_, agent), port in zip(servers, ports, strict=True):
+            line = f"server s{port} 127.0.0.1:{port}"
+            how = f"weight 100 agent-check agent-inter 200ms agent-port {agent}"
+            text = text.replace(line, f"{line} {how}" if asks_agents else line)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         place = Path(folder) / "haproxy.cfg"
         place.write_text(text)
@@ -140,10 +110,10 @@ def skewed(
     )
 
 
-def command_of(number: int, port: int, *, is_real: bool) -> list[str]:
+def command_of(number: int, port: int, agent: int, *, is_real: bool) -> list[str]:
     """What starts a server with one worker."""
     flags = "--workers 1 --cache-mb 0 --any-model --no-supervise --log-level error"
-    own = [*flags.split(), "--port", str(port)]
+    own = [*flags.split(), "--port", str(port), "--agent-port", str(agent)]
     if not is_real:
         return [sys.executable, "-m", "tests.bench_front", "serve", *own]
     cpus = sorted(os.sched_getaffinity(0))
@@ -179,11 +149,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         servers = []
         for number in range(max(counts)):
-            port = free_port()
-            command = command_of(number, port, is_real=given.real)
+            port, agent = free_port(), free_port()
+            command = command_of(number, port, agent, is_real=given.real)
             server = started(f"server {number}", command, port, None)
-            servers.append(stack.enter_context(server))
-        urls = {"1, no front": servers[0].url} | {
+            servers.append((stack.enter_context(server), agent))
+        urls = {"1, no front": servers[0][0].url} | {
             str(count): stack.enter_context(fronted(servers[:count]))
             for count in counts
         }

@@ -90,6 +90,7 @@ SETS: dict[str, str] = {
     "affinity": "--cpu-affinity auto --workers 4",
     "gpu": "--gpu --model-path {shop}/a.gguf",
     "secrets": f"--api-key {CANARY}-1 --otlp-endpoint http://u:{CANARY}-2@127.0.0.1:4318",
+    "weights": "--agent-port 8090",
     "prompts": "--prompt query={{text}}%s$HOME --model-name a#b",
 }
 # fmt: on
@@ -713,6 +714,14 @@ def test_keda_scales_by_a_metric_that_is_there(tmp_path: Path) -> None:
     limits = autoscaler["HorizontalPodAutoscaler"]["spec"]
     assert spec["minReplicaCount"] == limits["minReplicas"]
     assert spec["maxReplicaCount"] == limits["maxReplicas"]
+
+
+def test_haproxy_asks_for_weights_where_there_is_a_port_for_it(tmp_path: Path) -> None:
+    asked = "weight 100 agent-check agent-inter 200ms agent-port 8090"
+    with_port = files(tmp_path / "a", *SETS["weights"].split(), "haproxy")
+    without = files(tmp_path / "b", "haproxy")
+    assert asked in with_port["haproxy.cfg"]
+    assert "agent" not in without["haproxy.cfg"]
 
 
 @EVERY_SET
