@@ -23293,6 +23293,25 @@ class Agent(asyncio.Protocol):
         writer.close()
 
 
+async def open_agent(service: Service, *, waits: bool) -> asyncio.Server | None:
+    """Listen on --agent-port, if it is set; ``waits``: while another process has it.
+
+    Raises StartupError if that cannot be done.
+    """
+    settings, loop = service.settings, asyncio.get_running_loop()
+    host = "localhost" if settings.host == "none" else settings.host
+    make, port = functools.partial(Agent, service), settings.agent_port
+    while port and service.phase is not Phase.STOPPED:
+        try:
+            return await loop.create_server(make, host, port)
+        except OSError as error:
+            if not waits:
+                why = f"cannot listen on --agent-port {port} of {host}: {error}"
+                raise StartupError(why) from None
+            await asyncio.sleep(_MOMENT_S)
+    return None
+
+
 def note_moment(service: Service) -> None:
     """Keep the figures of this moment, if the last ones kept are old enough."""
     kept, now = service.moments, time.monotonic()
@@ -26017,7 +26036,11 @@ class Server:
             await self._wait_for_move(_WAIT_IN_BACKLOG_S)
         if service.phase is not Phase.STOPPED:
             self._listen(announce)
-            await self._open_agent()
+            try:
+                self._agent = await open_agent(service, waits=self._is_successor)
+            except StartupError as error:
+                self._failure = error
+                self._move(Phase.STOPPED, "failed")
         while service.phase in (Phase.LOADING, Phase.READY):
             await self._wait_for_move()
         if self._exit_code:  # another process takes who comes from now on
@@ -26095,22 +26118,6 @@ class Server:
         self._acceptor = Acceptor(listeners, service.connections, self._tls, self.log)
         for listener in listeners:
             announce(url_of(listener, is_tls=self._tls is not None))
-
-    async def _open_agent(self) -> None:
-        """Listen on the agent's port. A successor waits while it is still taken."""
-        service, settings = self.service, self.service.settings
-        host = "localhost" if settings.host == "none" else settings.host
-        make, port = functools.partial(Agent, service), settings.agent_port
-        while port and self._agent is None and service.phase is not Phase.STOPPED:
-            try:
-                self._agent = await self._loop.create_server(make, host, port)
-            except OSError as error:
-                if self._is_successor:
-                    await asyncio.sleep(_TICK_S)
-                    continue
-                why = f"cannot listen on --agent-port {port} of {host}: {error}"
-                self._failure = StartupError(why)
-                self._move(Phase.STOPPED, "failed")
 
     def _close_listeners(self) -> None:
         if self._agent is not None:
