@@ -28927,6 +28927,13 @@ class VectorKind:
         return np.full_like(empty, math.nan if empty.dtype.kind == "f" else 0)
 
 
+class BatchReply(NamedTuple):
+    """What a request of a batch file gets."""
+
+    vectors: Sequence[Any]
+    tokens: int
+
+
 class VectorFile:
     """What the vectors are put in. Raises OSError wherever it cannot be written."""
 
@@ -28946,10 +28953,7 @@ class VectorFile:
                 self.files[suffix] = GrowingFile(Path(output + suffix), size)
 
     def write(self, rows: Sequence[tuple[Row, Any]]) -> None:
-        """Append rows, each with its vector or the ApiError instead.
-
-        Of a request in a batch file: the list of its vectors.
-        """
+        """Append rows, each with its vector, or BatchReply, or the ApiError instead."""
         raise NotImplementedError
 
     def sync(self) -> dict[str, int]:
@@ -28999,12 +29003,10 @@ class _BatchLines(VectorFile):
 
     def write(self, rows: Sequence[tuple[Row, Any]]) -> None:
         lines: dict[str, list[bytes]] = {suffix: [] for suffix in self.files}
-        for row, vectors in rows:
-            failed = isinstance(vectors, ApiError)
-            status = vectors.status if failed else http.HTTPStatus.OK.value
-            body = (
-                {"error": error_object(vectors)} if failed else self._body(row, vectors)
-            )
+        for row, reply in rows:
+            failed = isinstance(reply, ApiError)
+            status = reply.status if failed else http.HTTPStatus.OK.value
+            body = {"error": error_object(reply)} if failed else self._body(row, reply)
             request_id = f"req_{row.number:012d}"
             response = {"status_code": status, "request_id": request_id, "body": body}
             line = {
@@ -29017,15 +29019,16 @@ class _BatchLines(VectorFile):
         for suffix, file in self.files.items():
             file.write(b"".join(lines[suffix]))
 
-    def _body(self, row: Row, vectors: Sequence[Any]) -> dict[str, object]:
+    def _body(self, row: Row, reply: BatchReply) -> dict[str, object]:
         data, form = list[object](), row.form
         assert form is not None
-        for index, vector in enumerate(vectors):
+        for index, vector in enumerate(reply.vectors):
             numbers = DTYPES[form.output_dtype](vector)
             if form.encoding_format == "base64":
                 numbers = base64_text(numbers)
             data.append({"object": "embedding", "index": index, "embedding": numbers})
-        return {"object": "list", "data": data, "model": form.model}
+        usage = dict.fromkeys(("prompt_tokens", "total_tokens"), reply.tokens)
+        return {"object": "list", "data": data, "model": form.model, "usage": usage}
 
 
 class _Numbers(VectorFile):
@@ -29355,7 +29358,8 @@ class TextEmbedder(typing.Protocol):
         """Return the first ``dimensions`` of a vector, of length 1. Raises ApiErrors."""
 
 
-_BulkWindow = tuple[list[Row], RowPlace, int]  # and the bytes read until its end
+# Rows, where the next ones begin if a run may go on there, and the bytes read until then.
+_BulkWindow = tuple[list[Row], RowPlace | None, int]
 
 
 class _Notes:
@@ -29523,17 +29527,21 @@ class Bulk:
         if found:
             self._open(found["kind"], found["sizes"], stack)
         under_way: collections.deque[_BulkWindow] = collections.deque()
+        counted = self._embedder.tokens
         try:
             vectors = self._embedder.embed(self._texts(corpus, place, under_way))
             stack.callback(vectors.close)
             for unique in vectors:
-                window, place, progress.bytes_read = under_way.popleft()
+                window, end, progress.bytes_read = under_way.popleft()
                 if self._out is None:
                     is_batch = window[0].form is not None
                     self._open("batch" if is_batch else self._kind, {}, stack)
-                self._write(window, unique)
-                self._mark(place)
-                progress.tokens = self._embedder.tokens
+                tokens = self._embedder.tokens - counted
+                self._write(window, unique, tokens)
+                counted, progress.tokens = counted + tokens, progress.tokens + tokens
+                if end is None:
+                    continue
+                self._mark(end)
                 self._show(progress)
                 written = sum(self._state["sizes"].values())
                 now = time.monotonic()
@@ -29559,8 +29567,13 @@ class Bulk:
         """Yield each window's different texts. What is in flight ends before a failure."""
         try:
             for window, place in corpus.windows(start):
-                under_way.append((window, place, corpus.bytes_read))
-                yield [*_places_of(window)]
+                # Each request of a batch file has a window, as its tokens are counted.
+                is_batch = any(row.form is not None for row in window)
+                parts = [[row] for row in window] if is_batch else [window]
+                for part in parts:
+                    end = place if part is parts[-1] else None
+                    under_way.append((part, end, corpus.bytes_read))
+                    yield [*_places_of(part)]
         except BulkError as error:
             self._failure = error
 
@@ -29573,11 +29586,13 @@ class Bulk:
         self._kind = kind
         stack.callback(self._out.close)
 
-    def _write(self, window: Sequence[Row], unique: Sequence[Any]) -> None:
+    def _write(self, window: Sequence[Row], unique: Sequence[Any], tokens: int) -> None:
         places, done = _places_of(window), list[tuple[Row, Any]]()
         rejects = list[bytes]()
         for row in window:
             result = self._result(row, places, unique)
+            if row.form is not None and not isinstance(result, ApiError):
+                result = BatchReply(result, tokens)
             if isinstance(result, ApiError):
                 self._reject(row, result, rejects)
             if not isinstance(result, ApiError) or self._keeps_bad:
@@ -29714,6 +29729,9 @@ _WRONG_TEXTS: Final = {
 }
 
 
+_Sent = Future[tuple[list[Any], int]]  # the rows of a request, and its tokens
+
+
 class RemoteEmbedder:
     """Vectors from a server's /v1/embeddings."""
 
@@ -29739,7 +29757,7 @@ class RemoteEmbedder:
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
         """What decides the vectors, as far as the server says. Raises BulkError."""
-        first = self._post(["a"], is_first=True)[0]
+        (first,), _ = self._post(["a"], is_first=True)
         if isinstance(first, ApiError):
             raise BulkError(f"{self._url}: {first.message}", 2)
         _, _, data = self._ask("GET", "/v1/models", b"")
@@ -29758,13 +29776,15 @@ class RemoteEmbedder:
     ) -> Generator[list[Any], None, None]:
         """Yield the vectors or errors of each window. Raises BulkError."""
         rest = map(self._send, windows)
-        under_way: collections.deque[list[Future[list[Any]]]] = collections.deque()
+        under_way: collections.deque[list[_Sent]] = collections.deque()
         while True:
             more = itertools.islice(rest, _WINDOWS_AHEAD - len(under_way))
             under_way.extend(more)
             if not under_way:
                 return
-            yield [row for part in under_way.popleft() for row in part.result()]
+            parts = [part.result() for part in under_way.popleft()]
+            self.tokens += sum(tokens for _, tokens in parts)
+            yield [row for rows, _ in parts for row in rows]
 
     def shortened(self, vector: Any, dimensions: int) -> Any:
         """Raise InvalidValue: how its authors shorten a vector, only the server knows."""
@@ -29777,13 +29797,15 @@ class RemoteEmbedder:
         for connection in self._idle:
             connection.close()
 
-    def _send(self, texts: Sequence[str]) -> list[Future[list[Any]]]:
+    def _send(self, texts: Sequence[str]) -> list[_Sent]:
         size = _TEXTS_A_REQUEST
         parts = (texts[n : n + size] for n in range(0, len(texts), size))
         return [self._pool.submit(self._post, part) for part in parts]
 
-    def _post(self, texts: Sequence[str], *, is_first: bool = False) -> list[Any]:
-        """Return the vectors or errors of some texts. Raises BulkError."""
+    def _post(
+        self, texts: Sequence[str], *, is_first: bool = False
+    ) -> tuple[list[Any], int]:
+        """Return the vectors or errors of some texts, and tokens. Raises BulkError."""
         body = {"input": texts, "encoding_format": "base64", **self._body}
         raw = json_codec().dumps(body | {"allow_partial": True, "priority": "low"})
         end, wait_s = time.monotonic() + _PATIENCE_S, 0.5
@@ -29797,9 +29819,11 @@ class RemoteEmbedder:
             if status == http.HTTPStatus.OK:
                 return self._rows(data, len(texts))
             if status in _WRONG_TEXTS and len(texts) > 1:
-                return [row for text in texts for row in self._post([text])]
+                parts = [self._post([text]) for text in texts]
+                rows = [row for rows, _ in parts for row in rows]
+                return rows, sum(tokens for _, tokens in parts)
             if status in _WRONG_TEXTS:
-                return [InvalidValue(_message_in(data))]
+                return [InvalidValue(_message_in(data))], 0
             if not is_passing or time.monotonic() > end:
                 raise BulkError(f"{self._url}: {why:.300}", 3)
             wait_s = min(_MAX_WAIT_S, _retry_after_s(headers) or 2 * wait_s)
@@ -29820,9 +29844,11 @@ class RemoteEmbedder:
             connection.close()
             raise
         self._idle.append(connection)
+        if self._is_closed.is_set():
+            connection.close()
         return response.status, response.headers, data
 
-    def _rows(self, data: bytes, count: int) -> list[Any]:
+    def _rows(self, data: bytes, count: int) -> tuple[list[Any], int]:
         import numpy as np
 
         try:
@@ -29839,11 +29865,10 @@ class RemoteEmbedder:
                 rows[item.get("index", index)] = found
             if any(row is None for row in rows):
                 raise ValueError("fewer vectors than texts")
-            self.tokens += reply["usage"]["prompt_tokens"]
+            return rows, int(reply["usage"]["prompt_tokens"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             why = f"{self._url} gave no vectors: {error!r:.200}"
             raise BulkError(why, 3) from None
-        return rows
 
 
 def _message_in(data: bytes) -> str:

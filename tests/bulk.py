@@ -47,6 +47,7 @@ class FakeEmbedder:
                 return
             window = waiting.pop(0)
             self.texts += window
+            self.tokens += sum(len(text.split()) for text in window)
             yield [self.row(text) for text in window]
 
     def shortened(self, found: Any, dimensions: int) -> Any:

@@ -398,6 +398,7 @@ def test_a_batch_file_s_requests_are_answered_as_openai_does(desk: Desk) -> None
     one, two, three = [line["response"]["body"] for line in out]
     assert np.array_equal(np.array(one["data"][0]["embedding"], "f4"), array("a")[0])
     assert one["model"] == "text-embedding-3-small"
+    assert two["usage"] == {"prompt_tokens": 2, "total_tokens": 2}
     short = [np.array(row["embedding"], "f4") for row in two["data"]]
     assert [row["index"] for row in two["data"]] == [0, 1]
     for row, text in zip(short, "bc", strict=True):
@@ -432,6 +433,21 @@ def test_a_request_that_cannot_be_answered_is_an_error_of_its_own(
 def test_replies_to_a_batch_file_are_json_lines(desk: Desk) -> None:
     with pytest.raises(es.BulkError, match="must end in .jsonl"):
         desk.run(desk.put("a.jsonl", request(0, "a")), output="v.npy")
+
+
+@pytest.mark.parametrize("windows", [0, 3, 8, 13, 19])
+def test_a_batch_file_goes_on_where_it_was_killed(desk: Desk, windows: int) -> None:
+    lines = [request(n, ["a", text]) for n, text in enumerate(BAD * 2)]
+    file = desk.put("a.jsonl", "\n".join(lines))
+    desk.run(file, output="whole.jsonl", on_error="skip")
+    alive, desk.embedder = desk.embedder, Dying(windows)
+    with pytest.raises(Killed):
+        desk.run(file, output="v.jsonl", on_error="skip")
+    desk.embedder = alive
+    done = desk.run(file, output="v.jsonl", on_error="skip")
+    assert done.first_row == windows // 8 * 8
+    for name in (".jsonl", ".jsonl.errors.jsonl", ".jsonl.rejects.jsonl"):
+        assert desk.read(f"v{name}") == desk.read(f"whole{name}")
 
 
 def test_flat_is_the_memory_that_windows_take(desk: Desk) -> None:

@@ -144,6 +144,26 @@ def test_nothing_but_bad_rows_in_a_window_is_no_trouble(desk: Desk) -> None:
     assert np.allclose(desk.array(), vectors(["a"]), atol=1e-6)
 
 
+def test_a_batch_file_s_tokens_are_those_of_each_request(desk: Desk) -> None:
+    given: list[str | list[str]] = ["a", ["a b", "c"], "a", "a b"]
+    file = desk.put(
+        "a.jsonl",
+        "\n".join(
+            json.dumps(
+                {"custom_id": str(n), "url": "/v1/embeddings", "body": {"input": i}}
+            )
+            for n, i in enumerate(given)
+        ),
+    )
+    assert desk.embed(file, "--output", desk.root / "v.jsonl") == 0
+    lines = (desk.root / "v.jsonl").read_bytes().splitlines()
+    bodies = [json.loads(line)["response"]["body"] for line in lines]
+    # With a token before each text and one after it.
+    assert [body["usage"]["total_tokens"] for body in bodies] == [3, 7, 3, 4]
+    again = np.array([row["embedding"] for row in bodies[1]["data"]])
+    assert np.allclose(again, vectors(["a b", "c"]), atol=1e-6)
+
+
 def test_a_pipe_is_read_and_written(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
