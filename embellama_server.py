@@ -27314,9 +27314,12 @@ HEALTHCHECK --interval=30s --timeout=5s --start-period=600s CMD <health>
 ENTRYPOINT ["python", "-m", "embellama_server"]
 """
 # A backend for each kind of CPU, beside libllama, and one name for each library: a wheel has
-# no links, so three names are three copies. LLAVA is for images.
+# no links, so three names are three copies. LLAVA is for images. Tuned for the CPU that
+# compiles, which adds no instructions: the backend for AVX2 has 0.99 of the speed of a build
+# for that CPU alone, and 0.91 without (README, Air-gapped boxes).
 WHEEL_CMAKE_ARGS: Final = (
     "-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON "
+    "-DCMAKE_C_FLAGS=-mtune=native -DCMAKE_CXX_FLAGS=-mtune=native "
     "-DCMAKE_INSTALL_BINDIR=llama_cpp/lib -DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON "
     "-DLLAVA_BUILD=OFF"
 )
