@@ -48,7 +48,7 @@ SOURCES = (
     f"{sys.prefix}/lib/python3*/**/*.py",
     f"{sys.base_prefix}/lib/python3*/**/*.py",
 )
-SENTENCE = re.compile(r"[A-Z][\w ,;:.!?'\"()/-]{19,600}")
+SENTENCE = re.compile(r"[A-Za-z][\w ,;:.!?'\"()/-]{19,600}")
 Run = Callable[[Sequence[str]], float]  # texts to texts/s
 
 
