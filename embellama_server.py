@@ -29366,7 +29366,7 @@ _BulkWindow = tuple[list[Row], RowPlace | None, int]
 
 
 class _Notes:
-    """The state file, and the lock on it."""
+    """The state file."""
 
     def __init__(self, output: str) -> None:
         self.path = Path(f"{output}.state")
@@ -29418,7 +29418,8 @@ def _only_writer(output: str) -> Iterator[None]:
     try:
         yield
     finally:
-        os.unlink(f"{output}.lock")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{output}.lock")
         os.close(lock)
 
 
@@ -29435,8 +29436,11 @@ class Bulk:
         self._options, self._embedder, self._show = options, embedder, show
         self._files = corpus_files(options.inputs)
         self._kind = output_kind(options.output)
-        self.progress = Progress()
+        self.progress = Progress(begun_at=time.monotonic())
         self._is_kept = options.output != "-"
+        target, files = os.path.realpath(options.output), self._files
+        if self._is_kept and target in map(os.path.realpath, files):
+            raise BulkError(f"--output {options.output} is one of the inputs", 2)
         self._notes = _Notes(options.output)
         self._out: VectorFile | None = None
         self._rejects: GrowingFile | None = None
@@ -29537,8 +29541,7 @@ class Bulk:
             for unique in vectors:
                 window, end, progress.bytes_read = under_way.popleft()
                 if self._out is None:
-                    is_batch = window[0].form is not None
-                    self._open("batch" if is_batch else self._kind, {}, stack)
+                    self._open(self._kind, {}, stack)
                 tokens = self._embedder.tokens - counted
                 self._write(window, unique, tokens)
                 counted, progress.tokens = counted + tokens, progress.tokens + tokens
@@ -29572,6 +29575,8 @@ class Bulk:
             for window, place in corpus.windows(start):
                 # Each request of a batch file has a window, as its tokens are counted.
                 is_batch = any(row.form is not None for row in window)
+                if is_batch and self._out is None and not under_way:  # the first one
+                    self._kind = "batch"
                 parts = [[row] for row in window] if is_batch else [window]
                 for part in parts:
                     end = place if part is parts[-1] else None
@@ -29696,6 +29701,7 @@ class Bulk:
         for part, target in reversed(self._state["moves"].items()):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(part, target)
+        sync_folder(self._notes.path.parent)
         for path in self._state["drops"]:
             Path(path).unlink(missing_ok=True)
         self._notes.remove()

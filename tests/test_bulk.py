@@ -223,6 +223,13 @@ def test_a_finished_output_is_replaced_only_if_asked(desk: Desk) -> None:
     assert np.array_equal(np.load(desk.root / "v.npy"), array("b"))
 
 
+def test_an_input_is_not_replaced(desk: Desk) -> None:
+    file = desk.put("a.jsonl", jsonl(TEXTS))
+    with pytest.raises(es.BulkError, match="is one of the inputs") as refused:
+        desk.run(file, output="a.jsonl", restarts=True)
+    assert refused.value.code == 2
+
+
 def test_two_jobs_do_not_write_one_output(desk: Desk) -> None:
     file = desk.put("a.txt", "a\nb\n")
     outer = desk.bulk(file, output="v.npy")
@@ -424,10 +431,13 @@ def test_a_batch_file_s_requests_are_answered_as_openai_does(desk: Desk) -> None
 def test_a_request_that_cannot_be_answered_is_an_error_of_its_own(
     desk: Desk, line: str
 ) -> None:
-    file = desk.put("a.jsonl", f"{request(0, 'a')}\n{line}\n{request(2, 'b')}\n")
-    done = desk.run(file, output="out.jsonl", on_error="skip")
-    assert (done.rows, done.rejected) == (3, 1)
-    assert [line["custom_id"] for line in desk.lines("out.jsonl")] == ["r0", "r2"]
+    good = [request(0, "a"), request(2, "b")]
+    for place in range(3):
+        lines = [*good[:place], line, *good[place:]]
+        file = desk.put("a.jsonl", "\n".join(lines))
+        done = desk.run(file, output="out.jsonl", on_error="skip", restarts=True)
+        assert (done.rows, done.rejected) == (3, 1)
+        assert [line["custom_id"] for line in desk.lines("out.jsonl")] == ["r0", "r2"]
 
 
 def test_replies_to_a_batch_file_are_json_lines(desk: Desk) -> None:
