@@ -27287,7 +27287,8 @@ RUN apt-get update \\
 ARG CMAKE_ARGS="<cmake_args>"
 ARG SKBUILD_WHEEL_EXCLUDE="<left_out>"
 RUN pip wheel --no-cache-dir --wheel-dir /wheelhouse <requirements> \\
- && pip install --no-cache-dir --no-index --target /opt/embellama /wheelhouse/*.whl
+ && pip install --no-cache-dir --no-index --target /opt/embellama /wheelhouse/*.whl \\
+ && find /opt/embellama -type d -name tests -prune -exec rm -r {} +
 COPY embellama_server.py /opt/embellama/
 # A module starts from its bytecode; a script would be compiled at each start.
 RUN python3 -m compileall -q /opt/embellama/embellama_server.py
