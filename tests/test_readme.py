@@ -27,7 +27,7 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
         *(flag for verb in es.VERBS.values() for flag in verb.flags),
         *("--bert-base", "--peer-cmd", "--list-cells", "--cached", "--health"),  # bench
         "--requests",  # of the soak test
-        *("--servers", "--token-us", "--real"),  # of the bench of fronts
+        *("--servers", "--token-us", "--real", "--memory"),  # of benches
         "--additional-suffix",  # split's
         "--count",  # of the mutants
         "--parallel",  # llama-server's
