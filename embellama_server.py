@@ -509,7 +509,7 @@ def _stdlib_loads(raw: bytes | bytearray) -> object:
     try:
         value = json.loads(
             raw.decode("utf-8"),
-            parse_constant=_refuse_constant,
+            parse_constant=refuse_constant,
             parse_float=_finite_float,
         )
         if b"\\u" in raw:
@@ -519,7 +519,8 @@ def _stdlib_loads(raw: bytes | bytearray) -> object:
     return value
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Read NaN or Infinity where only JSON may be. Raises ValueError."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -863,9 +864,7 @@ class Option:
     is_url: bool = False  # and of a secret one the host may be
     reload: str = "at once"  # when a change applies after SIGHUP: one of RELOADS
     in_table: str = ""  # its key in a [[models]] table, if not the name less model_
-    separator: str = (
-        ""  # a pattern that splits a variable's list, if commas may be text
-    )
+    separator: str = ""  # a pattern that splits a variable's list: commas may be text
 
     @property
     def flag(self) -> str:
@@ -1392,9 +1391,7 @@ def _place_in_yaml(marked: Any, name: str = "start_mark") -> str:
 # is needed.
 
 # These name one model, so a [[models]] table does not inherit them.
-_IDENTITY: Final = frozenset(
-    row.name for row in MODEL_ROWS if row.name.startswith("model_")
-)
+_IDENTITY: Final = {r.name for r in MODEL_ROWS if r.name.startswith("model_")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1997,12 +1994,7 @@ def invalid(name: str, problem: str) -> InvalidValue:
 
 def error_object(error: ApiError) -> dict[str, str | None]:
     """Return OpenAI's error object, of a reply or of one input that failed."""
-    return {
-        "message": error.message,
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-    }
+    return {n: getattr(error, n) for n in ("message", "type", "param", "code")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -2073,13 +2065,9 @@ TEI: Final = Dialect(
 _FAILURES: Final = dict.fromkeys((NonFiniteVector, EngineFailed), (500, "Backend"))
 SEED: Final = Dialect("Seed", TEI.shape, {**TEI.overrides, **_FAILURES})
 # infer-server's /ready says it in two words of its own.
+_UNREADY: Final = {"ready": False, "engine_connected": False}
 INFER: Final = Dialect(
-    "Infer",
-    lambda error, _: {
-        "error": error_object(error),
-        "ready": False,
-        "engine_connected": False,
-    },
+    "Infer", lambda error, _: {"error": error_object(error)} | _UNREADY
 )
 # LMServ's words, where it has some, as FastAPI puts them; our sentence is beside them.
 _LMSERV_WORDS: Final = {
@@ -2416,11 +2404,8 @@ class Telemetry:
 
     def recent_mean(self, name: str) -> float:
         """Return the mean of what was observed in the last minute; 0 if nothing was."""
-        (total, count), (old_total, old_count) = (
-            self._sums()[name],
-            self._past[0][1][name],
-        )
-        return (total - old_total) / (count - old_count or 1)
+        (total, count), before = self._sums()[name], self._past[0][1][name]
+        return (total - before[0]) / (count - before[1] or 1)
 
     def _sums(self) -> dict[str, tuple[float, int]]:
         return {
@@ -3077,12 +3062,9 @@ FLOAT32: Final = 0
 _F32_ONLY: Final = re.compile(rb"\.bias$|norm|^token_types\.|rope_f|sinks|scale")
 # The tensor that scores a pair, by architecture. Without it llama.cpp does not fail but
 # returns an element of the first token's vector.
-_HEADS: Final = {
-    **dict.fromkeys(
-        ("bert", "neo-bert", "modern-bert", "qwen3", "qwen3vl"), b"cls.output.weight"
-    ),
-    "jina-bert-v2": b"cls.weight",
-}
+_USUAL_HEAD: Final = ("bert", "neo-bert", "modern-bert", "qwen3", "qwen3vl")
+_HEADS: Final = dict.fromkeys(_USUAL_HEAD, b"cls.output.weight")
+_HEADS["jina-bert-v2"] = b"cls.weight"
 _POOLING_RANK: Final = 4  # of LLAMA_POOLING_TYPE_*
 _ENCODERS: Final = ("t5encoder", "gemma-embedding")  # beside all kinds of BERT
 # Its authors' own code does it; of their other models they say nothing of the kind.
@@ -3863,8 +3845,6 @@ MAX_TOKENIZER_CHARS: Final = TOKENIZER_STACK_BYTES // 512
 TOKENIZERS: Final = {1: "SentencePiece", 2: "BPE", 3: "WordPiece", 4: "Unigram"}
 _USUAL_PIECE_BYTES: Final = 64  # 379 words of Gemma have more than 32
 _MARGIN_TOKENS: Final = 1024
-
-
 # The pre-tokenizer that llama.cpp takes where a file names none.
 GUESSED: Final = "default"
 _UNKNOWN_PRE: Final = re.compile(r"unknown pre-tokenizer type: ('[^']*')")
@@ -3915,9 +3895,8 @@ class Tokenizer:
         }
         self.believe("")
         # Whether a text's first token begins with a space that is not the text's.
-        self.adds_space = False
-        if self.kind in ("SentencePiece", "Unigram"):
-            self.adds_space = self.pieces(self.encode("a")[:1]) != ["a"]
+        may_add = self.kind in ("SentencePiece", "Unigram")
+        self.adds_space = may_add and self.pieces(self.encode("a")[:1]) != ["a"]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without the special tokens around them."""
@@ -4234,11 +4213,7 @@ def loads_leniently(text: str) -> Any:
 
     Raises ValueError or RecursionError.
     """
-
-    def refuse(name: str) -> None:
-        raise ValueError(name)
-
-    return json.loads(text, strict=False, parse_constant=refuse)
+    return json.loads(text, strict=False, parse_constant=refuse_constant)
 
 
 def written_object(text: str) -> dict[str, Any]:
@@ -5350,13 +5325,11 @@ def _calling(*ids: str) -> Sequence[Mapping[str, Any]]:
     """Return a conversation with these calls."""
     function = {"name": "tried_function", "arguments": {"word": "TRIED-VALUE"}}
     calls = [{"id": id_, "type": "function", "function": function} for id_ in ids]
-    results = [
-        {"role": "tool", "content": "TRIED-RESULT", "tool_call_id": id_} for id_ in ids
-    ]
+    result = {"role": "tool", "content": "TRIED-RESULT"}
     return [
         _ASKS,
         {"role": "assistant", "content": "", "tool_calls": calls},
-        *results,
+        *({**result, "tool_call_id": id_} for id_ in ids),
         {"role": "assistant", "content": "TRIED-ANSWER"},
         _ASKS,
     ]
@@ -5634,20 +5607,11 @@ def _hf_json(
     sort_keys: bool = False,
 ) -> str:
     """Return JSON as Hugging Face's filter has it: Jinja's own escapes HTML."""
-    text = json.dumps(
-        value,
-        ensure_ascii=False,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    how: dict[str, Any] = {"indent": indent, "separators": separators}
+    text = json.dumps(value, ensure_ascii=False, sort_keys=sort_keys, **how)
     if ensure_ascii:  # all but our marks
         return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
     return text
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 @functools.cache
@@ -5669,10 +5633,8 @@ def _sandbox() -> jinja2.Environment:
 
     class Compiler(compiler.CodeGenerator):
         def visit_For(self, node: nodes.For, frame: compiler.Frame) -> None:
-            node.body.insert(
-                0,
-                nodes.ExprStmt(nodes.EnvironmentAttribute("tick"), lineno=node.lineno),
-            )
+            tick = nodes.EnvironmentAttribute("tick")
+            node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
             super().visit_For(node, frame)
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
@@ -5713,7 +5675,7 @@ def _sandbox() -> jinja2.Environment:
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": namespace,
         "raise_exception": raise_exception,
-        "strftime_now": _strftime_now,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
     return made
 
@@ -5813,9 +5775,8 @@ def rope_params(settings: ModelSettings) -> dict[str, Any]:
     """Return those of llama.cpp's context parameters that the operator has set."""
     plain = ModelSettings()
     given = {name: getattr(settings, name) for name in _ROPE_FIELDS}
-    changed: dict[str, Any] = {
-        name: value for name, value in given.items() if value != getattr(plain, name)
-    }
+    changed: dict[str, Any]
+    changed = {n: value for n, value in given.items() if value != getattr(plain, n)}
     if settings.rope_scaling in ROPE_SCALINGS:
         changed["rope_scaling_type"] = ROPE_SCALINGS.index(settings.rope_scaling)
     return changed
@@ -5844,9 +5805,8 @@ def context_and_input_tokens(
             f"({trained} tokens): lower it, or leave it out, or scale its positions with "
             "--rope-scaling if its authors say how"
         )
-    longest = settings.max_input_tokens or (
-        context if is_scaled else min(context, trained)
-    )
+    most = context if is_scaled else min(context, trained)
+    longest = settings.max_input_tokens or most
     if not special < longest <= context:
         raise StartupError(
             f"max_input_tokens = {longest} must be more than {special} (special "
@@ -6375,9 +6335,7 @@ class StepContext(AbortableContext):
         llama, batch = self._llama, self._tokens.batch
         for row in rows:
             if row.begin != self.last_position(row.sequence) + 1:
-                raise EngineError(
-                    f"sequence {row.sequence} does not end at {row.begin}"
-                )
+                raise EngineError(f"sequence {row.sequence} ends before {row.begin}")
         self._tokens.fill(rows)
         outputs = sum(row.outputs for row in rows)
         if not rows or outputs > self.max_outputs:
@@ -6461,9 +6419,8 @@ class StepContext(AbortableContext):
                 saved.append((sequence, begin, state))
             llama.llama_memory_seq_rm(memory, spare, -1, -1)
         for sequence, begin, state in saved:
-            if not llama.llama_state_seq_set_data(
-                self._pointer, state, len(state), spare
-            ):
+            size = len(state)
+            if not llama.llama_state_seq_set_data(self._pointer, state, size, spare):
                 raise EngineError("llama.cpp did not take a sequence's cells back")
             llama.llama_memory_seq_cp(memory, spare, sequence, begin, -1)
             llama.llama_memory_seq_rm(memory, spare, -1, -1)
@@ -8068,9 +8025,8 @@ class Reader:
         if len(text) <= limit:
             return text
         if not self._request.truncates or limit < 0:
-            raise _too_long(
-                name or self._name, f"{len(text)} characters", max(0, limit)
-            )
+            size = f"{len(text)} characters"
+            raise _too_long(name or self._name, size, max(0, limit))
         return text[len(text) - limit :] if self._request.cuts_left else text[:limit]
 
     def _fitted(self, ids: list[int], front: int, end: int) -> list[int]:
@@ -8827,13 +8783,13 @@ class BatchQueue(JobQueue):
     @property
     def current_calls(self) -> list[CurrentCall]:
         with self._lock:
-            return [
-                CurrentCall(
-                    n, len(c.items), c.tokens, c.threads, c.began_at, at, c.is_stuck
-                )
-                for n, c in self._calls.items()
-                for at in (self._overdue_at(c),)
-            ]
+            calls = [(call, self._overdue_at(call)) for call in self._calls.values()]
+        return [
+            CurrentCall(
+                c.worker, len(c.items), c.tokens, c.threads, c.began_at, at, c.is_stuck
+            )
+            for c, at in calls
+        ]
 
     @property
     def cache_counts(self) -> CacheCounts:
@@ -8918,9 +8874,8 @@ class BatchQueue(JobQueue):
         item = self._in_flight.get(key)
         is_new = item is None
         if item is None:
-            item = self._in_flight[key] = Item(
-                ids, key, per_token=job.request.per_token
-            )
+            item = Item(ids, key, per_token=job.request.per_token)
+            self._in_flight[key] = item
             self.cache.counts.misses += 1
         else:
             self.cache.counts.shared += 1
@@ -9291,10 +9246,8 @@ class BatchWorkers(Workers):
                 failed = OutOfMemory
             is_known = isinstance(error, (EngineError, StartupError))
             trace = None if is_known else "".join(traceback.format_exception(error))
-            count = len(items)
-            self._hooks.log(
-                "error", "a call failed", inputs=count, error=error, trace=trace
-            )
+            why = {"error": error, "trace": trace}
+            self._hooks.log("error", "a call failed", inputs=len(items), **why)
             self._note_failure(call, error)
             # Do not trust the state that a failed call left behind.
             if old := self._contexts.pop(_place(call), None):
@@ -11870,9 +11823,7 @@ class PromptCacheCounts:
 
     def without_cells(self) -> PromptCacheCounts:
         """Return what stays once the cells are freed."""
-        return PromptCacheCounts(
-            self.hits, self.misses, self.hit_tokens, self.evictions
-        )
+        return PromptCacheCounts(*dataclasses.astuple(self)[:4])
 
 
 class SequenceTable:
@@ -16353,8 +16304,6 @@ def _bare_host(host: str) -> str:
 # model can be meant.
 
 FREE_S: Final = 30.0  # for idle threads to end: unmapping gigabytes takes time
-
-
 _OF_THOUGHTS: Final = re.compile("think|reasoning", re.IGNORECASE)
 
 
@@ -16389,6 +16338,7 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
     with checked_model(path, "") as (_, header):
         kind = kind_of(settings, header)
     is_generating = kind == "generate"
+    template = template_source(settings, header.chat_template) if is_generating else ""
     return facts_with(
         path,
         stamp=file_stamp(*part_paths(settings.model_path)),
@@ -16401,9 +16351,7 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
         cell_bytes=header.cell_bytes,
         logits=_logits_of(settings, header),
         metadata=header.metadata,
-        chat_template=template_source(settings, header.chat_template)
-        if is_generating
-        else "",
+        chat_template=template,
     )
 
 
@@ -16576,18 +16524,17 @@ class ModelEntry:
         return {**loaded.prompts, **self._own_prompts}
 
 
+_SHOWN_OF_CARD: Final = (
+    *("kind", "architecture", "n_embd", "n_params", "size_bytes", "max_input_tokens"),
+    *("pooling", "weights"),
+)
+
+
 def facts_in_force(entry: ModelEntry, loaded: LoadedModel) -> dict[str, object]:
     """Return what a model in memory is and how it is served, for people and clients."""
     card, tokenizer = loaded.card, loaded.pool.engine.tokenizer
-    facts: dict[str, object] = {
-        "kind": card.kind,
-        "architecture": card.architecture,
-        "n_embd": card.n_embd,
-        "n_params": card.n_params,
-        "size_bytes": card.size_bytes,
-        "max_input_tokens": card.max_input_tokens,
-        "pooling": card.pooling,
-        "weights": card.weights,
+    facts: dict[str, object] = {name: getattr(card, name) for name in _SHOWN_OF_CARD}
+    facts |= {
         "sha256": loaded.facts.sha256,
         "tokenizer": card.tokenizer,
         "pre_tokenizer": card.pre_tokenizer or None,
@@ -16628,12 +16575,7 @@ class ModelNames:
                     raise StartupError(f"{name} would be the name of two models")
 
     def find(
-        self,
-        asked: str | None,
-        client: str,
-        *,
-        any_model: bool = False,
-        kind: str = "",
+        self, asked: str | None, client: str, *, any_model: bool = False, kind: str = ""
     ) -> ModelEntry:
         """Return the model for a request: by name, alias or name@version.
 
@@ -19381,35 +19323,38 @@ def _read_biases(value: object, name: str) -> tuple[tuple[int, float], ...]:
     return tuple(biases)
 
 
-def _read_content(value: object, name: str) -> str | list[dict[str, str]]:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise invalid(name, "must be a string or a list of parts")
-    return [_read_part(part, f"{name}[{n}]") for n, part in enumerate(value)]
+def text_or_parts(fields: Mapping[str, str], usual: str) -> Kind:
+    """A string, or parts. ``fields``: by a part's type, which field holds its text.
 
+    ``usual``: the types that errors name.
+    """
 
-def _read_part(part: object, name: str) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or kind not in ("text", "refusal"):
-        other = f", not {kind:.40}" if isinstance(kind, str) else ""
-        raise invalid(
-            name, f"must be a part of type text{other}: this server reads only text"
-        )
-    return {"type": "text", "text": TEXT.read(part.get(kind), f"{name}.{kind}")}
+    def read_part(part: object, name: str) -> dict[str, str]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind not in [*fields]:  # it may be a dict
+            other = f", not {kind:.40}" if isinstance(kind, str) else ""
+            problem = f"must be a part of type {usual}{other}"
+            raise invalid(name, f"{problem}: this server reads only text")
+        key = fields[kind]
+        return {"type": "text", "text": TEXT.read(part.get(key), f"{name}.{key}")}
+
+    def read(value: object, name: str) -> str | list[dict[str, str]]:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise invalid(name, "must be a string or a list of parts")
+        return [read_part(part, f"{name}[{n}]") for n, part in enumerate(value)]
+
+    rows = fields.items()
+    parts = (an_object(type={"enum": [kind]}, **{key: STRING}) for kind, key in rows)
+    return Kind(read, any_of(STRING, array(any_of(*parts))))
 
 
 def _read_format(value: object, name: str) -> Mapping[str, object] | None:
     """Return the schema of replies; {}: any JSON object, None: any text."""
     kind = value.get("type") if isinstance(value, dict) else None
-    if not isinstance(value, dict) or kind not in (
-        "text",
-        "json_object",
-        "json_schema",
-    ):
-        raise invalid(
-            name, "must be an object of type text, json_object or json_schema"
-        )
+    if not isinstance(value, dict) or kind not in [*_REPLY_FORMATS]:
+        raise invalid(name, f"must be an object of type {', '.join(_REPLY_FORMATS)}")
     if kind == "text":
         return None
     inner = value.get("json_schema")
@@ -19442,13 +19387,10 @@ _BIAS: Final = number(-100, 100)
 _BIASES: Final = Kind(_read_biases, {"type": "object"})
 _STOP_TEXT: Final = short_text(_MAX_STOP_CHARS).schema
 _STOPS: Final = Kind(_read_stop, any_of(_STOP_TEXT, array(_STOP_TEXT)))
-_PART: Final = an_object(type={"enum": ["text"]}, text=STRING)
-_MESSAGE_CONTENT: Final = Kind(_read_content, any_of(STRING, array(_PART)))
+_CONTENT_PARTS: Final = text_or_parts({"text": "text", "refusal": "refusal"}, "text")
+_REPLY_FORMATS: Final = ("text", "json_object", "json_schema")
 _FORMAT: Final = Kind(
-    _read_format,
-    an_object(
-        type={"enum": ["text", "json_object", "json_schema"]}, json_schema=OBJECT.schema
-    ),
+    _read_format, an_object(type={"enum": [*_REPLY_FORMATS]}, json_schema=OBJECT.schema)
 )
 _SCHEMA: Final = Kind(_read_schema, OBJECT.schema)
 _GRAMMAR: Final = short_text(MAX_GRAMMAR_CHARS)
@@ -19469,7 +19411,7 @@ class MessageForm:
         "Who said it.",
     )
     content: str | list[dict[str, str]] | None = optional(
-        _MESSAGE_CONTENT, "The text, or parts of it; an assistant's may be absent."
+        _CONTENT_PARTS, "The text, or parts of it; an assistant's may be absent."
     )
     name: str | None = optional(NAME, "Of the speaker, or of the function.")
     tool_calls: list[Mapping[str, object]] | None = optional(
@@ -19688,17 +19630,13 @@ def chat_request(form: ChatForm) -> ReplyRequest:
     """Return what a form asks for. Raises InvalidValue."""
     if form.top_logprobs and not form.logprobs:
         raise invalid("top_logprobs", "needs logprobs: true")
-    messages = [
-        _message(said, f"messages[{n}]") for n, said in enumerate(form.messages)
-    ]
+    names = (f"messages[{n}]" for n in itertools.count())
+    messages = [*map(_message, form.messages, names)]
+    is_assistants = messages[-1]["role"] == "assistant"
     continues = form.continue_final_message
     if continues is None:  # as llama-server
-        continues = (
-            messages[-1]["role"] == "assistant" and not form.add_generation_prompt
-        )
-    if continues and (
-        form.add_generation_prompt or messages[-1]["role"] != "assistant"
-    ):
+        continues = is_assistants and not form.add_generation_prompt
+    if continues and (form.add_generation_prompt or not is_assistants):
         raise invalid(
             "continue_final_message",
             "needs a last message of the assistant, and excludes add_generation_prompt",
@@ -19713,23 +19651,31 @@ def chat_request(form: ChatForm) -> ReplyRequest:
         tools=tools,
         tool_choice=tool_choice,
         calls_in_parallel=form.parallel_tool_calls,
-        variables=_variables(form),
+        variables=_chat_variables(form),
         adds_turn=form.add_generation_prompt is not False and not continues,
         continues_last=continues,
     )
 
 
-def _variables(form: ChatForm) -> dict[str, object]:
-    """Return what a form says to the template."""
-    variables = dict(form.chat_template_kwargs or {})
+def template_variables(
+    given: Mapping[str, object] | None, effort: str | None
+) -> dict[str, object]:
+    """Return what a client says to the template, and how much the model is to think."""
+    variables = dict(given or {})
+    if effort is not None:
+        variables["reasoning_effort"] = effort
+        variables.setdefault("enable_thinking", effort != "none")
+    return variables
+
+
+def _chat_variables(form: ChatForm) -> dict[str, object]:
     reasoning = form.reasoning or ReasoningForm()
     effort = form.reasoning_effort or reasoning.effort
     if reasoning.enabled is False:
         effort = "none"
-    if effort is not None:
-        variables["reasoning_effort"] = effort
-    if effort is not None or reasoning.enabled is not None:
-        variables.setdefault("enable_thinking", effort != "none")
+    variables = template_variables(form.chat_template_kwargs, effort)
+    if reasoning.enabled:
+        variables.setdefault("enable_thinking", True)
     return variables
 
 
@@ -19807,6 +19753,10 @@ class _Writer(ReplyWriter):
         """Return a whole reply as JSON would have it."""
         raise NotImplementedError
 
+    def _shown(self, index: int, logprobs: Sequence[TokenLogprob]) -> object:
+        """Return how likely the tokens of a reply were; there are some."""
+        raise NotImplementedError
+
     def closing(self) -> bytes:
         told = json_codec().dumps(self._told())
         usage = b"%b],%b" % (self._before, told[1:])
@@ -19816,12 +19766,24 @@ class _Writer(ReplyWriter):
         choices = {"choices": [*map(self.choice, replies)]}
         return json_codec().dumps(self._about | choices | self._told())
 
-    def _chunk(self, choice: Mapping[str, object]) -> bytes:
-        """Return the event of a choice."""
+    def _choice(
+        self,
+        index: int,
+        said: Mapping[str, object],
+        logprobs: Sequence[TokenLogprob] = (),
+        finish_reason: str | None = None,
+    ) -> dict[str, object]:
+        """Return a reply, or what it has gained, as JSON would have it."""
+        likely = self._shown(index, logprobs) if logprobs else None
+        told = {"logprobs": likely, "finish_reason": finish_reason}
+        return {"index": index, **said, **told}
+
+    def _event(self, index: int, *more: Any) -> bytes:
+        """Return the event of a choice; ``more``: as in _choice()."""
         dumps, after = json_codec().dumps, b"]}"
         if self.tells_timings:
             after = b'],"timings":%b}' % dumps(timings_of(self.replies))
-        return _event_of(self._before + dumps(choice) + after)
+        return _event_of(self._before + dumps(self._choice(index, *more)) + after)
 
     def _told(self) -> dict[str, object]:
         replies, times = self.replies, self.replies.times
@@ -19893,15 +19855,11 @@ class _ChatWriter(_Writer):
             message["tool_calls"] = [
                 _begun_call(call.id, call.name, call.arguments) for call in reply.calls
             ]
-        return {
-            "index": reply.index,
-            "message": message,
-            "logprobs": self._shown(reply.logprobs),
-            "finish_reason": reply.finish_reason,
-        }
+        said = {"message": message}
+        return self._choice(reply.index, said, reply.logprobs, reply.finish_reason)
 
     def opening(self) -> bytes:
-        said = {"role": "assistant", "content": ""}
+        said = {"delta": {"role": "assistant", "content": ""}}
         return b"".join(self._event(n, said) for n in range(self.replies.count))
 
     def part(self, delta: Delta) -> bytes:
@@ -19909,14 +19867,14 @@ class _ChatWriter(_Writer):
         index, logprobs = delta.index, delta.logprobs
         events = []
         for gained in self._gains(delta):
-            events.append(self._event(index, gained, logprobs))
+            events.append(self._event(index, {"delta": gained}, logprobs))
             logprobs = []  # of all its tokens with the first of what they say
         if delta.finish_reason:
-            events.append(self._event(index, {}, finish_reason=delta.finish_reason))
+            events.append(self._event(index, {"delta": {}}, (), delta.finish_reason))
         return b"".join(events)
 
     def heartbeat(self) -> bytes:
-        return self._event(0, {})
+        return self._event(0, {"delta": {}})
 
     @staticmethod
     def _gains(delta: Delta) -> Iterator[dict[str, object]]:
@@ -19933,25 +19891,7 @@ class _ChatWriter(_Writer):
                 more = {"index": part.index, "function": {"arguments": part.arguments}}
                 yield {"tool_calls": [more]}
 
-    def _event(
-        self,
-        index: int,
-        gained: Mapping[str, object],
-        logprobs: Sequence[TokenLogprob] = (),
-        finish_reason: str | None = None,
-    ) -> bytes:
-        choice = {
-            "index": index,
-            "delta": gained,
-            "logprobs": self._shown(logprobs),
-            "finish_reason": finish_reason,
-        }
-        return self._chunk(choice)
-
-    @staticmethod
-    def _shown(logprobs: Sequence[TokenLogprob]) -> dict[str, object] | None:
-        if not logprobs:
-            return None
+    def _shown(self, index: int, logprobs: Sequence[TokenLogprob]) -> object:
         return {"content": likelihoods(logprobs), "refusal": None}
 
 
@@ -19982,22 +19922,18 @@ class _CompletionWriter(_Writer):
 
     def choice(self, reply: Delta) -> dict[str, object]:
         self._echo(reply)
-        return {
-            "text": reply.text,
-            "index": reply.index,
-            "logprobs": self._shown(reply.index, reply.logprobs),
-            "finish_reason": reply.finish_reason,
-        }
+        said = {"text": reply.text}
+        return self._choice(reply.index, said, reply.logprobs, reply.finish_reason)
 
     def part(self, delta: Delta) -> bytes:
         self._echo(delta)
-        text, logprobs, reason = delta.text, delta.logprobs, delta.finish_reason
-        shown = self._event(delta.index, text, logprobs) if text or logprobs else b""
-        ending = self._event(delta.index, finish_reason=reason) if reason else b""
-        return shown + ending
+        index, said, reason = delta.index, {"text": delta.text}, delta.finish_reason
+        gains = delta.text or delta.logprobs
+        shown = self._event(index, said, delta.logprobs) if gains else b""
+        return shown + (self._event(index, {"text": ""}, (), reason) if reason else b"")
 
     def heartbeat(self) -> bytes:
-        return self._event(0)
+        return self._event(0, {"text": ""})
 
     def _echo(self, delta: Delta) -> None:
         """Put the prompt before the first that comes of a reply."""
@@ -20016,43 +19952,19 @@ class _CompletionWriter(_Writer):
             self._offsets[delta.index] = min(0, len(prompt.text) - len(read))
             delta.logprobs = [*tokens, *delta.logprobs]
 
-    def _event(
-        self,
-        index: int,
-        text: str = "",
-        logprobs: Sequence[TokenLogprob] = (),
-        finish_reason: str | None = None,
-    ) -> bytes:
-        choice = {
-            "text": text,
-            "index": index,
-            "logprobs": self._shown(index, logprobs),
-            "finish_reason": finish_reason,
-        }
-        return self._chunk(choice)
-
-    def _shown(
-        self, index: int, logprobs: Sequence[TokenLogprob]
-    ) -> dict[str, object] | None:
-        if not logprobs:
-            return None
+    def _shown(self, index: int, logprobs: Sequence[TokenLogprob]) -> object:
         offsets = []
         for one in logprobs:
             offsets.append(max(0, self._offsets[index]))
             self._offsets[index] += len(self._decoders[index].decode(one.text))
-        known = [not math.isnan(one.logprob) for one in logprobs]
+        known = [None if math.isnan(one.logprob) else one for one in logprobs]
+        tops = [
+            one and {_legacy_token(t): value for t, value in one.top} for one in known
+        ]
         return {
             "tokens": [_legacy_token(one.text) for one in logprobs],
-            "token_logprobs": [
-                one.logprob if is_known else None
-                for one, is_known in zip(logprobs, known, strict=True)
-            ],
-            "top_logprobs": [
-                {_legacy_token(text): value for text, value in one.top}
-                if is_known
-                else None
-                for one, is_known in zip(logprobs, known, strict=True)
-            ],
+            "token_logprobs": [one and one.logprob for one in known],
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
 
@@ -20157,34 +20069,7 @@ _TEXT_PARTS: Final = {
 # --- what a field may hold ---
 
 
-def _read_item_parts(value: object, name: str) -> str | list[dict[str, str]]:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise invalid(name, "must be a string or a list of parts")
-    return [_read_item_part(part, f"{name}[{n}]") for n, part in enumerate(value)]
-
-
-def _read_item_part(part: object, name: str) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or kind not in [*_TEXT_PARTS]:  # it may be a dict
-        other = f", not {kind:.40}" if isinstance(kind, str) else ""
-        raise invalid(
-            name,
-            f"must be a part of type input_text or output_text{other}: this "
-            "server reads only text",
-        )
-    key = _TEXT_PARTS[kind]
-    return {"type": "text", "text": TEXT.read(part.get(key), f"{name}.{key}")}
-
-
-_ITEM_PART: Final = any_of(
-    *(
-        an_object(type={"enum": [kind]}, **{key: STRING})
-        for kind, key in _TEXT_PARTS.items()
-    )
-)
-_ITEM_PARTS: Final = Kind(_read_item_parts, any_of(STRING, array(_ITEM_PART)))
+_ITEM_PARTS: Final = text_or_parts(_TEXT_PARTS, "input_text or output_text")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20235,15 +20120,14 @@ _ITEM_FORMS: Final[Mapping[str, type[InputItem]]] = {
 
 
 def _read_item(value: object, name: str) -> InputItem:
-    if not isinstance(value, dict):
-        raise invalid(name, "must be an object, {...}")
-    kind = value.get("type") or "message"
+    item = OBJECT.read(value, name)
+    kind = item.get("type") or "message"
     if kind == "item_reference":
         raise invalid(name, f"is an item_reference: {_NOTHING_KEPT}")
     if not isinstance(kind, str) or kind not in _ITEM_FORMS:
         other = f", not {kind:.40}" if isinstance(kind, str) else ""
         raise invalid(name, f"must be of type {', '.join(_ITEM_FORMS)}{other}")
-    return parse_form(_ITEM_FORMS[kind], value, f"{name}.")
+    return parse_form(_ITEM_FORMS[kind], item, f"{name}.")
 
 
 _ITEMS: Final = list_of(
@@ -20450,11 +20334,7 @@ def responses_request(form: ResponsesForm) -> ReplyRequest:
     continues = continues and "tool_calls" not in last
     functions = [*map(_tool_of, form.tools or ())]
     tools, tool_choice = offered(functions, form.tool_choice)
-    variables = dict(form.chat_template_kwargs or {})
     effort = form.reasoning.effort if form.reasoning else None
-    if effort is not None:
-        variables["reasoning_effort"] = effort
-        variables.setdefault("enable_thinking", effort != "none")
     most, top = form.max_output_tokens, form.top_logprobs
     wants_logprobs = _LOGPROBS in (form.include or ())
     return reply_request_of(
@@ -20466,7 +20346,7 @@ def responses_request(form: ResponsesForm) -> ReplyRequest:
         tools=tools,
         tool_choice=tool_choice,
         calls_in_parallel=form.parallel_tool_calls,
-        variables=variables,
+        variables=template_variables(form.chat_template_kwargs, effort),
         adds_turn=not continues,
         continues_last=continues,
     )
@@ -24911,8 +24791,8 @@ class Trial:
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # else it starts gdb
             )
         except OSError as error:
-            why = f"{path}: no process to try it in: {error.strerror}"
-            raise NoRoom(why) from None
+            why = error.strerror
+            raise NoRoom(f"{path}: no process to try it in: {why}") from None
         with self._process as process:
             if self._is_cancelled:
                 process.kill()
@@ -24924,9 +24804,7 @@ class Trial:
             raise kind(os.fsdecode(said))
         if process.returncode:
             lines = noise.decode("utf-8", "replace").strip().splitlines()
-            telling = [
-                line for line in lines if any(mark in line for mark in _REASON_MARKS)
-            ]
+            telling = [each for each in lines if any(m in each for m in _REASON_MARKS)]
             how = end_of_process(process.returncode)
             if process.returncode == -signal.SIGALRM:
                 how = f"it took longer than {TRIAL_S} s"
@@ -24984,15 +24862,6 @@ def prompts_beside(path: str, log: Log) -> tuple[dict[str, str], str]:
     if len(texts) < len(prompts):
         log("warning", "prompts that are no strings are not read", path=place)
     return texts, default or ""
-
-
-def warn_of_folder(path: str, engine: Engine, log: Log) -> None:
-    """Name in one line what the files beside a model say and is not done."""
-    # What sentence-transformers' rerankers have there has other meanings.
-    others = not_obeyed(path, engine) if engine.card.kind != "rank" else []
-    if others:
-        what = "files beside the model say what is not done here"
-        log("warning", what, path=path, files="; ".join(others))
 
 
 def not_obeyed(path: str, engine: Engine) -> list[str]:
@@ -25149,15 +25018,16 @@ def pool_settings(
     return dataclasses.replace(settings, elastic=is_elastic), groups
 
 
-def chat_template(settings: Settings, engine: Engine, log: Log) -> ChatTemplate | None:
-    """Return a generating model's compiled template.
+def chat_template(
+    settings: Settings, queue: WorkQueue, source: str, log: Log
+) -> ChatTemplate | None:
+    """Return the compiled template of the model that generates from this queue.
 
     None, and a warning, if it cannot be used: the model then completes, but refuses chat.
     """
-    source = template_source(settings, engine.card.chat_template)
-    if engine.card.kind != "generate" or not source:
+    words = queue.vocabulary if isinstance(queue, GenerationQueue) else None
+    if words is None or not source:
         return None
-    words = Vocabulary(engine.tokenizer, source)
     try:
         return ChatTemplate(
             source, bos=words.bos, eos=words.eos, control_texts=words.control_texts
@@ -25255,31 +25125,25 @@ def check_memory(settings: Settings, facts: ModelFacts) -> None:
         )
 
 
-def warn_of_no_end(settings: Settings, engine: Engine, log: Log) -> None:
-    """Warn if texts end as they may and last-token pooling takes what that gives.
+def warn_of_file(settings: Settings, engine: Engine, log: Log) -> None:
+    """Warn of what a file leaves unsaid, and what then may be wrong.
 
-    The cosine to the right vector was 0.46 where a model had been trained with an end.
+    How its texts are cut into words; and how they end, if last-token pooling takes what
+    is there: the cosine to the right vector was 0.46 where a model had been trained with
+    an end.
     """
-    if not engine.card.lacks_end:
-        return
-    eos = engine.tokenizer.eos_name or "TOKEN"
-    log(
-        "warning",
-        "pooling is last and this file puts no token at the end of texts: if the model "
-        f"was trained with one, vectors are wrong without --end-token, e.g. {eos}",
-        model=name_of(settings),
-    )
-
-
-def warn_of_guess(settings: Settings, card: ModelCard, log: Log) -> None:
-    """Warn if a file does not say how its texts are cut into words."""
-    if card.pre_tokenizer == GUESSED:
-        log(
-            "warning",
+    warn = functools.partial(log, "warning", model=name_of(settings))
+    if engine.card.pre_tokenizer == GUESSED:
+        warn(
             "this file names no pre-tokenizer (tokenizer.ggml.pre), so texts are cut as "
             "llama.cpp guesses and may have other tokens than the model knows: convert "
-            "it again",
-            model=name_of(settings),
+            "it again"
+        )
+    if engine.card.kind == "embed" and engine.card.lacks_end:
+        eos = engine.tokenizer.eos_name or "TOKEN"
+        warn(
+            "pooling is last and this file puts no token at the end of texts: if the model "
+            f"was trained with one, vectors are wrong without --end-token, e.g. {eos}"
         )
 
 
@@ -25333,6 +25197,11 @@ class LoopThreads(ThreadPoolExecutor):
     def _adjust_thread_count(self) -> None:
         with contextlib.suppress(RuntimeError):
             super()._adjust_thread_count()
+
+
+_LOGGED_OF_CARD: Final = (
+    *("architecture", "n_embd", "max_input_tokens", "pooling", "weights"),
+)
 
 
 class Loader:
@@ -25400,17 +25269,21 @@ class Loader:
             engine = cache.engine(settings.weights)
             undo.callback(engine.close)
             card = engine.card
-            warn_of_guess(settings, card, self._log)
+            warn_of_file(settings, engine, self._log)
+            source = ""
             if card.kind == "generate":
-                engine.tokenizer.believe(template_source(settings, card.chat_template))
+                source = template_source(settings, card.chat_template)
+                engine.tokenizer.believe(source)
             prompts, default = prompts_beside(file.path, self._log)
-            if settings.model_path:
-                warn_of_folder(file.path, engine, self._log)
+            # What sentence-transformers' rerankers have there has other meanings.
+            is_plain = settings.model_path and card.kind != "rank"
+            if others := not_obeyed(file.path, engine) if is_plain else []:
+                what, files = "files beside the model say what is not done here", "; "
+                self._log("warning", what, path=file.path, files=files.join(others))
             prompts |= dict(card.prompts)
             if card.kind == "embed":
                 default = check_prompts(settings, prompts, default, self._log)
-                warn_of_no_end(settings, engine, self._log)
-            pool = self._pool(settings, engine, file)
+            pool = self._pool(settings, engine, file, source)
             pool.start()
             undo.pop_all()
         trim_memory()
@@ -25425,35 +25298,25 @@ class Loader:
             trained_tokens=card.trained_tokens,
             sha256=file.sha256,
             metadata=dict(card.metadata),
-            chat_template=template_source(settings, card.chat_template)
-            if card.kind == "generate"
-            else "",
+            chat_template=source,
         )
-        loaded = LoadedModel(
-            settings,
-            facts,
-            int(time.time()),
-            pool,
-            prompts,
-            default,
-            chat_template(settings, engine, self._log),
-            defaults_from(facts.metadata),
+        created, sampling = int(time.time()), defaults_from(facts.metadata)
+        template = chat_template(settings, pool.queue, source, self._log)
+        served = LoadedModel(
+            settings, facts, created, pool, prompts, default, template, sampling
         )
-        self._log_loaded(loaded, file, begun)
-        return loaded
+        self._log_loaded(served, file, begun)
+        return served
 
     def _log_loaded(self, loaded: LoadedModel, file: ModelFile, begun: float) -> None:
         settings, card, used = loaded.settings, loaded.card, loaded.pool.settings
+        prompt = settings.default_prompt_name or loaded.default_prompt_name
         self._log(
             "info",
             "loaded",
             model=name_of(settings) or DEFAULT_MODEL.name,
             version=settings.model_version,
-            architecture=card.architecture,
-            n_embd=card.n_embd,
-            max_input_tokens=card.max_input_tokens,
-            pooling=card.pooling,
-            weights=card.weights,
+            **{name: getattr(card, name) for name in _LOGGED_OF_CARD},
             cpu_features=card.cpu_features or None,
             sha256=file.sha256[:16],
             tokenizer=card.tokenizer,
@@ -25461,14 +25324,12 @@ class Loader:
             workers=used.workers,
             threads=used.threads,
             prompts=",".join(loaded.prompts) or None,
-            default_prompt_name=settings.default_prompt_name
-            or loaded.default_prompt_name
-            or None,
+            default_prompt_name=prompt or None,
             seconds=time.monotonic() - begun,
         )
 
     def _pool(
-        self, settings: Settings, engine: Engine, file: ModelFile
+        self, settings: Settings, engine: Engine, file: ModelFile, template: str
     ) -> Pool[WorkQueue]:
         """Return a model's pool, not yet started. Raises StartupError."""
         used, cpus = pool_settings(settings, self._log)
@@ -25480,9 +25341,7 @@ class Loader:
             used = dataclasses.replace(used, workers=1, threads=threads)
             backlog.workers = 1
             backlog.used_part = 0.5  # replies come nearer to their limit than texts do
-            vocabulary = Vocabulary(
-                engine.tokenizer, template_source(settings, card.chat_template)
-            )
+            vocabulary = Vocabulary(engine.tokenizer, template)
             generations = GenerationQueue(card, used, backlog, vocabulary)
             worker = GenerationWorker(engine, generations, vocabulary, self._hooks)
             return Pool(engine, generations, worker, self._hooks)
@@ -25969,10 +25828,8 @@ class Server:
         self._dead_letters = None
         if settings.dead_letter:
             self._dead_letters = LineFile(settings.dead_letter, log, DEAD_LETTER_BYTES)
-        self._tracer = None
-        if settings.otlp_endpoint:
-            at, name = settings.otlp_endpoint, settings.otlp_service_name
-            self._tracer = Tracer(at, name, __version__, log)
+        at, name = settings.otlp_endpoint, settings.otlp_service_name
+        self._tracer = Tracer(at, name, __version__, log) if at else None
         for reason in loaded.ignored:
             log("warning", "setting ignored", reason=reason)
         telemetry = Telemetry()
@@ -26094,7 +25951,9 @@ class Server:
         models = self.service.models
         try:
             wanted = [entry.settings for entry in models.entries]
-            await asyncio.to_thread(self._set_spins, wanted)
+            look = functools.partial(self._loader.look, with_sha256=False)
+            facts = await asyncio.to_thread(lambda: [*map(look, wanted)])
+            set_openmp_spins(generates=any(one.kind == "generate" for one in facts))
             await models.replace(wanted)
         except Exception as error:
             if self.service.phase is Phase.LOADING:
@@ -26107,10 +25966,6 @@ class Server:
             self._notifier.tell(READY=1)
             self._move(Phase.READY, "loaded")
             self._reload_if_due()
-
-    def _set_spins(self, wanted: Sequence[Settings]) -> None:
-        kinds = [self._loader.look(each, with_sha256=False).kind for each in wanted]
-        set_openmp_spins(generates="generate" in kinds)
 
     def _listen(self, announce: Callable[[str], None]) -> None:
         service, listeners = self.service, self._listeners
@@ -26197,9 +26052,8 @@ class Server:
     def _stamp_of_keys(self) -> tuple[int, ...]:
         """Return a stamp that changes with the files of keys and certificates."""
         now = self.service.settings
-        return file_stamp(
-            now.api_key_file, now.tls_cert, now.tls_key, now.tls_client_ca
-        )
+        tls = now.tls_cert, now.tls_key, now.tls_client_ca
+        return file_stamp(now.api_key_file, *tls)
 
     def _renew_files(self) -> None:
         """Read keys and certificates again; keep the old ones if the new are unusable."""
@@ -26236,9 +26090,8 @@ class Server:
         """Reload, even if cancelled, and return what changed. Raises ReloadRefused."""
         self._reopen_files()
         if self._reloading or self.service.phase is not Phase.READY:
-            raise ReloadRefused(
-                "the server is loading, reloading or stopping; try later"
-            )
+            why = "the server is loading, reloading or stopping; try later"
+            raise ReloadRefused(why)
         return await asyncio.shield(self._start_reload())
 
     def _on_hangup(self) -> None:
@@ -26293,11 +26146,8 @@ class Server:
         """Change the models first: a failure must leave everything as it was."""
         service, read = self.service, self.service.read_settings()
         old, new = service.settings, read.settings
-        changed = [
-            row
-            for row in SETTING_ROWS
-            if getattr(old, row.name) != getattr(new, row.name)
-        ]
+        rows = SETTING_ROWS
+        changed = [r for r in rows if getattr(old, r.name) != getattr(new, r.name)]
         if fixed := [row.name for row in changed if row.reload == "never"]:
             raise StartupError(f"a change of {', '.join(fixed)} takes a restart")
         Gate(new, self.log)  # would it do?
