@@ -17205,6 +17205,11 @@ def an_object(*optional: str, **properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": always}
 
 
+def each(names: str, schema: Schema) -> dict[str, Schema]:
+    """Return properties with the same schema, by their names."""
+    return dict.fromkeys(names.split(), schema)
+
+
 NUMBER: Final[Schema] = {"type": "number"}
 INTEGER: Final[Schema] = {"type": "integer"}
 STRING: Final[Schema] = {"type": "string"}
@@ -19980,17 +19985,12 @@ def _legacy_token(text: bytes) -> str:
 # --- the routes ---
 
 _COUNTS: Final = an_object(
-    prompt_tokens=INTEGER,
-    completion_tokens=INTEGER,
-    total_tokens=INTEGER,
+    **each("prompt_tokens completion_tokens total_tokens", INTEGER),
     prompt_tokens_details=an_object(cached_tokens=INTEGER),
     completion_tokens_details=an_object(reasoning_tokens=INTEGER),
 )
 _PERFORMANCE: Final = an_object(
-    prefill_time_ms=NUMBER,
-    decode_time_ms=NUMBER,
-    queue_time_ms=NUMBER,
-    tokens_per_second=NUMBER,
+    **each("prefill_time_ms decode_time_ms queue_time_ms tokens_per_second", NUMBER),
     batch_size=INTEGER,
 )
 _REASONS_OF_CHAT: Final = {"enum": ["stop", "length", "tool_calls"]}
@@ -20732,41 +20732,27 @@ def _repeated_choice(choice: ToolChoice) -> object:
 _OUTPUT_ITEM: Final = an_object(
     *("role", "content", "summary", "call_id", "name", "arguments"),
     type={"enum": ["message", "reasoning", "function_call"]},
-    id=STRING,
     status={"enum": ["completed", "incomplete"]},
     role=const("assistant"),
-    content=array(ANYTHING),
-    summary=array(ANYTHING),
-    call_id=STRING,
-    name=STRING,
-    arguments=STRING,
+    **each("id call_id name arguments", STRING),
+    **each("content summary", array(ANYTHING)),
 )
 _RESPONSE_USAGE: Final = an_object(
-    input_tokens=INTEGER,
+    **each("input_tokens output_tokens total_tokens", INTEGER),
     input_tokens_details=an_object(cached_tokens=INTEGER, cache_write_tokens=INTEGER),
-    output_tokens=INTEGER,
     output_tokens_details=an_object(reasoning_tokens=INTEGER),
-    total_tokens=INTEGER,
 )
 RESPONSES_REPLY: Final = an_object(
-    id=STRING,
+    **each("id model truncation", STRING),
     object=const("response"),
     created_at=INTEGER,
     status={"enum": ["completed", "incomplete"]},
-    completed_at=ANYTHING,
-    error=ANYTHING,
-    incomplete_details=ANYTHING,
-    instructions=ANYTHING,
-    metadata={"type": "object"},
-    model=STRING,
+    **each("completed_at error incomplete_details instructions tool_choice", ANYTHING),
+    **each("metadata text", {"type": "object"}),
     output=array(_OUTPUT_ITEM),
     parallel_tool_calls=BOOLEAN,
-    temperature=NUMBER,
-    text={"type": "object"},
-    tool_choice=ANYTHING,
     tools=array(ANYTHING),
-    top_p=NUMBER,
-    truncation=STRING,
+    **each("temperature top_p", NUMBER),
     usage=_RESPONSE_USAGE,
 )
 
@@ -20906,8 +20892,7 @@ _BY_TYPE: Final = an_object(
     *_AS_TYPE, **dict.fromkeys(_AS_TYPE, ROWS_OF_NUMBERS) | {"base64": array(STRING)}
 )
 COHERE_REPLY: Final = an_object(
-    response_type=STRING,
-    id=STRING,
+    **each("response_type id", STRING),
     embeddings=any_of(ROWS_OF_NUMBERS, _BY_TYPE),
     texts=array(STRING),
     meta=ANYTHING,
@@ -21287,16 +21272,11 @@ def times(result: EmbedResult) -> Iterator[tuple[str, str]]:
 
 
 INFO_REPLY: Final = an_object(
-    model_id=STRING,
-    model_dtype=STRING,
+    **each("model_id model_dtype version", STRING),
     model_type=ANYTHING,
-    max_concurrent_requests=INTEGER,
-    max_input_length=INTEGER,
-    max_batch_tokens=INTEGER,
-    max_client_batch_size=INTEGER,
+    **each("max_concurrent_requests max_input_length max_batch_tokens", INTEGER),
+    **each("max_client_batch_size tokenization_workers", INTEGER),
     auto_truncate=BOOLEAN,
-    tokenization_workers=INTEGER,
-    version=STRING,
 )
 
 
@@ -21657,12 +21637,8 @@ _PROPS_PARAMS: Final = an_object(params={"type": "object"}, n_ctx=INTEGER)
 PROPS_REPLY: Final = an_object(
     default_generation_settings=_PROPS_PARAMS,
     total_slots=INTEGER,
-    model_alias=STRING,
-    model_path=STRING,
-    modalities=an_object(vision=BOOLEAN, audio=BOOLEAN, video=BOOLEAN),
-    chat_template=STRING,
-    bos_token=STRING,
-    eos_token=STRING,
+    modalities=an_object(**each("vision audio video", BOOLEAN)),
+    **each("model_alias model_path chat_template bos_token eos_token", STRING),
     build_info=STRING,
     is_sleeping=BOOLEAN,
 )
@@ -21822,9 +21798,7 @@ class OllamaPullForm(OllamaShowForm):
 OLLAMA_EMBED_REPLY: Final = an_object(
     model=STRING,
     embeddings=ROWS_OF_NUMBERS,
-    total_duration=INTEGER,
-    load_duration=INTEGER,
-    prompt_eval_count=INTEGER,
+    **each("total_duration load_duration prompt_eval_count", INTEGER),
 )
 OLLAMA_EMBEDDINGS_REPLY: Final = an_object(embedding=NUMBERS)
 OLLAMA_TAGS_REPLY: Final = an_object(models=array(ANYTHING))
@@ -22352,13 +22326,11 @@ class _OllamaGenerateWriter(_OllamaWriter):
 
 
 def _ollama_reply(*optional: str, **said: Schema) -> Schema:
-    counts = "total_duration load_duration prompt_eval_count prompt_eval_duration"
-    counts += " eval_count eval_duration"
-    figures = dict.fromkeys(counts.split(), INTEGER)
+    figures = each("total_duration load_duration prompt_eval_count", INTEGER)
+    figures |= each("prompt_eval_duration eval_count eval_duration", INTEGER)
     return an_object(
         *(*optional, *figures, "logprobs"),
-        model=STRING,
-        created_at=STRING,
+        **each("model created_at", STRING),
         **said,
         done=BOOLEAN,
         done_reason={"enum": ["stop", "length", "load", "unload"]},
@@ -22532,7 +22504,7 @@ _ENGINE_ERRORS: Final = (
 
 
 def _figures(names: str) -> Schema:
-    return an_object(**dict.fromkeys(names.split(), NUMBER))
+    return an_object(**each(names, NUMBER))
 
 
 INFER_METRICS: Final = an_object(
@@ -22726,21 +22698,13 @@ class LoadForm:
 HEALTH_REPLY: Final = an_object(status=STRING, mode=STRING, version=STRING)
 READY_REPLY: Final = an_object(status=STRING, ready=BOOLEAN, engine_connected=BOOLEAN)
 MODEL_STATE: Final = an_object(
-    "size_bytes",
-    "sha256",
-    "idle_s",
-    model=STRING,
-    name=STRING,
-    version=INTEGER,
+    *("size_bytes", "sha256", "idle_s"),
+    **each("model name state path sha256", STRING),
+    **each("version size_bytes", INTEGER),
     kind={"enum": ["embed", "rank", "generate"]},
     aliases=array(STRING),
-    state=STRING,
-    is_default={"type": "boolean"},
-    share=NUMBER,
-    path=STRING,
-    size_bytes=INTEGER,
-    sha256=STRING,
-    idle_s=NUMBER,
+    is_default=BOOLEAN,
+    **each("share idle_s", NUMBER),
 )
 MODEL_STATES: Final = an_object(models=array(MODEL_STATE))
 
@@ -22944,35 +22908,26 @@ _CALL: Final = an_object(
 _REPLY_STATE: Final = an_object(
     state={"enum": ["waiting", "reading", "growing"]},
     client=STRING,
-    replies=INTEGER,
-    prompt_tokens=INTEGER,
-    cached_tokens=INTEGER,
-    tokens=INTEGER,
-    max_tokens=INTEGER,
+    **each("replies prompt_tokens cached_tokens tokens max_tokens", INTEGER),
     age_s=NUMBER,
     deadline_s=_or_null(NUMBER),
 )
 _WORKER: Final = an_object(
     "replies",
     model=STRING,
-    worker=INTEGER,
     state={"enum": ["idle", "busy", "stuck"]},
-    state_s=NUMBER,
+    **each("worker contexts_renewed", INTEGER),
+    **each("state_s busy_share", NUMBER),
     call=_or_null(_CALL),
     totals=an_object(calls=INTEGER, inputs=INTEGER, tokens=INTEGER, busy_s=NUMBER),
-    busy_share=NUMBER,
     cpus=_or_null(array(INTEGER)),
     last_error=_or_null(an_object(message=STRING, age_s=NUMBER)),
-    contexts_renewed=INTEGER,
     replies=array(_REPLY_STATE),
 )
 WORKERS_REPLY: Final = an_object(workers=array(_WORKER))
 _SETTING: Final = an_object(
-    name=STRING,
+    **each("name default source allowed", STRING),
     value=ANYTHING,
-    default=STRING,
-    source=STRING,
-    allowed=STRING,
     reload={"enum": [*RELOADS]},
 )
 CONFIG_REPLY: Final = an_object(
@@ -22981,8 +22936,7 @@ CONFIG_REPLY: Final = an_object(
 DRAIN_REPLY: Final = an_object(
     phase={"enum": [phase.value for phase in Phase]},
     is_withdrawn=BOOLEAN,
-    in_flight=INTEGER,
-    connections=INTEGER,
+    **each("in_flight connections", INTEGER),
     seconds_left=_or_null(NUMBER),
 )
 
@@ -23012,9 +22966,7 @@ def worker_rows(model: str, queue: WorkQueue) -> Iterator[dict[str, object]]:
             "state_s": _rounded(now - (call.began_at if call else notes.since)),
             "call": _call_row(call, now) if call else None,
             "totals": {
-                "calls": notes.calls,
-                "inputs": notes.inputs,
-                "tokens": notes.tokens,
+                **{n: getattr(notes, n) for n in ("calls", "inputs", "tokens")},
                 "busy_s": _rounded(notes.busy_s),
             },
             "busy_share": _rounded(notes.busy_share(now)),
@@ -23133,17 +23085,13 @@ _MOMENT: Final = (
 )
 _BUCKETS: Final = an_object(bounds=NUMBERS, hits=NUMBERS)
 STATUS_REPLY: Final = an_object(
-    version=STRING,
-    phase=STRING,
-    problem=STRING,
+    **each("version phase problem", STRING),
     uptime_s=NUMBER,
     fields=array(STRING),
     moments=ROWS_OF_NUMBERS,
-    limits={"type": "object", "additionalProperties": NUMBER},
+    **each("limits errors", {"type": "object", "additionalProperties": NUMBER}),
     histograms=an_object(**dict.fromkeys(_HISTOGRAMS, _BUCKETS)),
-    errors={"type": "object", "additionalProperties": NUMBER},
-    models=array(ANYTHING),
-    events=array(ANYTHING),
+    **each("models events", array(ANYTHING)),
 )
 
 
@@ -24313,10 +24261,7 @@ def _refuse_body(head: Head) -> None:
 
 # Sent if the user chose no type: by curl -d, fetch, and clients without a default.
 _UNSAID: Final = (
-    "",
-    "*/*",
-    "text/plain",
-    "application/octet-stream",
+    *("", "*/*", "text/plain", "application/octet-stream"),
     "application/x-www-form-urlencoded",
 )
 
@@ -24346,14 +24291,8 @@ _NO_HEAD: Final = Head("", "", "", 1, (), 0)
 
 # Errors that come in floods: counted and logged together, but audited one by one.
 _FLOODS: Final = (
-    HostNotAllowed,
-    Overloaded,
-    RateLimited,
-    TooManyConnections,
-    Unauthorized,
+    *(HostNotAllowed, Overloaded, RateLimited, TooManyConnections, Unauthorized),
 )
-
-
 _NO_ROUTE: Final = "none"  # a request's label in the metrics
 
 
@@ -24658,6 +24597,8 @@ class Dispatcher:
             return
         texts = context.inputs if self._service.settings.audit_text else ()
         shown = [dataclasses.asdict(i) if isinstance(i, Pair) else i for i in texts]
+        size = log_fields.get("stream_bytes")
+        more = {"stream_bytes": size, "code": code, "text": shown}
         self._audit.write(
             id=context.request_id,
             key=log_fields.get("key"),
@@ -24665,16 +24606,8 @@ class Dispatcher:
             method=context.head.method[:_METHOD_LENGTH] or None,
             path=context.head.path[:_PATH_LENGTH] or None,
             status=status,
-            model=log_fields.get("model"),
-            inputs=log_fields.get("inputs"),
-            tokens=log_fields.get("tokens"),
-            **(
-                {"stream_bytes": size}
-                if (size := log_fields.get("stream_bytes"))
-                else {}
-            ),
-            **({"code": code} if code else {}),
-            **({"text": shown} if shown else {}),
+            **{name: log_fields.get(name) for name in ("model", "inputs", "tokens")},
+            **{name: value for name, value in more.items() if value},
         )
 
     def _span(self, context: RequestContext, status: int) -> RequestSpan:
