@@ -3614,9 +3614,8 @@ class WordPiece:
         while begin < len(text):
             end = begin + PART_CHARS
             # A special token that begins before the end may end after it.
-            special = self._special_pattern.search(
-                text, begin, end + self._max_special_chars
-            )
+            may_end = end + self._max_special_chars
+            special = self._special_pattern.search(text, begin, may_end)
             if special is None or special.start() >= end:
                 special, is_end = None, end >= len(text)
             else:
@@ -4369,10 +4368,9 @@ CALL_MARKS: Final[Mapping[str, Sequence[str]]] = {
 }
 # These also begin what is read as the call.
 ELEMENT_MARKS: Final = ("<function=", "<function name=", "<invoke name=")
+_DEEPSEEKS: Final = "<\uff5ctool\u2581sep\uff5c>"
 # What may stand between a name and its arguments.
-_BEFORE_ARGUMENTS: Final = (
-    *("[ARGS]", "<\uff5ctool\u2581sep\uff5c>", "<|tool_call_argument_begin|>"),
-)
+_BEFORE_ARGUMENTS: Final = ("[ARGS]", _DEEPSEEKS, "<|tool_call_argument_begin|>")
 
 
 class CallStyle(NamedTuple):
@@ -4508,9 +4506,7 @@ class CallScan:
     # --- a name, and arguments after it ---
 
     def _named(self) -> WrittenCall:
-        prefix = self._take(
-            "functions.", "call:", "function<\uff5ctool\u2581sep\uff5c>"
-        )
+        prefix = self._take("functions.", "call:", f"function{_DEEPSEEKS}")
         is_printed = bool(self._take("print("))  # Gemma 3 was taught to
         name = self._name()
         if self._take("[CALL_ID]"):
@@ -4911,9 +4907,7 @@ class MarkupReader:
         """After a mark there is a call, or another mark; after a call there may be."""
         text = self._held[self._skipped :].lstrip(_SEPARATORS)
         marks = [*_MARKS_BEFORE_CALLS, *(() if self._is_first else self._closings)]
-        if not is_last and any(
-            mark.startswith(text) and mark != text for mark in marks
-        ):
+        if not is_last and any(m.startswith(text) and m != text for m in marks):
             return False
         if mark := next(filter(text.startswith, marks), ""):
             self._pass_mark(mark, text)
@@ -5360,9 +5354,8 @@ class ChatTemplate:
     ) -> None:
         """Raises UnusableTemplate. All but ``source`` are the Vocabulary's."""
         if reason := why_unusable(_JINJA2):
-            raise UnusableTemplate(
-                f"a chat template needs {_JINJA2.requirement}, and {reason}"
-            )
+            needed = _JINJA2.requirement
+            raise UnusableTemplate(f"a chat template needs {needed}, and {reason}")
         if len(source) > _MAX_TEMPLATE_CHARS:
             raise UnusableTemplate(
                 f"the chat template has {len(source)} characters and may have "
@@ -7653,9 +7646,7 @@ class Backlog:
         late_s = wait_s - timeout_s * MAX_WAIT_PART
         if late_s > 0:
             left_s = round(timeout_s, 1)
-            why = (
-                f"this would wait {wait_s:.1f} of its {left_s:g} s: too much is waiting"
-            )
+            why = f"this would wait {wait_s:.1f} of its {left_s:g} s: too much waits"
             raise self._refusal(why, now, late_s, tokens)
 
     def _refusal(
@@ -8835,9 +8826,8 @@ class BatchQueue(JobQueue):
         """Queue a job's next inputs; ``reading`` has the rest. Whether the job ended."""
         request, first = job.request, job.next_input
         kind = b"by token" if request.per_token else b""
-        keys = [
-            self.cache.key(r[0]) + kind if isinstance(r, tuple) else b"" for r in read
-        ]
+        key_of = self.cache.key
+        keys = [key_of(r[0]) + kind if isinstance(r, tuple) else b"" for r in read]
         new_items = new_tokens = 0
         with self._lock:
             if job.is_over:
@@ -10005,9 +9995,8 @@ class TokenTexts:
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         """``pieces``: of each token, in the order of their ids. Takes 0.5 s."""
-        ids = sorted(
-            filter(pieces.__getitem__, range(len(pieces))), key=pieces.__getitem__
-        )
+        piece_of = pieces.__getitem__
+        ids = sorted(filter(piece_of, range(len(pieces))), key=piece_of)
         self.pieces = pieces
         self._sorted = [pieces[token] for token in ids]
         self._ids = np.array(ids, np.int64)
@@ -10234,9 +10223,7 @@ class _PatternReader:
             return self._one_of(subtracted(EVERY_CHAR, _LINE_BREAKS))
         char = self._text[self._at]
         if char in "*+?{^$":
-            raise ValueError(
-                f"has {char} where it cannot stand: escape it, or anchor ends"
-            )
+            raise ValueError(f"has {char} where it cannot stand: escape it, or anchor")
         return self._one_of(self._char()[0])
 
     def _one_of(self, ranges: _Ranges) -> PatternGrammar:
@@ -10337,15 +10324,13 @@ def number_gbnf(
     low: NumberBound | None, high: NumberBound | None, *, is_whole: bool
 ) -> str:
     """Return the GBNF of the numbers between bounds. Empty: there is none."""
-    finite = [
-        b.value for b in (low, high) if b and abs(b.value) < 10**_MAX_WHOLE_DIGITS
-    ]
-    if not finite:
+    ends = [b.value for b in (low, high) if b and abs(b.value) < 10**_MAX_WHOLE_DIGITS]
+    if not ends:
         whole = f'"-"? ("0" | [1-9] [0-9]{{0,{_MAX_WHOLE_DIGITS - 1}}})'
         fraction = f'("." [0-9]{{1,{_EXACT_DIGITS + 2}}})? ([eE] [-+]? [0-9]{{1,2}})?'
         return whole if is_whole else f"{whole} {fraction}"
     # More digits than that could be rounded to an open bound.
-    longest = max(len(str(abs(int(value)))) for value in finite)
+    longest = max(len(str(abs(int(value)))) for value in ends)
     digits = 0 if is_whole else max(0, _EXACT_DIGITS - longest)
     lowest, highest = _scaled(low, digits, 1), _scaled(high, digits, -1)
     parts = []
@@ -10648,13 +10633,10 @@ class FlatSchemas:
         if kinds & others != {"object"}:
             return False
         required = {*one.get("required", ())} & {*other.get("required", ())}
-        for name in (
-            required & {*one.get("properties", ())} & {*other.get("properties", ())}
-        ):
-            parts = [
-                self.flat(side["properties"][name], f"{where}.properties.{name}")
-                for side in (one, other)
-            ]
+        known = {*one.get("properties", ())} & {*other.get("properties", ())}
+        for name in required & known:
+            path = f"{where}.properties.{name}"
+            parts = [self.flat(s["properties"][name], path) for s in (one, other)]
             if self.are_apart(parts[0], parts[1], where, depth - 1):
                 return True
         return any(
@@ -10728,13 +10710,8 @@ def types_of(flat: JsonSchema) -> set[str]:
     if "enum" in flat:
         names = {dict: "object", list: "array", str: "string", bool: "boolean"}
         names |= {type(None): "null", int: "number", float: "number"}
-        kinds = set()
-        for value in flat["enum"]:
-            kind = names[type(value)]
-            kinds.add(
-                "integer" if kind == "number" and is_whole_number(value) else kind
-            )
-        return kinds
+        values = flat["enum"]
+        return {"integer" if is_whole_number(v) else names[type(v)] for v in values}
     kinds = {*flat.get("type", JSON_TYPES)}
     return kinds | {"integer"} if "number" in kinds else kinds
 
@@ -10925,9 +10902,7 @@ class _SchemaReader:
     ) -> str:
         low, high = bounds["Minimum"], bounds["Maximum"]
         if low is None or high is None or high.value - low.value > 1000 * factor:
-            self._unable(
-                where, "multipleOf", " without bounds that leave at most 1,000"
-            )
+            self._unable(where, "multipleOf", " unless its bounds leave at most 1,000")
         first, last = math.ceil(low.value / factor), math.floor(high.value / factor)
         found = [
             str(number * factor)
@@ -10958,14 +10933,11 @@ class _SchemaReader:
         if not (low <= found.least and found.most <= high):
             if not found.repeats:
                 why = " together with a pattern that does not imply it"
-                self._unable(
-                    where, "minLength" if low > found.least else "maxLength", why
-                )
+                key = "minLength" if low > found.least else "maxLength"
+                self._unable(where, key, why)
             low, high = max(low, found.least), min(high, found.most)
             if low > high:
-                self._fail(
-                    where, "allows no string: its pattern and lengths exclude it"
-                )
+                self._fail(where, "allows no string by its pattern and lengths")
             gbnf = repeated(self._rules.add(found.repeats), low, high)
         return f'"\\"" {self._rules.add(gbnf)} "\\""'
 
@@ -11014,9 +10986,8 @@ class _SchemaReader:
         for name in required:
             properties.setdefault(name, flat.get("additionalProperties", True))
             if properties[name] is False:
-                self._fail(
-                    f"{where}.required", f"has {name!r:.60}, which may not be there"
-                )
+                problem = f"has {name!r:.60}, which may not be there"
+                self._fail(f"{where}.required", problem)
         fields = [
             (
                 literal(json.dumps(name, ensure_ascii=False))
@@ -11034,10 +11005,9 @@ class _SchemaReader:
             self._unable(where, "maxProperties", " unless all may be there")
         begin, after = '""', '""'
         if other and high > 0:
-            more = repeated(f'("," {self._space} {other})', 0, high - 1)
-            after = self._rules.add(
-                repeated(f'("," {self._space} {other})', 0, math.inf)
-            )
+            one_more = f'("," {self._space} {other})'
+            more = repeated(one_more, 0, high - 1)
+            after = self._rules.add(repeated(one_more, 0, math.inf))
             begin = f"{other} {more if high > 1 else ''}"
             begin = f'{begin} | ""' if least <= 0 else begin
         for gbnf, is_required in reversed(fields):
@@ -13966,9 +13936,7 @@ class RequestParser:
             raise MalformedRequest(_ONLY_CRLF)
         found = _CHUNK_LINE.fullmatch(line[:-2])
         if not found:
-            raise MalformedRequest(
-                "a chunk does not begin with its size in hexadecimal"
-            )
+            raise MalformedRequest("a chunk does not begin with its hexadecimal size")
         size = int(found[1], 16)
         self._check_body_size(len(self._body) + size)
         if len(found[2] or b"") > limits.chunk_extension_bytes:
@@ -14696,7 +14664,7 @@ class KeyRing:
             blind = self._blind(key.digest)
             if key.name in self._by_name or blind in self._by_digest:
                 raise StartupError(
-                    f"key {key.name!r}: its name or value is given twice"
+                    f"key {key.name!r}: its name or value is there twice"
                 )
             self._by_name[key.name] = self._by_digest[blind] = key
 
@@ -14759,9 +14727,7 @@ class KeyRing:
         if signed.mac in used:
             raise Unauthorized("this signature was used before")
         if len(used) >= _SIGNATURES_KEPT:
-            raise RateLimited(
-                "too many signed requests in one window", retry_after_s=10
-            )
+            raise RateLimited("too many signed requests in a window", retry_after_s=10)
         # Kept while its time would be accepted; they are nearly in that order.
         used[signed.mac] = max(now, signed.stamp)
 
@@ -14876,9 +14842,7 @@ def _key_of(words: Sequence[str], allowed: Allowance, priorities: Sequence[str])
                 raise ValueError
             found[attribute] = convert(value)
         except ValueError:
-            raise ValueError(
-                f"word {number} is no option of a key, or there twice"
-            ) from None
+            raise ValueError(f"word {number} is no option, or there twice") from None
     limits = [one.name for one in dataclasses.fields(Allowance) if one.name in found]
     own = dataclasses.replace(allowed, **{one: found.pop(one) for one in limits})
     return Key(name, digest, own, **found)
@@ -17634,9 +17598,7 @@ def _check_ids(request: EmbedRequest, card: ModelCard, *, accepted: bool) -> Non
 
 def bad_token_id(param: str, token: int, n_vocab: int) -> InvalidValue:
     """Return the error of a token id that a model does not have."""
-    return invalid(
-        param, f"has {token}: token ids of this model are 0 to {n_vocab - 1}"
-    )
+    return invalid(param, f"has {token}: this model's token ids are 0 to {n_vocab - 1}")
 
 
 def put_prompt(
@@ -19219,9 +19181,7 @@ def offered(
     tools = tools or ()
     unknown = {*names} - {tool["function"]["name"] for tool in tools}
     if unknown:
-        raise invalid(
-            "tool_choice", f"names {min(unknown)}, which none of the tools is called"
-        )
+        raise invalid("tool_choice", f"names {min(unknown)}, which no tool is called")
     if mode in _DEMANDS and not tools:
         raise invalid(
             "tool_choice",
@@ -20057,9 +20017,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 _MAX_PAIRS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512  # OpenAI's, of metadata
 _LOGPROBS: Final = "message.output_text.logprobs"
-_NOTHING_KEPT: Final = (
-    "nothing is kept here between requests, so send all items as input"
-)
+_NOTHING_KEPT: Final = "nothing is kept between requests, so send all items as input"
 _TEXT_PARTS: Final = {
     **dict.fromkeys(("input_text", "output_text", "text", "reasoning_text"), "text"),
     "refusal": "refusal",
@@ -20195,9 +20153,7 @@ def _only_functions(tools: list[FlatToolForm | None], name: str) -> list[FlatToo
 
 def _read_choice(value: object, name: str) -> ToolChoice:
     if isinstance(value, dict) and value.get("type") not in _CHOICES:
-        raise invalid(
-            name, "demands a tool of another kind: only functions can be called here"
-        )
+        raise invalid(name, "demands another tool: only functions can be called here")
     return typing.cast(ToolChoice, TOOL_CHOICE.read(value, name))
 
 
@@ -20397,10 +20353,8 @@ def _tool_of(form: FlatToolForm) -> Tool:
     """Return a function as chat has it: what is null, or not so, is not there."""
     fields = ("name", "description", "parameters", "strict")
     given = {name: getattr(form, name) for name in fields}
-    function = {
-        name: value for name, value in given.items() if value not in (None, False)
-    }
-    return {"type": "function", "function": function}
+    said = {name: value for name, value in given.items() if value not in (None, False)}
+    return {"type": "function", "function": said}
 
 
 def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
@@ -22557,12 +22511,8 @@ async def infer_metrics(context: RequestContext) -> Response:
 async def _cpu_figures() -> dict[str, float]:
     before = list(cpu_times_s())
     await asyncio.sleep(_CPU_SAMPLE_S)
-    spans = [
-        (used - used_then, passed - passed_then)
-        for (used_then, passed_then), (used, passed) in zip(
-            before, cpu_times_s(), strict=False
-        )
-    ]
+    pairs = zip(before, cpu_times_s(), strict=False)
+    spans = [(now[0] - then[0], now[1] - then[1]) for then, now in pairs]
     shares = [used / passed for used, passed in spans if passed > 0]
     cores = usable_cores()
     share = max(shares, default=os.getloadavg()[0] / cores)  # where there is no /proc
@@ -22688,9 +22638,7 @@ class LoadForm:
     )
     name: str | None = optional(NAME, "The file's: what clients call it.")
     version: int | None = optional(integer(1, 10**9), "The file's, of that name.")
-    sha256: str | None = optional(
-        NAME, "The file's checksum; with another it is refused."
-    )
+    sha256: str | None = optional(NAME, "Its checksum; with another it is refused.")
     workers: int | None = optional(integer(1, 1024), "How many the file's model gets.")
     pooling: str | None = optional(one_of("auto", *POOLINGS), "The file's pooling.")
 
@@ -22760,12 +22708,9 @@ def _gauges(service: Service) -> Iterator[tuple[Any, ...]]:
     yield "embellama_workers", stuck, "stuck"
     for entry in service.models.entries:
         backlog = entry.loaded.pool.queue.backlog if entry.loaded else None
-        yield (
-            "embellama_model_queue_inputs",
-            backlog.inputs if backlog else 0,
-            entry.label,
-        )
-        yield "embellama_backlog_seconds", backlog.wait_s if backlog else 0, entry.label
+        inputs, wait_s = (backlog.inputs, backlog.wait_s) if backlog else (0, 0)
+        yield "embellama_model_queue_inputs", inputs, entry.label
+        yield "embellama_backlog_seconds", wait_s, entry.label
     yield from _prompt_cache_gauges(service.models)
     counts = service.models.cache_counts()
     yield "embellama_cache_lookups_total", counts.hits, "hit"
@@ -26580,9 +26525,8 @@ class Checker:
             batch = texts[begin : begin + MAX_INPUTS]
             request = EmbedRequest(inputs=batch, prompt_name=reference.prompt_name)
             prepare(request, entry, loaded, self._settings)
-            result = await compute(
-                request, entry, loaded, "check", charge=_no_charge, late=lambda: None
-            )
+            nobody: dict[str, Any] = {"charge": lambda _: None, "late": lambda: None}
+            result = await compute(request, entry, loaded, "check", **nobody)
             rows += result.job.vectors
         return np.array(rows, np.float64)
 
@@ -26609,10 +26553,6 @@ def compared(
         f"{min_cosine:g}, the lowest {told}: compare pooling, prompts, special tokens and "
         "weights with what made the reference"
     )
-
-
-def _no_charge(_: int) -> None:
-    """Nobody pays for a check."""
 
 
 def _told(value: object) -> str:
@@ -27854,10 +27794,8 @@ def _mean_of(name: str, labels: str = "") -> tuple[tuple[str, str], ...]:
 
 
 def _share_found(name: str, found: str) -> tuple[tuple[str, str], ...]:
-    hits = f'{name}{{<own>,result=~"{found}"}}'
-    return (
-        (f"sum(rate({hits}<window>)) / sum(rate({name}{{<own>}}<window>))", "found"),
-    )
+    hits, all_ = f'{name}{{<own>,result=~"{found}"}}', f"{name}{{<own>}}"
+    return ((f"sum(rate({hits}<window>)) / sum(rate({all_}<window>))", "found"),)
 
 
 _NO_PROBES: Final = ',kind="request"'
@@ -28078,9 +28016,8 @@ def _example_call(route: Route) -> dict[str, object]:
         request["header"] = [{"key": "Content-Type", "value": "application/json"}]
         request["body"] = {"mode": "raw", "raw": json.dumps(example, indent=2)}
     statuses = {route.dialect.status_of(error) for error in _expected_errors(route)}
-    keys = (
-        route.reply.get("required", []) if route.reply.get("type") == "object" else []
-    )
+    is_object = route.reply.get("type") == "object"
+    keys = route.reply.get("required", []) if is_object else []
     test = filled(
         _CALL_TEST,
         name=f"{route.method} {path}",

@@ -548,11 +548,11 @@ class _Loader(es.Loader):
         return loaded
 
     def _pool(
-        self, settings: es.Settings, engine: es.Engine, file: es.ModelFile
+        self, settings: es.Settings, engine: es.Engine, *more: Any
     ) -> es.Pool[es.WorkQueue]:
         if isinstance(engine, FakeChatEngine):
             return speaking_pool(engine, settings)
-        return _Loader._real_pool(self, settings, engine, file)
+        return _Loader._real_pool(self, settings, engine, *more)
 
 
 es.Loader.load = _Loader.load  # type: ignore[method-assign,assignment]
