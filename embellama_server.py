@@ -7132,10 +7132,8 @@ class Engine:
 # times as fast and no probe's cosine falls below MIN_COSINE. Files and results are kept in
 # the cache directory under the original file's checksum; a new CPU or llama.cpp measures
 # again.
-# Mixed files (large matrices quantised, the others bf16) are not tried: on that CPU no type
-# is faster than bf16 on a whole model (q8_0 0.80, iq4_nl 0.98), the fastest type of each
-# matrix of MiniLM gives 1.03 times its speed at cosine 0.93, and of those within 0.9999
-# (q8_0 in attention's queries and keys) none gains. README has the table.
+# Mixed files (large matrices quantised, the others bf16) are not tried: of those within
+# 0.9999 none is faster than bf16 on that CPU. README has the table.
 
 MIN_SPEEDUP: Final = 1.10
 MIN_COSINE: Final = 0.9999
@@ -8463,10 +8461,19 @@ class WorkQueue:
         if self.is_stopping:
             raise NotReady("the model was just unloaded: try again", retry_after_s=1.0)
 
-    def _check_breaker(self) -> None:
+    def _refuse_late(
+        self, timeout_s: float, tokens: int, ahead: Callable[[], int]
+    ) -> None:
+        """Refuse work if the breaker is open or its deadline too near. Lock held.
+
+        ``ahead`` returns how many inputs of others are computed before.
+        """
+        now = self.clock()
         if self.breaker.is_open:
-            retry_s = self.breaker.retry_s(self.clock())
+            retry_s = self.breaker.retry_s(now)
             raise EngineUnavailable(ENGINE_BROKEN, retry_after_s=retry_s)
+        if self.backlog.may_be_late(timeout_s):
+            self.backlog.refuse_late(now, timeout_s, ahead(), tokens)
 
     def _abandon_tasks(self, error: ApiError) -> None:
         """End the tasks, once no job waits to be tokenized. Lock held."""
@@ -8521,7 +8528,8 @@ class JobQueue(WorkQueue):
         job.size = Size(count, sum(job.bounds), held)
         with self._lock:
             if not is_canary:
-                self._refuse_late(job, now)
+                ahead = functools.partial(inputs_ahead, job, self._jobs)
+                self._refuse_late(job.timeout_s, job.size.tokens, ahead)
             if not self.backlog.try_reserve(job.size, job.client, is_forced=is_canary):
                 raise self.backlog.overloaded(now, job.client, job.size)
             self._jobs.add(job)
@@ -8548,13 +8556,6 @@ class JobQueue(WorkQueue):
         request = EmbedRequest(inputs=[[token]])
         canary = Job(request, lambda: judge(canary.error), priority=0)
         self.submit(canary, is_canary=True)
-
-    def _refuse_late(self, job: Job, now: float) -> None:
-        """Refuse a job if the breaker is open or its deadline too near. Lock held."""
-        self._check_breaker()
-        if self.backlog.may_be_late(job.timeout_s):
-            ahead = inputs_ahead(job, self._jobs)
-            self.backlog.refuse_late(now, job.timeout_s, ahead, job.size.tokens)
 
     # --- tokenizer threads ---
 
@@ -11815,7 +11816,7 @@ class SequenceTable:
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.cells = cells
-        self.hits = self.misses = self.hit_tokens = self.evictions = 0
+        self.counted = PromptCacheCounts()  # so far; another table may go on with them
         self.sequences: list[CachedSequence] = []
         self._window = window
         self._can_trim = can_trim
@@ -11839,20 +11840,12 @@ class SequenceTable:
         running, free = self._protected(self._no_cells), self._free_cells
         return CellUsage(running, self.cells - running - free, free)
 
-    def go_on_counting(self, before: PromptCacheCounts) -> None:
-        """Count from where another table left off."""
-        self.hits, self.misses = before.hits, before.misses
-        self.hit_tokens, self.evictions = before.hit_tokens, before.evictions
-
     @property
     def counts(self) -> PromptCacheCounts:
         """What is in memory, and was found there."""
         usage = self.usage
-        return PromptCacheCounts(
-            hits=self.hits,
-            misses=self.misses,
-            hit_tokens=self.hit_tokens,
-            evictions=self.evictions,
+        return dataclasses.replace(
+            self.counted,
             sequences=len(self.sequences),
             running_cells=usage.running,
             idle_cells=usage.idle,
@@ -11890,9 +11883,9 @@ class SequenceTable:
             return None
         if n > len(self._free_ids) + len(self.idle):
             return None
-        self.hits += bool(shared)
-        self.misses += not shared
-        self.hit_tokens += shared
+        self.counted.hits += bool(shared)
+        self.counted.misses += not shared
+        self.counted.hit_tokens += shared
         sequence, operations = self._begin(source, shared, n)
         operations += self._make_room(n - 1, needed)
         self._reserve(sequence, prompt, max_tokens, n)
@@ -12012,7 +12005,7 @@ class SequenceTable:
         """Drop sequences that were idle for longer: see MAX_IDLE_S."""
         before_s = self._clock() - for_s
         unused = [one for one in self.idle if one.used_at_s < before_s]
-        self.evictions += len(unused)
+        self.counted.evictions += len(unused)
         return [self.drop(one) for one in unused]
 
     def _use(self, sequence: CachedSequence) -> None:
@@ -12022,7 +12015,7 @@ class SequenceTable:
         """Drop the idle sequence that was unused for longest; None: there is none."""
         if not (idle := self.idle):
             return None
-        self.evictions += 1
+        self.counted.evictions += 1
         return self.drop(idle[0])
 
     def _is_useless(self, other: CachedSequence, newest: CachedSequence) -> bool:
@@ -12665,11 +12658,8 @@ class GenerationQueue(WorkQueue):
         size = Size(1, tokens, _GENERATION_BYTES + _RESERVED_TOKEN_BYTES * tokens)
         with self._lock:
             if not is_canary:
-                self._check_breaker()
-                if self.backlog.may_be_late(generation.timeout_s):
-                    self.backlog.refuse_late(
-                        now, generation.timeout_s, self.backlog.inputs, tokens
-                    )
+                waiting = self.backlog.inputs
+                self._refuse_late(generation.timeout_s, tokens, lambda: waiting)
             client = generation.client
             if not self.backlog.try_reserve(size, client, is_forced=is_canary):
                 raise self.backlog.overloaded(now, client, size)
@@ -13073,7 +13063,7 @@ class GenerationWorker(Workers):
             first_position=context.first_position,
             clock=lambda: self._busy_s,
         )
-        self._table.go_on_counting(self._queue.prompt_cache)
+        self._table.counted = dataclasses.replace(self._queue.prompt_cache)
         self._planner = StepPlanner(
             self._speed,
             step_s=self._queue.settings.step_ms / 1000,
@@ -18811,17 +18801,13 @@ def _ubinary(vector: Any) -> Any:
     return np.packbits(vector > 0)
 
 
-def _binary(vector: Any) -> Any:
-    return (_ubinary(vector).astype("i2") - 128).astype("i1")
-
-
 # Each turns a float32 vector into a little-endian array.
 DTYPES: Final[Mapping[str, Callable[[Any], Any]]] = {
     "float32": lambda vector: vector.astype("<f4", copy=False),
     "float16": lambda vector: vector.clip(-65504, 65504).astype("<f2"),
     "int8": lambda vector: (vector * 127).round().clip(-127, 127).astype("i1"),
     "uint8": lambda vector: (vector * 127.5 + 127.5).round().clip(0, 255).astype("u1"),
-    "binary": _binary,
+    "binary": lambda vector: (_ubinary(vector).astype("i2") - 128).astype("i1"),
     "ubinary": _ubinary,
 }
 
@@ -19319,7 +19305,7 @@ def _read_format(value: object, name: str) -> Mapping[str, object] | None:
     """Return the schema of replies; {}: any JSON object, None: any text."""
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(value, dict) or kind not in [*_REPLY_FORMATS]:
-        raise invalid(name, f"must be an object of type {', '.join(_REPLY_FORMATS)}")
+        raise invalid(name, "must be of type text, json_object or json_schema")
     if kind == "text":
         return None
     inner = value.get("json_schema")
@@ -19333,12 +19319,7 @@ def _read_format(value: object, name: str) -> Mapping[str, object] | None:
         return {}
     if not isinstance(found, dict):
         raise invalid(name, "has no schema, which is an object")
-    return found or {"type": list(JSON_TYPES)} if kind == "json_schema" else found
-
-
-def _read_schema(value: object, name: str) -> Mapping[str, object]:
-    found = OBJECT.read(value, name)
-    return found or {"type": list(JSON_TYPES)}
+    return found or ANY_JSON if kind == "json_schema" else found
 
 
 def _range(name: str) -> Kind:
@@ -19357,7 +19338,8 @@ _REPLY_FORMATS: Final = ("text", "json_object", "json_schema")
 _FORMAT: Final = Kind(
     _read_format, an_object(type={"enum": [*_REPLY_FORMATS]}, json_schema=OBJECT.schema)
 )
-_SCHEMA: Final = Kind(_read_schema, OBJECT.schema)
+ANY_JSON: Final[Mapping[str, object]] = {"type": [*JSON_TYPES]}  # what {} allows
+_SCHEMA: Final = then(OBJECT, lambda found, _: found or ANY_JSON)
 _GRAMMAR: Final = short_text(MAX_GRAMMAR_CHARS)
 # How thoughts are shown, in the words of llama-server and others: apart from the text, in
 # it between tags, or not at all.
@@ -21968,7 +21950,7 @@ def _read_think(value: object, name: str) -> bool | str:
 
 def _read_output_format(value: object, name: str) -> Mapping[str, object] | None:
     if isinstance(value, dict):
-        return value or {"type": list(JSON_TYPES)}
+        return value or ANY_JSON
     if value not in ("", "json"):
         raise invalid(name, 'must be "json" or a JSON schema')
     return {} if value else None  # which mean any object, and any text
@@ -24238,6 +24220,7 @@ _NO_HEAD: Final = Head("", "", "", 1, (), 0)
 _FLOODS: Final = (
     *(HostNotAllowed, Overloaded, RateLimited, TooManyConnections, Unauthorized),
 )
+_SPANNED: Final = ("model", "inputs", "tokens", "stream_bytes")  # of what is logged
 _NO_ROUTE: Final = "none"  # a request's label in the metrics
 
 
@@ -24556,7 +24539,7 @@ class Dispatcher:
         )
 
     def _span(self, context: RequestContext, status: int) -> RequestSpan:
-        head, log_fields = context.head, context.log_fields
+        head, log_fields = context.head, typing.cast(dict[str, Any], context.log_fields)
         is_tls = bool(self._service.settings.tls_cert)
         return RequestSpan(
             head.method,
@@ -24568,11 +24551,8 @@ class Dispatcher:
             time.monotonic(),
             parse_traceparent(head.get("traceparent")),
             context.parts,
-            typing.cast(str | None, log_fields.get("model")),
-            typing.cast(int | None, log_fields.get("inputs")),
-            typing.cast(int | None, log_fields.get("tokens")),
-            typing.cast(int | None, log_fields.get("stream_bytes")),
-            context.sender.address,
+            client=context.sender.address,
+            **{name: log_fields.get(name) for name in _SPANNED},
         )
 
 
@@ -24756,7 +24736,14 @@ def not_obeyed(path: str, engine: Engine) -> list[str]:
                 found.append(f"{name} cannot be read ({error})")
     told = {name: file for name, file in files.items() if isinstance(file, dict)}
     modules = _module_types(files.get(_MODULES_FILE))
-    found += _other_modules(modules, engine.card)
+    plain = {
+        "Transformer",
+        "Pooling",
+        "Normalize",
+        *(["Dense"] * engine.card.has_dense),
+    }
+    if others := [kind for kind in modules if kind not in plain]:
+        found.append(f"{_MODULES_FILE}: {', '.join(others)}")
     found += _other_pooling(told.get(_POOLING_FILE, {}), engine.card)
     found += _other_reading(told.get(_LENGTH_FILE, {}), engine)
     similarity = told.get(_PROMPTS_FILE, {}).get("similarity_fn_name")
@@ -24773,12 +24760,6 @@ def _module_types(modules: Any) -> list[str]:
         return []
     entries = (entry.get("type") for entry in modules if isinstance(entry, dict))
     return [str(kind).rpartition(".")[2] for kind in entries]
-
-
-def _other_modules(modules: Sequence[str], card: ModelCard) -> list[str]:
-    known = {"Transformer", "Pooling", "Normalize", *(["Dense"] * card.has_dense)}
-    others = [kind for kind in modules if kind not in known]
-    return [f"{_MODULES_FILE}: {', '.join(others)}"] if others else []
 
 
 def _other_pooling(told: Mapping[str, Any], card: ModelCard) -> list[str]:

@@ -78,7 +78,11 @@ def test_a_chat_that_goes_on_takes_its_sequence_over() -> None:
     sequence, operations = admitted(table, [*SYSTEM, 1, 2, 3])
     assert (sequence, operations) == (before, [])
     assert sequence.length == 42
-    assert (table.hits, table.misses, table.hit_tokens) == (1, 1, 42)
+    assert (table.counts.hits, table.counts.misses, table.counts.hit_tokens) == (
+        1,
+        1,
+        42,
+    )
 
 
 def test_a_prompt_that_turns_off_shares_cells_and_leaves_the_rest_for_others() -> None:
@@ -129,7 +133,7 @@ def test_who_asks_for_no_reuse_gets_none_and_yet_leaves_a_prefix() -> None:
     left(table, SYSTEM, 1)
     sequence, operations = admitted(table, [*SYSTEM, 1, 2], reuse=False)
     assert (sequence.length, operations) == (0, [])
-    assert (table.hits, table.misses) == (0, 2)
+    assert (table.counts.hits, table.counts.misses) == (0, 2)
     computed(sequence, 42)
     assert admitted(table, [*SYSTEM, 1, 2, 3]).sequence.length == 42
 
@@ -212,7 +216,7 @@ def test_the_sequence_that_was_unused_for_longest_goes_first() -> None:
     _, operations = admitted(table, list(range(80)), 10)
     assert dropped(operations) == [two.id]
     assert set(table.idle) == {one, three}
-    assert table.evictions == 1
+    assert table.counts.evictions == 1
 
 
 def test_what_a_request_goes_on_from_outlives_its_own_eviction() -> None:
@@ -295,7 +299,7 @@ def test_an_idle_sequence_that_the_newest_one_begins_with_is_dropped() -> None:
     computed(same, 40, 1)
     assert table.finish(same) == [es.RemoveCells(half.id)]
     assert set(table.idle) == {other, same}
-    assert table.evictions == 0
+    assert table.counts.evictions == 0
 
 
 def test_with_a_window_only_an_equal_sequence_is_of_no_more_use() -> None:
@@ -787,8 +791,8 @@ def test_what_is_reused_gives_the_logits_of_a_prompt_read_alone(
             for sequence in table.sequences:
                 last = context.shared.last_position(sequence.id)
                 assert last == sequence.length - 1
-    assert table.hits > (30 if context.shared.can_trim else 2)
-    assert table.evictions > 5
+    assert table.counts.hits > (30 if context.shared.can_trim else 2)
+    assert table.counts.evictions > 5
     assert off < 0.3
 
 
