@@ -1639,8 +1639,7 @@ def _from_table(
 
 def _with_aliases(rows: dict[str, Option]) -> dict[str, Option]:
     """Return the rows by alias and by name; names come last, so they win."""
-    aliases = {alias: rows[n] for alias, n in SETTING_ALIASES.items() if n in rows}
-    return aliases | rows
+    return {alias: rows[n] for alias, n in SETTING_ALIASES.items() if n in rows} | rows
 
 
 def no_such(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
@@ -5715,8 +5714,7 @@ class InputRows:
     def put(self, ids: TokenIds, rows: Any) -> None:
         """Write the rows of ``ids`` to ``rows``, f32 of the shape (tokens, n_embd)."""
         segments, tokens = np.divmod(ids, self._tensor.rows)
-        raw = self._raw[tokens]
-        self._to_floats(raw.ctypes.data, rows.ctypes.data, rows.size)
+        self._to_floats(self._raw[tokens].ctypes.data, rows.ctypes.data, rows.size)
         rows[segments == 1] += self._added
 
     @property
@@ -11017,8 +11015,7 @@ class _SchemaReader:
             later = f'"," {self._space} {field_}'
             begin = f"{field_} {after}" + ("" if is_required else f" | {begin}")
             after = f"{later} {after}" if is_required else f"({later})? {after}"
-        inside = self._rules.add(begin)
-        return f'"{{" {self._space} {inside} {self._space} "}}"'
+        return f'"{{" {self._space} {self._rules.add(begin)} {self._space} "}}"'
 
     def _other(
         self, flat: JsonSchema, others: object, names: Sequence[str], where: str
@@ -11560,8 +11557,7 @@ class Vocabulary:
         """Return what keeps a reply to a grammar, if there is one."""
         if grammar is None:
             return None
-        ends = self.end_tokens
-        return Constraint(grammar, self.texts, ends, drops_space=drops_space)
+        return Constraint(grammar, self.texts, self.end_tokens, drops_space=drops_space)
 
     @functools.cached_property
     def texts(self) -> TokenTexts:
@@ -11858,8 +11854,7 @@ class SequenceTable:
 
     def fits(self, prompt_tokens: int, max_tokens: int, n: int = 1) -> bool:
         """Whether a request can be admitted once nothing else runs."""
-        total = prompt_tokens + n * max_tokens
-        return total <= self.cells and n <= self._max_sequences
+        return prompt_tokens + n * max_tokens <= self.cells and n <= self._max_sequences
 
     # --- a request begins ---
 
@@ -14687,8 +14682,7 @@ class KeyRing:
 
     def signer(self, head: Head, now: float) -> Signed:
         """Return who signed the head, and what. Raises Unauthorized."""
-        value = head.get("authorization").partition(" ")[2]
-        found = _SIGNATURE.fullmatch(value)
+        found = _SIGNATURE.fullmatch(head.get("authorization").partition(" ")[2])
         if not found:
             raise Unauthorized("the signature is not NAME TIMESTAMP BODY MAC")
         name, stamp, body, mac = found.groups()
@@ -17848,8 +17842,7 @@ def rendered(request: ReplyRequest, loaded_model: LoadedModel) -> RenderedPrompt
     request.is_folded = prompt.is_folded
     request.begins_inside = prompt.begins_inside(loaded_model.template.thoughts)
     if len(prompt.parts) > card.max_input_tokens:  # each is a token or more
-        size = f"{len(prompt.parts)} tokens or more"
-        raise _prompt_too_long(card, size, "messages")
+        raise _prompt_too_long(card, f"{len(prompt.parts)} tokens or more", "messages")
     return prompt
 
 
@@ -17918,8 +17911,7 @@ async def prompt_texts(replies: Replies, prompts: Sequence[Prompt]) -> list[Prom
         for prompt, request in zip(prompts, replies.requests, strict=True):
             text = prompt if isinstance(prompt, str) else ""
             text = text or decode(request.ids, with_special=True)
-            first = decode(request.ids[:1], with_special=False)
-            found.append(PromptText(text, first))
+            found.append(PromptText(text, decode(request.ids[:1], with_special=False)))
         return found
 
     who = replies.loaded_model, replies.client, replies.priority
@@ -18752,8 +18744,7 @@ async def answer(
         while deltas := await replies.more():
             for delta in deltas:
                 grown[delta.index].add(delta)
-    body = writer.whole(grown)
-    return Response(200, body, headers=headers, is_compressible=True)
+    return Response(200, writer.whole(grown), headers=headers, is_compressible=True)
 
 
 async def _parts(
@@ -19973,8 +19964,7 @@ COMPLETION_REPLY: Final = _reply_schema(
 
 async def chat_completions(context: RequestContext, form: ChatForm) -> Response:
     """A reply to messages, whole or as a stream of events."""
-    request = chat_request(form)
-    replies = await replies_for(context, request, are_streamed=form.stream)
+    replies = await replies_for(context, chat_request(form), are_streamed=form.stream)
     writer = _ChatWriter(replies, form.stream_options, thoughts_of(form))
     writer.tells_timings = form.timings_per_token
     return await answer(context, writer, is_streamed=form.stream)
@@ -20480,8 +20470,7 @@ class _Call(_OutputItem):
         return begun | self._begun | {"arguments": self.text}
 
     def _last(self) -> list[Event]:
-        name = self._begun["name"]
-        return [self._event("done", name=name, arguments=self.text)]
+        return [self._event("done", name=self._begun["name"], arguments=self.text)]
 
 
 class ResponseOutput:
@@ -21378,8 +21367,7 @@ async def _tokens_of_content(
     reply = await _one_by_one(
         context, loaded_model, work, [content], bounds, _TOKEN_BYTES
     )
-    body = b'{"tokens":%b}' % bytes(reply.body[1:-1])
-    return dataclasses.replace(reply, body=body)
+    return dataclasses.replace(reply, body=b'{"tokens":%b}' % bytes(reply.body[1:-1]))
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str | list[int]:
@@ -22173,8 +22161,7 @@ class _OllamaWriter(ReplyWriter):
 
     def whole(self, replies: Sequence[Delta]) -> bytes:
         (reply,) = replies
-        gained = self._gained(reply)
-        return _line_of(self.replies.name, gained, **self._ended())
+        return _line_of(self.replies.name, self._gained(reply), **self._ended())
 
     def heartbeat(self) -> bytes:
         return self._line(self.said(), done=False)
@@ -22333,8 +22320,7 @@ async def _load_or_let_go(
         entry, loaded_model = await resolve_model(context, request, request.kind)
         check_kind(request.kind, entry, loaded_model.card)
         reason = "load"
-    name = form.model or entry.name
-    body = _line_of(name, said, done=True, done_reason=reason)
+    body = _line_of(form.model or entry.name, said, done=True, done_reason=reason)
     return Response(200, body, headers=entry.headers)
 
 
@@ -23965,8 +23951,7 @@ async def index(context: RequestContext) -> Response:
         lines = [f"embellama_server {__version__}; /docs describes it"]
         lines += [LMSERV_IS_RUNNING, ""]
         lines += [f"{route.method:6} {route.path}" for route in ROUTES]
-        text = "\n".join(lines).encode() + b"\n"
-        return Response(200, text, content_type=PLAIN_TEXT)
+        return Response(200, "\n".join(lines).encode() + b"\n", content_type=PLAIN_TEXT)
     routes = [f"{route.method} {route.path}" for route in ROUTES]
     shown = {"name": "embellama_server", "version": __version__, "routes": routes}
     shown |= {"message": LMSERV_IS_RUNNING}
@@ -24649,8 +24634,7 @@ class Trial:
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # else it starts gdb
             )
         except OSError as error:
-            why = error.strerror
-            raise NoRoom(f"{path}: no process to try it in: {why}") from None
+            raise NoRoom(f"{path}: no process to try it in: {error.strerror}") from None
         with self._process as process:
             if self._is_cancelled:
                 process.kill()
@@ -25984,8 +25968,7 @@ class Server:
         self._reload_if_due()
 
     async def _reload(self) -> dict[str, object]:
-        monotonic_us = time.monotonic_ns() // 1000
-        self._notifier.tell(RELOADING=1, MONOTONIC_USEC=monotonic_us)
+        self._notifier.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
         count = functools.partial(
             self.service.telemetry.count, "embellama_config_reloads_total"
         )
