@@ -7451,9 +7451,8 @@ class ThreadTuner:
         if self._calls_alone < 2 or not size.speeds[self._own].tokens_per_s:
             return self._own
         if not size.trial and now >= size.due_at and self._own != self._all:
-            size.pause_s = min(
-                max(2 * size.pause_s, self.FIRST_RETRY_S), self.LAST_RETRY_S
-            )
+            pause_s = max(2 * size.pause_s, self.FIRST_RETRY_S)
+            size.pause_s = min(pause_s, self.LAST_RETRY_S)
             size.due_at = now + size.pause_s
             size.is_waking = size.best == self._own
             size.trial = [self._own]
@@ -10425,17 +10424,13 @@ _OBJECT_KEYS: Final = (
     *("properties", "required", "additionalProperties", "propertyNames"),
     *("minProperties", "maxProperties"),
 )
-_ARRAY_KEYS: Final = frozenset(
-    ["items", "prefixItems", "minItems", "maxItems", "uniqueItems"]
-)
-_STRING_KEYS: Final = frozenset(["minLength", "maxLength", "pattern"])
 _NUMBER_KEYS: Final = frozenset(
     ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"]
 )
 SCHEMA_KEYS: Final[Mapping[str, frozenset[str]]] = {
     "object": frozenset(_OBJECT_KEYS),
-    "array": _ARRAY_KEYS,
-    "string": _STRING_KEYS | {"format"},
+    "array": frozenset(("items", "prefixItems", "minItems", "maxItems", "uniqueItems")),
+    "string": frozenset(("minLength", "maxLength", "pattern", "format")),
     "number": _NUMBER_KEYS | {"format"},
     "integer": _NUMBER_KEYS | {"format"},
     "boolean": frozenset(),
@@ -15962,15 +15957,14 @@ class Acceptor:
         now = self._loop.time()
         if now - self._told_at >= 1.0:
             self._told_at = now
-            limit = open_files_limit()
+            limit, count = open_files_limit(), len(self._connections.open)
+            told = {"why": error.strerror, "connections": count}
+            at_most = None if limit == math.inf else int(limit)
+            advice = (
+                "raise ulimit -n (systemd: LimitNOFILE=) or lower --max-connections"
+            )
             self._log(
-                "error",
-                "no descriptors left",
-                why=error.strerror,
-                limit=None if limit == math.inf else int(limit),
-                connections=len(self._connections.open),
-                advice="raise ulimit -n (systemd: LimitNOFILE=) or lower "
-                "--max-connections",
+                "error", "no descriptors left", limit=at_most, **told, advice=advice
             )
         if self._spare:
             os.close(self._spare.pop())

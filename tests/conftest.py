@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -21,6 +22,9 @@ import pytest
 import embellama_server as es
 from tests import gemma as gemma_model
 from tests import kit
+
+if TYPE_CHECKING:
+    from tests.llama_grammars import Words
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("no clock", deadline=None)
@@ -66,3 +70,17 @@ def litellm() -> Iterator[dict[str, str]]:
         subprocess.run([*install, folder, "litellm>=1.100"], check=True, timeout=300)
         # Else it asks the network for its table of prices first.
         yield {"PYTHONPATH": folder, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """A vocabulary in which every byte is a token."""
+    from tests.llama_grammars import Words  # which imports tests: not before pytest
+
+    return Words(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture(scope="session")
+def texts(words: Words) -> es.TokenTexts:
+    """The same, as the server has it."""
+    return es.TokenTexts(words.pieces)

@@ -18,18 +18,6 @@ Options = es.SamplingOptions
 GREEDY = Options(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """A vocabulary in which every byte is a token."""
-    return Words(tmp_path_factory.mktemp("vocabulary"))
-
-
-@pytest.fixture(scope="module")
-def texts(words: Words) -> es.TokenTexts:
-    """The same, as the server has it."""
-    return es.TokenTexts(words.pieces)
-
-
 class Speaker:
     """A reply to nothing, from random logits."""
 

@@ -48,12 +48,6 @@ def test_what_is_no_grammar_is_refused(text: str, problem: str) -> None:
     assert caught.value.param == "grammar"
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """A vocabulary in which every byte is a token."""
-    return Words(tmp_path_factory.mktemp("vocabulary"))
-
-
 @settings(max_examples=50, deadline=None)
 @given(text=st.text() | st.text(st.characters(min_codepoint=0x10000)))
 def test_a_literal_is_its_text_and_nothing_else(words: Words, text: str) -> None:

@@ -29,18 +29,6 @@ GRAMMARS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """A vocabulary in which every byte is a token."""
-    return Words(tmp_path_factory.mktemp("vocabulary"))
-
-
-@pytest.fixture(scope="module")
-def texts(words: Words) -> es.TokenTexts:
-    """The same, as the server has it."""
-    return es.TokenTexts(words.pieces)
-
-
 def allowed(words: Words, state: es.GrammarState) -> set[int]:
     """The tokens that we allow, each tried."""
     found = {t for t, piece in enumerate(words.pieces) if state.after(piece, t)}

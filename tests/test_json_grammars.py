@@ -19,12 +19,6 @@ OBJECT = {"type": "object"}
 TEXT = {"type": "string"}
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """A vocabulary in which every byte is a token."""
-    return Words(tmp_path_factory.mktemp("vocabulary"))
-
-
 def person() -> dict[str, Any]:
     """As pydantic writes a model with an optional field."""
     return {
