@@ -4818,7 +4818,7 @@ class MarkupReader:
     def feed(self, text: str) -> MarkedText:
         """Return what more text adds."""
         found = MarkedText()
-        self._held += text
+        self._held += "" if self.is_over else text
         while self._held and self._read(found, False):
             pass
         return found
@@ -4943,7 +4943,7 @@ class MarkupReader:
             self._held, self._skipped, self._is_first = text[scan.at :], 0, False
             self.calls += 1
             if self.is_over:
-                self._read = self._read_nothing
+                self._held = ""  # feed() takes nothing more
             return True
         self._refuse_call(found)
         return True
@@ -4956,10 +4956,6 @@ class MarkupReader:
         else:
             self._held = self._held.lstrip(_AFTER_CALLS)
         self._read = self._read_text
-
-    def _read_nothing(self, found: MarkedText, is_last: bool) -> bool:
-        self._held = ""
-        return False
 
     def _send_begun(self, found: MarkedText, scan: CallScan) -> None:
         assert scan.begun is not None
@@ -19611,12 +19607,6 @@ def _chat_variables(form: ChatForm) -> dict[str, object]:
     return variables
 
 
-def thoughts_of(form: ChatForm) -> str:
-    """Return how a form wants thoughts to be shown: auto, none or hidden."""
-    is_excluded = form.reasoning is not None and form.reasoning.exclude
-    return "hidden" if is_excluded else form.reasoning_format
-
-
 def _message(form: MessageForm, name: str) -> Message:
     """Return a message as templates know it: what is null is not there."""
     fields = ((row.name, getattr(form, row.name)) for row in dataclasses.fields(form))
@@ -19959,7 +19949,9 @@ COMPLETION_REPLY: Final = _reply_schema(
 async def chat_completions(context: RequestContext, form: ChatForm) -> Response:
     """A reply to messages, whole or as a stream of events."""
     replies = await replies_for(context, chat_request(form), are_streamed=form.stream)
-    writer = _ChatWriter(replies, form.stream_options, thoughts_of(form))
+    is_hidden = form.reasoning is not None and form.reasoning.exclude
+    thoughts = "hidden" if is_hidden else form.reasoning_format
+    writer = _ChatWriter(replies, form.stream_options, thoughts)
     writer.tells_timings = form.timings_per_token
     return await answer(context, writer, is_streamed=form.stream)
 
@@ -20288,9 +20280,11 @@ def _messages(items: Sequence[InputItem]) -> list[dict[str, Any]]:
 
     for item in items:
         if isinstance(item, ThoughtForm):
-            if text := item.content:
+            if parts := item.content:
+                if not isinstance(parts, str):
+                    parts = "\n".join(part["text"] for part in parts)
                 own = ("reasoning_content", "content", "tool_calls")
-                assistant(*own)["reasoning_content"] = _thought(text)
+                assistant(*own)["reasoning_content"] = parts
         elif isinstance(item, CalledForm):
             called[item.call_id] = item.name
             function = {"name": item.name, "arguments": item.arguments}
@@ -20307,12 +20301,6 @@ def _messages(items: Sequence[InputItem]) -> list[dict[str, Any]]:
         else:
             messages.append({"role": item.role, "content": item.content})
     return messages
-
-
-def _thought(parts: str | Sequence[Mapping[str, str]]) -> str:
-    if isinstance(parts, str):
-        return parts
-    return "\n".join(part["text"] for part in parts)
 
 
 def _tool_of(form: FlatToolForm) -> Tool:
