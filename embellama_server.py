@@ -26144,8 +26144,6 @@ class Embedder:
         As Ray's map_batches calls it. Raises the error of the first text that has no
         vector, and what embed() raises.
         """
-        import numpy as np
-
         texts = np.asarray(batch["text"], object).tolist()
         rows = next(self.embed([texts]))
         for row in rows:
@@ -28589,8 +28587,6 @@ class VectorKind:
 
     def row(self, vector: Any) -> Any:
         """Return a vector as an array of its type; None: NaN, or 0 where there is none."""
-        import numpy as np
-
         if vector is not None:
             return DTYPES[self.dtype](vector)
         empty = DTYPES[self.dtype](np.zeros(self.length, "f4"))
@@ -28736,8 +28732,6 @@ class _Numbers(VectorFile):
 
     def chunks(self) -> Iterator[tuple[list[dict[str, Any]], Any]]:
         """Yield rows of what was written: ids and errors, and an array."""
-        import numpy as np
-
         numbers, ids = self.files[""], self.files[self.extras[0]]
         assert isinstance(numbers, GrowingFile) and isinstance(ids, GrowingFile)
         with open(numbers.part, "rb") as rows, open(ids.part, "rb") as lines:
