@@ -304,16 +304,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    BinaryIO,
-    ClassVar,
-    Final,
-    Generic,
-    NamedTuple,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -2916,7 +2907,7 @@ GGUF_ALIGNMENT: Final = 32
 
 
 def convert_bert(
-    model: DefaultModel, weights: bytes, vocabulary: bytes, out: BinaryIO
+    model: DefaultModel, weights: bytes, vocabulary: bytes, out: typing.BinaryIO
 ) -> None:
     """Write a GGUF (version 3) from a BERT's safetensors and vocabulary.
 
@@ -3172,7 +3163,7 @@ class GgufHeader:
 class _Reader:
     """Reads a file from start to end, never past it."""
 
-    def __init__(self, path: str, file: BinaryIO, part: int = 0) -> None:
+    def __init__(self, path: str, file: typing.BinaryIO, part: int = 0) -> None:
         self.size = os.fstat(file.fileno()).st_size
         self.at = 0
         self.split_part = part
@@ -3227,7 +3218,7 @@ class _Reader:
         return (self.text() for _ in range(count))
 
 
-def check_gguf(files: Mapping[str, BinaryIO]) -> GgufHeader:
+def check_gguf(files: Mapping[str, typing.BinaryIO]) -> GgufHeader:
     """Read and check the whole header.
 
     ``files`` are the model's parts, in order, by path. Raises StartupError.
@@ -3444,7 +3435,7 @@ def checked_model(path: str, sha256: str) -> Iterator[tuple[list[str], GgufHeade
     StartupError.
     """
     with contextlib.ExitStack() as opened:
-        files: dict[str, BinaryIO] = {}
+        files: dict[str, typing.BinaryIO] = {}
         try:
             for part in part_paths(path):
                 files[part] = opened.enter_context(open_plain(part))
@@ -25181,9 +25172,8 @@ class Loader:
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
-# that connect meanwhile wait in the backlog instead of being refused. Killing the child
-# under 16 clients that made new connections lost the 16 requests that it was answering; a
-# server that had bound its port itself lost 2,668.
+# that connect meanwhile wait in the backlog instead of being refused (16 clients lost the
+# 16 requests that were being answered, and 2,668 without the parent).
 # The parent replaces the process that was started (so its pid is the one to signal). It
 # runs _PARENT_USES alone, in a Python without site-packages: 13 MB, where reading this
 # whole file takes 55. So these use the imports of _LAUNCHER and each other, no more.
