@@ -1854,6 +1854,9 @@ def start_thread(thread: threading.Thread) -> None:
         raise NoRoom(NO_THREADS) from None
 
 
+Headers = tuple[tuple[str, str], ...]  # names, in lower case, and values
+
+
 class ApiError(Exception):
     """Base of all errors that a client can get instead of a result.
     ``param`` names the offending field. ``retry_after_s`` is sent as Retry-After.
@@ -1863,7 +1866,7 @@ class ApiError(Exception):
     code: ClassVar[str]
     type: ClassVar[str]
     is_transient: ClassVar[bool]  # the same request may succeed later
-    default_headers: ClassVar[tuple[tuple[str, str], ...]] = ()
+    default_headers: ClassVar[Headers] = ()
 
     def __init_subclass__(cls, status: int = 0, code: str = "", type: str = "") -> None:
         """Each class is a row; a subclass of it differs in ``type`` at most."""
@@ -1881,7 +1884,7 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         retry_after_s: float | None = None,
-        headers: tuple[tuple[str, str], ...] = (),
+        headers: Headers = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -13424,7 +13427,7 @@ class Head:
     path: str  # as sent: still percent-encoded, without the query
     query: str
     minor_version: int  # of HTTP/1
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     body_bytes: int | None = 0  # None: chunked
     # The target's, if it names one (RFC 9112, 3.2.2), else the header's.
     host: str = field(default="", compare=False)
@@ -13475,7 +13478,7 @@ class Response:
     status: int
     body: bytes | bytearray = b""
     content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     is_compressible: bool = False  # whether compressing it may pay
     parts: AsyncGenerator[bytes, None] | None = None
 
@@ -13658,7 +13661,7 @@ def _read_request_line(line: bytes) -> Head:
     return Head(method, path or "/", query, int(minor), host=host)
 
 
-def _pairs(lines: bytes) -> tuple[tuple[str, str], ...]:
+def _pairs(lines: bytes) -> Headers:
     """Return the names, in lower case, and the values of good header lines."""
     found = []
     for line in lines.decode("latin-1").split("\r\n")[:-1]:
@@ -13815,9 +13818,7 @@ class RequestParser:
         self._searched = 0
         return lines.removesuffix(b"\r\n"), True  # what else it ends with is judged
 
-    def _headers(
-        self, lines: bytes, is_whole: bool
-    ) -> tuple[tuple[str, str], ...] | None:
+    def _headers(self, lines: bytes, is_whole: bool) -> Headers | None:
         """Read header lines of the head or the trailers, which share the limits."""
         is_small = len(lines) <= self._head_bytes_left
         good = _HEADER_LINES.match(lines)
@@ -14530,7 +14531,7 @@ class Rates:
             raise self._beyond(caller, now, TokensLimited, tokens)
         bucket.level = min(bucket.capacity, bucket.level - tokens)
 
-    def headers(self, caller: Caller, now: float) -> tuple[tuple[str, str], ...]:
+    def headers(self, caller: Caller, now: float) -> Headers:
         """Return OpenAI's x-ratelimit-* response headers, for each limit that is set."""
         allowed = caller.allowed
         if not allowed.requests_per_s and not allowed.tokens_per_min:
@@ -15944,14 +15945,15 @@ class Acceptor:
         now = self._loop.time()
         if now - self._told_at >= 1.0:
             self._told_at = now
-            limit, count = open_files_limit(), len(self._connections.open)
-            told = {"why": error.strerror, "connections": count}
-            at_most = None if limit == math.inf else int(limit)
-            advice = (
-                "raise ulimit -n (systemd: LimitNOFILE=) or lower --max-connections"
-            )
+            limit = open_files_limit()
             self._log(
-                "error", "no descriptors left", limit=at_most, **told, advice=advice
+                "error",
+                "no descriptors left",
+                why=error.strerror,
+                limit=None if limit == math.inf else int(limit),
+                connections=len(self._connections.open),
+                advice="raise ulimit -n (systemd: LimitNOFILE=) or lower "
+                "--max-connections",
             )
         if self._spare:
             os.close(self._spare.pop())
@@ -16113,7 +16115,7 @@ class Gate:
         """
         self.rates.take_tokens(caller, tokens, time.monotonic(), are_used=are_used)
 
-    def cors_headers(self, head: Head) -> tuple[tuple[str, str], ...]:
+    def cors_headers(self, head: Head) -> Headers:
         """Return the headers with which a page of an allowed origin can read the reply."""
         origin = head.get("origin")
         if not origin and not self._has_origins:
@@ -16127,9 +16129,7 @@ class Gate:
             ("access-control-expose-headers", exposed),
         )
 
-    def preflight_headers(
-        self, head: Head, methods: str
-    ) -> tuple[tuple[str, str], ...]:
+    def preflight_headers(self, head: Head, methods: str) -> Headers:
         """Return the reply to a browser's preflight (Fetch standard, 3.2.2)."""
         if not self._origins.fullmatch(head.get("origin")):
             return ()
@@ -19871,9 +19871,7 @@ class _CompletionWriter(_Writer):
             offsets.append(max(0, self._offsets[index]))
             self._offsets[index] += len(self._decoders[index].decode(one.text))
         known = [None if math.isnan(one.logprob) else one for one in logprobs]
-        tops = [
-            one and {_legacy_token(t): value for t, value in one.top} for one in known
-        ]
+        tops = [one and {_legacy_token(t): p for t, p in one.top} for one in known]
         return {
             "tokens": [_legacy_token(one.text) for one in logprobs],
             "token_logprobs": [one and one.logprob for one in known],
@@ -22508,6 +22506,7 @@ def _engine_figures(service: Service) -> dict[str, float]:
     queues = [loaded.pool.queue for loaded in service.models.in_memory]
     completed = telemetry.total("embellama_model_requests_total")
     failed = sum(telemetry.value("embellama_errors_total", code) for code in codes)
+    written = telemetry.value("embellama_generation_tokens_total")
     under_way = sum(queue.requests for queue in queues)
     running = sum(min(queue.requests, queue.running) for queue in queues)
 
@@ -22518,9 +22517,7 @@ def _engine_figures(service: Service) -> dict[str, float]:
         "total_requests": int(completed + failed) + under_way,
         "completed_requests": int(completed),
         "failed_requests": int(failed),
-        "total_tokens_generated": int(
-            telemetry.value("embellama_generation_tokens_total")
-        ),
+        "total_tokens_generated": int(written),
         "avg_queue_time_ms": mean_ms("queue"),
         "avg_prefill_time_ms": mean_ms("prefill"),
         "avg_decode_time_ms": mean_ms("decode"),
@@ -23431,7 +23428,7 @@ def _csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def page_policy(script: str, style: str) -> tuple[tuple[str, str], ...]:
+def page_policy(script: str, style: str) -> Headers:
     """Return the headers of the strictest policy under which a page works.
 
     Its own script and style, known by their hashes, run and may talk to this server.
