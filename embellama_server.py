@@ -19688,8 +19688,12 @@ class _Writer(ReplyWriter):
     ) -> dict[str, object]:
         """Return a reply, or what it has gained, as JSON would have it."""
         likely = self._shown(index, logprobs) if logprobs else None
-        told = {"logprobs": likely, "finish_reason": finish_reason}
-        return {"index": index, **said, **told}
+        return {
+            "index": index,
+            **said,
+            "logprobs": likely,
+            "finish_reason": finish_reason,
+        }
 
     def _event(self, index: int, *more: Any) -> bytes:
         """Return the event of a choice; ``more``: as in _choice()."""
