@@ -19695,12 +19695,12 @@ class _Writer(ReplyWriter):
             "finish_reason": finish_reason,
         }
 
-    def _event(self, index: int, *more: Any) -> bytes:
-        """Return the event of a choice; ``more``: as in _choice()."""
+    def _event(self, choice: Mapping[str, object]) -> bytes:
+        """Return the event of a choice."""
         dumps, after = json_codec().dumps, b"]}"
         if self.tells_timings:
             after = b'],"timings":%b}' % dumps(timings_of(self.replies))
-        return _event_of(self._before + dumps(self._choice(index, *more)) + after)
+        return _event_of(self._before + dumps(choice) + after)
 
     def _told(self) -> dict[str, object]:
         replies, times = self.replies, self.replies.times
@@ -19777,21 +19777,22 @@ class _ChatWriter(_Writer):
 
     def opening(self) -> bytes:
         said = {"delta": {"role": "assistant", "content": ""}}
-        return b"".join(self._event(n, said) for n in range(self.replies.count))
+        choices = (self._choice(n, said) for n in range(self.replies.count))
+        return b"".join(map(self._event, choices))
 
     def part(self, delta: Delta) -> bytes:
         delta = self._thoughts.shown(delta)
         index, logprobs = delta.index, delta.logprobs
-        events = []
+        choices = []
         for gained in self._gains(delta):
-            events.append(self._event(index, {"delta": gained}, logprobs))
+            choices.append(self._choice(index, {"delta": gained}, logprobs))
             logprobs = []  # of all its tokens with the first of what they say
         if delta.finish_reason:
-            events.append(self._event(index, {"delta": {}}, (), delta.finish_reason))
-        return b"".join(events)
+            choices.append(self._choice(index, {"delta": {}}, (), delta.finish_reason))
+        return b"".join(map(self._event, choices))
 
     def heartbeat(self) -> bytes:
-        return self._event(0, {"delta": {}})
+        return self._event(self._choice(0, {"delta": {}}))
 
     @staticmethod
     def _gains(delta: Delta) -> Iterator[dict[str, object]]:
@@ -19844,13 +19845,15 @@ class _CompletionWriter(_Writer):
 
     def part(self, delta: Delta) -> bytes:
         self._echo(delta)
-        index, said, reason = delta.index, {"text": delta.text}, delta.finish_reason
-        gains = delta.text or delta.logprobs
-        shown = self._event(index, said, delta.logprobs) if gains else b""
-        return shown + (self._event(index, {"text": ""}, (), reason) if reason else b"")
+        index, said, choices = delta.index, {"text": delta.text}, []
+        if delta.text or delta.logprobs:
+            choices.append(self._choice(index, said, delta.logprobs))
+        if delta.finish_reason:
+            choices.append(self._choice(index, {"text": ""}, (), delta.finish_reason))
+        return b"".join(map(self._event, choices))
 
     def heartbeat(self) -> bytes:
-        return self._event(0, {"text": ""})
+        return self._event(self._choice(0, {"text": ""}))
 
     def _echo(self, delta: Delta) -> None:
         """Put the prompt before the first that comes of a reply."""
