@@ -555,9 +555,8 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def _usable_cpus() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+    every = set(range(os.cpu_count() or 1))
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
 
 
 def _cpu_quotas(root: Path) -> Iterator[tuple[float, Path, float]]:
@@ -9224,8 +9223,8 @@ class BatchWorkers(Workers):
                 failed = OutOfMemory
             is_known = isinstance(error, (EngineError, StartupError))
             trace = None if is_known else "".join(traceback.format_exception(error))
-            why = {"error": error, "trace": trace}
-            self._hooks.log("error", "a call failed", inputs=len(items), **why)
+            count, log = len(items), self._hooks.log  # no name may keep the error
+            log("error", "a call failed", inputs=count, error=error, trace=trace)
             self._note_failure(call, error)
             # Do not trust the state that a failed call left behind.
             if old := self._contexts.pop(_place(call), None):
