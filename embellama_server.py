@@ -9223,8 +9223,10 @@ class BatchWorkers(Workers):
                 failed = OutOfMemory
             is_known = isinstance(error, (EngineError, StartupError))
             trace = None if is_known else "".join(traceback.format_exception(error))
-            count, log = len(items), self._hooks.log  # no name may keep the error
-            log("error", "a call failed", inputs=count, error=error, trace=trace)
+            count = len(items)
+            self._hooks.log(
+                "error", "a call failed", inputs=count, error=error, trace=trace
+            )
             self._note_failure(call, error)
             # Do not trust the state that a failed call left behind.
             if old := self._contexts.pop(_place(call), None):
@@ -19138,7 +19140,9 @@ def offered(
     tools = tools or ()
     unknown = {*names} - {tool["function"]["name"] for tool in tools}
     if unknown:
-        raise invalid("tool_choice", f"names {min(unknown)}, which no tool is called")
+        raise invalid(
+            "tool_choice", f"names {min(unknown)}, which none of the tools is called"
+        )
     if mode in _DEMANDS and not tools:
         raise invalid(
             "tool_choice",
