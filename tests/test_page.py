@@ -275,6 +275,7 @@ def browser() -> Iterator[Any]:
 LINES = ["The cat sleeps.", "A kitten naps.", "<b>Bread</b> & butter"]
 
 
+@pytest.mark.clients
 def test_the_playground_s_numbers_are_the_api_s(browser: Any, tmp_path: Path) -> None:
     with both.asking(tmp_path, has_chatter=True) as asker:
         page = browser.new_page(viewport={"width": 320, "height": 800})
@@ -338,6 +339,7 @@ def wait_for_stale(page: Any) -> None:
     assert is_stale(page)
 
 
+@pytest.mark.clients
 def test_a_server_that_hangs_or_is_killed_makes_its_page_stale_until_it_is_back(
     browser: Any,
 ) -> None:
@@ -361,6 +363,7 @@ def test_a_server_that_hangs_or_is_killed_makes_its_page_stale_until_it_is_back(
     page.close()
 
 
+@pytest.mark.clients
 def test_labels_of_texts_that_are_alike_do_not_cover_each_other(browser: Any) -> None:
     with kit.started() as server:
         page = browser.new_page()
@@ -388,6 +391,7 @@ globalThis.hide = (now) => {
 """
 
 
+@pytest.mark.clients
 def test_a_tab_that_is_hidden_asks_nothing_until_it_is_shown(browser: Any) -> None:
     with kit.started() as server:
         page = browser.new_page()
@@ -415,6 +419,7 @@ def test_a_tab_that_is_hidden_asks_nothing_until_it_is_shown(browser: Any) -> No
         page.close()
 
 
+@pytest.mark.clients
 def test_names_that_are_markup_are_shown_as_text(browser: Any, tmp_path: Path) -> None:
     name = "<script>alert(1)</script><img/src/onerror>"
     place = tmp_path / "m.gguf"
@@ -437,6 +442,7 @@ def test_names_that_are_markup_are_shown_as_text(browser: Any, tmp_path: Path) -
 PREFIX = "/embed/a"
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("path", [PREFIX, f"{PREFIX}/"])
 def test_behind_a_prefix_pages_find_their_links_and_routes(
     browser: Any, path: str
