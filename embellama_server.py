@@ -29070,9 +29070,13 @@ def _only_writer(output: str) -> Iterator[None]:
         raise _unwritable(error, output) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Whoever held it may have removed it since it was opened: a third could make anew.
+        is_there = os.path.samestat(os.fstat(lock), os.stat(f"{output}.lock"))
+    except (BlockingIOError, FileNotFoundError):
+        is_there = False
+    if not is_there:
         os.close(lock)
-        raise BulkError(f"another embed is writing {output}", 3) from None
+        raise BulkError(f"another embed is writing {output}", 3)
     try:
         yield
     finally:

@@ -244,6 +244,23 @@ def test_two_jobs_do_not_write_one_output(desk: Desk) -> None:
     outer.run()
 
 
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_lock_that_its_holder_removed_meanwhile_is_none(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, *, is_made_anew: bool
+) -> None:
+    lock, flock = desk.root / "v.npy.lock", es.fcntl.flock
+
+    def late(file: int, how: int) -> None:
+        lock.unlink()
+        if is_made_anew:
+            lock.touch()
+        flock(file, how)
+
+    monkeypatch.setattr(es.fcntl, "flock", late)
+    with pytest.raises(es.BulkError, match="another embed is writing"):
+        desk.run(desk.put("a.txt", "a\n"), output="v.npy")
+
+
 @pytest.mark.parametrize("text", ["", "{}"])
 def test_a_state_that_is_none_is_refused(desk: Desk, text: str) -> None:
     desk.put("v.npy.state", text)
