@@ -5703,7 +5703,8 @@ class InputRows:
     def put(self, ids: TokenIds, rows: Any) -> None:
         """Write the rows of ``ids`` to ``rows``, f32 of the shape (tokens, n_embd)."""
         segments, tokens = np.divmod(ids, self._tensor.rows)
-        self._to_floats(self._raw[tokens].ctypes.data, rows.ctypes.data, rows.size)
+        raw = self._raw[tokens]  # by a name: an address alone keeps no array
+        self._to_floats(raw.ctypes.data, rows.ctypes.data, rows.size)
         rows[segments == 1] += self._added
 
     @property
@@ -24955,18 +24956,22 @@ def warn_of_file(settings: Settings, engine: Engine, log: Log) -> None:
     is there: the cosine to the right vector was 0.46 where a model had been trained with
     an end.
     """
-    warn = functools.partial(log, "warning", model=name_of(settings))
+    name = name_of(settings)
     if engine.card.pre_tokenizer == GUESSED:
-        warn(
+        log(
+            "warning",
             "this file names no pre-tokenizer (tokenizer.ggml.pre), so texts are cut as "
             "llama.cpp guesses and may have other tokens than the model knows: convert "
-            "it again"
+            "it again",
+            model=name,
         )
     if engine.card.kind == "embed" and engine.card.lacks_end:
         eos = engine.tokenizer.eos_name or "TOKEN"
-        warn(
+        log(
+            "warning",
             "pooling is last and this file puts no token at the end of texts: if the model "
-            f"was trained with one, vectors are wrong without --end-token, e.g. {eos}"
+            f"was trained with one, vectors are wrong without --end-token, e.g. {eos}",
+            model=name,
         )
 
 

@@ -76,8 +76,9 @@ def test_an_error_is_a_line_of_the_readme(kind: type[es.ApiError]) -> None:
     rows = [
         line for line in docs.errors_table().splitlines() if f"`{kind.code}`" in line
     ]
-    assert rows == [f"| {kind.status} | `{kind.code}` | {kind.__doc__} |"]
-    assert rows[0].count("|") == 4, "a bar in the text would be another column"
+    assert len(rows) == 1
+    assert rows[0].startswith(f"| {kind.status} | `{kind.code}` | {kind.__doc__} | ")
+    assert rows[0].count("|") == 5, "a bar in the text would be another column"
 
 
 @every_class
