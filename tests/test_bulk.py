@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -248,7 +249,7 @@ def test_two_jobs_do_not_write_one_output(desk: Desk) -> None:
 def test_a_lock_that_its_holder_removed_meanwhile_is_none(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, *, is_made_anew: bool
 ) -> None:
-    lock, flock = desk.root / "v.npy.lock", es.fcntl.flock
+    lock, flock = desk.root / "v.npy.lock", fcntl.flock
 
     def late(file: int, how: int) -> None:
         lock.unlink()
@@ -256,7 +257,7 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_none(
             lock.touch()
         flock(file, how)
 
-    monkeypatch.setattr(es.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(es.BulkError, match="another embed is writing"):
         desk.run(desk.put("a.txt", "a\n"), output="v.npy")
 
