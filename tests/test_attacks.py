@@ -29,6 +29,10 @@ WORKING = [
     if route.method == "POST" and route.form is not None and route.access == "key"
 ]
 PATHS = [route.path for route in WORKING]
+# Of routes that are one under several names, the first: for what is sent very often.
+ONE_EACH = [
+    *{(r.form, r.handler, r.dialect.name): r.path for r in WORKING[::-1]}.values()
+]
 LONGEST_ERROR = 600  # bytes: whatever was sent, it is not sent back
 
 
@@ -167,7 +171,7 @@ ODD_NAMES = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ONE_EACH)
 @pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
 def test_an_odd_name_of_a_model_is_a_model_that_is_not_there(
     client: both.Client, path: str, name: str
@@ -185,7 +189,7 @@ def test_an_odd_name_of_a_model_is_a_model_that_is_not_there(
     assert "x-injected" not in reply.headers
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ONE_EACH)
 @pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
 def test_an_odd_name_of_a_prompt_or_user_does_no_harm(
     client: both.Client, path: str, name: str
@@ -235,7 +239,7 @@ def test_a_model_s_own_name_cannot_break_the_head(tmp_path: Path, name: str) -> 
         client.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ONE_EACH)
 @pytest.mark.parametrize(
     "number",
     [

@@ -286,7 +286,12 @@ def test_closing_ends_its_threads_and_frees_the_model() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])
-def test_windows_are_taken_as_there_is_room(size: int) -> None:
+def test_windows_are_taken_as_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(
+        es, "_AHEAD_TOKENS", 1 << 12
+    )  # 1 << 16 takes 10 s to fill by ones
     taken = 0
 
     def windows() -> Iterator[list[str]]:
