@@ -6327,7 +6327,7 @@ class StepContext(AbortableContext):
         code = _NO_ROOM_CODE
         if not is_deterministic and self._is_slower_than_one_more(outputs):
             code = self._decode_and_one_more(rows)
-        if code == _NO_ROOM_CODE:
+        if code == _NO_ROOM_CODE:  # of one more, or none was tried
             code = llama.llama_decode(self._pointer, batch)
         if code == _NO_ROOM_CODE:
             raise NoCells(f"no cells for a step of {batch.n_tokens} tokens")
@@ -28610,7 +28610,7 @@ class VectorFile:
     def __init__(
         self, output: str, kind: VectorKind, sizes: Mapping[str, int] | None
     ) -> None:
-        """``sizes``: what sync() returned in the run that this one goes on with."""
+        """``sizes``: what to keep of the files, by suffix, in a run that goes on."""
         self.kind = kind
         self.files: dict[str, GrowingFile | StandardOutput] = {}
         for suffix in ("", *self.extras):
@@ -28624,11 +28624,10 @@ class VectorFile:
         """Append rows, each with its vector, or BatchReply, or the ApiError instead."""
         raise NotImplementedError
 
-    def sync(self) -> dict[str, int]:
-        """Return the files' sizes when all that was written is on the disk."""
+    def sync(self) -> None:
+        """Return when all that was written is on the disk."""
         for file in self.files.values():
             file.sync()
-        return {suffix: file.size for suffix, file in self.files.items()}
 
     def finish(self) -> tuple[dict[str, str], list[str]]:
         """Make it whole. Return which files get which names, and which are to go."""
@@ -28728,9 +28727,9 @@ class _Numbers(VectorFile):
         self.files[""].write(b"".join(numbers))
         self.files[self.extras[0]].write(b"".join(ids))
 
-    def sync(self) -> dict[str, int]:
+    def sync(self) -> None:
         self._write_head()  # so that what is there can be read already
-        return super().sync()
+        super().sync()
 
     def chunks(self) -> Iterator[tuple[list[dict[str, Any]], Any]]:
         """Yield rows of what was written: ids and errors, and an array."""
