@@ -1099,12 +1099,15 @@ class ModelSettings:
     step_ms: float = option(100.0,
         "Longest that a step may take while replies grow: a prompt is read in pieces "
         "that fit.", 1, 60_000)
-    # Off: of quantised models it may change a text where two tokens were nearly a tie. With
-    # 15 and a reply's own row a step has 16: more gained little on two cores, where each
-    # took 0.3 to 0.4 of a step of one.
-    draft_tokens: int = model_option(0,
-        "Most tokens that a step tries ahead, as a reply or its prompt went on before; "
-        "only those that the model chooses are kept. 0: off.", 0, 63)
+    # With 15 and a reply's own row a step has 16: more gained little on two cores, where
+    # each took 0.3 to 0.4 of a step of one.
+    draft_tokens: int = model_option(15,
+        "Most tokens that a step tries ahead of a reply that grows alone, as it or its "
+        "prompt went on before; only those that the model chooses are kept. 0: off.",
+        0, 63)
+    draft_greedy: bool = model_option(False,
+        "Try tokens ahead at temperature 0, too: quantised weights then may give another "
+        "text where two tokens were nearly a tie.")
     chat_template: str = model_option("",
         "File with the chat template (Jinja) to use instead of the GGUF's.",
         is_path=True)
@@ -6236,7 +6239,7 @@ _PART_TOKENS: Final = 256
 _MAX_PACKED_BYTES: Final = 64 << 20  # at once; 38 MB took 45 ms
 _MIN_OUTPUTS: Final = 16  # rows of logits: tokens may be tried ahead
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
-_MIN_PAIRED_TOKENS: Final = 3  # two took as long as one and one
+_PAIRED_TOKENS: Final = range(3, 16)  # two took as long as one and one
 
 
 class NoCells(EngineError):
@@ -6259,8 +6262,9 @@ def pairs_tokens(header: GgufHeader, weights: str) -> bool:
 
     llama.cpp multiplies quantised weights with two or four tokens at a time by another
     routine than with a last one: steps of 3, 5, 7, 9, 11, 13, 15 tokens took 1.24, 1.12,
-    1.14, 1.11, 1.06, 1.08, 1.02 times as long as with one more (Gemma 3 270M, Q4_K_M).
-    Where there are experts, one token more may read the weights of others.
+    1.14, 1.11, 1.06, 1.08, 1.02 times as long as with one more (Gemma 3 270M, Q4_K_M). From
+    17 to 63 one more gained nothing; steps of 65, 73, 97, 121 took 1.06, 1.09, 1.06, 1.05
+    times as long. Where there are experts, one token more may read the weights of others.
     """
     is_quantised = weights not in ("f32", "f16", "bf16", "unknown")
     return is_quantised and not header.number("expert_count")
@@ -6331,8 +6335,8 @@ class StepContext(AbortableContext):
             llama.llama_set_n_threads(self._pointer, threads, threads)
             self._threads = threads
         code = _NO_ROOM_CODE
-        if not is_deterministic and self._is_slower_than_one_more(outputs):
-            code = self._decode_and_one_more(rows)
+        if not is_deterministic and self._is_slower_than_one_more():
+            code = self._decode_and_one_more(rows, outputs)
         if code == _NO_ROOM_CODE:  # of one more, or none was tried
             code = llama.llama_decode(self._pointer, batch)
         if code == _NO_ROOM_CODE:
@@ -6345,14 +6349,18 @@ class StepContext(AbortableContext):
             # Wait here, where the interpreter is free.
             llama.llama_synchronize(self._pointer)
 
-    def _is_slower_than_one_more(self, outputs: int) -> bool:
+    def _is_slower_than_one_more(self) -> bool:
         tokens = self._tokens.batch.n_tokens
-        is_odd = tokens % 2 == 1 and _MIN_PAIRED_TOKENS <= tokens < self.max_tokens
-        return self._pairs_tokens and is_odd and tokens == outputs
+        last_part = tokens % _PART_TOKENS
+        gains = last_part in _PAIRED_TOKENS or last_part > FLASH_TILE_TOKENS
+        is_odd = last_part % 2 == 1 and tokens < self.max_tokens
+        return self._pairs_tokens and is_odd and gains
 
-    def _decode_and_one_more(self, rows: Sequence[StepRow]) -> int:
+    def _decode_and_one_more(self, rows: Sequence[StepRow], outputs: int) -> int:
         """Compute a step, and a token after it that nobody asked for; return the code."""
-        more = StepRow(self._spare, 0, rows[0].ids[-1:], outputs=1)
+        # The rows of logits are multiplied in the same way.
+        is_odd = outputs % 2 == 1 and outputs in _PAIRED_TOKENS
+        more = StepRow(self._spare, 0, rows[0].ids[-1:], outputs=int(is_odd))
         self._tokens.fill([*rows, more])
         try:
             return int(self._llama.llama_decode(self._pointer, self._tokens.batch))
@@ -11096,6 +11104,11 @@ class SamplingOptions:
     seed: int | None = None  # None: another one each time
     ignore_eos: bool = False
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it is always the most likely token."""
+        return self.temperature < _MIN_TEMPERATURE or self.top_k == 1
+
 
 class SamplingRange(NamedTuple):
     """From what to what an option may be, and its name in a GGUF, if it has one."""
@@ -11415,7 +11428,7 @@ class Sampler:
 def _effective(options: SamplingOptions) -> SamplingOptions:
     """Return options of the same effect: top_k 1 for greedy, 0 where something is off."""
     top_k, last_n = options.top_k, options.repeat_last_n
-    if options.temperature < _MIN_TEMPERATURE:
+    if options.is_greedy:
         top_k = 1
     elif not 0 < top_k <= _MAX_TOP_K:
         top_k = 0
@@ -12091,7 +12104,8 @@ class SequenceTable:
 # from those of one row, as they do where replies share a step.
 # A row more takes time, whether its token is kept or not. How often such guesses are right
 # is seen of each reply, from all its tokens, tried ahead or not; how long a step with more
-# rows takes is measured. More is tried only if nobody's reply becomes slower by it.
+# rows takes is measured. Only of a reply that grows alone: with four at once, quotes came
+# 1.09 times as fast, but edits and stories 0.96 times.
 
 # llama.cpp computes rows of quantised weights four at once, and those that are left one by
 # one: 1, 2, 3, 4, 5, 7, 9 rows took 25, 51, 87, 69, 105, 133, 144 ms (one thread, Gemma 3
@@ -12181,35 +12195,26 @@ def _size(length: int) -> int:
     return min(length, _MAX_MATCH_TOKENS).bit_length()
 
 
-def draft_lengths(
-    odds: Sequence[Sequence[float]], step_s: Callable[[int], float], most: int
-) -> list[int]:
-    """Return how much of each reply's guess to try, so that most tokens a second come.
+def draft_length(
+    odds: Sequence[float], step_s: Callable[[int], float], most: int
+) -> int:
+    """Return how much of a guess to try, so that most tokens a second come.
 
-    ``step_s``: how long a step of that many rows takes; 0: not known. ``most``: in all.
-    No reply is made slower: each is to gain what the step takes longer.
+    ``step_s``: how long a step of that many rows takes; 0: not known.
     """
-    lengths, best = [0] * len(odds), [0] * len(odds)
-    gains = [each[0] if each else 0.0 for each in odds]  # of one token more
-    expected = [1.0] * len(odds)
-    alone_s, best_rate = step_s(len(odds)), 0.0
-    if alone_s:
-        best_rate = len(odds) / alone_s
-    for rows in range(len(odds) + 1, len(odds) + 1 + (most if alone_s else 0)):
-        # Where a token more is worth most to who gets it, else one reply gets them all.
-        reply = max(range(len(odds)), key=lambda n: gains[n] / expected[n])
-        if not gains[reply]:
-            break
-        expected[reply] += gains[reply]
-        lengths[reply] += 1
-        rest = odds[reply][lengths[reply] :]
-        gains[reply] *= rest[0] if rest else 0.0
+    if not (alone_s := step_s(1)):
+        return 0
+    length, best_rate = 0, 1 / alone_s
+    expected = gain = 1.0
+    for tried, likely in enumerate(odds[:most], 1):
+        gain *= likely
+        expected += gain
+        rows = 1 + tried
         if rows % _ROWS_AT_ONCE == 0:
-            seconds = step_s(rows)
-            rate = sum(expected) / (seconds * _MIN_GAIN)
-            if rate > best_rate and min(expected) * alone_s >= seconds:
-                best, best_rate = lengths.copy(), rate
-    return best
+            rate = expected / (step_s(rows) * _MIN_GAIN)
+            if rate > best_rate:
+                length, best_rate = tried, rate
+    return length
 
 
 # ==============================================================================
@@ -12331,17 +12336,12 @@ class Step(NamedTuple, Generic[Planned]):
     pieces: list[tuple[Planned, int]]  # prompts, and how many tokens of each are read
     is_deterministic: bool
     oldest: Planned | None  # of the prompts that could have been read
-    drafts: Sequence[Sequence[int]]  # of each of the rows: tokens that are tried ahead
-
-    @property
-    def decoded(self) -> Iterator[tuple[Planned, Sequence[int]]]:
-        """Each reply that grows, and what is tried ahead of it."""
-        return zip(self.rows, self.drafts or [()] * len(self.rows), strict=True)
+    draft: Sequence[int]  # tokens that are tried ahead of the one row, if it is alone
 
     @property
     def decode_rows(self) -> int:
         """How many tokens of replies are computed, whether they are kept or not."""
-        return len(self.rows) + sum(map(len, self.drafts))
+        return len(self.rows) + len(self.draft)
 
     @property
     def tokens(self) -> int:
@@ -12420,10 +12420,10 @@ class StepPlanner:
         if prompts:
             pieces = self._pieces(prompts, len(rows), is_growing=is_growing)
             oldest = prompts[0]
-        drafts = list[Sequence[int]]()
-        if not (is_trial or self._kind or pieces):
-            drafts = self._drafts(rows)
-        return Step(rows, pieces, self._kind > 0, oldest, drafts)
+        draft: Sequence[int] = ()
+        if len(rows) == 1 and not (is_trial or self._kind or pieces):
+            draft = self._draft(rows[0])
+        return Step(rows, pieces, self._kind > 0, oldest, draft)
 
     def done(self, step: Step[Planned], seconds: float) -> None:
         """Note that a step was computed, and how long it took."""
@@ -12438,18 +12438,12 @@ class StepPlanner:
             self._owed[step.is_deterministic] = max(-float(_TURN_TOKENS), owed)
         self.speed.record(step.decode_rows, step.prompt_tokens, seconds)
 
-    def _drafts(self, rows: Sequence[Planned]) -> list[Sequence[int]]:
-        """Return what to try ahead of each reply, as far as that makes them faster."""
-        room = min(self._max_outputs, self._batch_tokens) - len(rows)
-        room = min(room, self._draft_tokens)
-        # Where not everybody can have a token more, nobody gets any.
-        guesses = [row.guess() for row in rows] if len(rows) <= room else []
-        if not any(guess.odds for guess in guesses):
-            return []
-        odds = [guess.odds for guess in guesses]
-        lengths = draft_lengths(odds, self.speed.decode_s, room)
-        pairs = zip(guesses, lengths, strict=True)
-        return [guess.ids[:length] for guess, length in pairs]
+    def _draft(self, row: Planned) -> Sequence[int]:
+        """Return what to try ahead of a reply, as far as that makes it faster."""
+        room = min(self._max_outputs, self._batch_tokens) - 1
+        guess = row.guess()
+        speed_s, room = self.speed.decode_s, min(room, self._draft_tokens)
+        return guess.ids[: draft_length(guess.odds, speed_s, room)]
 
     def _begin_turns(self, clients: Iterable[str]) -> None:
         """Forget clients whose prompts are read; new ones begin with the least served."""
@@ -12899,9 +12893,7 @@ class Reply(StepWork):
     def guess(self) -> Guess:
         # After the last one that is tried the model chooses one more.
         left, sequence = self.max_tokens - self.tokens - 1, self.sequence
-        # Who gives a seed wants the same text again: with the bits of a row alone.
-        is_seeded = self.generation.request.sampling.seed is not None
-        if self.lookup is None or is_seeded or left <= 0:
+        if self.lookup is None or left <= 0:
             return Guess()
         sequence.ids[sequence.length] = self.next_token
         return self.lookup.guess(sequence.ids[: sequence.length + 1], left)
@@ -12993,8 +12985,8 @@ class Reply(StepWork):
 def rows_of(step: Step[Reply]) -> list[StepRow]:
     """Return what llama.cpp is to compute: replies, then prompts."""
     rows = list[StepRow]()
-    for reply, draft in step.decoded:
-        tried = [reply.next_token, *draft]
+    for reply in step.rows:
+        tried = [reply.next_token, *step.draft]
         begin = reply.sequence.length
         rows.append(StepRow(reply.sequence.id, begin, tried, outputs=len(tried)))
     for reply, tokens in step.pieces:
@@ -13033,7 +13025,6 @@ class GenerationWorker(Workers):
         self._queue = queue
         self._hooks = hooks
         self._threads = queue.settings.threads  # of each step
-        self._draft_tokens = queue.settings.draft_tokens
         self._vocabulary = vocabulary
         self._context: StepContext | None = None
         self._replies: list[Reply] = []  # that have cells, oldest first
@@ -13106,7 +13097,7 @@ class GenerationWorker(Workers):
             step_s=self._queue.settings.step_ms / 1000,
             batch_tokens=context.max_tokens,
             max_outputs=context.max_outputs,
-            draft_tokens=self._draft_tokens if context.can_trim else 0,
+            draft_tokens=self._queue.settings.draft_tokens if context.can_trim else 0,
         )
 
     def _try_to_renew(self) -> bool:
@@ -13194,7 +13185,7 @@ class GenerationWorker(Workers):
             generation=generation,
             index=index,
             sequence=sequence,
-            lookup=PromptLookup(self._draft_tokens) if self._draft_tokens else None,
+            lookup=self._lookup(options),
             sampler=Sampler(
                 tokenizer.llama,
                 tokenizer.vocab,
@@ -13205,6 +13196,18 @@ class GenerationWorker(Workers):
             ),
             text=ReplyText(request.stop, drops_space=drops_space),
         )
+
+    def _lookup(self, options: SamplingOptions) -> PromptLookup | None:
+        """Return what guesses how a reply goes on; None: nothing is tried ahead of it.
+
+        Who gives a seed wants the same text again, with the bits of a row alone; so does,
+        unless the operator knows better, who leaves nothing to chance.
+        """
+        settings = self._queue.settings
+        is_fixed = options.is_greedy and not settings.draft_greedy
+        if options.seed is not None or is_fixed or not settings.draft_tokens:
+            return None
+        return PromptLookup(settings.draft_tokens)
 
     def _execute(self, operations: Iterable[MemoryOperation]) -> None:
         assert self._context is not None
@@ -13236,7 +13239,7 @@ class GenerationWorker(Workers):
             return
         self._planner.done(step, seconds)
         self._busy_s += seconds
-        grown, tried = self._read_results(context, step), sum(map(len, step.drafts))
+        grown, tried = self._read_results(context, step), len(step.draft)
         self._queue.count_tokens(step.prompt_tokens + grown, seconds)
         self._report = StepReport(
             step.decode_rows,
@@ -13269,9 +13272,9 @@ class GenerationWorker(Workers):
     def _read_results(self, context: StepContext, step: Step[Reply]) -> int:
         """Let replies grow by what was computed. Return by how many tokens."""
         at = grown = 0
-        for reply, draft in step.decoded:
-            grown += self._grow_along(draft, reply, at, step)
-            at += 1 + len(draft)
+        for reply in step.rows:
+            grown += self._grow_along(reply, at, step)
+            at += 1 + len(step.draft)
         for reply, tokens in step.pieces:
             if reply.needs_all_logits:
                 reply.note_prompt(context, at, tokens, self._vocabulary.piece)
@@ -13282,14 +13285,12 @@ class GenerationWorker(Workers):
                     grown += self._grow(each, context.logits(at - 1), step)
         return grown
 
-    def _grow_along(
-        self, draft: Sequence[int], reply: Reply, at: int, step: Step[Reply]
-    ) -> int:
-        """Choose a reply's next tokens, as long as they are those of its draft.
+    def _grow_along(self, reply: Reply, at: int, step: Step[Reply]) -> int:
+        """Choose a reply's next tokens, as long as they are those of the draft.
 
         ``at``: its first row in the step. Return by how many tokens it grew.
         """
-        context, sequence, grown = self._context, reply.sequence, 0
+        context, sequence, draft, grown = self._context, reply.sequence, step.draft, 0
         assert context is not None
         sequence.append(reply.next_token)
         while self._grow(reply, context.logits(at + grown), step):

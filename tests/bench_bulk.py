@@ -81,9 +81,9 @@ def corpus(path: str, count: int) -> list[str]:
     return Path(path).read_text().splitlines()[:count]
 
 
-def loop(model: str) -> Run:
+def loop(model: str, weights: str) -> Run:
     """The engine in as many threads as there are cores."""
-    settings = es.ModelSettings(model_path=model)
+    settings = es.ModelSettings(model_path=model, weights=weights)
     engine = es.Engine(model, settings, kit.quiet_log())
     contexts = [engine.new_context() for _ in range(es.usable_cores())]
     card = engine.card
@@ -126,9 +126,11 @@ def windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     return (texts[n : n + WINDOW] for n in range(0, len(texts), WINDOW))
 
 
-def with_embedder(model: str) -> Run:
+def with_embedder(model: str, weights: str) -> Run:
     """Embedder, whose cache has none of it."""
-    embedder = es.Embedder(model_path=model, cache_mb=0, auto_truncate=True)
+    embedder = es.Embedder(
+        model_path=model, weights=weights, cache_mb=0, auto_truncate=True
+    )
     next(embedder.embed([["warm"]]))
 
     def run(texts: Sequence[str]) -> float:
@@ -140,7 +142,7 @@ def with_embedder(model: str) -> Run:
     return run
 
 
-def with_verb(model: str, folder: Path) -> Run:
+def with_verb(model: str, weights: str, folder: Path) -> Run:
     """The verb `embed`, less what it takes to start and end."""
 
     def seconds(texts: Sequence[str]) -> float:
@@ -151,7 +153,7 @@ def with_verb(model: str, folder: Path) -> Run:
         command = [sys.executable, script, "embed", str(source), "--output"]
         command += [str(output), "--quiet", "--restart", "--model-path", model]
         begun = time.perf_counter()
-        flags = ("--truncate", "--cache-mb", "0")
+        flags = ("--truncate", "--cache-mb", "0", "--weights", weights)
         subprocess.run([*command, *flags], check=True)
         return time.perf_counter() - begun
 
@@ -266,6 +268,7 @@ def main() -> None:
     """Measure, and print tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="", help="A GGUF. [the default model]")
+    parser.add_argument("--weights", default="keep", choices=("keep", "auto"))
     parser.add_argument("--texts", type=int, default=2000, help="In each round.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -285,15 +288,18 @@ def main() -> None:
         print(memory(model))
         return
     texts = corpus(given.corpus, given.texts * given.rounds)
-    subjects = {"loop": loop(model), "Embedder": with_embedder(model)}
+    subjects = {
+        "loop": loop(model, given.weights),
+        "Embedder": with_embedder(model, given.weights),
+    }
     rates: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         if given.verb:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            subjects["embed"] = with_verb(model, Path(folder))
+            subjects["embed"] = with_verb(model, given.weights, Path(folder))
         if given.llama_server:
             port, cores = free_port(), es.usable_cores()
-            flags = f"--embeddings -t {cores} -np 64 -c 16384 -ub 512 -b 512"
+            flags = f"--embeddings -t {cores} -np 64 -c 32768 -ub 512 -b 512"
             command = [given.llama_server, "-m", model, "--port", str(port)]
             server = started(
                 "llama-server", [*command, *flags.split()], port, subprocess.DEVNULL

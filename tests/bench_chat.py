@@ -71,7 +71,7 @@ MB = 1e6
 SETTLE_S = 0.5
 IDLE_SHARE = 0.02  # of a core: more of it while the other is asked, and it disturbs
 OTHERS = ("overcommit", "memory", "lookup")  # with servers of their own
-DRAFTING = "--draft-tokens 15"
+DRAFTING = "--draft-tokens 15 --draft-greedy"
 PLAIN = "--draft-tokens 0"  # what drafts are compared with: this server without
 
 

@@ -729,12 +729,32 @@ def test_odd_steps_get_a_token_more_of_which_nothing_stays(
                 lengths[n] += 1
                 assert paired.last_position(n) == lengths[n] - 1
         assert watching.steps == expected
-        prompt = es.StepRow(0, lengths[0], replies[0][:5], outputs=1)
-        paired.decode([prompt], 1)
-        assert watching.steps[-1] == 5  # most of it is no reply's
-        tried = es.StepRow(1, lengths[1], replies[1][:5], outputs=5)
-        paired.decode([tried], 1)
-        assert watching.steps[-1] == (6 if paired.can_trim else 5)
+        for outputs in (
+            5,
+            1,
+            0,
+        ):  # of what is tried ahead, the end of a prompt, not that
+            row = es.StepRow(0, lengths[0], replies[0][:5], outputs)
+            paired.decode([row], 1)
+            alone.decode([row], 1)
+            lengths[0] += 5
+            assert watching.steps[-1] == (6 if paired.can_trim else 5)
+            assert paired.last_position(0) == lengths[0] - 1
+            for index in range(5 - outputs, 5):
+                off = abs(paired.logits(index) - alone.logits(index)).max()
+                assert off < 0.2
+
+
+def test_of_a_step_in_parts_the_last_one_is_made_even(tmp_path: Path) -> None:
+    path, watching = chat_models.GENERATING["llama"](tmp_path), Watching()
+    room = es.StepOptions(cells=2048, sequences=1, pairs_tokens=True)
+    with contextlib.closing(es.StepContext(watching, opened(path), room)) as context:
+        lengths = (1, 2, 3, 15, 17, 63, 65, 256, 257, 258, 259, 511, 512)
+        for length in lengths:
+            context.trim(0, 0)
+            context.decode([es.StepRow(0, 0, [300] * length, outputs=1)], 1)
+        even = [1, 2, 4, 16, 17, 63, 66, 256, 257, 258, 260, 512, 512]
+        assert watching.steps == even
 
 
 def test_without_a_free_cell_an_odd_step_is_computed_as_it_is(tmp_path: Path) -> None:
@@ -745,7 +765,7 @@ def test_without_a_free_cell_an_odd_step_is_computed_as_it_is(tmp_path: Path) ->
         context.decode([es.StepRow(0, 0, [300] * full, outputs=1)], 1)
         rows = [es.StepRow(0, full, [301], 1), es.StepRow(1, 0, [302, 303], 2)]
         context.decode(rows, 1)
-        assert watching.steps == [full, 4, 3]
+        assert watching.steps == [full + 1, 4, 3]
         assert [context.last_position(n) for n in (0, 1)] == [full, 1]
         with pytest.raises(es.NoCells):
             context.decode([es.StepRow(1, 2, [304, 305, 306], 3)], 1)
