@@ -26121,9 +26121,8 @@ class Embedder:
         """
         if settings is not None and options:
             raise TypeError("an Embedder takes Settings or their names, not both")
-        self._made_with: Mapping[
-            str, Any
-        ] = {  # for another process, whose cores may be others
+        # For another process, whose cores may be others.
+        self._made_with: Mapping[str, Any] = {
             "settings": settings,
             "engine_factory": engine_factory,
             "prompt_name": prompt_name,
