@@ -84,7 +84,7 @@ def corpus(path: str, count: int) -> list[str]:
 def loop(model: str, weights: str) -> Run:
     """The engine in as many threads as there are cores."""
     settings = es.ModelSettings(model_path=model)
-    folder, log = Path(es.default_cache_dir()), kit.quiet_log()
+    folder, log = Path(es.default_cache_dir()) / "weights", kit.quiet_log()
     sha256 = es.sha256_of(Path(model))
     cache = es.WeightsCache(
         folder, model, sha256, lambda path: es.Engine(path, settings, log), log

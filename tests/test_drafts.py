@@ -208,6 +208,21 @@ def test_nothing_is_tried_where_several_replies_grow() -> None:
     for count in (2, 4, 9):
         replies = [Quoting(prompt_tokens=0) for _ in range(count)]
         assert tried(planner().plan(replies)) == 0
+    one = Quoting(prompt_tokens=0)
+    for prompt_tokens in (0, 300):  # in turn with those whose steps are their own
+        fixed = Quoting(prompt_tokens=prompt_tokens, is_deterministic=True)
+        in_turn = planner()
+        steps = [in_turn.plan([one, fixed]) for _ in range(4)]
+        assert [tried(step) for step in steps] == [0] * 4
+        assert {step.is_deterministic for step in steps if step} == {True, False}
+
+
+def test_nobody_guesses_where_nothing_can_be_tried() -> None:
+    class Silent(Quoting):
+        def guess(self) -> es.Guess:
+            raise AssertionError
+
+    assert tried(planner(draft_tokens=0).plan([Silent(prompt_tokens=0)])) == 0
 
 
 def test_nothing_is_tried_beside_prompts_on_trial_or_where_bits_must_be_the_same() -> (
@@ -285,6 +300,8 @@ def test_a_model_is_asked_for_a_token_at_a_time_where_drafts_are_off() -> None:
         ({"temperature": 0.5, "seed": 3, "top_k": 1}, True, False),
         ({"temperature": 0.0}, False, False),
         ({"temperature": 0.5, "top_k": 1}, False, False),
+        ({"temperature": 0.5, "top_p": 0.0}, False, False),
+        ({"temperature": 0.5, "min_p": 1.0}, False, False),
         ({"temperature": 0.0}, True, True),
         ({"temperature": 1e-3, "top_k": 2}, False, True),
     ],
