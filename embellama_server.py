@@ -1113,11 +1113,11 @@ class ModelSettings:
     # each took 0.3 to 0.4 of a step of one.
     draft_tokens: int = model_option(15,
         "Most tokens that a step tries ahead of a reply that grows alone, as it or its "
-        "prompt went on before; only those that the model chooses are kept. 0: off.",
-        0, 63)
+        "prompt went on before; only those that the model chooses are kept. None with a "
+        "seed. 0: off.", 0, 15)
     draft_greedy: bool = model_option(False,
-        "Try tokens ahead at temperature 0, too: quantised weights then may give another "
-        "text where two tokens were nearly a tie.")
+        "Try tokens ahead also where only the likeliest token may come (temperature 0): "
+        "quantised weights then may give another text where two were nearly a tie.")
     chat_template: str = model_option("",
         "File with the chat template (Jinja) to use instead of the GGUF's.",
         is_path=True)
@@ -13300,10 +13300,14 @@ class GenerationWorker(Workers):
             grown += self._grow_along(reply, at, step)
             at += 1 + len(step.draft)
         for reply, tokens in step.pieces:
+            begin, at = at, at + tokens
             if reply.needs_all_logits:
-                reply.note_prompt(context, at, tokens, self._vocabulary.piece)
+                try:
+                    reply.note_prompt(context, begin, tokens, self._vocabulary.piece)
+                except NonFiniteLogits as error:
+                    self._fail_for_nan(reply.generation, error)
+                    continue
             reply.sequence.length += tokens
-            at += tokens
             if not reply.left_tokens:
                 for each in (reply, *self._fork(reply)):
                     grown += self._grow(each, context.logits(at - 1), step)
@@ -13353,9 +13357,7 @@ class GenerationWorker(Workers):
             self._fail(generation, InvalidValue(str(error), param=error.param))
             return 0
         except NonFiniteLogits as error:
-            self._hooks.log("error", "a model gave no numbers", reason=error)
-            self._fail(generation, EngineFailed("the model gave no numbers for this"))
-            self._has_nan = True
+            self._fail_for_nan(generation, error)
             return 0
         if self._suspects and self._suspects[0] is reply:
             self._suspects.popleft()
@@ -13402,6 +13404,11 @@ class GenerationWorker(Workers):
             self._replies.remove(reply)
             self._execute([self._table.drop(reply.sequence)])
         self._count()
+
+    def _fail_for_nan(self, generation: Generation, error: NonFiniteLogits) -> None:
+        self._hooks.log("error", "a model gave no numbers", reason=error)
+        self._fail(generation, EngineFailed("the model gave no numbers for this"))
+        self._has_nan = True
 
     def _fail_all(self, error: ApiError) -> None:
         for reply in (*self._replies, *self._displaced):
@@ -21660,10 +21667,7 @@ async def props(context: RequestContext) -> Response:
 
 
 async def slots(context: RequestContext) -> Response:
-    """What llama-server tells of replies that grow, without texts.
-
-    `?fail_on_no_slot=1`: 503 if there is no place for one more.
-    """
+    """What llama-server tells of replies that grow; `?fail_on_no_slot=1`: 503 if full."""
     entry = _shown_entry(context)
     loaded_model, shown = entry.loaded, list[dict[str, object]]()
     length = 0
@@ -21675,7 +21679,7 @@ async def slots(context: RequestContext) -> Response:
     if not free and _asked(context).get("fail_on_no_slot"):
         raise Overloaded("no slot available", retry_after_s=1.0)
     shown += [{"is_processing": False}] * free
-    fixed = {"n_ctx": length, "speculative": False}
+    fixed = {"n_ctx": length, "speculative": entry.settings.draft_tokens > 0}
     rows = [{"id": number, **fixed, **one} for number, one in enumerate(shown)]
     return Response(200, json_codec().dumps(rows))
 

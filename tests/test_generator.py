@@ -264,10 +264,14 @@ def test_all_are_told_when_the_queue_is_abandoned() -> None:
 
 
 @pytest.mark.parametrize("token", [BOOM_TOKEN, NAN_TOKEN])
-def test_a_prompt_that_no_step_works_with_harms_no_neighbour(token: int) -> None:
+@pytest.mark.parametrize("is_echoed", [False, True])
+def test_a_prompt_that_no_step_works_with_harms_no_neighbour(
+    token: int, is_echoed: bool
+) -> None:
     with generating() as running:
         good = [running.ask(prompt(n), 12) for n in range(3)]
-        bad = running.ask([*prompt(50), token], 12)
+        rest = prompt(51) if is_echoed else []  # each of its tokens has logits
+        bad = running.ask([*prompt(50), token, *rest], 12, echoes_logprobs=is_echoed)
         more = [running.ask(prompt(n), 12, n=2) for n in range(3, 6)]
         assert isinstance(bad.wait().error, es.EngineFailed)
         for n, one in enumerate(good):

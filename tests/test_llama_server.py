@@ -58,7 +58,7 @@ async def test_props_are_of_the_model_that_generates_unless_another_is_named() -
 
 async def test_slots_tell_of_replies_that_grow_without_their_texts() -> None:
     async with chatting(parallel=4) as (running, speaker):
-        idle = {"n_ctx": 32, "speculative": False, "is_processing": False}
+        idle = {"n_ctx": 32, "speculative": True, "is_processing": False}
         assert await got(running, "/slots") == [{"id": n, **idle} for n in range(4)]
         speaker.pause()
         async with Stream(running, CHAT, n=2, max_tokens=9, seed=5) as stream:

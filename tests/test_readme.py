@@ -46,6 +46,14 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
     assert set(re.findall(r"--[a-z][a-z0-9-]+", docs.README.read_text())) <= known
 
 
+def test_a_row_of_readme_s_tables_is_one_line() -> None:
+    rows = [
+        line for line in docs.README.read_text().splitlines() if line.startswith("|")
+    ]
+    assert len(rows) > 400
+    assert [row for row in rows if not row.rstrip().endswith("|")] == []
+
+
 def readme_curls() -> list[str]:
     """Each curl line of README."""
     lines = "\n".join(docs.commands("sh")).splitlines()
