@@ -60,7 +60,7 @@ The life of a reply: 1 to 7 as above, then
 10. SEQUENCES    KV cells for both, or it waits; what it shares with another prompt is
                  not read again
 11. STEPS        each step, all replies grow by a token and prompts are read in the rest
-                 of --step-ms; DRAFTS: by more, if --draft-tokens lets it guess
+                 of --step-ms; DRAFTS: one alone by more, if it says again what was said
 12. DECODING     one llama.cpp call a step
     SAMPLING     a row of logits becomes a token, one that the grammar (GRAMMARS) allows
     GROWING      its bytes become text (TEXT), or thoughts and calls of tools (MARKUP)
@@ -91,10 +91,11 @@ When something goes wrong
 503            SOCKETS (connections, memory), THROUGHPUT (the queue is full, or too late;
                Retry-After), HANDLING (loading or draining), REGISTRY (a model not loaded)
 NaN            WORKERS tries the input once more alone, then refuses it alone (500);
-               GENERATOR ends that reply and reads the others again
-a hung call    WORKERS aborts it; SERVER replaces the process if it does not end
-client leaves  CONNECTIONS cancels its task, COMPUTE its job, BATCHING the call if nobody
-               else waits for it
+               GENERATOR ends that request and reads the others again
+a hung call    BATCHING or GENERATIONS aborts it; SERVER replaces the process if it does
+               not end, SUPERVISOR one whose event loop hangs
+client leaves  CONNECTIONS cancels its task, COMPUTE its job or REPLIES its generations;
+               BATCHING or GENERATIONS aborts the call if nobody else waits for it
 SIGTERM        SUPERVISOR passes it on; SERVER: leaving (--drain-grace-s), draining
                (--drain-timeout-s), stopped
 log, audit     DISPATCH, one line each when the reply has left; ERRORS shapes errors for
@@ -102,8 +103,9 @@ log, audit     DISPATCH, one line each when the reply has left; ERRORS shapes er
 
 To add a setting, metric, route or verb
 ---------------------------------------
-One row in SETTINGS, TELEMETRY, ROUTES (with a form and a handler in the dialect's room)
-or COMMAND LINE. `python -m tests docs` then rewrites README's tables.
+One row in SETTINGS, TELEMETRY (and a call of count() where it happens), ROUTES (with a
+form and a handler in the dialect's room) or COMMAND LINE. `python -m tests docs` then
+rewrites README's tables.
 
 The rooms
 ---------
@@ -717,7 +719,7 @@ def cpu_name(root: Path = Path("/")) -> str:
 # ==============================================================================
 # 2. MEMORY - how much there is, and what is given back
 # ==============================================================================
-# glibc keeps what is freed, in each thread's arena, for the next block of that size.
+# glibc keeps freed memory in its arenas, for later blocks that fit.
 
 # For cgroup v2 and v1: the mount, the files with limit and usage, and the page cache's name
 # in memory.stat.
@@ -777,16 +779,17 @@ def resident_bytes() -> int:
     return 0
 
 
-# malloc.h: parameters of mallopt. At 1 MiB each llama.cpp call took 2 % longer. With an
-# arena for each thread, every thread of the pool that had read a large body kept up to
-# 5 MB: 18 MB beside a room of 64, and 4 with one arena for all.
+# malloc.h: parameters of mallopt. With blocks from 1 MiB on mapped by themselves each
+# llama.cpp call took 2 % longer, so it is 1.5. With an arena for each thread, each that had
+# read a large body kept up to 5 MB: 18 in all, and 4 with one arena.
 _MALLOC_OPTIONS: Final = {"M_MMAP_THRESHOLD": (-3, 3 << 19), "M_ARENA_MAX": (-8, 1)}
 
 
 def keep_less_memory() -> None:
-    """Make glibc unmap large blocks that are freed, and keep the rest in one place.
+    """Make glibc unmap large blocks that are freed, and keep the rest in one arena.
 
-    It would keep up to 32 MB. Called before threads are started: those have arenas.
+    Else it keeps freed blocks of up to 32 MB. To be called before threads start, as each
+    gets an arena then.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         for parameter, value in _MALLOC_OPTIONS.values():
@@ -6246,10 +6249,10 @@ STEP_TOKENS: Final = 512  # most in a step
 # Reading 2,048 tokens of Gemma 3 270M took 4.13 s in parts of 512, 4.18 of 256, 4.42 of 128
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
-_MAX_PACKED_BYTES: Final = 64 << 20  # at once; 38 MB took 45 ms
-_MIN_OUTPUTS: Final = 16  # rows of logits: tokens may be tried ahead
+_MAX_PACKED_BYTES: Final = 64 << 20  # that pack() holds; 38 MB took 45 ms
+_MIN_OUTPUTS: Final = 16  # rows of logits: of a reply and of tokens tried ahead of it
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
-_PAIRED_TOKENS: Final = range(3, 16)  # two took as long as one and one
+_PAIRED_TOKENS: Final = range(3, 16)  # one and one took no longer than two
 
 
 class NoCells(EngineError):
@@ -6270,8 +6273,8 @@ class StepOptions:
 def pairs_tokens(header: GgufHeader, weights: str) -> bool:
     """Whether a step of 3 tokens, or 5, 7, ..., takes longer than one of a token more.
 
-    llama.cpp multiplies quantised weights with two or four tokens at a time by another
-    routine than with a last one: steps of 3, 5, 7, 9, 11, 13, 15 tokens took 1.24, 1.12,
+    llama.cpp multiplies quantised weights with two or four tokens at a time by a faster
+    routine than with an odd one: steps of 3, 5, 7, 9, 11, 13, 15 tokens took 1.24, 1.12,
     1.14, 1.11, 1.06, 1.08, 1.02 times as long as with one more (Gemma 3 270M, Q4_K_M). From
     17 to 63 one more gained nothing; steps of 65, 73, 97, 121 took 1.06, 1.09, 1.06, 1.05
     times as long. Where there are experts, one token more may read the weights of others.
@@ -6292,16 +6295,16 @@ class StepContext(AbortableContext):
         params = llama.llama_context_default_params()
         params.n_ctx = options.cells
         params.n_batch = min(STEP_TOKENS, options.cells)
-        # Of a step it computes so many at a time, with masks of as many rows of all cells.
+        # It computes a step in parts of so many tokens, each with a mask of all cells.
         params.n_ubatch = min(_PART_TOKENS, options.cells)
         self._spare = options.sequences  # empty but in decode() and pack()
         params.n_seq_max = options.sequences + 1
         params.kv_unified = True
         # By default llama.cpp keeps room for logits of every token of a step: 512 MiB at
-        # a vocabulary of 262,144. It insists on those of one token a sequence.
+        # a vocabulary of 262,144. It insists on a row for each sequence.
         self.max_outputs = max(options.sequences, _MIN_OUTPUTS)
         params.n_outputs_max = max(params.n_seq_max, self.max_outputs)
-        # Else a window's cells are lost as it moves on, and with them most prefixes.
+        # Else cells that a sliding window has left are lost, and with them most prefixes.
         params.swa_full = True
         params.n_threads = params.n_threads_batch = 1
         params.no_perf = True
@@ -6368,7 +6371,7 @@ class StepContext(AbortableContext):
 
     def _decode_and_one_more(self, rows: Sequence[StepRow], outputs: int) -> int:
         """Compute a step, and a token after it that nobody asked for; return the code."""
-        # The rows of logits are multiplied in the same way.
+        # An odd number of rows of logits is slower, too: then it has one.
         is_odd = outputs % 2 == 1 and outputs in _PAIRED_TOKENS
         more = StepRow(self._spare, 0, rows[0].ids[-1:], outputs=int(is_odd))
         self._tokens.fill([*rows, more])
@@ -11074,8 +11077,8 @@ class _SchemaReader:
 # ==============================================================================
 # 38. LIKELIHOOD - the likeliest of many tokens
 # ==============================================================================
-# A row of logits has one for each token of the vocabulary: 262,144 of them take 20 to 60 us
-# to be looked at once, and a partition of all 2,400.
+# A row of logits has one for each token of the vocabulary. To look once at 262,144 takes
+# 20 to 60 us, numpy's partition 2,400.
 
 _MIN_LOGPROB: Final = -9999.0  # OpenAI's for all that is less likely
 
@@ -11091,8 +11094,8 @@ _GROUPS_PER_TOKEN: Final = 8  # few groups then have two of the most likely toke
 def best_and_floor(row: Any, wanted: int) -> tuple[float, float]:
     """Return the largest logit, and one that ``wanted`` tokens reach but few more.
 
-    The best of each of many groups of tokens are compared: 60 us for 262,144 logits, while
-    numpy's partition of all takes 2,400. Raises NonFiniteLogits.
+    The best of each of many groups of tokens are compared: 60 us for 262,144 logits.
+    Raises NonFiniteLogits.
     """
     groups = max(_MIN_GROUPS, _GROUPS_PER_TOKEN * wanted)
     if len(row) < 2 * groups:
@@ -11107,15 +11110,15 @@ def best_and_floor(row: Any, wanted: int) -> tuple[float, float]:
 
 
 def check_finite(best: float) -> None:
-    """Raise NonFiniteLogits if that is no number: one that is NaN is the largest."""
+    """Raise NonFiniteLogits if the largest logit is NaN, as it is if any is, or infinite."""
     if not math.isfinite(best):
         raise NonFiniteLogits(f"the model computed {best} as a token's logit")
 
 
 def most_likely(logits: Any, top_p: float) -> Any:
-    """Return the places of the fewest that have so much of the probability, in order.
+    """Return the places of the fewest whose probabilities add up to ``top_p``, best first.
 
-    llama.cpp often sorts all for it, which took up to 50 ms.
+    llama.cpp often sorts all logits for this, which took up to 50 ms.
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.cumsum()[-1]  # float32, one after the other, as llama.cpp adds
@@ -11135,7 +11138,7 @@ class TokenLogprob:
     token: int
     text: bytes  # may be half a character
     logprob: float
-    top: tuple[tuple[bytes, float], ...] = ()  # the most likely ones instead of it
+    top: tuple[tuple[bytes, float], ...] = ()  # the most likely ones in its place
 
 
 def logprobs(
@@ -11160,13 +11163,13 @@ def logprobs(
 # ==============================================================================
 # 39. SAMPLING - which token comes next
 # ==============================================================================
-# From a row of logits to a token id, as a request asks. llama.cpp's samplers choose, but
-# only among the few tokens that top_k could leave: over a vocabulary of 262,144 they would
-# take 0.4 to 50 ms a token. They choose the same token, unless logits are equal or, without
-# top_k, rounding decides.
+# From a row of logits to a token id, as a request asks. numpy finds the few candidates,
+# llama.cpp's samplers choose among them: over a vocabulary of 262,144 they would take 0.4 to
+# 50 ms a token. The token is the one they would choose, unless logits are equal or, without
+# top_k, rounding decides. The most likely token is found by numpy alone.
 
-MAX_REPEAT_LAST_N: Final = 1 << 13  # they are counted for each token: 0.3 ms
-_MAX_TOP_K: Final = 1 << 14  # more is as good as none, and takes up to 44 ms a token
+MAX_REPEAT_LAST_N: Final = 1 << 13  # counting so many takes 0.3 ms a token
+_MAX_TOP_K: Final = 1 << 14  # a larger one is taken for none: it would take 44 ms
 _RANDOM_SEED: Final = 0xFFFFFFFF  # to llama.cpp: another one each time
 _MIN_TEMPERATURE: Final = 1e-6  # below it logits divided by it may be no float32
 _MIN_TOP_P: Final = 1e-6  # the best of 262,144 tokens has more
@@ -11175,9 +11178,8 @@ _EXCLUDED_BIAS: Final = -100.0  # OpenAI's way to say never
 # less than 262,144 x e^-25 of the probability, or 4 in a million.
 _OPEN_CUT: Final = 25.0
 _MAX_QUICK: Final = 4096  # candidates that llama.cpp chooses from in 40 us
-# With top_k, how far below the best one candidates are looked for, at first and at most:
-# where that is not enough, as far as it takes. Where so many times the tokens that are
-# wanted are found, the next row's reach is a part of it.
+# With top_k, candidates are looked for so far below the best logit: in a reply's first row,
+# and at most, unless a row has too few there. A row with too many makes it shorter.
 _FIRST_REACH: Final = 8.0
 _MAX_REACH: Final = 256.0
 _MAX_PER_WANTED: Final = 8
@@ -11232,7 +11234,7 @@ SAMPLING_RANGES: Final[Mapping[str, SamplingRange]] = {
 def defaults_from(values: Mapping[str, object]) -> SamplingOptions:
     """Return the options that a GGUF's metadata names, and ours for the rest.
 
-    What is out of range is left out: a file that generates is not refused for it.
+    Values out of range are left out: a usable model is not refused for them.
     """
     found: dict[str, Any] = {}
     for name, (low, high, key) in SAMPLING_RANGES.items():
@@ -11261,7 +11263,7 @@ class _Candidates:
         self.pointer = ctypes.byref(self._array)
 
     def fill(self, ids: Any, logits: Any) -> None:
-        """Be these."""
+        """Hold these tokens and their logits."""
         count, array = len(ids), self._array
         self._ids[:count], self._logits[:count] = ids, logits
         array.size, array.selected, array.sorted = count, -1, False
@@ -11310,7 +11312,8 @@ class _Chain:
         self._llama.llama_sampler_free(self._pointer)
 
 
-# Of the tokens that could go on, the likeliest are tried; if none does, more of them.
+# If the token that was drawn breaks the grammar, so many of the likeliest are tried, then
+# all.
 _TRIED_TOKENS: Final = (256, 4096)
 
 
@@ -11421,7 +11424,7 @@ class Sampler:
         counts = collections.Counter(self._recent)
         token = self._choose(row, counts)
         if self._constraint is not None:
-            # Nearly always it may come: then that is all, and as likely as it should be.
+            # Nearly always it may come, and is as likely as it should be: nothing more to do.
             try:
                 token = self._obeying(self._constraint, token, row, counts)
             except TooMuchWork as error:
@@ -11443,7 +11446,7 @@ class Sampler:
     def _obeying(
         self, constraint: Constraint, token: int, row: Any, counts: Mapping[int, int]
     ) -> int:
-        """Return the token if the grammar allows it, else one that is chosen among those."""
+        """Return the token if the grammar allows it, else one drawn among those it allows."""
         constraint.grammar.begin()
         if not constraint.take(token):
             logits = row.copy()
@@ -11493,9 +11496,9 @@ class Sampler:
         return ids, logits
 
     def _likely(self, row: Any, wanted: int, penalized: Any) -> Any:
-        """Return the ids of the ``wanted`` likeliest tokens, of some more, and of those.
+        """Return ids: the ``wanted`` likeliest, some more, the biased and the penalized.
 
-        They are not far below the best one. How far is learnt from the rows before, which
+        The likeliest are not far below the best one. How far is learnt from the rows before, which
         are alike, so best_and_floor() is seldom asked: 0.20 ms instead of 0.28 for 262,144
         logits that are not in the CPU's caches. Raises NonFiniteLogits.
         """
@@ -11549,9 +11552,9 @@ def _suppressed_tokens(llama: Any, vocab: Any) -> Sequence[int]:
 
 def _open_cut(options: SamplingOptions) -> float:
     """Return how far below the best one candidates may be, without top_k."""
-    if options.top_p >= 1 and options.min_p > 0:  # which drops more anyway
+    if options.top_p >= 1 and options.min_p > 0:  # it drops all below
         return min(_OPEN_CUT * options.temperature, 1 - math.log(options.min_p))
-    # Temperature comes after top_p, which so needs all that matters before it.
+    # top_p comes before temperature, so it must see all that matters.
     return _OPEN_CUT * max(1.0, options.temperature)
 
 
@@ -12118,7 +12121,7 @@ class SequenceTable:
 # 42. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
-# before. So what followed the last time is put into the step after the reply's next token,
+# before. So what followed the last time is added to the step, behind the reply's next token,
 # and the model gives logits after each: tokens are chosen from them in order, by the same
 # sampler, as long as the one chosen is the one tried. Every token of a reply was so chosen
 # from the model's own logits; those of a step of several rows differ in their last bits
@@ -12130,7 +12133,7 @@ class SequenceTable:
 
 # llama.cpp computes rows of quantised weights four at once, and those that are left one by
 # one: 1, 2, 3, 4, 5, 7, 9 rows took 25, 51, 87, 69, 105, 133, 144 ms (one thread, Gemma 3
-# 270M). So steps are filled up to a multiple of four.
+# 270M). So of a guess as much is tried as makes a step a multiple of four.
 _ROWS_AT_ONCE: Final = 4
 _MAX_MATCH_TOKENS: Final = 64  # that are compared; more tell nothing new
 _CLOSE_MATCH_TOKENS: Final = 8  # of places with so many in common the latest is taken
@@ -12145,17 +12148,17 @@ _MIN_GAIN: Final = 1.05  # less is no gain to count on
 
 
 class Guess(NamedTuple):
-    """How a reply may go on, and of each token how likely it does, if it did so far."""
+    """How a reply may go on; of each token, how likely it is if those before were right."""
 
     ids: Sequence[int] = ()
     odds: Sequence[float] = ()
 
 
 def longest_match(ids: TokenIds) -> tuple[int, int]:
-    """Return where the longest end of ``ids`` that came before went on, and its length.
+    """Return where an end of ``ids`` that came before went on, and the end's length.
 
-    Of several the latest. (0, 0) if the last token is new. 30 us at 8,192 tokens: a table
-    of what was said would have to be kept for each reply.
+    The longest end, or of those of 8 tokens and more the latest. (0, 0) if the last token is new. 30 us at 8,192 tokens: no
+    table of what was said needs to be kept for each reply.
     """
     last = len(ids) - 1
     (places,) = (ids[:last] == ids[last]).nonzero()
@@ -12243,23 +12246,23 @@ def draft_length(
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
-# Of the prompts, the one with the fewest tokens left goes first: short ones pass long
-# ones. But clients take turns, and a quarter of what is read is of the prompt that waits
-# for longest.
-# A deterministic reply must not depend on others: its steps are its own, in turn with
-# theirs.
+# Urgent prompts go first, then clients take turns, then the one with the fewest tokens left
+# goes first: short ones pass long ones. But a quarter of what is read is of the prompt that
+# waits for longest.
+# A deterministic reply must not depend on others: it shares steps only with a few of its
+# kind, in turn with those of the others.
 # Pieces of a prompt that begin and end at multiples of a tile of flash attention give the
 # same bits as the whole.
 
 _MIN_PIECE_TOKENS: Final = 8  # even in a step that is too long: a prompt must get on
 # A call of up to 3 rows gives the bits of each alone; one of 4 takes other kernels.
 _MAX_DETERMINISTIC_ROWS: Final = 3
-# While no reply grows: short prompts wait for no longer. 512 tokens of Gemma 3 270M take
-# 0.9 s here, and in two steps a tenth more.
+# How long a step may take while no reply grows: so long a short prompt waits. 512 tokens of
+# Gemma 3 270M took 0.9 s, and in two steps a tenth more.
 _READING_STEP_S: Final = 1.5
 _TURN_TOKENS: Final = 512  # of one client's prompts, then another's
 _OLDEST_PART: Final = 4  # one token of so many is read of the oldest prompt
-_MAX_OWED_TOKENS: Final = 256  # of those, until it goes first
+_MAX_OWED_TOKENS: Final = 256  # to it, before it goes first
 
 
 class StepSpeed:
@@ -13034,6 +13037,19 @@ def rows_of(step: Step[Reply]) -> list[StepRow]:
     return rows
 
 
+def report_of(step: Step[Reply], grown: int, seconds: float) -> StepReport:
+    """Return what a step computed, by which replies grew by so many tokens in all."""
+    tried = len(step.draft)
+    return StepReport(
+        step.decode_rows,
+        step.prompt_tokens,
+        grown,
+        seconds,
+        draft_tokens=tried,
+        accepted_tokens=max(0, grown - len(step.rows)) if tried else 0,
+    )
+
+
 # ==============================================================================
 # 46. GENERATOR - the thread that generates
 # ==============================================================================
@@ -13263,16 +13279,9 @@ class GenerationWorker(Workers):
             return
         self._planner.done(step, seconds)
         self._busy_s += seconds
-        grown, tried = self._read_results(context, step), len(step.draft)
+        grown = self._read_results(context, step)
         self._queue.count_tokens(step.prompt_tokens + grown, seconds)
-        self._report = StepReport(
-            step.decode_rows,
-            step.prompt_tokens,
-            grown,
-            seconds,
-            draft_tokens=tried,
-            accepted_tokens=max(0, grown - len(step.rows)) if tried else 0,
-        )
+        self._report = report_of(step, grown, seconds)
         if self._has_nan:  # others will get those cells
             self._has_nan = False
             self._displace_all()
@@ -16696,7 +16705,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 # and its queue is empty, which is checked twice a second and before each load; as the
 # server stops, at once. A request that computes with a model holds it:
 # `with loaded_model.hold()`.
-# Nobody else frees a loaded model, and it leaves `retiring` as that begins: freeing it
+# Nobody else frees a model that is served, and it leaves `retiring` as that begins: to free it
 # twice is a crash (a server's stop and its tick both did, when they came together).
 
 FIRST_PAUSE_S: Final = 10.0  # after a failed load; doubles up to MAX_PAUSE_S
