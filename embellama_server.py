@@ -19,8 +19,8 @@
     python embellama_server.py emit systemd                       # print its unit
 
 A GGUF that says how token vectors become one embeds or ranks; another decoder generates.
-It speaks the dialects of OpenAI, text-embeddings-inference, Cohere, Jina, Ollama and
-llama-server. In a browser, / shows what it does.
+It speaks the dialects of OpenAI, text-embeddings-inference, Cohere, Jina, vLLM, Ollama
+and llama-server. In a browser, / shows what it does.
 
 The life of one request
 -----------------------
@@ -75,7 +75,7 @@ event loop    sockets, connections, requests, keys, models, metrics, phases; nev
 tokenizer-N   text -> ids, for the queue and for /tokenize, /decode and the like
 worker-N      its own llama.cpp contexts, which others touch only to abort a call;
               workers take turns in the long-input context. A model that generates has
-              one, which owns its context, sequences and samplers (GENERATOR)
+              worker-0 alone: it owns context, sequences and samplers (GENERATOR)
 loop_N        the event loop's pool: fetches, re-encodes, loads (one model at a time) and
               frees models; reads large bodies, writes large replies
 tracer        sends spans to a collector, if one is named
@@ -88,8 +88,9 @@ When something goes wrong
 -------------------------
 413            REQUESTS (the body), CODINGS (decompressed), SOCKETS (memory it would take)
 429            KEYS: requests and tokens of a key or address; TEI says it for 503 as well
-503            SOCKETS (connections, memory), THROUGHPUT (the queue is full, or too late;
-               Retry-After), HANDLING (loading or draining), REGISTRY (a model not loaded)
+503            SOCKETS (connections, memory), THROUGHPUT (the queue is full, or too late),
+               HANDLING (loading or draining), REGISTRY (a model not loaded); each with a
+               Retry-After, THROUGHPUT's by how fast calls are
 NaN            WORKERS tries the input once more alone, then refuses it alone (500);
                GENERATOR ends that request and reads the others again
 a hung call    BATCHING or GENERATIONS aborts it; SERVER replaces the process if it does
@@ -12333,7 +12334,6 @@ class StepWork:
     is_deterministic: bool = False
     needs_all_logits: bool = False  # of the prompt's tokens, not of its last one only
     last_row: int = 0  # the larger, the later
-    lookup: PromptLookup | None = None  # None: nothing is tried ahead
 
     def guess(self) -> Guess:
         """Return how the reply may go on after its next token."""
@@ -12903,6 +12903,7 @@ class Reply(StepWork):
     reader: MarkupReader | None = None  # if the request has markup
     tokens: int = 0  # so far
     next_token: int = 0  # chosen, and not yet computed
+    lookup: PromptLookup | None = None  # None: nothing is tried ahead
     lost_ids: TokenIds | None = None  # what it had in memory, and is to be read again
     undecided_tokens: int = 0  # that may belong to thoughts
 
