@@ -146,7 +146,8 @@ def pair(row: es.Option, folder: Path) -> tuple[Any, Any]:
         return "one \N{SNOWMAN} \"quoted\" 'twice' \\", "another"
     assert limits.minimum is not None, "a number without bounds"
     assert limits.maximum is not None, "a number without bounds"
-    return row.kind(limits.maximum), row.kind(limits.minimum)
+    both = row.kind(limits.maximum), row.kind(limits.minimum)
+    return both if both[0] != row.default else both[::-1]
 
 
 def places(row: es.Option) -> list[str]:
