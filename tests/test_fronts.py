@@ -172,6 +172,15 @@ def test_behind_a_prefix_nginx_finds_every_route_and_nothing_else(
 # --- restarts, one after another ---
 
 
+def has_embedded(server: kit.Server) -> bool:
+    """Whether the front has sent it something: it is ready before HAProxy calls it so."""
+    client = both.Client(server.url)
+    text = client.get("/metrics").body.decode()
+    client.close()
+    counted = f'embellama_route_requests_total{{route="{EMBED}"}} '
+    return float(text.partition(counted)[2].partition("\n")[0]) > 0
+
+
 @pytest.mark.parametrize("kind", FRONTS)
 def test_two_servers_are_restarted_in_turn_and_no_request_fails(
     kind: str, tmp_path: Path
@@ -191,6 +200,7 @@ def test_two_servers_are_restarted_in_turn_and_no_request_fails(
                 wait_until(lambda: all(answers(one.url) for one in servers))
                 assert servers[index].stop() == 0
                 servers[index] = start(port)
+                wait_until(lambda index=index: has_embedded(servers[index]))  # type: ignore[misc]
                 seen = len(clients.statuses)
                 wait_until(lambda seen=seen: len(clients.statuses) > seen + 300)  # type: ignore[misc]
     assert len(clients.statuses) > 600
