@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import pytest
@@ -12,9 +13,13 @@ from tests import kit
 
 
 async def told(port: int) -> bytes:
-    """All that the agent's port says."""
+    """All that the agent's port says, once it is open: a model may be ready before."""
     async with asyncio.timeout(kit.DEADLINE_S):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                break
+            await asyncio.sleep(0.01)
         found = await reader.read()
         writer.close()
     return found
