@@ -6251,7 +6251,7 @@ STEP_TOKENS: Final = 512  # most in a step
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
 _MAX_PACKED_BYTES: Final = 64 << 20  # that pack() holds; 38 MB took 45 ms
-_MIN_OUTPUTS: Final = 16  # rows of logits: of a reply and of tokens tried ahead of it
+_MIN_OUTPUTS: Final = 16  # rows of logits: a reply's, and the most of --draft-tokens
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 _PAIRED_TOKENS: Final = range(3, 16)  # one and one took no longer than two
 
@@ -11499,9 +11499,9 @@ class Sampler:
     def _likely(self, row: Any, wanted: int, penalized: Any) -> Any:
         """Return ids: the ``wanted`` likeliest, some more, the biased and the penalized.
 
-        The likeliest are not far below the best one. How far is learnt from the rows before, which
-        are alike, so best_and_floor() is seldom asked: 0.20 ms instead of 0.28 for 262,144
-        logits that are not in the CPU's caches. Raises NonFiniteLogits.
+        The likeliest are not far below the best one. How far is learnt from the rows
+        before, which are alike, so best_and_floor() is seldom asked: 0.20 ms instead of
+        0.28 for 262,144 logits that are not in the CPU's caches. Raises NonFiniteLogits.
         """
         best, reach = row.max(), self._reach
         check_finite(best)
@@ -12128,9 +12128,9 @@ class SequenceTable:
 # from the model's own logits; those of a step of several rows differ in their last bits
 # from those of one row, as they do where replies share a step.
 # A row more takes time, whether its token is kept or not. How often such guesses are right
-# is seen of each reply, from its tokens while it is alone, tried ahead or not; how long a step with more
-# rows takes is measured. Only of a reply that grows alone: with four at once, quotes came
-# 1.09 times as fast, but edits and stories 0.96 times.
+# is seen of each reply, from its tokens while it is alone, tried ahead or not; how long a
+# step with more rows takes is measured. Only a reply that grows alone is guessed for: with
+# four at once, quotes came 1.09 times as fast, but edits and stories 0.96 times.
 
 # llama.cpp computes rows of quantised weights four at once, and those that are left one by
 # one: 1, 2, 3, 4, 5, 7, 9 rows took 25, 51, 87, 69, 105, 133, 144 ms (one thread, Gemma 3
@@ -12440,10 +12440,8 @@ class StepPlanner:
         prompts = [one for one in mine if one.left_tokens]
         is_growing = any(not one.left_tokens for one in work)
         self._begin_turns(one.client for one in work if one.left_tokens)
-        pieces, oldest = list[tuple[Planned, int]](), None
-        if prompts:
-            pieces = self._pieces(prompts, len(rows), is_growing=is_growing)
-            oldest = prompts[0]
+        pieces = self._pieces(prompts, len(rows), is_growing=is_growing)
+        oldest = prompts[0] if prompts else None
         draft: Sequence[int] = ()
         is_alone = len(work) == len(rows) == 1 and not self._kind
         if is_alone and self._draft_tokens and not is_trial:
