@@ -8277,6 +8277,7 @@ class Job:
     errors: dict[int, ApiError] = field(default_factory=dict)  # of inputs, if partial
     vectors: list[Any] = field(default_factory=list)
     tokens: int = 0
+    lengths: list[int] = field(default_factory=list)  # tokens of each input
     truncated: int = 0  # inputs
     tokenize_s: float = 0.0
     started_at: float = 0.0
@@ -8634,6 +8635,7 @@ MAX_SKIPS: Final = 4
 # After the last long input its context is freed: 282 MB of Gemma 3 270M. To make it again
 # takes 0.1 s, and a long input seconds.
 LONG_IDLE_S: Final = 30.0
+_RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 class ReadyQueue:
@@ -8840,34 +8842,37 @@ class BatchQueue(JobQueue):
 
     def enqueue(self, job: Job, read: Sequence[ReadInput], reading: Reading) -> bool:
         """Queue a job's next inputs; ``reading`` has the rest. Whether the job ended."""
-        request, first = job.request, job.next_input
-        kind = b"by token" if request.per_token else b""
-        key_of = self.cache.key
+        first, new_tokens = job.next_input, 0
+        kind, key_of = self.kind_of(job), self.cache.key
         keys = [key_of(r[0]) + kind if isinstance(r, tuple) else b"" for r in read]
-        new_items = new_tokens = 0
         with self._lock:
             if job.is_over:
                 return False
             for index, (found, key) in enumerate(zip(read, keys, strict=True), first):
                 if isinstance(found, ApiError):
                     self._refuse_input(job, index, found)
+                    job.lengths.append(0)
                     continue
                 ids, is_cut = found
+                job.lengths.append(len(ids))
                 job.tokens += len(ids)
                 job.truncated += is_cut
                 if self._add_input(job, index, ids, key):
-                    new_items += 1
                     new_tokens += len(ids)
             job.next_input += len(read)
             bound = sum(job.bounds[first : job.next_input])
             self.backlog.tokenized(bound, new_tokens)
-            if job.tokens > request.max_tokens:
-                return self._end(job, too_many_tokens(request, job.tokens))
-            self._wake(new_items)
+            if job.tokens > job.request.max_tokens:
+                return self._end(job, too_many_tokens(job.request, job.tokens))
+            self._wake(len(job.waiting))
             if job.next_input < len(job.bounds):
                 job.reading = reading
                 self._untokenized.push(job)
             return not job.unfinished and self._end(job)
+
+    def kind_of(self, job: Job) -> bytes:
+        """Return what equal inputs must have in common to share one computation."""
+        return b"by token" if job.request.per_token else b""
 
     def _add_input(self, job: Job, index: int, ids: TokenIds, key: bytes) -> bool:
         """Make a job wait for an input. Whether it is new: not cached, nor under way."""
@@ -9061,9 +9066,6 @@ class BatchQueue(JobQueue):
             self._forget(item)
         if call.context is not None:
             call.context.abort()
-
-
-_RETRY_S: Final = 5.0  # after which there may be memory again
 
 
 # ==============================================================================
@@ -25128,7 +25130,11 @@ class Loader:
     """Brings models into memory. Not for the event loop's thread."""
 
     def __init__(
-        self, cache_dir: str, engine_factory: EngineFactory, hooks: PoolHooks
+        self,
+        cache_dir: str,
+        engine_factory: EngineFactory,
+        hooks: PoolHooks,
+        batch_queue: type[BatchQueue] = BatchQueue,
     ) -> None:
         self.tries_first = False  # to be set once a crash would hit others
         self._fetch = ModelFetch(cache_dir, hooks.log, DEFAULT_MODEL)
@@ -25138,6 +25144,7 @@ class Loader:
         self._log = hooks.log
         self._engine_factory = engine_factory
         self._hooks = hooks
+        self._batch_queue = batch_queue
 
     def cancel(self) -> None:
         """Stop present and future fetches and trial loads. Any thread."""
@@ -25266,7 +25273,7 @@ class Loader:
             worker = GenerationWorker(engine, generations, vocabulary, self._hooks)
             return Pool(engine, generations, worker, self._hooks)
         cache = VectorCache(settings.cache_mb << 20, f"{file.sha256} {card}")
-        batches = BatchQueue(card, used, backlog, cache)
+        batches = self._batch_queue(card, used, backlog, cache)
         workers = BatchWorkers(engine, batches, self._hooks, cpus)
         return Pool(engine, batches, workers, self._hooks)
 
@@ -26105,6 +26112,9 @@ class Server:
 # event loop. It refuses nothing for lack of room: it takes the next window when there is
 # some. A pickle of it has what it was made with, and each process loads the model on first
 # use, so it can be sent to any machine that has this file and the model's.
+# Which texts share a call decides a vector's last bits. Here a window alone decides it, not
+# timing, other windows or a cache: so equal windows have equal bits, and a run of `embed`
+# that was killed ends with the bytes of one that was not.
 
 # Upper bounds of tokens, 4 or 5 times their number: a second of work for two cores and a
 # small model.
@@ -26112,12 +26122,13 @@ _AHEAD_TOKENS: Final = 1 << 16
 _MIN_WINDOWS: Final = 3  # so that two are there while the first one is used
 _WATCH_S: Final = 0.5
 _UNPAIRED: Final = re.compile("[\ud800-\udfff]")
-# The queue's limits are for clients that do not wait.
-_NO_LIMITS: Final[Mapping[str, Any]] = {
+# The queue's limits are for clients that do not wait, and what is cached is of another call.
+_OWN_SETTINGS: Final[Mapping[str, Any]] = {
     "queue_size": 1 << 24,
     "queue_tokens": 1 << 30,
     "queue_mb": 1 << 20,
     "max_request_tokens": MAX_REQUEST_TOKENS,
+    "cache_mb": 0,
 }
 
 
@@ -26127,12 +26138,95 @@ def cores_given() -> int:
     return min(cores, int(given)) if re.fullmatch("[1-9][0-9]{0,5}", given) else cores
 
 
+def window_batches(
+    items: Iterable[Item], max_tokens: int, max_inputs: int
+) -> Iterator[list[Item]]:
+    """Yield batches as full as they get: the longest item left, and then what still fits.
+
+    Items of more than ``max_tokens`` go alone.
+    """
+    left = sorted(items, key=lambda item: item.tokens)
+    while left:
+        batch = [left.pop()]
+        room = max_tokens - batch[0].context_tokens
+        while len(batch) < max_inputs:
+            place = bisect.bisect_right(left, room, key=lambda item: item.tokens)
+            if not place:
+                break
+            batch.append(left.pop(place - 1))
+            room -= batch[-1].tokens
+        yield batch
+
+
+class WindowBatches(ReadyQueue):
+    """The batches of jobs that have been read, each of one job's items."""
+
+    def __init__(self, batch_tokens: int, context_tokens: int) -> None:
+        super().__init__(batch_tokens, context_tokens)
+        self._jobs: list[Job] = []  # that have not been read
+        self._batches: list[list[Item]] = []
+
+    def add(self, job: Job, item: Item) -> None:
+        """Keep one more item of a job."""
+        if not item.is_waiting:
+            item.is_waiting = True
+            self.tokens += item.tokens
+            job.waiting.append(item)
+        if not job.is_queued:
+            job.is_queued = True
+            self._jobs.append(job)
+
+    def take(
+        self, tokens: int, inputs: int, *, long_context_is_free: bool, now: float = 0.0
+    ) -> list[Item]:
+        """Return the next batch, whatever share of ``tokens`` would be fair."""
+        for job in tuple(self._jobs):
+            if job.is_over or job.next_input == len(job.bounds):
+                self._jobs.remove(job)
+                self._batches += window_batches(job.waiting, self._batch_tokens, inputs)
+                job.waiting.clear()
+        # Not those that were taken, nor those whose job is over.
+        self._batches = [batch for batch in self._batches if batch[0].is_waiting]
+        limit = sys.maxsize if long_context_is_free else self._context_tokens
+        for batch in self._batches:
+            if batch[0].context_tokens <= limit:
+                for item in batch:
+                    self.discard(item)
+                return batch
+        return []
+
+
+class WindowQueue(BatchQueue):
+    """A queue of jobs that share no call and no vector with each other."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        settings: ModelSettings,
+        backlog: Backlog,
+        cache: VectorCache,
+    ) -> None:
+        super().__init__(card, settings, backlog, cache)
+        self._ready = WindowBatches(settings.batch_tokens, card.context_tokens)
+
+    def kind_of(self, job: Job) -> bytes:
+        return id(job).to_bytes(8, "big")
+
+
+class EmbedReply(NamedTuple):
+    """What the texts of a request get."""
+
+    rows: list[Any]  # of each text: a vector, or the ApiError instead
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Window:
     """Texts under way."""
 
     job: Job
     over: threading.Event
+    sizes: Sequence[int]  # texts of each request
 
 
 class Embedder:
@@ -26167,7 +26261,7 @@ class Embedder:
         }
         own = {"workers": cores_given(), "log_level": "warning", **options}
         settings = settings or settings_with(own, "Embedder")
-        self._settings = dataclasses.replace(settings, **_NO_LIMITS)
+        self._settings = dataclasses.replace(settings, **_OWN_SETTINGS)
         self._engine_factory = engine_factory
         self._request = EmbedRequest(  # of every window, but for its texts
             inputs=[],
@@ -26178,14 +26272,13 @@ class Embedder:
         )
         self._loading = threading.Lock()
         self._loaded: LoadedModel | None = None
-        self.tokens = 0  # of all that was embedded
 
     def __reduce__(self) -> tuple[object, ...]:
         return functools.partial(type(self), **self._made_with), ()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors: those with another identity belong in another index.
+        """What decides the vectors, to their last bits on this machine.
 
         Loads the model. Raises what embed() raises.
         """
@@ -26201,6 +26294,9 @@ class Embedder:
             "dimensions": request.dimensions or card.n_embd,
             "end_token": self._settings.end_token,
             **rope_params(self._settings),
+            "batch_tokens": self._settings.batch_tokens,
+            "exact": self._settings.exact,
+            "llama.cpp": installed_version("llama-cpp-python"),
             "version": __version__,
         }
 
@@ -26214,6 +26310,13 @@ class Embedder:
         for a prompt or length that it does not have, WrongKindOfModel, and
         EngineUnavailable if it fails on everything.
         """
+        for (reply,) in self.replies([texts] for texts in windows):
+            yield reply.rows
+
+    def replies(
+        self, windows: Iterable[Sequence[Sequence[str]]]
+    ) -> Generator[list[EmbedReply], None, None]:
+        """Yield what each request of a window gets, as embed() does of windows of one."""
         loaded = self._load()
         queue, rest = loaded.batches, map(self._window, windows)
         under_way: collections.deque[_Window] = collections.deque()
@@ -26224,9 +26327,9 @@ class Embedder:
                     under_way.append(window)
                 if not under_way:
                     return
-                rows = self._rows(under_way[0], loaded)
+                replies = self._replies(under_way[0], loaded)
                 under_way.popleft()
-                yield rows
+                yield replies
         finally:
             for window in under_way:
                 queue.cancel(window.job)
@@ -26271,7 +26374,9 @@ class Embedder:
                 hooks = PoolHooks(
                     log=log, deliver=lambda call: call(), on_call=lambda _: None
                 )
-                loader = Loader(self._settings.cache_dir, self._engine_factory, hooks)
+                loader = Loader(
+                    self._settings.cache_dir, self._engine_factory, hooks, WindowQueue
+                )
                 loaded = loader.load(self._settings)
                 try:
                     entry = ModelEntry(self._settings)
@@ -26282,9 +26387,9 @@ class Embedder:
                 self._loaded = loaded
             return self._loaded
 
-    def _window(self, texts: Sequence[str]) -> _Window:
+    def _window(self, requests: Sequence[Sequence[str]]) -> _Window:
         bad, inputs = dict[int, ApiError](), list[Input]()
-        for index, given in enumerate(texts):
+        for index, given in enumerate(itertools.chain.from_iterable(requests)):
             try:
                 text = SOME_TEXT.read(given, f"{self._request.param}[{index}]")
             except ApiError as error:
@@ -26293,20 +26398,26 @@ class Embedder:
             inputs.append(text if text.isascii() else _UNPAIRED.sub("\ufffd", text))
         request = dataclasses.replace(self._request, inputs=inputs, bad=bad)
         over = threading.Event()
-        return _Window(Job(request, over.set), over)
+        return _Window(Job(request, over.set), over, [*map(len, requests)])
 
-    def _rows(self, window: _Window, loaded: LoadedModel) -> list[Any]:
-        """Wait for a window, and return its rows."""
+    def _replies(self, window: _Window, loaded: LoadedModel) -> list[EmbedReply]:
+        """Wait for a window, and return what its requests get."""
         job = window.job
         job.priority = 0  # before the next windows
         while not window.over.wait(_WATCH_S):
             loaded.pool.watch()
         if job.error is not None:
             raise job.error
-        self.tokens += job.tokens
-        return [
+        rows = (
             job.errors.get(index) or _vector(vector, job.request, loaded.card)
             for index, vector in enumerate(job.vectors)
+        )
+        lengths = iter(job.lengths)
+        return [
+            EmbedReply(
+                [*itertools.islice(rows, size)], sum(itertools.islice(lengths, size))
+            )
+            for size in window.sizes
         ]
 
 
@@ -29099,23 +29210,21 @@ _STATE_VERSION: Final = 1
 class TextEmbedder(typing.Protocol):
     """What gives vectors: the engine in this process, or a server."""
 
-    tokens: int  # of all texts so far
-
     @property
     def identity(self) -> Mapping[str, Any]:
         """What decides the vectors, their length as "dimensions" among it."""
 
-    def embed(
-        self, windows: Iterable[Sequence[str]]
-    ) -> Generator[Sequence[Any], None, None]:
-        """Yield the vectors, or ApiErrors, of each window, in order."""
+    def replies(
+        self, windows: Iterable[Sequence[Sequence[str]]]
+    ) -> Generator[Sequence[EmbedReply], None, None]:
+        """Yield what each request of each window gets, in order."""
 
     def shortened(self, vector: Any, dimensions: int) -> Any:
         """Return the first ``dimensions`` of a vector, of length 1. Raises ApiErrors."""
 
 
-# Rows, where the next ones begin if a run may go on there, and the bytes read until then.
-_BulkWindow = tuple[list[Row], RowPlace | None, int]
+# Rows by request, where the next ones begin, and the bytes read until then.
+_BulkWindow = tuple[list[list[Row]], RowPlace, int]
 
 
 class _Notes:
@@ -29291,19 +29400,16 @@ class Bulk:
         if found:
             self._open(found["kind"], found["sizes"], stack)
         under_way: collections.deque[_BulkWindow] = collections.deque()
-        counted = self._embedder.tokens
         try:
-            vectors = self._embedder.embed(self._texts(corpus, place, under_way))
-            stack.callback(vectors.close)
-            for unique in vectors:
-                window, end, progress.bytes_read = under_way.popleft()
+            found_texts = self._requests(corpus, place, under_way)
+            windows = self._embedder.replies(found_texts)
+            stack.callback(windows.close)
+            for replies in windows:
+                requests, end, progress.bytes_read = under_way.popleft()
                 if self._out is None:
                     self._open(self._kind, {}, stack)
-                tokens = self._embedder.tokens - counted
-                self._write(window, unique, tokens)
-                counted, progress.tokens = counted + tokens, progress.tokens + tokens
-                if end is None:
-                    continue
+                for rows, reply in zip(requests, replies, strict=True):
+                    self._write(rows, reply)
                 self._mark(end)
                 self._show(progress)
                 written = sum(self._state["sizes"].values())
@@ -29321,24 +29427,22 @@ class Bulk:
             self._open(self._kind, {}, stack)
             self._mark(place)
 
-    def _texts(
+    def _requests(
         self,
         corpus: Corpus,
         start: RowPlace,
         under_way: collections.deque[_BulkWindow],
-    ) -> Iterator[list[str]]:
+    ) -> Iterator[list[list[str]]]:
         """Yield each window's different texts. What is in flight ends before a failure."""
         try:
             for window, place in corpus.windows(start):
-                # Each request of a batch file has a window, as its tokens are counted.
                 is_batch = any(row.form is not None for row in window)
                 if is_batch and self._out is None and not under_way:  # the first one
                     self._kind = "batch"
-                parts = [[row] for row in window] if is_batch else [window]
-                for part in parts:
-                    end = place if part is parts[-1] else None
-                    under_way.append((part, end, corpus.bytes_read))
-                    yield [*_places_of(part)]
+                # Of a batch file each row is one, as its tokens are counted.
+                requests = [[row] for row in window] if is_batch else [window]
+                under_way.append((requests, place, corpus.bytes_read))
+                yield [[*_places_of(rows)] for rows in requests]
         except BulkError as error:
             self._failure = error
 
@@ -29351,13 +29455,14 @@ class Bulk:
         self._kind = kind
         stack.callback(self._out.close)
 
-    def _write(self, window: Sequence[Row], unique: Sequence[Any], tokens: int) -> None:
-        places, done = _places_of(window), list[tuple[Row, Any]]()
+    def _write(self, rows: Sequence[Row], reply: EmbedReply) -> None:
+        """Write the rows of a request."""
+        places, done = _places_of(rows), list[tuple[Row, Any]]()
         rejects = list[bytes]()
-        for row in window:
-            result = self._result(row, places, unique)
+        for row in rows:
+            result = self._result(row, places, reply.rows)
             if row.form is not None and not isinstance(result, ApiError):
-                result = BatchReply(result, tokens)
+                result = BatchReply(result, reply.tokens)
             if isinstance(result, ApiError):
                 self._reject(row, result, rejects)
             if not isinstance(result, ApiError) or self._keeps_bad:
@@ -29366,8 +29471,9 @@ class Bulk:
         self._out.write(done)
         if self._rejects is not None:
             self._rejects.write(b"".join(rejects))
-        texts = sum(len(row.texts) for row in window)
+        texts = sum(len(row.texts) for row in rows)
         self.progress.duplicates += texts - len(places)
+        self.progress.tokens += reply.tokens
 
     @property
     def _keeps_bad(self) -> bool:
@@ -29495,9 +29601,6 @@ _WRONG_TEXTS: Final = {
 }
 
 
-_Sent = Future[tuple[list[Any], int]]  # the rows of a request, and its tokens
-
-
 class RemoteEmbedder:
     """Vectors from a server's /v1/embeddings."""
 
@@ -29518,12 +29621,11 @@ class RemoteEmbedder:
         self._idle: list[HTTPConnection] = []
         self._pool = ThreadPoolExecutor(threads, "remote")
         self._is_closed = threading.Event()
-        self.tokens = 0
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
         """What decides the vectors, as far as the server says. Raises BulkError."""
-        (first,), _ = self._post(["a"], is_first=True)
+        first = self._post(["a"], is_first=True).rows[0]
         if isinstance(first, ApiError):
             raise BulkError(f"{self._url}: {first.message}", 2)
         _, _, data = self._ask("GET", "/v1/models", b"")
@@ -29537,20 +29639,20 @@ class RemoteEmbedder:
         told = {name: meta.get(name) for name in known}
         return {"dimensions": len(first), **told, **self._body}
 
-    def embed(
-        self, windows: Iterable[Sequence[str]]
-    ) -> Generator[list[Any], None, None]:
-        """Yield the vectors or errors of each window. Raises BulkError."""
-        rest = map(self._send, windows)
-        under_way: collections.deque[list[_Sent]] = collections.deque()
+    def replies(
+        self, windows: Iterable[Sequence[Sequence[str]]]
+    ) -> Generator[list[EmbedReply], None, None]:
+        """Yield what each request of each window gets. Raises BulkError."""
+        rest = ([self._send(texts) for texts in window] for window in windows)
+        under_way: collections.deque[list[list[Future[EmbedReply]]]]
+        under_way = collections.deque()
         while True:
             more = itertools.islice(rest, _WINDOWS_AHEAD - len(under_way))
             under_way.extend(more)
             if not under_way:
                 return
-            parts = [part.result() for part in under_way.popleft()]
-            self.tokens += sum(tokens for _, tokens in parts)
-            yield [row for rows, _ in parts for row in rows]
+            window = under_way.popleft()
+            yield [_reply_of_parts(part.result() for part in parts) for parts in window]
 
     def shortened(self, vector: Any, dimensions: int) -> Any:
         """Raise InvalidValue: how its authors shorten a vector, only the server knows."""
@@ -29563,15 +29665,13 @@ class RemoteEmbedder:
         for connection in self._idle:
             connection.close()
 
-    def _send(self, texts: Sequence[str]) -> list[_Sent]:
+    def _send(self, texts: Sequence[str]) -> list[Future[EmbedReply]]:
         size = _TEXTS_A_REQUEST
         parts = (texts[n : n + size] for n in range(0, len(texts), size))
         return [self._pool.submit(self._post, part) for part in parts]
 
-    def _post(
-        self, texts: Sequence[str], *, is_first: bool = False
-    ) -> tuple[list[Any], int]:
-        """Return the vectors or errors of some texts, and tokens. Raises BulkError."""
+    def _post(self, texts: Sequence[str], *, is_first: bool = False) -> EmbedReply:
+        """Return what some texts get. Raises BulkError."""
         body = {"input": texts, "encoding_format": "base64", **self._body}
         raw = json_codec().dumps(body | {"allow_partial": True, "priority": "low"})
         end, wait_s = time.monotonic() + _PATIENCE_S, 0.5
@@ -29583,13 +29683,11 @@ class RemoteEmbedder:
                 status, headers, why = 0, {}, str(error) or type(error).__name__
                 is_passing = not is_first  # a wrong address is told at once
             if status == http.HTTPStatus.OK:
-                return self._rows(data, len(texts))
+                return self._reply(data, len(texts))
             if status in _WRONG_TEXTS and len(texts) > 1:
-                parts = [self._post([text]) for text in texts]
-                rows = [row for rows, _ in parts for row in rows]
-                return rows, sum(tokens for _, tokens in parts)
+                return _reply_of_parts(self._post([text]) for text in texts)
             if status in _WRONG_TEXTS:
-                return [InvalidValue(_message_in(data))], 0
+                return EmbedReply([InvalidValue(_message_in(data))], 0)
             if not is_passing or time.monotonic() > end:
                 raise BulkError(f"{self._url}: {why:.300}", 3)
             wait_s = min(_MAX_WAIT_S, _retry_after_s(headers) or 2 * wait_s)
@@ -29614,7 +29712,7 @@ class RemoteEmbedder:
             connection.close()
         return response.status, response.headers, data
 
-    def _rows(self, data: bytes, count: int) -> tuple[list[Any], int]:
+    def _reply(self, data: bytes, count: int) -> EmbedReply:
         import numpy as np
 
         try:
@@ -29631,10 +29729,18 @@ class RemoteEmbedder:
                 rows[item.get("index", index)] = found
             if any(row is None for row in rows):
                 raise ValueError("fewer vectors than texts")
-            return rows, int(reply["usage"]["prompt_tokens"])
+            return EmbedReply(rows, int(reply["usage"]["prompt_tokens"]))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             why = f"{self._url} gave no vectors: {error!r:.200}"
             raise BulkError(why, 3) from None
+
+
+def _reply_of_parts(parts: Iterable[EmbedReply]) -> EmbedReply:
+    """Return what texts get that were sent in several requests."""
+    whole = EmbedReply([], 0)
+    for part in parts:
+        whole = EmbedReply([*whole.rows, *part.rows], whole.tokens + part.tokens)
+    return whole
 
 
 def _message_in(data: bytes) -> str:

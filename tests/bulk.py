@@ -31,12 +31,12 @@ class FakeEmbedder:
             "dimensions": LENGTH,
         } | identity
         self.texts: list[str] = []
-        self.ahead, self.tokens = 2, 0
+        self.ahead = 2
 
-    def embed(
-        self, windows: Iterable[Sequence[str]]
-    ) -> Generator[Sequence[Any], None, None]:
-        waiting: list[Sequence[str]] = []
+    def replies(
+        self, windows: Iterable[Sequence[Sequence[str]]]
+    ) -> Generator[list[es.EmbedReply], None, None]:
+        waiting: list[Sequence[Sequence[str]]] = []
         rest = iter(windows)
         while True:
             while (
@@ -46,9 +46,14 @@ class FakeEmbedder:
             if not waiting:
                 return
             window = waiting.pop(0)
-            self.texts += window
-            self.tokens += sum(len(text.split()) for text in window)
-            yield [self.row(text) for text in window]
+            self.texts += [text for texts in window for text in texts]
+            yield [
+                es.EmbedReply(
+                    [self.row(text) for text in texts],
+                    sum(len(text.split()) for text in texts),
+                )
+                for texts in window
+            ]
 
     def shortened(self, found: Any, dimensions: int) -> Any:
         """As any model that is not told to normalise first."""

@@ -100,12 +100,15 @@ def units(rows: Any) -> Any:
 class FakeEngine(es.Engine):
     """An Engine without a model, and its own tokenizer.
 
-    A word is a token, a vector a hash of the tokens.
+    A word is a token, a vector a hash of the tokens; if it ``is_touchy``, what shares the
+    call moves it a little, as llama.cpp's.
 
     block() makes every call wait until release() or Context.abort(), which ``aborts``
     counts; wait_until_computing() returns when a worker is inside one. ``failures`` counts down for each word: a call with the word
     NAN_WORD gives NaN that many times, one with BOOM_WORD raises.
     """
+
+    is_touchy = False
 
     def __init__(
         self,
@@ -223,6 +226,12 @@ class FakeEngine(es.Engine):
             return True
 
 
+class TouchyEngine(FakeEngine):
+    """One whose vectors depend on which inputs share a call, and on their order."""
+
+    is_touchy = True
+
+
 class FakeContext(es.Context):
     """A Context of a FakeEngine; asserts that one thread uses it, the long-input context's at a time."""
 
@@ -270,6 +279,8 @@ class FakeContext(es.Context):
         assert len(batches) <= self._max_inputs
         computed = [[i] for i in batches[0]] if self._per_token else batches
         vectors = np.array([fake_vector(ids, card.n_embd) for ids in computed])
+        if engine.is_touchy:
+            vectors[:, 0] += 1e-4 * (sum(map(len, computed)) + np.arange(len(computed)))
         with engine.lock:
             engine.calls.append(batches)
             engine.threads.append(threads)

@@ -57,12 +57,12 @@ class Dying(FakeEmbedder):
         super().__init__()
         self.left = windows
 
-    def embed(self, windows: Any) -> Any:
-        for rows in super().embed(windows):
+    def replies(self, windows: Any) -> Any:
+        for replies in super().replies(windows):
             if not self.left:
                 raise Killed
             self.left -= 1
-            yield rows
+            yield replies
         raise Killed
 
 
@@ -463,7 +463,7 @@ def test_replies_to_a_batch_file_are_json_lines(desk: Desk) -> None:
         desk.run(desk.put("a.jsonl", request(0, "a")), output="v.npy")
 
 
-@pytest.mark.parametrize("windows", [0, 3, 8, 13, 19])
+@pytest.mark.parametrize("windows", [0, 1, 2])
 def test_a_batch_file_goes_on_where_it_was_killed(desk: Desk, windows: int) -> None:
     lines = [request(n, ["a", text]) for n, text in enumerate(BAD * 2)]
     file = desk.put("a.jsonl", "\n".join(lines))
@@ -473,7 +473,7 @@ def test_a_batch_file_goes_on_where_it_was_killed(desk: Desk, windows: int) -> N
         desk.run(file, output="v.jsonl", on_error="skip")
     desk.embedder = alive
     done = desk.run(file, output="v.jsonl", on_error="skip")
-    assert done.first_row == windows // 8 * 8
+    assert done.first_row == windows * 8
     for name in (".jsonl", ".jsonl.errors.jsonl", ".jsonl.rejects.jsonl"):
         assert desk.read(f"v{name}") == desk.read(f"whole{name}")
 
@@ -488,10 +488,10 @@ def test_memory_is_the_same_at_ten_thousand_rows_and_at_a_million(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Lean(FakeEmbedder):
-        def embed(self, windows: Any) -> Any:
+        def replies(self, windows: Any) -> Any:
             one = vector("a")
-            for window in windows:
-                yield [one] * len(window)
+            for (texts,) in windows:
+                yield [es.EmbedReply([one] * len(texts), 0)]
 
     file = tmp_path / "a.jsonl"
     with file.open("w") as lines:

@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import itertools
 import pickle
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import embellama_server as es
 from tests import docs, kit, models
@@ -134,6 +137,63 @@ def test_vectors_are_the_server_s_bit_for_bit(
     with contextlib.closing(es.Embedder(settings, **asked)) as embedder:
         ours = next(embedder.embed([texts]))
     assert [v.tobytes() for v in ours] == [v.tobytes() for v in theirs]
+
+
+# --- which texts share a call ---
+
+
+SIZES = st.lists(st.integers(1, 40), max_size=60)
+
+
+@hypothesis.given(SIZES, st.integers(8, 32), st.integers(1, 8))
+def test_batches_are_full_and_have_each_item_once(
+    sizes: list[int], max_tokens: int, max_inputs: int
+) -> None:
+    items = [es.Item(np.zeros(size, np.int32), b"") for size in sizes]
+    batches = [*es.window_batches(items, max_tokens, max_inputs)]
+    assert sorted(map(id, items)) == sorted(id(item) for b in batches for item in b)
+    for number, batch in enumerate(batches):
+        room = max_tokens - sum(item.tokens for item in batch)
+        assert len(batch) == 1 or (room >= 0 and len(batch) <= max_inputs)
+        later = [item.tokens for b in batches[number + 1 :] for item in b]
+        assert len(batch) == max_inputs or not later or min(later) > room
+
+
+def test_equal_windows_have_equal_bits_whatever_is_computed_beside_them() -> None:
+    chance = random.Random(5)
+    texts = ["a b c " * chance.randrange(1, 9) + str(n % 40) for n in range(60)]
+    others = [[f"{n} {m}" for m in range(n)] for n in range(1, 9)]
+    alone = dict[int, bytes]()
+    for workers, before, after in ((1, 0, 0), (3, 0, 0), (2, 3, 8), (3, 8, 1)):
+        windows = [*others[:before], texts, texts, *others[:after]]
+        with made(kit.TouchyEngine(), workers=workers) as embedder:
+            found = [*embedder.embed(windows)]
+        for place in (before, before + 1):  # and what is known is computed again
+            for n, row in enumerate(found[place]):
+                assert alone.setdefault(n, row.tobytes()) == row.tobytes()
+
+
+def test_long_texts_and_bad_ones_at_the_end_leave_nobody_waiting() -> None:
+    windows = [["a " * 20, "b", "c " * 20, ""], [""], ["", "b " * 20, None, ""]]
+    for workers in (1, 2):
+        with made(workers=workers, batch_tokens=8) as embedder:
+            found = [*embedder.embed(windows)]
+        assert [[isinstance(row, es.ApiError) for row in rows] for rows in found] == [
+            [False, False, False, True],
+            [True],
+            [True, False, True, True],
+        ]
+
+
+def test_each_request_of_a_window_has_its_rows_and_its_tokens() -> None:
+    window = [["the sea", ""], [], ["no time", "the sea", "one two three four"]]
+    with made(engine := kit.FakeEngine()) as embedder:
+        (replies,) = embedder.replies([window])
+    assert [reply.tokens for reply in replies] == [4, 0, 4 + 4 + 6]
+    for reply, texts in zip(replies, window, strict=True):
+        for row, text in zip(reply.rows, texts, strict=True):
+            assert np.array_equal(row, expected(text)) if text else row.code
+    assert sum(map(len, engine.calls)) == 3, "what two of them ask is computed once"
 
 
 def test_readme_s_example_works(

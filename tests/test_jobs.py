@@ -29,6 +29,7 @@ class Desk:
 
     root: Path
     capsys: pytest.CaptureFixture[str]
+    engine: type[kit.FakeEngine] = kit.FakeEngine
     out: str = ""
     err: str = ""
 
@@ -39,7 +40,7 @@ class Desk:
         if "--url" not in flags:
             given += ["--model-path", str(self.model)]
         try:
-            code = es.main(given, engine_factory=kit.FakeEngine)
+            code = es.main(given, engine_factory=self.engine)
         except SystemExit as end:
             code = int(str(end.code))
         self.out, self.err = self.capsys.readouterr()
@@ -272,7 +273,7 @@ VICTIMS = textwrap.dedent(
     for moment in [*moments, None]:
         victim = os.fork()
         if not victim:
-            os._exit(es.main(command, engine_factory=kit.FakeEngine))
+            os._exit(es.main(command, engine_factory=kit.TouchyEngine))
         if moment is not None:
             time.sleep(moment)
             os.kill(victim, signal.SIGKILL)
@@ -293,11 +294,13 @@ VICTIMS = textwrap.dedent(
     ],
 )
 def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(
-    desk: Desk, suffix: str, kills: int
+    desk: Desk, suffix: str, kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(es, "WINDOW_ROWS", 10)
     file = desk.put("a.txt", "\n".join([*TEXTS[:150], kit.NAN_WORD, *TEXTS[150:]]))
-    flags = ("--on-error", "null", "--exact", "--quiet", "--batch-tokens", "64")
+    flags = ("--on-error", "null", "--quiet", "--batch-tokens", "64", "--workers", "2")
     whole, to = desk.root / f"whole.{suffix}", desk.root / f"v.{suffix}"
+    desk.engine = kit.TouchyEngine
     assert desk.embed(file, "--output", whole, *flags) == 1
     command = ["embed", file, "--output", to, *flags, "--model-path", desk.model]
     chance = random.Random(suffix)

@@ -130,7 +130,8 @@ def waits(embedder: es.RemoteEmbedder) -> list[float]:
 
 def embedded(embedder: es.RemoteEmbedder, *windows: list[str]) -> list[Any]:
     """What each text of some windows got."""
-    return [row for rows in embedder.embed(windows) for row in rows]
+    found = embedder.replies([window] for window in windows)
+    return [row for (reply,) in found for row in reply.rows]
 
 
 def test_windows_are_sent_in_requests_of_low_priority_and_come_back_in_order(
@@ -143,7 +144,15 @@ def test_windows_are_sent_in_requests_of_low_priority_and_come_back_in_order(
         assert (body["priority"], body["prompt_name"]) == ("low", "q")
         assert "model" not in body, "what is not asked for is not sent"
         assert head["authorization"] == "Bearer secret"
-    assert embedder.tokens == 153
+
+
+def test_each_request_of_a_window_has_its_rows_and_its_tokens(
+    embedder: es.RemoteEmbedder,
+) -> None:
+    (replies,) = embedder.replies([[TEXTS, [], TEXTS[:3]]])
+    for reply, texts in zip(replies, (TEXTS, [], TEXTS[:3]), strict=True):
+        assert [row.tolist() for row in reply.rows] == array(texts).tolist()
+        assert reply.tokens == len(texts), "the peer counts one for each"
 
 
 def test_a_server_that_gives_numbers_will_do(
