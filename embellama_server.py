@@ -1811,7 +1811,8 @@ def _problem(row: Option, value: Any, can_be_empty: bool) -> str:
     if row.is_path and "\0" in value:  # TOML allows NUL, no system call does
         return "must be a path, without NUL"
     # Python turns bytes of an argument that are not UTF-8 into lone surrogates.
-    if row.kind is str and not row.is_path and re.search("[\ud800-\udfff]", value):
+    is_text = row.kind in (str, tuple) and not row.is_path
+    if is_text and re.search("[\ud800-\udfff]", "".join(value)):
         return "must be a string of Unicode text"
     if row.magic and value:
         try:

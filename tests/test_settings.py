@@ -290,6 +290,15 @@ def test_a_list_with_an_empty_item_or_of_no_strings_is_refused(
 # --- what is refused, and how ---
 
 
+@pytest.mark.parametrize("name", ["model_alias", "prompt", "allowed_host"])
+def test_a_list_with_bytes_that_are_no_text_is_refused(
+    saying: Saying, refused: Refused, name: str
+) -> None:
+    # With such an alias or prompt /v1/models was a 500: orjson writes no such string.
+    saying.say("flag", name, ("q=é", "q=\udcff"))
+    assert "must be a string of Unicode text" in refused(saying)
+
+
 @pytest.mark.parametrize("source", ["flag", "environment"])
 @pytest.mark.parametrize(
     "name", [row.name for row in es.SETTING_ROWS if row.kind is str]
