@@ -531,13 +531,18 @@ def _stdlib_dumps(value: object) -> bytes:
     write = json.JSONEncoder(
         ensure_ascii=False,
         separators=(",", ":"),
-        # The shortest text of each float32, as orjson does: 0.1, not 0.10000000149.
-        default=lambda array: [float(str(number)) for number in array],
+        default=_numbers,
     ).encode
     text = write(value)
     if "NaN" in text or "Infinity" in text:  # null, as orjson writes them
         text = write(json.loads(text, parse_constant=lambda _: None))
     return text.encode("utf-8")
+
+
+def _numbers(array: Any) -> list[float]:
+    # The shortest text of each float32, as orjson does: 0.1, not 0.10000000149.
+    kind = float if array.dtype.kind == "f" else int
+    return [kind(str(number)) for number in array]
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -440,6 +440,12 @@ def test_both_codecs_write_a_vector_as_the_shortest_floats() -> None:
     assert read["json"] == read["orjson"]
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+def test_both_codecs_write_whole_numbers_as_such(kind: str) -> None:
+    vector = np.array([0, 1, 127], kind)
+    assert {dumps(vector) for dumps in DUMPERS.values()} == {b"[0,1,127]"}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_both_codecs_write_what_is_no_number_as_null(bad: float) -> None:
     value = {"a": [0.1, bad, "NaN"], "b": np.array([0.1, bad], np.float32), "c": bad}
