@@ -1736,7 +1736,7 @@ def _build(given: Mapping[str, Given]) -> Settings:
 _KINDS: Final = {
     bool: "true or false",
     str: "a string,",
-    tuple: "a list of strings, none empty",
+    tuple: "a list of strings, none empty,",
     int: "a whole number,",
     float: "a number,",
 }
