@@ -1603,7 +1603,7 @@ def _from_file(config: Given) -> tuple[dict[str, Given], list[dict[str, Given]]]
     except ImportError:
         bound = "YAML needs PyYAML; TOML needs nothing"
         raise BadSetting(config.source, "config", path, bound) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         bound = f"not a {'YAML' if is_yaml else 'TOML'} file: {error}"
         raise BadSetting(config.source, "config", path, bound) from None
     source, models = f"file {path}", table.pop("models", [])

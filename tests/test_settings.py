@@ -290,6 +290,13 @@ def test_a_list_with_an_empty_item_or_of_no_strings_is_refused(
 # --- what is refused, and how ---
 
 
+def test_a_file_too_deep_for_python_to_read_is_one_sentence(
+    saying: Saying, refused: Refused
+) -> None:
+    saying.table = [f"model_alias = {'[' * 3000}{']' * 3000}\n"]
+    assert "not a TOML file" in refused(saying)
+
+
 @pytest.mark.parametrize("name", ["model_alias", "prompt", "allowed_host"])
 def test_a_list_with_bytes_that_are_no_text_is_refused(
     saying: Saying, refused: Refused, name: str
