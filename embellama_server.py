@@ -942,8 +942,9 @@ def shown_value(row: Option, value: Any) -> Any:
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(value if row.is_url else "")
         if parts.hostname:  # the path may be a secret, too
+            host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
             port = f":{parts.port}" if parts.port else ""
-            return f"{parts.scheme}://{parts.hostname}{port}/(hidden)"
+            return f"{parts.scheme}://{host}{port}/(hidden)"
     return "(hidden)"
 
 

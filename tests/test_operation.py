@@ -185,6 +185,7 @@ ROWS = {row.name: row for row in es.SETTING_ROWS}
             f"https://me:{CANARY}@o.example/{CANARY}?key={CANARY}#{CANARY}",
             "https://o.example/(hidden)",
         ),
+        ("otlp_endpoint", f"http://{CANARY}@[::1]:4318", "http://[::1]:4318/(hidden)"),
         ("otlp_endpoint", f"https://{CANARY}@[::1", "(hidden)"),
         ("otlp_endpoint", f"https://o.example:{CANARY}/", "(hidden)"),
         ("otlp_endpoint", CANARY, "(hidden)"),
