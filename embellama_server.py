@@ -2628,8 +2628,6 @@ class Tracer:
 def _collector(url: str) -> tuple[HTTPConnection, str, dict[str, str]]:
     # Return the connection (not yet open), the path and the headers. Error messages do
     # not show the URL, as it may hold a password.
-    import http.client  # 8 ms, for those who have a collector
-
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname or "", parts.port
