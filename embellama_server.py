@@ -435,12 +435,15 @@ def _is_usable(module: str) -> bool:
     return not any(row.module == module and why_unusable(row) for row in LIBRARIES)
 
 
+_Loads = Callable[[bytes | bytearray], object]
+
+
 @dataclass(frozen=True, slots=True)
 class JsonCodec:
     """``loads`` takes UTF-8 bytes and raises ValueError; ``dumps`` also takes arrays."""
 
     name: str
-    loads: Callable[[bytes | bytearray], object]
+    loads: _Loads
     dumps: Callable[[object], bytes]
 
 
@@ -453,9 +456,7 @@ _ESCAPE_BYTES: Final = 6
 _MAX_SURROGATES: Final = 1 << 16  # 100 ms; more are no accident
 
 
-def _lenient(
-    loads: Callable[[bytes | bytearray], object],
-) -> Callable[[bytes | bytearray], object]:
+def _lenient(loads: _Loads) -> _Loads:
     """Make ``loads`` read lone surrogates as U+FFFD and ignore a byte order mark.
 
     Splitting texts in JavaScript or Java cuts emoji in half. Valid JSON pays nothing.
@@ -2378,7 +2379,6 @@ class Telemetry:
             if row.buckets
         }
         # Histograms without labels: when, and the sum and number of each by then.
-        self._past: collections.deque[tuple[float, dict[str, tuple[float, int]]]]
         self._past = collections.deque([(-math.inf, self._sums())])
         self.set("embellama_build_info", 1, __version__)
         self.set("process_start_time_seconds", time.time())
