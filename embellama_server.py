@@ -2639,8 +2639,8 @@ def _collector(url: str) -> tuple[HTTPConnection, str, dict[str, str]]:
         form = "http://HOST:PORT or https://HOST:PORT, with USER:PASSWORD@ if need be"
         raise StartupError(f"otlp_endpoint cannot be used: it must be {form}")
     # Unlike urllib.request they use no proxies and follow no redirects.
-    secure, plain = http.client.HTTPSConnection, http.client.HTTPConnection
-    connection_class = secure if parts.scheme == "https" else plain
+    is_tls = parts.scheme == "https"
+    kind = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
     path = parts.path.rstrip("/").removesuffix("/v1/traces") + "/v1/traces"
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     if parts.username is not None:
@@ -2648,8 +2648,7 @@ def _collector(url: str) -> tuple[HTTPConnection, str, dict[str, str]]:
         secret = base64.b64encode(urllib.parse.unquote_to_bytes(pair))
         headers["Authorization"] = f"Basic {secret.decode()}"
     target = f"{path}?{parts.query}" if parts.query else path
-    connection = connection_class(host, port, timeout=_COLLECTOR_TIMEOUT_S)
-    return connection, target, headers
+    return kind(host, port, timeout=_COLLECTOR_TIMEOUT_S), target, headers
 
 
 def _rows(span: RequestSpan, wall_ns: int) -> Iterator[dict[str, object]]:
