@@ -3144,9 +3144,8 @@ class GgufHeader:
     @property
     def metadata(self) -> dict[str, Any]:
         """Its numbers and short strings."""
-        known = {name: value for name, value in self.values.items() if value != ()}
-        known.pop(_CHAT_TEMPLATE, None)
-        return known
+        own = self.values.items()
+        return {name: v for name, v in own if v != () and name != _CHAT_TEMPLATE}
 
     @property
     def is_ranker(self) -> bool:
@@ -3726,11 +3725,9 @@ def _split_word(
 # By the name that a GGUF gives its pre-tokenizer. The classes of these models in Hugging
 # Face transformers 5.24 compose (Qwen2, Qwen3.5, Cohere, GPT-NeoX), and ModernBERT's
 # tokenizer.json.
-COMPOSING: Final = frozenset(
-    {
-        *("qwen2", "qwen35", "command-r", "tiny_aya", "cohere2moe", "olmo", "mpt"),
-        "modern-bert",
-    }
+COMPOSING: Final = (
+    *("qwen2", "qwen35", "command-r", "tiny_aya", "cohere2moe", "olmo", "mpt"),
+    "modern-bert",
 )
 # Only below are there characters that join others.
 _MAX_JOINING: Final = 0x20000
@@ -3826,7 +3823,7 @@ class Spelling:
         return self._specials.split(text)
 
     def places(self, text: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return the same, and of which characters of ``text`` each of its own is made."""
+        """Return what of() does, and of which characters of ``text`` each one is made."""
         if not self._composes or text.isascii():
             return text, [(n, n + 1) for n in range(len(text))]
         spelled, places, begin = list[str](), list[tuple[int, int]](), 0
