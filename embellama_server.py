@@ -3966,9 +3966,10 @@ class Tokenizer:
         ids: list[int] = []
         for text, is_plain in parts:
             # llama.cpp finds "user-defined" tokens in plain text too: not in halves.
-            for piece in (text[:1], text[1:]) if is_plain else (text,):
-                spelled = self.spelling.of(piece)
-                ids += self._encode_next(spelled, after=ids, parse_special=not is_plain)
+            is_token = is_plain and text in self._specials
+            pieces = (text[:1], text[1:]) if is_token else (self.spelling.of(text),)
+            for piece in pieces:
+                ids += self._encode_next(piece, after=ids, parse_special=not is_plain)
         bos = self.llama.llama_vocab_bos(self.vocab)
         wants_bos = not is_begun and bos >= 0
         wants_bos = wants_bos and self.llama.llama_vocab_get_add_bos(self.vocab)

@@ -143,6 +143,17 @@ def test_a_text_has_the_tokens_of_the_model_s_own_tokenizer(
     assert ours.decode(ids, with_special=True) == back == ours.spelling.of(text)
 
 
+@pytest.mark.parametrize("text", ["there is", "e\u0301 is é", "<|im_end|>", "<think>"])
+def test_only_a_token_that_is_no_token_is_read_in_halves(
+    both: tuple[es.Tokenizer, Any], text: str
+) -> None:
+    ours, _ = both
+    ids = ours.encode_prompt([es.PromptPart(text, is_plain=True)])
+    is_token = text in (*CONTROLS, *MARKED)
+    assert (ids == ours.encode(text)) != is_token
+    assert ours.decode(ids, with_special=False) == ours.spelling.of(text)
+
+
 @pytest.mark.parametrize("from_end", [False, True])
 def test_a_long_decomposed_text_is_read_in_parts_of_the_same_tokens(
     both: tuple[es.Tokenizer, Any], from_end: bool
