@@ -3786,15 +3786,10 @@ def composed(text: str) -> str:
 
 def _in_order(run: re.Match[str]) -> str:
     """Return marks in canonical order; other characters stay where they are."""
-    ordered, by_class = list[str](), collections.defaultdict[int, list[str]](list)
-    for char in run[0]:
-        for mark in unicodedata.normalize("NFD", char):
-            kind = unicodedata.combining(mark)
-            if not kind:
-                ordered += itertools.chain(*map(by_class.pop, sorted(by_class)), mark)
-            else:
-                by_class[kind].append(mark)
-    ordered += itertools.chain(*map(by_class.pop, sorted(by_class)))
+    apart = "".join(unicodedata.normalize("NFD", char) for char in run[0])
+    ordered, kind = list[str](), unicodedata.combining
+    for _, chars in itertools.groupby(apart, lambda char: kind(char) > 0):
+        ordered += sorted(chars, key=kind)  # those that are no marks have 0
     return "".join(ordered)
 
 
