@@ -716,7 +716,7 @@ def cpu_name(root: Path = Path("/")) -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     found = re.findall(r"(?m)^(model name|flags|Features|CPU part)\s*: (.*)$", text)
-    facts = dict(found[:8])  # of the first core
+    facts = dict(found[:8])  # of the first cores
     features = facts.get("flags") or facts.get("Features", "")
     digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()
     name = facts.get("model name") or facts.get("CPU part") or platform.machine()
@@ -2411,7 +2411,7 @@ class Telemetry:
         return self._values[name, label]
 
     def buckets(self, name: str, label: str = "") -> tuple[Sequence[float], list[int]]:
-        """Return a histogram's bounds, and how much was seen up to each and above all."""
+        """Return a histogram's bounds, and how much is in each bucket and above all."""
         return self._rows[name].buckets, self._hits[name, label]
 
     def total(self, name: str) -> float:
