@@ -4241,7 +4241,7 @@ def checked_object(text: str) -> str:
     value = written_object(text)
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # to say what is wrong may go too deep
         return dumped_object(value)
     return text
 

@@ -497,6 +497,15 @@ def test_marks_are_told_apart_at_their_first_characters() -> None:
         assert not [one for one in marks if mark in one and mark != one]
 
 
+def test_no_depth_of_arguments_is_a_bug_of_ours() -> None:
+    # Python's JSON gives up near the recursion limit, and one way a level before another.
+    for depth in range(900, 1000):
+        inner = "[" * depth + '"a\n"' + "]" * depth
+        said = f'<tool_call>{{"name": "weather", "arguments": {{"a": {inner}}}}}</tool_call>'
+        read = Read([said])
+        assert read.calls or read.text == said
+
+
 def test_long_arguments_are_read_in_time_that_grows_with_their_length() -> None:
     # 100,000 characters one by one: looked through once, not each time.
     text = '{"text": "' + "{[a]}\\n" * 15000 + '"}'
