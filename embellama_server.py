@@ -4161,6 +4161,7 @@ _PYTHON_TOKEN: Final = re.compile(
     r"""\s*(?:("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|(-?\d[\d.eE+-]*)"""
     r"""|([^\W\d]\w*)(\s*=)?|([][{}:,()]))"""
 )
+_BACKSLASH: Final = re.compile(r"""(\\["'\\abfnrtv0-7xNuU])|\\""")
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 _CONSTANTS.update({word: word for word in _CONSTANTS.values()})
 _HALF_CHAR: Final = re.compile("[\ud800-\udfff]")  # it cannot be sent as it is
@@ -4280,6 +4281,8 @@ def _python_as_json(token: re.Match[str]) -> str:
     if text:
         import ast
 
+        # Of escapes that it does not know, as in "\d", Python would warn on stderr.
+        text = _BACKSLASH.sub(lambda found: found[1] or r"\\", text)
         try:
             return json.dumps(ast.literal_eval(text), ensure_ascii=False)
         except (ValueError, SyntaxError):

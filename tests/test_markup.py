@@ -497,6 +497,17 @@ def test_marks_are_told_apart_at_their_first_characters() -> None:
         assert not [one for one in marks if mark in one and mark != one]
 
 
+def test_strings_in_pythons_words_may_hold_any_backslash() -> None:
+    # Python warns of escapes like \d, which is an error in tests.
+    for quoted, said in (
+        (r"'\d+\.\w'", r"\d+\.\w"),
+        (r"'a\nb\x41\u00fc\101\\d'", "a\nb" + "A\u00fcA\\d"),
+        (r'"it\'s \"so\""', 'it\'s "so"'),
+    ):
+        read = Read([f"<tool_call>weather(city={quoted})</tool_call>"])
+        assert read.calls == [("weather", {"city": said})]
+
+
 def test_no_depth_of_arguments_is_a_bug_of_ours() -> None:
     # Python's JSON gives up near the recursion limit, and one way a level before another.
     for depth in range(900, 1000):
