@@ -5434,18 +5434,17 @@ class ChatTemplate:
         the template's, e.g. enable_thinking. Raises InvalidValue for messages that are
         none, TemplateRefused, and ContextLengthExceeded above ``max_chars``.
         """
-        turns = tool_turns(normalized(messages), tools or (), self.skills)
-        if tools and not self.skills.tools:
-            tools = None
-        if continues_last and not (turns and turns[-1].role == "assistant"):
-            raise invalid("messages", "must end with the assistant's, to continue it")
-        values = {"documents": None, **(variables or {}), "tools": tools or None}
+        values = {"documents": None, **(variables or {})}
+        values["tools"] = tools if tools and self.skills.tools else None
         values["add_generation_prompt"] = add_generation_prompt and not continues_last
         try:
+            turns = tool_turns(normalized(messages), tools or (), self.skills)
             values = self._plain(values) | self.names
             turns = [*map(self._plain_turn, turns)]
         except RecursionError:
             raise _refused("these messages are nested too deeply") from None
+        if continues_last and not (turns and turns[-1].role == "assistant"):
+            raise invalid("messages", "must end with the assistant's, to continue it")
         _until_s.set(time.thread_time() + self._max_render_s)
         run = _Run(self._template, values, continues_last, max_chars)
         try:

@@ -597,6 +597,9 @@ def test_messages_nested_too_deeply_are_refused() -> None:
     for _ in range(2000):  # JSON of 10 KB
         deep = [deep]
     assert "nested too deeply" in refusal(PLAIN, [user("a", x=deep)])
+    # Also where the template knows no tools, so that they are written out for it.
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": deep}}}]
+    assert "nested too deeply" in refusal(PLAIN, [user("a")], tools=tools)
 
 
 # --- a prompt's token ids ---
