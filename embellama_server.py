@@ -5188,7 +5188,7 @@ def _with_names(turns: Sequence[Turn]) -> list[Turn]:
         if calls := others.get("tool_calls"):
             made = (f"call{turn.index:03}{n:02}" for n in itertools.count())
             others["tool_calls"] = [
-                call | {"id": call.get("id", id_), "type": call.get("type", "function")}
+                {**call, "id": call.get("id") or id_, "type": "function"}
                 for call, id_ in zip(calls, made, strict=False)
             ]
             open_calls = {
@@ -5198,7 +5198,7 @@ def _with_names(turns: Sequence[Turn]) -> list[Turn]:
         if turn.role == "tool":
             id_ = str(others.get("tool_call_id") or next(iter(open_calls), ""))
             name = open_calls.pop(id_, "") or str(others.get("tool_name", ""))
-            others.setdefault("tool_call_id", id_)
+            others["tool_call_id"] = id_
             others.setdefault("name", name)
         found.append(dataclasses.replace(turn, others=others))
     return found

@@ -840,7 +840,8 @@ def test_ids_of_other_servers_become_what_a_template_takes() -> None:
     assert len(found) == 4 and found[:2] == found[2:] and found[0] != found[1]
 
 
-def test_results_get_the_names_and_ids_of_their_calls() -> None:
+@pytest.mark.parametrize("absent", [{}, {"id": None, "type": None}])
+def test_results_get_the_names_and_ids_of_their_calls(absent: Message) -> None:
     source = (
         "{% for m in messages %}{% for c in m.tool_calls %}{{ c.id }}{{ c.type }}"
         "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
@@ -848,13 +849,15 @@ def test_results_get_the_names_and_ids_of_their_calls() -> None:
         "{% endif %}{% endfor %}{% for t in tools or [] %}{{ t.function.description }}"
         "{% endfor %}"
     )
-    call: Message = {"function": {"name": "weather", "arguments": {}}}
+    function = {"name": "weather", "arguments": {}}
     messages: list[Message] = [
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "tool_calls": [{"function": function, **absent}] * 2},
         {"role": "tool", "content": "rain"},
+        {"role": "tool", "content": "sun"},
     ]
     assert rendered(source, messages) == (
-        "call00000functionweather{}rain=call00000=weather"
+        "call00000functionweather{}call00001functionweather{}"
+        "rain=call00000=weathersun=call00001=weather"
     )
 
 
