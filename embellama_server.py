@@ -8924,6 +8924,7 @@ class BatchQueue(JobQueue):
         """Note that a failed call's item is tried alone; False if no job waits for it."""
         with self._lock:
             if not item.owners:
+                self._forget(item)  # who comes now would get the failure of others
                 return False
             call.computing, call.computing_since = [item], self.clock()
             call.is_aborted = call.is_overdue = False

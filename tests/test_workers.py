@@ -878,6 +878,30 @@ def test_a_new_job_does_not_join_a_call_that_is_being_aborted() -> None:
     assert engine.computed()[key("same")] == 2
 
 
+def test_a_new_job_does_not_join_an_input_that_failed_and_is_not_tried_again() -> None:
+    engine = Engine()
+    engine.failures[kit.fake_id(kit.BOOM_WORD)] = 1
+    late: list[es.Job] = []
+
+    def leave() -> None:  # during the call that fails
+        at.pool.queue.cancel(left)
+        engine.at_moment["rearm"] = come
+
+    def come() -> None:  # when the neighbour is tried alone
+        late.append(at.submit("same"))
+        at.submit("later")
+        engine.wait_until_tokenizing("later")
+
+    with busy_desk(engine) as at:
+        left, stays = at.submit("same"), at.submit(kit.BOOM_WORD)
+        engine.at_moment["call"] = leave
+        let_go(at, engine, stays)
+        at.wait_for(*late)
+        assert_vectors(stays)
+        assert_vectors(late[0])
+        assert at.room_taken() == (0, 0)
+
+
 # --- calls that fail, and calls that do not end ---
 
 
