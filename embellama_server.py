@@ -7875,6 +7875,7 @@ class Reader:
         # of the last pair's query
         self._query = ""
         self._query_ids: list[int] = []
+        self._is_query_cut = False
         self._template: Around = ("", "", 0, 0)
 
     def read(self) -> Reading:
@@ -7913,8 +7914,10 @@ class Reader:
         if len(item) > limit + front + end:
             if not self._request.truncates:
                 raise _too_long(self._name, f"{len(item)} tokens", limit)
-            # The part that stays and both ends, which may be special tokens already.
-            first, last = (front, limit) if self._request.cuts_left else (limit, end)
+            # One more than the part that stays, as the rest is cut off below; and both
+            # ends, which may be special tokens already.
+            some = limit + 1
+            first, last = (front, some) if self._request.cuts_left else (some, end)
             item = [*item[:first], *item[len(item) - last :]]
         return self._fitted(with_special_tokens_once(item, card), front, end)
 
@@ -7941,7 +7944,8 @@ class Reader:
         card, request = self._card, self._request
         if self._query != pair.query:
             self._query_ids = yield from self._read(pair.query, name="query")
-            self._query = pair.query
+            self._query, self._is_query_cut = pair.query, self._is_cut
+        self._is_cut = self._is_query_cut
         ids = yield from self._read(pair.text)
         query_ids, after = self._query_ids, len(card.pair_suffix)
         special = len(card.prefix) + len(card.pair_separator) + after
@@ -7951,6 +7955,7 @@ class Reader:
                 size = f"{len(query_ids) + special} tokens"
                 raise _too_long("query", size, self._max_tokens)
             # As text-embeddings-inference does: the longer one of the two.
+            self._is_cut = True
             kept = room - min(len(ids), room // 2)
             query_ids = query_ids[-kept:] if request.cuts_left else query_ids[:kept]
         whole = pair_with_special_tokens(query_ids, ids, card)
@@ -7960,7 +7965,8 @@ class Reader:
         """Return the same for a pair in the model's own template."""
         if self._query != pair.query:
             self._template = yield from self._filled_template(pair.query)
-            self._query = pair.query
+            self._query, self._is_query_cut = pair.query, self._is_cut
+        self._is_cut = self._is_query_cut
         ids = yield from self._read(pair.text, self._template)
         return ids, self._template[2], self._template[3]
 
@@ -8025,6 +8031,7 @@ class Reader:
         if not self._request.truncates or limit < 0:
             size = f"{len(text)} characters"
             raise _too_long(name or self._name, size, max(0, limit))
+        self._is_cut = True
         return text[len(text) - limit :] if self._request.cuts_left else text[:limit]
 
     def _fitted(self, ids: list[int], front: int, end: int) -> list[int]:

@@ -273,6 +273,9 @@ def test_ids_are_cut_as_texts_are(cuts_left: bool) -> None:
     kept = own[-30:] if cuts_left else own[:30]
     assert computed(engine)[0] == [1, *kept, 2]
     assert len(computed(engine)) == 2, "special tokens are put once: both are equal"
+    # The same without special tokens, of which the tail would be cut off with the rest.
+    with desk(Engine(prefix=(), suffix=())) as at:
+        assert at.result(own, own[:32], **how).truncated == 1
 
 
 def test_the_tokenizer_sees_the_part_that_is_kept_and_no_more() -> None:
@@ -396,7 +399,8 @@ def test_of_a_query_that_is_too_long_as_much_is_read_as_the_text_leaves(
         [f"{what}{n}" for n in range(size)] for what, size in zip("qt", (query, text))
     ]
     with desk(engine) as at:
-        assert at.result(*pairs(*map(" ".join, words)), **how).error is None
+        job = at.result(*pairs(*map(" ".join, words)), **how)
+        assert (job.error, job.truncated) == (None, int(kept != (query, text)))
     own = [
         ids_of(" ".join(all_[len(all_) - n :] if cuts_left else all_[:n]))
         for all_, n in zip(words, kept)
@@ -524,7 +528,8 @@ def test_a_text_cut_within_a_template_leaves_all_the_rest(cuts_left: bool) -> No
         job = at.result(*pairs("q " * 14, "a"), **(how | {"truncates": False}))
         assert isinstance(job.error, es.ContextLengthExceeded)
         assert job.error.param == "query"
-        assert at.result(*pairs("r " * 14, "a"), **how).error is None
+        job = at.result(*pairs("r " * 14, "a", "a"), **how)
+        assert (job.error, job.truncated) == (None, 2), "the query was, for both"
     own, room = ids_of(NUMBERS), 32 - len(template_ids("q", ""))
     kept = own[-room:] if cuts_left else own[:room]
     front, end = ids_of("begin q then"), ids_of("end of q .")
