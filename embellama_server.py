@@ -7331,7 +7331,11 @@ class WeightsCache:
         target = self._target(weights)
         self._log("info", "re-encoding weights", type=weights, to=target)
         unfinished = target.with_name(f".new-{target.name}")
-        own.reencode(str(unfinished), weights)
+        try:
+            own.reencode(str(unfinished), weights)
+        except EngineError:
+            unfinished.unlink(missing_ok=True)  # it may have filled the disk
+            raise
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         _replace(target.with_suffix(".sha256"), sha256_of(unfinished).encode())
