@@ -7806,9 +7806,11 @@ def token_bounds(request: EmbedRequest, card: ModelCard) -> list[int]:
         elif isinstance(item, list):
             bound += len(item)
         else:
-            around = card.pair_separator, card.pair_suffix, card.pair_template
-            bound += sum(map(len, around))
-            bound += max_own_tokens(item.query) + max_own_tokens(item.text)
+            template = card.pair_template
+            queries = max(1, template.count("{query}"))
+            bound += len(card.pair_separator) + len(card.pair_suffix)
+            bound += max_own_tokens(template) + max_own_tokens(item.text)
+            bound += queries * max_own_tokens(item.query)
         bounds.append(min(card.max_input_tokens, bound))
     return bounds
 

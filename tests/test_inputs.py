@@ -5,6 +5,7 @@ As in test_workers.py: real threads, a fake engine whose calls can be held.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import threading
@@ -608,18 +609,31 @@ PAIR_CARD = kit.fake_card(
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
+def worst(part: str) -> list[int]:
+    """At worst a token for each character of the decomposition, or each byte."""
+    return [9] * (len(part) if part.isascii() else 4 * len(part))
+
+
 @given(TEXTS, TEXTS)
 @example("각값", "\u1f82" * 9)
 def test_no_pair_has_more_tokens_than_are_reserved_for_it(
     query: str, text: str
 ) -> None:
-    # At worst a token for each character of the decomposition, or each byte.
-    def worst(part: str) -> list[int]:
-        return [9] * (len(part) if part.isascii() else 4 * len(part))
-
     ids = es.pair_with_special_tokens(worst(query), worst(text), PAIR_CARD)
     found = kit.token_bound(es.Pair(query, text), PAIR_CARD)
     assert len(ids) <= found <= len(ids) + 2 + 1
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, "Отвечает ли текст на этот вопрос? {query} {document}"]
+)
+def test_no_pair_in_a_template_has_more_tokens_than_are_reserved_for_it(
+    template: str,
+) -> None:
+    card = dataclasses.replace(PAIR_CARD, pair_template=template)
+    whole = template.replace("{query}", "q" * 99).replace("{document}", "d" * 99)
+    found = kit.token_bound(es.Pair("q" * 99, "d" * 99), card)
+    assert len(whole.encode()) <= found
 
 
 def test_no_pair_takes_more_room_than_the_model_can_read() -> None:
