@@ -4480,17 +4480,14 @@ class CallScan:
     def _object(self) -> WrittenCall:
         begin = self.at
         if head := _HEAD.match(self.text, begin):
-            name = self._known(head[1])
-            self.begun = name, head.end()
-            end = self._end_of(head.end())
-            self.begun = None
-            arguments = checked_object(self.text[head.end() : end])
+            self.at = head.end()
+            call = self._arguments(self._known(head[1]))
             if self.is_whole and self._maybe_end_of(begin) is None:
                 self.at = len(self.text)  # it ends before the object does
             else:
                 self.at = self._end_of(begin)
                 written_object(self.text[begin : self.at])
-            return WrittenCall(name, arguments)
+            return call
         key = _KEY.match(self.text, begin)
         if key is None or not self._may_be_key(key[1] or "", key[0].endswith('"')):
             raise NoValue
