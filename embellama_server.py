@@ -5148,7 +5148,7 @@ for each call:
 Then stop: the user sends the results. If you need no function, just answer."""
 _CALL_TEXT: Final = "<tool_call>\n{}\n</tool_call>"
 _RESULT_TEXT: Final = "<tool_response>\n{}\n</tool_response>"
-_NO_MESSAGE: Final = 10**6  # the index of a turn that nobody sent
+NO_MESSAGE: Final = 10**6  # the index of a turn that nobody sent
 
 
 def tool_turns(
@@ -5170,7 +5170,7 @@ def tool_turns(
         lines = (json.dumps(one, ensure_ascii=False) for one in functions)
         text = _TOOLS_TEXT.format(tools="\n".join(lines))
         system = [turn for turn in found if turn.role == "system"]
-        first = system[0] if system else Turn(_NO_MESSAGE, "system", "")
+        first = system[0] if system else Turn(NO_MESSAGE, "system", "")
         first = dataclasses.replace(first, text=_joined(first.text, text))
         found = [first, *(turn for turn in found if turn.role != "system")]
     return found
@@ -5487,9 +5487,10 @@ class _Run:
         said = [turn for turn in turns if turn.text.strip()]
         for turn in [*said, *turns[len(turns) - self.continues_last :]]:
             if str(turn.index) not in passed_on:
-                raise _refused(
-                    f"it leaves out the text of messages[{turn.index}] ({turn.role})"
-                )
+                what = f"the text of messages[{turn.index}] ({turn.role})"
+                if turn.index == NO_MESSAGE:
+                    what = "the description of the tools"
+                raise _refused(f"it leaves out {what}")
         for turn in turns:
             for n, _ in enumerate(turn.others.get("tool_calls", ())):
                 if _call_mark(turn, n).strip(_MARK) not in passed_on:

@@ -796,6 +796,12 @@ def test_what_is_told_of_the_form_of_calls_is_a_form_that_is_read() -> None:
         assert reader.calls == 2, style
 
 
+def test_a_template_that_takes_no_description_of_tools_says_so() -> None:
+    messages = [user("a"), assistant("b"), user("c")]
+    said = refusal("{{ messages[-1].content }}", messages, tools=[WEATHER])
+    assert said == "it leaves out the description of the tools"
+
+
 def test_a_system_message_is_kept_beside_the_tools() -> None:
     (part,) = (
         es.ChatTemplate(KNOWS_NONE)
