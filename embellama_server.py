@@ -6669,14 +6669,11 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 # busy process on one core the median step of one stream took 23.5 ms in each of three
 # runs, and 25 to 203 with 10,000; beside two 38 to 48, and 33 to 35.
 
-_SPINS, _SPINS_OF_STEPS = "1000", "300000"
-
 
 def set_openmp_spins(*, generates: bool) -> None:
     """Decide how long threads spin; libgomp reads it as the first engine loads it."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        spins = _SPINS_OF_STEPS if generates else _SPINS
-        os.environ.setdefault("GOMP_SPINCOUNT", spins)
+        os.environ.setdefault("GOMP_SPINCOUNT", "300000" if generates else "1000")
 
 
 def load_backends(llama: Any) -> None:
