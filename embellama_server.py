@@ -6943,21 +6943,17 @@ class Engine:
             raise StartupError(f"{self._path} gives vectors that are not numbers")
 
     def _try_once(self) -> None:
-        if self.card.kind == "generate":
-            with contextlib.closing(self._step_context(256, 1)) as context:
-                self.probe_step(context)
-            return
-        tokens = min(self.card.context_tokens, FLASH_TILE_TOKENS)
-        with contextlib.closing(self._context(tokens)) as context:
-            self.probe(context)
-
-    def probe_step(self, context: StepContext, threads: int = 1) -> None:
         """Compute a letter. Raises EngineError, or StartupError if that gives NaN."""
+        if self.card.kind != "generate":
+            tokens = min(self.card.context_tokens, FLASH_TILE_TOKENS)
+            with contextlib.closing(self._context(tokens)) as context:
+                self.probe(context)
+            return
         ids = [*self.card.prefix, *self.tokenizer.encode("a")]
-        context.decode([StepRow(0, 0, ids, outputs=1)], threads)
-        if not np.isfinite(context.logits(len(ids) - 1).max()):
-            raise StartupError(f"{self._path} gives logits that are not numbers")
-        context.clear()
+        with contextlib.closing(self._step_context(256, 1)) as steps:
+            steps.decode([StepRow(0, 0, ids, outputs=1)], threads=1)
+            if not np.isfinite(steps.logits(len(ids) - 1).max()):
+                raise StartupError(f"{self._path} gives logits that are not numbers")
 
     def close(self) -> None:
         """Free the model, after its contexts."""
