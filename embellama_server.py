@@ -6587,16 +6587,6 @@ class RowsContext(PassesContext):
 
     MAX_INPUTS = 32
 
-    def __init__(
-        self,
-        llama: Any,
-        model: Any,
-        options: ContextOptions,
-        input_rows: InputRows | None = None,
-    ) -> None:
-        self._head_stopper = head_stopper(llama)  # lives as long as the llama_context
-        super().__init__(llama, model, options, input_rows)
-
     def embed(
         self, inputs: Sequence[TokenIds], *, threads: int = 1, fresh: bool = False
     ) -> Vectors:
@@ -6616,7 +6606,8 @@ class RowsContext(PassesContext):
         params.n_ubatch = min(params.n_ubatch, ROW_TOKENS)
         params.n_outputs_max = ROW_TOKENS
         params.pooling_type = self._llama.LLAMA_POOLING_TYPE_NONE
-        params.cb_eval = self._head_stopper
+        # It must live as long as the llama_context, of which there is one.
+        self._head_stopper = params.cb_eval = head_stopper(self._llama)
 
 
 class MeanContext(RowsContext):
