@@ -6047,9 +6047,8 @@ class Context(AbortableContext):
         self._logits_bytes = n_vocab * ctypes.sizeof(ctypes.c_float)
         # Called for each input and very short, so it keeps the GIL: getting it back from a
         # busy event loop took 0.5 ms each time.
-        address = ctypes.cast(llama.llama_get_embeddings_seq, ctypes.c_void_p).value
         kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
-        self._vector_of = kind(address or 0)
+        self._vector_of = kind(("llama_get_embeddings_seq", llama._lib))
         self._handles: list[_Handle] = []
         self._small: _Handle | None = None
         with contextlib.ExitStack() as undo:
@@ -6317,9 +6316,8 @@ class StepContext(AbortableContext):
         self._tokens = TokenBatch(llama, self.max_tokens)
         self._scattered: dict[int, int] = {}  # from which position on: see pack()
         # Called for each token and very short: it keeps the interpreter lock.
-        address = ctypes.cast(llama.llama_get_logits_ith, ctypes.c_void_p).value
         kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
-        self._logits_of = kind(address or 0)
+        self._logits_of = kind(("llama_get_logits_ith", llama._lib))
 
     def decode(
         self, rows: Sequence[StepRow], threads: int, *, is_deterministic: bool = False
