@@ -9427,9 +9427,10 @@ _UNESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
 _LEXEME: Final = re.compile(
     r"""
     (?P<space>[ \t]+|\#[^\r\n]*)|(?P<line>\r\n|[\r\n])
-    |(?P<rule>[a-zA-Z0-9-]+)(?:[ \t]|\#[^\r\n]*)*::=|(?P<name>[a-zA-Z0-9-]+)
+    |(?P<rule>[a-zA-Z0-9-]+)[ \t]*::=|(?P<name>[a-zA-Z0-9-]+)
     |"(?P<text>(?:[^"\\]|\\.)*)"|\[(?P<not>\^?)(?P<chars>(?:[^\]\\]|\\.)+)\]|(?P<any>\.)
-    |(?P<repeat>[*+?])|\{\s*(?P<low>[0-9]+)\s*(?P<upto>,?)\s*(?P<high>[0-9]*)\s*\}
+    |(?P<repeat>[*+?])
+    |\{\s*+(?P<low>[0-9]{1,99}+)\s*+(?P<upto>,?)\s*+(?P<high>[0-9]{0,99}+)\s*+\}
     |(?P<token>!?<(?:\[[0-9]{1,9}\]|[^>]*)>)|(?P<open>\()|(?P<close>\))|(?P<or>\|)
     """,
     re.VERBOSE | re.DOTALL,

@@ -30,6 +30,8 @@ REFUSED = [
     ('root ::= "a")', "closes a parenthesis that is not open"),
     ('root ::= "a"{3,2}', "has '{3,2}', of which nothing can be so often"),
     ('root ::= "a"{9999999999}', "of which nothing can be so often"),
+    ('root ::= "a"{' + "9" * 5000 + "}", "cannot be read at '{999"),
+    ('root ::= "a"{1,' + "9" * 5000 + "}", "cannot be read at '{1,999"),
     ('root ::= "a" root2 ::= "b"', "begins a rule in the line of another one"),
     ('root ::= "a"\n| "b"', "has '|' outside of a rule (line 2)"),
     ('root ::= root "a" | "b"', "left recursion"),
@@ -112,11 +114,25 @@ def test_a_grammar_that_grows_too_large_is_refused() -> None:
         "root ::= " + '"a" | ' * 5_000 + '"a"',
         'root ::= "a"{500000000}',
         "root ::= " + "[a-z]" * 10_000,
+        "root ::= a " + "#" * 10_000 + '\na ::= "a"',
     ],
-    ids=["groups", "a chain", "alternatives", "repeats", "long"],
+    ids=["groups", "a chain", "alternatives", "repeats", "long", "a comment"],
 )
 def test_no_grammar_takes_long_to_read(text: str) -> None:
     begun = time.monotonic()
     grammar = es.Grammar(text, "grammar")
     assert grammar.start.next_bytes()[0] == ord("a")
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("bound", ["{1" + " " * 10_000, "{" + "1" * 10_000])
+def test_a_bound_without_an_end_is_refused_soon(bound: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(es.InvalidValue, match="cannot be read at"):
+        es.Grammar(f'root ::= "a"{bound}', "grammar")
+    assert time.monotonic() - begun < 5
+
+
+def test_what_looks_like_a_rule_in_a_comment_is_none() -> None:
+    grammar = es.Grammar('root ::= a # as in b ::= c\na ::= "x"', "grammar")
+    assert grammar.start.next_bytes() == [ord("x")]
