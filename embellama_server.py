@@ -10532,15 +10532,16 @@ class FlatSchemas:
         if isinstance(types, str):
             types = [types]
         if types is not None:
-            if not isinstance(types, list) or not types or {*types} - {*SCHEMA_KEYS}:
+            is_list = isinstance(types, list) and len(types) > 0
+            if not is_list or any(kind not in [*SCHEMA_KEYS] for kind in types):
                 self.fail(f"{where}.type", "must be a JSON type or a list of them")
             flat["type"] = types
+        if not isinstance(flat.get("enum", []), list):
+            self.fail(f"{where}.enum", "must be a list")
         if "const" in flat:
             values = [flat.pop("const")]
             old = flat.get("enum", values)
             flat["enum"] = [v for v in values if any(_are_equal(v, o) for o in old)]
-        if not isinstance(flat.get("enum", []), list):
-            self.fail(f"{where}.enum", "must be a list")
         for key in ("exclusiveMinimum", "exclusiveMaximum"):  # as in draft 4
             if isinstance(flat.get(key), bool):
                 bound = key.removeprefix("exclusive").lower()
@@ -10671,8 +10672,7 @@ def is_whole_number(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_one and math.isfinite(typing.cast(float, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _are_equal(one: object, other: object) -> bool:
