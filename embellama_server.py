@@ -10769,7 +10769,10 @@ def schema_rule(rules: GrammarRules, schema: object, param: str) -> str:
     ``param``: where the schema is in the request. Raises InvalidValue with the keyword
     that a grammar cannot say, and where it is.
     """
-    return _SchemaReader(rules, schema, param).rule
+    try:
+        return _SchemaReader(rules, schema, param).rule
+    except RecursionError:  # as each of many parts leads to the next one
+        raise invalid(param, "has too many schemas that lead to others") from None
 
 
 class _SchemaReader:

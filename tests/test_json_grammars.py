@@ -181,6 +181,14 @@ HUGE = {
         | {"d40": {}},
         "$ref": "#/$defs/d0",
     },
+    "a chain of references": {
+        "$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(2000)}
+        | {"d2000": {}},
+        "$ref": "#/$defs/d0",
+    },
+    "many parts": {
+        "allOf": [{"properties": {"x": {"minLength": n}}} for n in range(2000)]
+    },
     "many branches": {"anyOf": [{"const": n} for n in range(1000)]},
 }
 
