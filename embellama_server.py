@@ -9420,7 +9420,7 @@ class Pool(Generic[Work_co]):
 # drops upper bounds over 2,000 in silence.
 
 MAX_GRAMMAR_CHARS: Final = 1 << 18  # read in 0.5 s
-_MAX_REPEATS: Final = 10**9
+MAX_REPEATS: Final = 10**9
 _MAX_CODE_POINT: Final = 0x10FFFF
 _ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 _UNESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
@@ -9641,7 +9641,7 @@ class _GbnfReader:
         )
         if lexeme["low"] and not lexeme["upto"]:
             high = low
-        if not low <= high or max(low, high if high < math.inf else 0) > _MAX_REPEATS:
+        if not low <= high or max(low, high if high < math.inf else 0) > MAX_REPEATS:
             self._fail(f"has {lexeme[0]!r:.60}, of which nothing can be so often")
         if len(items) == 1 and items[0].is_plain:
             return GrammarItem(rule=items[0].rule, low=int(low), high=high)
@@ -10871,7 +10871,7 @@ class _SchemaReader:
         low, high = int(flat.get(f"min{what}", 0)), flat.get(f"max{what}", math.inf)
         if low > high:
             self._fail(where, f"has min{what} {low} above max{what} {high}")
-        return low, high
+        return low, high if high <= MAX_REPEATS else math.inf  # no reply is so long
 
     def _number(self, flat: JsonSchema, where: str) -> str:
         is_whole = flat["type"] == "integer"

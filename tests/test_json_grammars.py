@@ -72,6 +72,7 @@ CASES: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "string", "minLength": 2, "maxLength": 3},
      ['"ab"', '"🙂\\n\\u00e9"', '"\\ud83d\\ude42x"'], ['"a"', '"abcd"']),
     ({"type": "string", "maxLength": 5000}, ['"' + "x" * 5000 + '"'], ['"' + "x" * 5001 + '"']),
+    ({"type": "string", "maxLength": 2**31 - 1}, ['""', '"abc"'], ["1"]),
     ({"type": "string", "pattern": "^[a-c]+$", "maxLength": 3}, ['"abc"'], ['"abcd"', '""']),
     ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2023-02-29"', '"2024-13-01"']),
     ({"type": "string", "format": "time"}, ['"23:59:59Z"', '"00:00:00.5+01:00"'], ['"24:00:00Z"']),
