@@ -10333,6 +10333,9 @@ def number_gbnf(
     low: NumberBound | None, high: NumberBound | None, *, is_whole: bool
 ) -> str:
     """Return the GBNF of the numbers between bounds. Empty: there is none."""
+    limit = 10**_MAX_WHOLE_DIGITS
+    if (low and low.value >= limit) or (high and high.value <= -limit):
+        return ""  # all have fewer digits
     ends = [b.value for b in (low, high) if b and abs(b.value) < 10**_MAX_WHOLE_DIGITS]
     if not ends:
         whole = f'"-"? ("0" | [1-9] [0-9]{{0,{_MAX_WHOLE_DIGITS - 1}}})'
@@ -10899,7 +10902,7 @@ class _SchemaReader:
                 found, key=lambda b: (sign * b.value, b.is_open), default=None
             )
         if factor not in (1, None):
-            return self._multiples(factor, bounds, where)
+            return self._multiples(int(factor), bounds, where)
         gbnf = number_gbnf(bounds["Minimum"], bounds["Maximum"], is_whole=is_whole)
         if not gbnf:
             self._fail(where, "allows no number: its bounds leave none")
@@ -10989,7 +10992,7 @@ class _SchemaReader:
     def _object(self, flat: JsonSchema, where: str) -> str:
         low, high = self._limits(flat, "Properties", where)
         properties = dict(flat.get("properties", {}))
-        required = flat.get("required", [])
+        required = [*dict.fromkeys(flat.get("required", []))]
         others = flat.get("additionalProperties", not properties)
         for name in required:
             properties.setdefault(name, flat.get("additionalProperties", True))
