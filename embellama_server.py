@@ -13269,7 +13269,9 @@ class GenerationWorker(Workers):
             error = failure
         seconds = self._queue.end_step(running, error)
         if isinstance(error, CallAborted) and not running.is_overdue:
-            return  # all have left, and llama.cpp has forgotten the step
+            for reply in replies:  # all have left; parts of the step may be in memory
+                context.trim(reply.sequence.id, reply.sequence.length)
+            return
         if error is not None:
             self._recover(replies, error, is_overdue=running.is_overdue)
             return

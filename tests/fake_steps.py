@@ -110,7 +110,13 @@ class FakeStepContext(es.StepContext):
     ) -> None:
         self._check_thread()
         engine = self._engine
-        engine.enter(self)  # type: ignore[arg-type]
+        try:
+            engine.enter(self)  # type: ignore[arg-type]
+        except es.CallAborted:  # llama.cpp keeps the parts before the one it was in
+            for row in rows:
+                some = row.ids[: len(row.ids) // 2]
+                self.sequences[row.sequence] += [(int(t), object()) for t in some]
+            raise
         engine.threads.append(threads)
         assert 0 < sum(len(row.ids) for row in rows) <= self.max_tokens
         assert sum(row.outputs for row in rows) <= self.max_outputs

@@ -209,6 +209,20 @@ def test_a_step_that_computes_for_nobody_is_ended_and_harms_nobody(
         settled(running)
 
 
+def test_a_prompt_can_be_read_again_after_a_step_of_it_was_ended() -> None:
+    with generating(StepEngine(max_tokens=16)) as running:
+        engine, ids = running.engine, prompt(1, 60)
+        assert running.ask(ids[:40], 1).text() == said_after(ids[:40], 1)
+        engine.block()
+        one = running.ask(ids, 5)
+        engine.wait_until_computing()
+        running.queue.cancel(one.generation)
+        engine.release()
+        assert running.ask(ids, 5).text() == said_after(ids, 5)
+        assert len(engine.contexts) == 1
+        settled(running)
+
+
 def test_a_large_request_is_not_passed_for_ever() -> None:
     with generating(StepEngine(cells=256)) as running:
         running.engine.block()
