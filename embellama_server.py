@@ -11356,7 +11356,8 @@ class Constraint:
         Tens of thousands may begin with a byte that may come, and to try each takes 1 us.
         """
         state, may_come = self.state, np.zeros(len(logits), bool)
-        ids = self._texts.allowed(state)
+        # The list is by whole texts: of a text without its space each must be tried.
+        ids = None if self._drops_space else self._texts.allowed(state)
         is_tried = ids is not None
         may_come[self._texts.possible(state) if ids is None else ids] = True
         may_come[self._ends] = state.is_complete

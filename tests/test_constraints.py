@@ -197,3 +197,12 @@ def test_a_grammar_with_too_many_readings_is_an_error_of_its_field(
     with pytest.raises(es.NothingToSample, match="too many ways") as caught:
         speaker.say(1, 1000, "a")
     assert caught.value.param == "grammar"
+
+
+def test_a_reply_may_have_to_begin_with_a_space_after_the_tokenizer_s_own() -> None:
+    texts = es.TokenTexts([b"", b" ", b" yes", b"  yes", b"yes"])
+    grammar = es.Grammar('root ::= " yes"', "grammar")
+    constraint = es.Constraint(grammar, texts, drops_space=True)
+    assert constraint.likely(np.zeros(5, np.float32)).tolist() == [1, 3]
+    assert constraint.take(1)
+    assert constraint.likely(np.zeros(5, np.float32)).tolist() == [1, 2]
