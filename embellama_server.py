@@ -9422,6 +9422,8 @@ class Pool(Generic[Work_co]):
 MAX_GRAMMAR_CHARS: Final = 1 << 18  # read in 0.5 s
 MAX_REPEATS: Final = 10**9
 _MAX_CODE_POINT: Final = 0x10FFFF
+Ranges = list[tuple[int, int]]  # of code points, or bytes
+EVERY_CHAR: Final = [(0, _MAX_CODE_POINT)]
 _ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 _UNESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
 _LEXEME: Final = re.compile(
@@ -9534,22 +9536,12 @@ class GrammarItem:
         return self.token is not None and (self.token == token) != self.is_other
 
 
-def read_gbnf(
-    text: str, param: str, token: Callable[[str], int | None] | None = None
-) -> GrammarRule:
-    """Return the rule root of a grammar; ``token`` gives the id of ``<name>``.
-
-    Raises InvalidValue, which names the field ``param``.
-    """
-    return _GbnfReader(text, param, token).read()
-
-
 # Symbols, each of them items: the bytes of a text, mostly.
 _Sequence = list[list[GrammarItem]]
 
 
-class _GbnfReader:
-    """Reads GBNF."""
+class GbnfReader:
+    """Reads GBNF; ``token`` gives the id of ``<name>``, ``param`` is the field to blame."""
 
     def __init__(
         self, text: str, param: str, token: Callable[[str], int | None] | None
@@ -9669,10 +9661,10 @@ class _GbnfReader:
         return [GrammarItem(rule=known)]
 
     def _set(self, kind: str, lexeme: re.Match[str]) -> GrammarRule:
-        ranges = [(0, _MAX_CODE_POINT)]
+        ranges = EVERY_CHAR
         if kind == "chars":
             ranges = self._ranges(lexeme["chars"])
-            ranges = _complement(ranges) if lexeme["not"] else ranges
+            ranges = subtracted(EVERY_CHAR, ranges) if lexeme["not"] else ranges
         rule, ascii_bytes = GrammarRule(), 0
         for low, high in ranges:
             for sequence in _utf8_sequences(low, high):
@@ -9685,7 +9677,7 @@ class _GbnfReader:
             rule.firsts.append(GrammarItem(ascii_bytes))
         return rule
 
-    def _ranges(self, text: str) -> list[tuple[int, int]]:
+    def _ranges(self, text: str) -> Ranges:
         chars = collections.deque(self._chars(text))
         ranges = []
         while chars:
@@ -9721,16 +9713,21 @@ class _GbnfReader:
         return GrammarItem(token=token, is_other=is_other)
 
 
-def _complement(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    begin, others = 0, []
+def subtracted(ranges: Ranges, others: Ranges) -> Ranges:
+    """Return what is in ``ranges`` and not in ``others``, ascending."""
+    left: Ranges = []
     for low, high in sorted(ranges):
-        if begin < low:
-            others.append((begin, low - 1))
-        begin = max(begin, high + 1)
-    return [*others, (begin, _MAX_CODE_POINT)] if begin <= _MAX_CODE_POINT else others
+        for least, most in sorted(others):
+            if most < low or least > high:
+                continue
+            if low < least:
+                left.append((low, least - 1))
+            low = most + 1
+        if low <= high:
+            left.append((low, high))
+    return left
 
 
-_ByteRanges = list[tuple[int, int]]
 # Those that UTF-8 writes with as many bytes; the halves of pairs, it does not write.
 _UTF8_LENGTHS: Final = (
     *((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF)),
@@ -9738,7 +9735,7 @@ _UTF8_LENGTHS: Final = (
 )
 
 
-def _utf8_sequences(low: int, high: int) -> Iterator[_ByteRanges]:
+def _utf8_sequences(low: int, high: int) -> Iterator[Ranges]:
     """Give ranges of bytes, one after the other, that together are these characters."""
     for least, most in _UTF8_LENGTHS:
         if max(low, least) <= min(high, most):
@@ -9746,7 +9743,7 @@ def _utf8_sequences(low: int, high: int) -> Iterator[_ByteRanges]:
             yield from _byte_ranges(first.encode(), last.encode())
 
 
-def _byte_ranges(low: bytes, high: bytes) -> Iterator[_ByteRanges]:
+def _byte_ranges(low: bytes, high: bytes) -> Iterator[Ranges]:
     first, last, rest = low[0], high[0], len(low) - 1
     if not rest or first == last:
         tails = _byte_ranges(low[1:], high[1:]) if rest else [[]]
@@ -9861,7 +9858,7 @@ class Grammar:
         self._stacks: dict[tuple[GrammarItem, int, _Stack | None], _Stack] = {}
         self._states: dict[tuple[frozenset[_Stack], bool], GrammarState] = {}
         self._work = _MAX_WORK
-        root = read_gbnf(text, param, token)
+        root = GbnfReader(text, param, token).read()
         _check_recursion(root, param)
         try:
             self.start = self._close([self._stack(item, None) for item in root.firsts])
@@ -9936,18 +9933,15 @@ class Grammar:
 
 def _check_recursion(root: GrammarRule, param: str) -> None:
     """Raise InvalidValue if a rule begins with itself: nothing could be read by it."""
-    rules = {root: None}
-    for rule in (queue := [root]):
-        for item in _items(rule):
-            if item.rule is not None and item.rule not in rules:
-                rules[item.rule] = None
-                queue.append(item.rule)
-    empty: set[GrammarRule] = set()
-    users: dict[GrammarRule, list[GrammarRule]] = {rule: [] for rule in rules}
-    for rule in rules:
+    users: dict[GrammarRule, list[GrammarRule]] = {root: []}
+    for rule in (rules := [root]):
         for item in _items(rule):
             if item.rule is not None:
+                if item.rule not in users:
+                    users[item.rule] = []
+                    rules.append(item.rule)
                 users[item.rule].append(rule)
+    empty: set[GrammarRule] = set()
     todo = [*rules]
     while todo:
         rule = todo.pop()
@@ -10062,7 +10056,6 @@ class TokenTexts:
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
 # digit beyond ASCII?) may not come at all, so that a reply suits either.
 
-_Ranges = list[tuple[int, int]]  # of code points
 _MAX_PATTERN_CHARS: Final = 2048
 _MAX_PATTERN_DEPTH: Final = 32
 _DIGIT: Final = [(48, 57)]
@@ -10075,7 +10068,7 @@ _OTHER_SPACES: Final = [
     (0xFEFF, 0xFEFF),
 ]
 # Of each: what surely is one, and what may be one.
-_CLASSES: Final[Mapping[str, tuple[_Ranges, _Ranges]]] = {
+_CLASSES: Final[Mapping[str, tuple[Ranges, Ranges]]] = {
     "d": (_DIGIT, _DIGIT + _BEYOND_ASCII),
     "w": (_WORD_CHARS, _WORD_CHARS + _BEYOND_ASCII),
     "s": (_SPACES, _SPACES + _OTHER_SPACES),
@@ -10111,7 +10104,7 @@ def pattern_grammar(pattern: str) -> PatternGrammar:
     return _PatternReader(pattern).read()
 
 
-def json_char(ranges: Sequence[tuple[int, int]]) -> str:
+def json_char(ranges: Ranges) -> str:
     """Return the GBNF of one of these code points in a JSON string."""
     raw = subtracted(ranges, _NOT_RAW)
     found = [_set(raw)] if raw else []
@@ -10121,22 +10114,7 @@ def json_char(ranges: Sequence[tuple[int, int]]) -> str:
     return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
 
-def subtracted(ranges: Iterable[tuple[int, int]], others: _Ranges) -> _Ranges:
-    """Return what is in ``ranges`` and not in ``others``, ascending."""
-    left: _Ranges = []
-    for low, high in sorted(ranges):
-        for least, most in sorted(others):
-            if most < low or least > high:
-                continue
-            if low < least:
-                left.append((low, least - 1))
-            low = most + 1
-        if low <= high:
-            left.append((low, high))
-    return left
-
-
-def _set(ranges: _Ranges) -> str:
+def _set(ranges: Ranges) -> str:
     def char(code: int) -> str:
         text = chr(code)
         if text.isascii() and text.isalnum():
@@ -10145,9 +10123,6 @@ def _set(ranges: _Ranges) -> str:
 
     parts = (char(a) if a == b else f"{char(a)}-{char(b)}" for a, b in ranges)
     return f"[{''.join(parts)}]"
-
-
-EVERY_CHAR: Final = [(0, 0x10FFFF)]
 
 
 class _PatternReader:
@@ -10235,7 +10210,7 @@ class _PatternReader:
             raise ValueError(f"has {char} where it cannot stand: escape it, or anchor")
         return self._one_of(self._char()[0])
 
-    def _one_of(self, ranges: _Ranges) -> PatternGrammar:
+    def _one_of(self, ranges: Ranges) -> PatternGrammar:
         if not ranges:
             raise ValueError("has a class without characters")
         return PatternGrammar(json_char(ranges), 1, 1)
@@ -10257,9 +10232,9 @@ class _PatternReader:
             raise ValueError("ends inside a group")
         return found._replace(gbnf=f"({found.gbnf})", repeats="")
 
-    def _class(self) -> _Ranges:
+    def _class(self) -> Ranges:
         is_other = self._take("^")
-        found: _Ranges = []
+        found: Ranges = []
         while not self._take("]"):
             if self._at >= len(self._text):
                 raise ValueError("ends inside [")
@@ -10276,7 +10251,7 @@ class _PatternReader:
             found += ranges
         return subtracted(EVERY_CHAR, found) if is_other else found
 
-    def _char(self, *, is_broad: bool = False) -> tuple[_Ranges, bool]:
+    def _char(self, *, is_broad: bool = False) -> tuple[Ranges, bool]:
         """Return a character, or a class of them; and whether it is the first.
 
         ``is_broad``: with all that may belong to the class, as it is excluded.
