@@ -10076,6 +10076,7 @@ _CLASSES: Final[Mapping[str, tuple[Ranges, Ranges]]] = {
 _LINE_BREAKS: Final = [(10, 10), (13, 13), (0x2028, 0x2029)]
 _CONTROLS: Final = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 _NOT_RAW: Final = [(0, 31), (34, 34), (92, 92)]  # in a JSON string
+_GROUP_NAME: Final = re.compile(r"\?P?<[A-Za-z_]\w*>")
 _QUANTIFIER: Final = re.compile(r"([*+?]|\{([0-9]{1,9})(,?)([0-9]{0,9})\})\??")
 _CODE: Final = re.compile(
     r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|u\{([0-9a-fA-F]{1,6})\}", re.ASCII
@@ -10090,8 +10091,6 @@ class PatternGrammar(NamedTuple):
     most: float
     repeats: str = ""  # GBNF of one character, if it is nothing but many of these
 
-
-_ANY_CHARS: Final = PatternGrammar("", 0, math.inf)  # its GBNF needs json_char()
 
 
 def pattern_grammar(pattern: str) -> PatternGrammar:
@@ -10160,9 +10159,9 @@ class _PatternReader:
 
     def _sequence(self) -> PatternGrammar:
         is_whole = not self._depth
-        anything = _ANY_CHARS._replace(gbnf=f"{json_char(EVERY_CHAR)}*")
+        anything = PatternGrammar(f"{json_char(EVERY_CHAR)}*", 0, math.inf)
         found: list[PatternGrammar] = []
-        if not (is_whole and self._take("^")) and is_whole:
+        if is_whole and not self._take("^"):
             found.append(anything)
         is_ended = False
         while self._at < len(self._text) and not (self._peek("|") or self._peek(")")):
@@ -10216,8 +10215,7 @@ class _PatternReader:
         return PatternGrammar(json_char(ranges), 1, 1)
 
     def _group(self) -> PatternGrammar:
-        named = re.compile(r"\?P?<[A-Za-z_]\w*>").match(self._text, self._at)
-        if named:
+        if named := _GROUP_NAME.match(self._text, self._at):
             self._at = named.end()
         elif not self._take("?:") and self._peek("?"):
             raise ValueError(
@@ -10236,14 +10234,10 @@ class _PatternReader:
         is_other = self._take("^")
         found: Ranges = []
         while not self._take("]"):
-            if self._at >= len(self._text):
-                raise ValueError("ends inside [")
             ranges, is_one = self._char(is_broad=is_other)
             is_range = is_one and self._peek("-") and not self._peek("-]")
             if is_range:
                 self._at += 1
-                if self._at >= len(self._text):
-                    raise ValueError("ends inside [")
                 ends, is_one = self._char()
                 if not is_one or ends[0][0] < ranges[0][0]:
                     raise ValueError("has a range without a last character")
@@ -10256,6 +10250,8 @@ class _PatternReader:
 
         ``is_broad``: with all that may belong to the class, as it is excluded.
         """
+        if self._at >= len(self._text):
+            raise ValueError("ends inside [")
         char = self._text[self._at]
         self._at += 1
         if char != "\\":
@@ -10383,7 +10379,6 @@ def _between(low: str | None, high: str | None, whole: int, left: int) -> str:
         add(first, first, lower, upper)
     else:
         is_low, is_high = bool((lower or "").strip("0")), bool((upper or "").strip("9"))
-        is_low, is_high = is_low and low is not None, is_high and high is not None
         if is_low:
             add(first, first, lower, None)
         add(first + is_low, last - is_high, None, None)
