@@ -10420,10 +10420,10 @@ SCHEMA_KEYS: Final[Mapping[str, frozenset[str]]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
-_OTHER_KEYS: Final = frozenset(
-    ["type", "nullable", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"]
-)
-_MEANT_KEYS: Final = _OTHER_KEYS.union(*SCHEMA_KEYS.values())
+_FLAT_KEYS: Final = frozenset(
+    ["type", "nullable", "enum", "const", "anyOf", "oneOf"]
+).union(*SCHEMA_KEYS.values())
+_KNOWN_KEYS: Final = _FLAT_KEYS | {"$ref", "allOf", *_ANNOTATIONS}
 _COUNTED: Final = ("Length", "Items", "Properties")  # after min and max
 JSON_TYPES: Final = ("object", "array", "string", "number", "boolean", "null")
 JsonSchema = Mapping[str, Any]  # of an object; what is nested may be true or false, too
@@ -10463,11 +10463,10 @@ class FlatSchemas:
         if not isinstance(schema, Mapping):
             self.fail(where, "allows no value" if schema is False else "is no schema")
         for key in schema:
-            if key not in (*_MEANT_KEYS, *_ANNOTATIONS) and not key.startswith("x-"):
+            if key not in _KNOWN_KEYS and not key.startswith("x-"):
                 self.unable(where, key)
-        meant = _MEANT_KEYS - {"$ref", "allOf"}
-        own = {key: value for key, value in schema.items() if key in meant}
-        flat: JsonSchema = self._plain(own, where)
+        own = {key: value for key, value in schema.items() if key in _FLAT_KEYS}
+        flat = self._plain(own, where)
         if "$ref" in schema:
             ref = schema["$ref"]
             if ref in refs:
@@ -10498,9 +10497,8 @@ class FlatSchemas:
                 self.fail(f"{where}.$ref", f"leads nowhere: {ref!r:.80}")
         return found
 
-    def _plain(self, schema: dict[str, Any], where: str) -> JsonSchema:
+    def _plain(self, flat: dict[str, Any], where: str) -> JsonSchema:
         """Return it with all that has several ways to be said in one, and checked."""
-        flat = dict(schema)
         types = flat.pop("type", None)
         if isinstance(types, str):
             types = [types]
@@ -10778,9 +10776,9 @@ class _SchemaReader:
         for key in ("anyOf", "oneOf"):
             if key in flat:
                 return self._branches(flat, key, where)
-        types = flat.get("type")
         if "enum" in flat:
-            return self._constants(flat, types, where)
+            return self._constants(flat, where)
+        types = flat.get("type")
         if types is None:  # those that its keywords are about, or all
             types = [
                 kind for kind in JSON_TYPES if SCHEMA_KEYS[kind] - {"format"} & {*flat}
@@ -10811,14 +10809,11 @@ class _SchemaReader:
         names = (self._value(o, f"{where}.{key}[{n}]") for n, o in enumerate(branches))
         return " | ".join(dict.fromkeys(names))
 
-    def _constants(self, flat: JsonSchema, types: list[str] | None, where: str) -> str:
+    def _constants(self, flat: JsonSchema, where: str) -> str:
         for key in {*flat} - {"enum", "type"}:
             self._unable(where, key, " together with enum or const")
-        values = [
-            value
-            for value in flat["enum"]
-            if types is None or types_of({"enum": [value]}) & types_of({"type": types})
-        ]
+        kinds = types_of({"type": flat.get("type", JSON_TYPES)})
+        values = [v for v in flat["enum"] if types_of({"enum": [v]}) & kinds]
         if not values:
             self._fail(f"{where}.enum", "allows no value")
         return " | ".join(dict.fromkeys(self._constant(value) for value in values))
