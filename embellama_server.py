@@ -11414,11 +11414,7 @@ class Sampler:
         constraint.grammar.begin()
         if not constraint.take(token):
             logits = row.copy()
-            logits[self._biased] += self._biases
-            if counts:
-                recent = np.array([*counts], np.int64)
-                times = np.array([*counts.values()], np.float32)
-                logits[recent] = _penalized(logits[recent], times, self._options)
+            self._adjust(logits, self._biased, [*counts], counts)
             ids = constraint.likely(logits)
             if not len(ids):
                 problem = "no token of this model can come next, by the grammar"
@@ -11452,12 +11448,21 @@ class Sampler:
         wanted = max(1, self._options.top_k) + len(self._biased) + len(penalized)
         ids = self._likely(row, wanted, penalized)
         logits = row[ids]
-        logits[ids.searchsorted(self._biased)] += self._biases
-        if counts:
-            places = ids.searchsorted(penalized)
-            times = np.array([*counts.values()], np.float32)
-            logits[places] = _penalized(logits[places], times, self._options)
+        biased, penalized = (ids.searchsorted(i) for i in (self._biased, penalized))
+        self._adjust(logits, biased, penalized, counts)
         return ids, logits
+
+    def _adjust(
+        self, logits: Any, biased: Any, penalized: Any, counts: Mapping[int, int]
+    ) -> None:
+        """Add the biases and the penalties, as llama.cpp does, to logits at their places."""
+        logits[biased] += self._biases
+        if counts:
+            times, options = np.array([*counts.values()], np.float32), self._options
+            factor, found = options.repeat_penalty, logits[penalized]
+            repeated = np.where(found <= 0, found * factor, found / factor)
+            penalty = times * options.frequency_penalty + options.presence_penalty
+            logits[penalized] = repeated - penalty
 
     def _likely(self, row: Any, wanted: int, penalized: Any) -> Any:
         """Return ids: the ``wanted`` likeliest, some more, the biased and the penalized.
@@ -11498,13 +11503,6 @@ def _effective(options: SamplingOptions) -> SamplingOptions:
     elif not 0 <= last_n <= MAX_REPEAT_LAST_N:
         last_n = MAX_REPEAT_LAST_N
     return dataclasses.replace(options, top_k=top_k, repeat_last_n=last_n)
-
-
-def _penalized(logits: Any, times: Any, options: SamplingOptions) -> Any:
-    """Return the logits of tokens that came so many times, in the order of llama.cpp."""
-    factor = options.repeat_penalty
-    repeated = np.where(logits <= 0, logits * factor, logits / factor)
-    return repeated - (times * options.frequency_penalty + options.presence_penalty)
 
 
 def _suppressed_tokens(llama: Any, vocab: Any) -> Sequence[int]:
