@@ -11529,8 +11529,6 @@ def _open_cut(options: SamplingOptions) -> float:
 _SHOWN_CONTROLS: Final = (
     *("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"),
 )
-
-
 _KNOWN_GRAMMARS: Final = 16  # of a model; each is mostly what it has found out
 _MAX_KEPT_CHARS: Final = 1 << 16  # of such a grammar: 10 MB
 
@@ -12955,9 +12953,8 @@ class Reply(StepWork):
             found.add(reader.end(is_cut=delta.finish_reason == "length"))
             if reader.calls and delta.finish_reason != "length":
                 delta.finish_reason = "tool_calls"
-        delta.text, delta.reasoning, delta.calls = (
-            *(found.text, found.reasoning, found.calls),
-        )
+        delta.text, delta.reasoning = found.text, found.reasoning
+        delta.calls = found.calls
         # Marks count as thoughts; that tokens were the first of some may show later.
         if was_thinking or reader.is_thinking or found.reasoning:
             delta.reasoning_tokens = self.undecided_tokens + 1
