@@ -9770,7 +9770,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[Ranges]:
 # are rules are opened until all tops are bytes, so a set of them is a state.
 
 _MAX_WORK: Final = 50_000  # stacks looked at for one token: 0.1 s
-_MAX_STACKS: Final = 10_000  # that a grammar remembers: 5 MB
+_MAX_STACKS: Final = 10_000  # that a grammar remembers: 5 MB; and states: 10 MB
 
 
 class TooMuchWork(Exception):
@@ -9868,7 +9868,7 @@ class Grammar:
     def begin(self) -> None:
         """Allow as much work as one token may take."""
         self._work = _MAX_WORK
-        if len(self._stacks) > _MAX_STACKS:
+        if max(len(self._stacks), len(self._states)) > _MAX_STACKS:
             for state in self._states.values():
                 state.following.clear()
             self._stacks.clear()

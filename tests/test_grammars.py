@@ -112,6 +112,20 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert end.is_over
 
 
+def test_states_of_the_same_few_stacks_are_bounded_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(es, "_MAX_STACKS", 100)
+    grammar = es.Grammar('root ::= [ab]* "a" [ab]{20}', "grammar")
+    draw, state = random.Random(1), grammar.start
+    for _ in range(500):
+        grammar.begin()
+        following = state.after(draw.choice("ab").encode())
+        assert following is not None
+        state = following
+    assert len(grammar._states) <= 101
+
+
 def test_repeats_are_counted_exactly() -> None:
     start = es.Grammar('root ::= "a"{3000,5000}', "grammar").start
     for count, is_complete in ((2999, False), (3000, True), (5000, True)):
