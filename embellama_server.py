@@ -11855,7 +11855,6 @@ class SequenceTable:
         self._can_trim = can_trim
         self._first_position = first_position
         self._clock = clock
-        self._max_sequences = max_sequences
         self._free_ids = list(range(max_sequences))
         self._holders = np.zeros(cells, np.int32)  # of each cell
         self._no_cells = np.zeros(0, np.intp)
@@ -11888,10 +11887,6 @@ class SequenceTable:
     @property
     def _free_cells(self) -> int:
         return int((self._holders == 0).sum())
-
-    def fits(self, prompt_tokens: int, max_tokens: int, n: int = 1) -> bool:
-        """Whether a request can be admitted once nothing else runs."""
-        return prompt_tokens + n * max_tokens <= self.cells and n <= self._max_sequences
 
     # --- a request begins ---
 

@@ -43,6 +43,12 @@ def admitted(
     return admission
 
 
+def fits(table: es.SequenceTable, prompt: int, max_tokens: int, n: int = 1) -> bool:
+    """Whether a request can be admitted once nothing else runs."""
+    sequences = len(table._free_ids) + len(table.sequences)
+    return prompt + n * max_tokens <= table.cells and n <= sequences
+
+
 def computed(sequence: es.CachedSequence, prompt: int, *reply: int) -> None:
     """A prompt that was read, and its reply so far."""
     sequence.length = prompt
@@ -185,12 +191,12 @@ def test_a_request_waits_for_cells_and_not_for_those_of_idle_sequences() -> None
     table = es.SequenceTable(100, 8)
     left(table, SYSTEM, 1, 2)
     assert table.try_admit(list(range(50)), 51) is None
-    assert not table.fits(50, 51)
+    assert not fits(table, 50, 51)
     running, operations = admitted(table, list(range(50)), 20)
     assert dropped(operations) != []
     assert table.usage == es.CellUsage(running=70, idle=0, free=30)
     assert table.try_admit(list(range(900, 920)), 11) is None
-    assert table.fits(20, 11)
+    assert fits(table, 20, 11)
     computed(running, 50)
     table.finish(running)
     assert table.usage == es.CellUsage(running=0, idle=50, free=50)
@@ -257,7 +263,7 @@ def test_an_id_is_taken_from_another_idle_sequence_before_the_copy() -> None:
 
 def test_replies_to_one_prompt_share_its_cells_and_each_has_its_own() -> None:
     table = es.SequenceTable(70, 4)
-    assert not table.fits(40, 10, 4)
+    assert not fits(table, 40, 10, 4)
     assert table.try_admit(SYSTEM, 10, 4) is None
     leader, operations = admitted(table, SYSTEM, 10, 3)
     assert operations == []
@@ -423,7 +429,7 @@ class Requests(RuleBasedStateMachine):
     ) -> None:
         said = self.said[-1 - base % len(self.said)]
         prompt = said[: len(said) - cut] + more
-        if not self.table.fits(len(prompt), max_tokens, n):
+        if not fits(self.table, len(prompt), max_tokens, n):
             assert len(prompt) + n * max_tokens > self.CELLS
             return
         idle = set(self.table.idle)
@@ -603,7 +609,7 @@ class Context:
         base = self.dice.choice(self.said)
         cut = self.dice.choice([0, 0, 0, 3, self.dice.randrange(len(base))])
         prompt = base[: len(base) - cut] + self.words(self.dice.randrange(1, 9))
-        if not self.table.fits(len(prompt), 60):
+        if not fits(self.table, len(prompt), 60):
             return 0.0
         admission = self.table.try_admit(prompt, self.dice.choice([2, 20, 60]))
         if admission is None:
