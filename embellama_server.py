@@ -10819,17 +10819,15 @@ class _SchemaReader:
         return " | ".join(dict.fromkeys(self._constant(value) for value in values))
 
     def _constant(self, value: object) -> str:
-        if not isinstance(value, (Mapping, list)):
-            return literal(json.dumps(value, ensure_ascii=False))
-        parts = [
-            self._constant(one)
-            for one in (value.values() if isinstance(value, Mapping) else value)
-        ]
         if isinstance(value, Mapping):
-            names = (literal(json.dumps(name, ensure_ascii=False)) for name in value)
-            parts = [f'{n} ":" " "? {v}' for n, v in zip(names, parts, strict=True)]
+            opening, closing = "{", "}"
+            parts = [_member(name, self._constant(one)) for name, one in value.items()]
+        elif isinstance(value, list):
+            opening, closing = "[", "]"
+            parts = [self._constant(one) for one in value]
+        else:
+            return literal(json.dumps(value, ensure_ascii=False))
         inside = f' "," {self._space} '.join(parts)
-        opening, closing = ("{", "}") if isinstance(value, Mapping) else ("[", "]")
         inside = f"{inside} {self._space}" if parts else ""
         return f'"{opening}" {self._space} {inside} "{closing}"'
 
@@ -10966,8 +10964,7 @@ class _SchemaReader:
                 self._fail(f"{where}.required", problem)
         fields = [
             (
-                literal(json.dumps(name, ensure_ascii=False))
-                + f' ":" " "? {self._value(schema, f"{where}.properties.{name}")}',
+                _member(name, self._value(schema, f"{where}.properties.{name}")),
                 name in required,
             )
             for name, schema in properties.items()
@@ -11035,6 +11032,11 @@ class _SchemaReader:
         if not any(len(name) == at for name in names):
             parts.append('""')
         return self._rules.add(" | ".join(parts))
+
+
+def _member(name: str, value: str) -> str:
+    """Return the GBNF of a property, by that of its value."""
+    return f'{literal(json.dumps(name, ensure_ascii=False))} ":" " "? {value}'
 
 
 # ==============================================================================
