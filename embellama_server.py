@@ -11563,17 +11563,15 @@ class Vocabulary:
         self._hidden_words: set[int] = set()
         self._control_texts: dict[int, str] = {}
         self._marks: dict[frozenset[str], Mapping[int, bytes]] = {}
-        texts: set[str] = set()
         for token, (text, kind) in tokenizer.marked.items():
             is_end = llama.llama_vocab_is_eog(vocab, token)
             is_word = kind & words and token not in ends and text not in template
             if kind & controls and is_end and is_word:
                 self._hidden_words.add(token)
             elif kind & controls or text in _SHOWN_CONTROLS:
-                texts.add(text)
                 self._control_texts[token] = text
                 ends |= {token} if is_end else set()
-        self.control_texts = frozenset(texts - {""})
+        self.control_texts = frozenset(self._control_texts.values()) - {""}
         self.end_tokens = frozenset(ends)
         self._grammar = functools.lru_cache(_KNOWN_GRAMMARS)(self._new_grammar)
 
