@@ -12112,8 +12112,8 @@ class Guess(NamedTuple):
 def longest_match(ids: TokenIds) -> tuple[int, int]:
     """Return where an end of ``ids`` that came before went on, and the end's length.
 
-    The longest end, or of those of 8 tokens and more the latest. (0, 0) if the last token is new. 30 us at 8,192 tokens: no
-    table of what was said needs to be kept for each reply.
+    The longest end, or of those of 8 tokens and more the latest. (0, 0) if the last token
+    is new. 30 us at 8,192 tokens: no table needs to be kept for each reply.
     """
     last = len(ids) - 1
     (places,) = (ids[:last] == ids[last]).nonzero()
@@ -12417,10 +12417,9 @@ class StepPlanner:
 
     def _draft(self, row: Planned) -> Sequence[int]:
         """Return what to try ahead of a reply, as far as that makes it faster."""
-        room = min(self._max_outputs, self._batch_tokens) - 1
+        room = min(self._max_outputs - 1, self._batch_tokens - 1, self._draft_tokens)
         guess = row.guess()
-        speed_s, room = self.speed.decode_s, min(room, self._draft_tokens)
-        return guess.ids[: draft_length(guess.odds, speed_s, room)]
+        return guess.ids[: draft_length(guess.odds, self.speed.decode_s, room)]
 
     def _begin_turns(self, clients: Iterable[str]) -> None:
         """Forget clients whose prompts are read; new ones begin with the least served."""
@@ -12788,11 +12787,12 @@ class GenerationQueue(WorkQueue):
                 self._first = None
             found = self._waiting.take(fits)
             if found is not None:
-                self._first = None if self._first is found else self._first
+                if self._first is found:
+                    self._first = None
                 for generation in refused:
                     generation.passed += 1
-                    if generation.passed >= MAX_PASSED:
-                        self._first = self._first or generation
+                    if self._first is None and generation.passed >= MAX_PASSED:
+                        self._first = generation
             return found
 
     def begin_step(
