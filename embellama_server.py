@@ -10906,7 +10906,8 @@ class _SchemaReader:
         gbnf = found.gbnf
         if not (low <= found.least and found.most <= high):
             if not found.repeats:
-                why = " together with a pattern that does not imply it"
+                what = "pattern" if name is None else "format"
+                why = f" together with a {what} that does not imply it"
                 key = "minLength" if low > found.least else "maxLength"
                 self._unable(where, key, why)
             low, high = max(low, found.least), min(high, found.most)

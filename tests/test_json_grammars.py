@@ -131,6 +131,7 @@ REFUSED = [
     ({"type": "string", "format": "regex"}, "schema.format is not supported if it is 'regex'"),
     ({"type": "string", "pattern": "(?=a)"}, "schema.pattern has the group (?=a"),
     ({"type": "string", "pattern": "^(ab)+$", "maxLength": 3}, "schema.maxLength is not supported together with a pattern"),
+    ({"type": "string", "format": "email", "maxLength": 9}, "schema.maxLength is not supported together with a format"),
     ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength 3 above maxLength 2"),
     ({"type": "string", "minLength": -1}, "schema.minLength must be a whole number"),
     ({"type": "number", "multipleOf": 0.1}, "schema.multipleOf is not supported"),
