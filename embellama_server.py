@@ -14537,8 +14537,10 @@ class Bucket:
 
     def fill(self, per_s: float, capacity: float, now: float) -> None:
         """Refill it until ``now``. A reload may have changed its limits."""
-        self.per_s, self.capacity = per_s, capacity if per_s else math.inf
-        self.level = min(self.capacity, self.level + (now - self.at) * per_s)
+        if not per_s:  # no limit: what was used under an earlier one is forgiven
+            capacity = self.level = math.inf
+        self.per_s, self.capacity = per_s, capacity
+        self.level = min(capacity, self.level + (now - self.at) * per_s)
         self.at = now
 
     def wait_s(self, amount: float) -> float:

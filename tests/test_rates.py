@@ -147,6 +147,20 @@ def test_changed_limits_count_at_once() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "left", [es.Allowance(1.0, 1), es.Allowance(0.0, 0, 60), es.Allowance()]
+)
+def test_of_two_limits_the_one_that_a_reload_takes_away_no_longer_refuses(
+    left: es.Allowance,
+) -> None:
+    rates, both = es.Rates(), es.Allowance(1.0, 1, 60)
+    assert is_let_in(rates, both, 0.0)
+    rates.take_tokens(caller("a", both), 6000, 0.0, are_used=True)
+    rates.headers(caller("a", left), 0.0)
+    assert is_let_in(rates, left, 1e5)
+    assert headers(rates, both, 1e5).keys() == FIELDS
+
+
 # --- tokens ---
 
 PER_MIN = st.sampled_from([1, 59, 60, 61, 1000, 1 << 30]) | st.integers(1, 10_000)
