@@ -18496,7 +18496,7 @@ def client_timeout_s(head: Head, max_s: float) -> float:
     """
     for name in _TIMEOUT_HEADERS:
         value = head.get(name)
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,20})?", value):  # as Python has floats
             may_be_cut = name != "x-request-timeout" and "." not in value
             max_s = min(max_s, float(value) + may_be_cut)
         elif value and name == "x-request-timeout":

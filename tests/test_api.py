@@ -594,9 +594,12 @@ PATIENCE = {  # what a head says: the seconds left of 600
     (("x-request-timeout", "5"),): 5,
     (("x-request-timeout", "0.25"),): 0.25,
     (("x-request-timeout", "0"),): 0,
+    # a deadline minus the time, as Python writes it
+    (("x-request-timeout", "29.834728479385376"),): 29.834728479385376,
     (("x-request-timeout", "601"),): 600,
     (("x-request-timeout", "999999999"),): 600,
     (("x-stainless-read-timeout", "7.0"),): 7,
+    (("x-stainless-read-timeout", "0.00012345678901234567"),): 0.00012345678901234567,
     (("x-stainless-read-timeout", "7"),): 8,  # Java's, cut from up to 7.999
     (("x-stainless-timeout", "8"),): 9,  # Node's and Go's likewise
     (("x-stainless-timeout", "0"),): 1,
