@@ -18606,12 +18606,12 @@ async def replies_for(
 def growing(context: RequestContext, replies: Replies) -> Iterator[Replies]:
     """Have replies grow for the length of a with block, then note how they did."""
     is_whole = False
-    try:
-        with replies:
+    with replies:  # what is refused here has read nothing, nor waited
+        try:
             yield replies
-        is_whole = True
-    finally:
-        _record_replies(context, replies, is_whole=is_whole)
+            is_whole = True
+        finally:
+            _record_replies(context, replies, is_whole=is_whole)
 
 
 def maybe_late(context: RequestContext) -> RequestTimeout | None:

@@ -969,6 +969,21 @@ async def test_what_fails_before_the_first_token_has_its_status(path: str) -> No
 
 
 @EACH
+async def test_a_reply_that_is_refused_counts_as_no_tokens_and_no_wait(
+    path: str,
+) -> None:
+    async with chatting() as (running, speaker):
+        speaker.refusal = es.Overloaded("the queue is full")
+        for stream in (False, True):
+            reply = await running.ask("POST", path, ASK[path] | {"stream": stream})
+            assert reply.status == 503
+        telemetry = running.service.telemetry
+        assert telemetry.value("embellama_model_tokens_total", "fake@1") == 0
+        assert "embellama_queue_seconds_count 0\n" in telemetry.exposition()
+        assert " tokens=" not in running.log.getvalue()
+
+
+@EACH
 async def test_what_fails_later_is_told_in_the_stream_which_then_breaks(
     path: str,
 ) -> None:
