@@ -14543,6 +14543,11 @@ class Bucket:
         self.level = min(capacity, self.level + (now - self.at) * per_s)
         self.at = now
 
+    @property
+    def left(self) -> int:
+        """What is left; none also where more was used than it held."""
+        return max(0, math.floor(self.level))
+
     def wait_s(self, amount: float) -> float:
         """Return how long until it holds ``amount``, or is full if that is less."""
         missing = min(amount, self.capacity) - self.level
@@ -14595,11 +14600,10 @@ class Rates:
         both = self._buckets(caller, now)
         for what, bucket in zip(("requests", "tokens"), both, strict=True):
             if bucket.per_s:
-                left = max(0, math.floor(bucket.level))
                 full_s = bucket.wait_s(bucket.capacity)
                 headers += [
                     (f"x-ratelimit-limit-{what}", str(math.floor(bucket.capacity))),
-                    (f"x-ratelimit-remaining-{what}", str(left)),
+                    (f"x-ratelimit-remaining-{what}", str(bucket.left)),
                     (f"x-ratelimit-reset-{what}", f"{full_s:.3f}s"),
                 ]
         return tuple(headers)
@@ -14627,8 +14631,8 @@ class Rates:
             bucket, limit = tokens, f"{caller.allowed.tokens_per_min} tokens per minute"
         wait_s = bucket.wait_s(amount)
         return error(
-            f"rate limit reached: {limit}, and {math.floor(bucket.level)} are left; try "
-            f"again in {wait_s:.3f}s",
+            f"rate limit reached: {limit}, and {bucket.left} are left; try again in "
+            f"{wait_s:.3f}s",
             retry_after_s=wait_s,
             headers=self.headers(caller, now),
         )

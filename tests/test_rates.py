@@ -313,6 +313,13 @@ def test_a_refusal_is_transient_and_says_the_limit_what_is_left_and_how_long() -
     assert headers["x-should-retry"] == "true"
 
 
+def test_where_more_was_used_than_allowed_a_refusal_says_that_none_are_left() -> None:
+    rates, allowed = es.Rates(), es.Allowance(0.0, 0, 60)
+    rates.take_tokens(caller("a", allowed), 6000, 0.0, are_used=True)
+    with pytest.raises(es.TokensLimited, match="per minute, and 0 are left; try again"):
+        rates.take_request(caller("a", allowed), 0.0)
+
+
 def _comes_back_in_time(rate: float) -> bool:
     rates, allowed = es.Rates(), es.Allowance(rate, 1)
     assert is_let_in(rates, allowed, 0.0)
