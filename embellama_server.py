@@ -15006,7 +15006,9 @@ class Slot:
     def take(self) -> None:
         """Take one of --max-connections."""
         self._capacity.places += 1
-        self._count_for(network_of(self.sender.peer))
+        peer, trusted = self.sender.peer, self._capacity.limits.trusted_proxy
+        # A proxy's count for its address alone: clients may be of the same /64 network.
+        self._count_for(peer if is_trusted(peer, trusted) else network_of(peer))
 
     def free(self) -> None:
         """Give it back."""
@@ -15031,7 +15033,7 @@ class Slot:
         if self.sender.address != peer:
             self.sender = Sender(peer, peer)
             if self._address:
-                self._count_for(network_of(peer))
+                self._count_for(peer)  # a proxy's, as take() counts it
 
     def _count_for(self, address: str) -> None:
         counts = self._capacity.per_address

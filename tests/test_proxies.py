@@ -579,6 +579,27 @@ async def test_a_proxy_s_connections_count_for_the_client_that_each_asks_for() -
     assert not counted
 
 
+async def test_a_client_in_the_network_of_its_proxy_is_not_counted_with_it() -> None:
+    limits = kit.settings(max_connections_per_address=2, trusted_proxy=("fd00::1",))
+    capacity = es.Capacity(limits=limits, loop=asyncio.get_running_loop())
+    slots = [es.Slot(capacity, "fd00::1") for _ in range(3)]
+    head = es.Head("GET", "/", "", 1, headers=(("x-forwarded-for", "fd00::2"),))
+    for slot in slots:
+        slot.take()
+    for _ in range(2):
+        for slot in slots[:2]:
+            slot.find_sender(head)
+        with pytest.raises(es.TooManyConnections):
+            slots[2].find_sender(head)
+        assert capacity.per_address == {"fd00::1": 1, "fd00::/64": 2}
+        for slot in slots:
+            slot.forget_sender()
+        assert capacity.per_address == {"fd00::1": 3}
+    for slot in slots:
+        slot.free()
+    assert not capacity.per_address
+
+
 async def test_a_client_that_leaves_behind_its_proxy_takes_its_count_along() -> None:
     engine = kit.FakeEngine()
     async with kit.running_service(engine, trusted_proxy=("127.0.0.1",)) as running:
