@@ -18084,9 +18084,7 @@ class Replies:
         for generation in self.generations:
             self.loaded_model.generations.cancel(generation)  # no-op if over
         self._hold.close()
-        read = [g for g in self.generations if g.started_at]
-        used = self.tokens + sum(len(g.request.ids) for g in read)
-        self.charge(used - self.prompt_tokens, are_used=True)
+        self.charge(self.used_tokens - self.prompt_tokens, are_used=True)
         self.entry.used_at = time.monotonic()
 
     async def more(self, timeout_s: float | None = None) -> list[Delta]:
@@ -18149,6 +18147,12 @@ class Replies:
     def tokens(self) -> int:
         """Of all replies, so far."""
         return sum(generation.tokens for generation in self.generations)
+
+    @property
+    def used_tokens(self) -> int:
+        """Of all replies, and of the prompts whose reading has begun."""
+        begun = [one for one in self.generations if one.started_at]
+        return self.tokens + sum(len(one.request.ids) for one in begun)
 
     @property
     def cached_tokens(self) -> int:
@@ -18672,8 +18676,7 @@ def _record_replies(
     context: RequestContext, replies: Replies, *, is_whole: bool
 ) -> None:
     telemetry, label = context.service.telemetry, replies.entry.label
-    tokens = replies.prompt_tokens + replies.tokens
-    times = replies.times
+    tokens, times = replies.used_tokens, replies.times
     if is_whole:
         telemetry.count("embellama_model_requests_total", label=label)
         telemetry.count("embellama_model_inputs_total", len(replies.requests), label)

@@ -984,6 +984,19 @@ async def test_a_reply_that_is_refused_counts_as_no_tokens_and_no_wait(
 
 
 @EACH
+async def test_a_prompt_that_was_not_begun_by_its_deadline_counts_as_no_tokens(
+    path: str,
+) -> None:
+    async with chatting() as (running, speaker):
+        speaker.pause()
+        reply = await running.ask("POST", path, ASK[path], x_request_timeout="0.1")
+        assert reply.status == 504
+        telemetry = running.service.telemetry
+        assert telemetry.value("embellama_model_tokens_total", "fake@1") == 0
+        assert " tokens=0 " in running.log.getvalue()
+
+
+@EACH
 async def test_what_fails_later_is_told_in_the_stream_which_then_breaks(
     path: str,
 ) -> None:
