@@ -16078,7 +16078,6 @@ class Gate:
         """Raises StartupError for invalid keys."""
         self.rates = Rates()
         self._log = log
-        self._settings = settings
         self._keys = KeyRing((), window_s=math.inf, since=time.time())
         self._admin_keys = KeyRing(())  # the one that we wrote, if there are no others
         self._admin_key_path: Path | None = None
@@ -16126,7 +16125,6 @@ class Gate:
         self._settings, self._keys, self._allowed = settings, keys, Allowance(*limits)
         hosts = (*settings.allowed_host, settings.host, socket.gethostname())
         self._hosts = set(map(_bare_host, hosts))
-        self._has_origins = bool(settings.cors_origin)
         escaped = [re.escape(one) for one in settings.cors_origin if one != "*"]
         origins = [one.replace(r"\*", "[^/]*") for one in escaped]
         if "*" in settings.cors_origin:
@@ -16170,16 +16168,13 @@ class Gate:
         return caller
 
     def charge(self, caller: Caller, tokens: int, *, are_used: bool = False) -> None:
-        """Count tokens; negative ones are given back. Raises RateLimited.
-
-        Tokens that are used already are not refused.
-        """
+        """Count tokens as Rates.take_tokens() does. Raises RateLimited."""
         self.rates.take_tokens(caller, tokens, time.monotonic(), are_used=are_used)
 
     def cors_headers(self, head: Head) -> Headers:
         """Return the headers with which a page of an allowed origin can read the reply."""
         origin = head.get("origin")
-        if not origin and not self._has_origins:
+        if not origin and not self._settings.cors_origin:
             return ()
         if not self._origins.fullmatch(origin):
             return (("vary", "origin"),)
@@ -17134,14 +17129,12 @@ def parse_form(form: type[T], body: Mapping[str, object], prefix: str = "") -> T
     ``prefix``: what stands before the names of its fields in errors.
     """
     values: dict[str, Any] = {}
-    rows: list[tuple[str, FormField]] = _rows_of(typing.cast(Any, form))
-    for name, row in rows:
+    for name, row in _rows_of(typing.cast(Any, form)):
         value = body.get(name)
         if value is not None:
             values[name] = row.kind.read(value, prefix + name)
         elif row.is_required:
-            name = prefix + name
-            raise invalid(name, f"is missing: {row.help}")
+            raise invalid(prefix + name, f"is missing: {row.help}")
     return form(**values)
 
 
@@ -17159,9 +17152,8 @@ def any_of(*schemas: Schema) -> dict[str, Any]:
 def schema_of(form: type) -> Schema:
     """Return the form as JSON Schema, its required fields first."""
     properties, required, examples = {}, [], {}
-    rows: list[tuple[str, FormField]] = _rows_of(typing.cast(Any, form))
     defaults = {row.name: row.default for row in dataclasses.fields(form)}
-    for name, row in sorted(rows, key=lambda pair: not pair[1].is_required):
+    for name, row in sorted(_rows_of(form), key=lambda pair: not pair[1].is_required):
         shown = dict(row.kind.schema)
         if row.is_required:
             required.append(name)
@@ -17211,9 +17203,9 @@ USAGE: Final = an_object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 
 
 # --- kinds ---
-# Numbers and booleans are read as pydantic reads them ("true", 1, "2", 2.0), since most
-# of our peers use it and clients rely on that; but not its "yes" and "no", which no client
-# sends, nor true for 1, which is a mistake.
+# Whole numbers and booleans are read as pydantic reads them ("true", 1, "2", 2.0), since
+# most of our peers use it and clients rely on that; but not its "yes" and "no", which no
+# client sends, nor true for 1, which is a mistake.
 
 _FLAGS: Final = {0: False, 1: True, "true": True, "1": True, "false": False, "0": False}
 _WHOLE: Final = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0+)?\s*", re.ASCII)
@@ -17701,20 +17693,15 @@ async def compute(
     of unfinished inputs, or None if the finished ones are not wanted either.
     """
     queue = loaded_model.batches
-    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def finish() -> None:
-        if not finished.done():
-            finished.set_result(None)
-
-    job = Job(request, finish, client, priority, timeout_s)
+    finished = asyncio.Event()
+    job = Job(request, finished.set, client, priority, timeout_s)
     job.bounds = token_bounds(request, loaded_model.card)
     bound = sum(job.bounds)
     charge(bound)
     with loaded_model.hold():
         try:
             queue.submit(job)
-            await finished
+            await finished.wait()
         except asyncio.CancelledError:
             error = late() if request.allows_partial and not job.error else None
             if error is None:
@@ -17757,6 +17744,7 @@ Prompt = str | list[int]  # a list: token ids
 class ReplyRequest:
     """Messages or prompts, and how to reply. None: the server's or model's default."""
 
+    kind: ClassVar[str] = "generate"  # of the model that it needs
     messages: Sequence[Message] = ()
     prompts: Sequence[Prompt] = ()  # if there are no messages
     model: str | None = None
@@ -17791,11 +17779,6 @@ class ReplyRequest:
     def demands_call(self) -> bool:
         """Whether each reply has to be a call of a tool."""
         return self.tool_choice in ("required", "named")
-
-    @property
-    def kind(self) -> str:
-        """The kind of model it needs."""
-        return "generate"
 
     @property
     def inputs(self) -> Sequence[Message] | Sequence[Prompt]:
