@@ -14198,6 +14198,7 @@ _UNFINISHED: Final = re.compile(  # a character that ends later, as one or two e
 )
 _UNFINISHED_BYTES: Final = 11
 _SCANNED_BYTES: Final = 1 << 14  # at a time, so that other threads get a turn
+_POSITION: Final = re.compile(r": (byte|line) .*")
 _WIDEST: Final = re.compile(rb"[\xf0-\xf4]|\\u[dD][89abAB]")  # beyond U+FFFF
 
 
@@ -14256,22 +14257,22 @@ def parsed_bytes_of_large(
     return _VALUE_BYTES * (values + 3 * containers) + widest * chars + between
 
 
-def _parsed(raw: bytes | bytearray) -> object:
+def _parsed(raw: bytes | bytearray, *, is_part: bool = False) -> object:
+    """Return what JSON says. An error tells no position in what is a part of a body."""
     try:
         return json_codec().loads(raw)
     except ValueError as error:
         try:
             raw.decode("utf-8")
+            why = f"is not JSON: {error}"
         except UnicodeDecodeError as invalid:
-            raise InvalidJson(
-                f"the body is not UTF-8: byte {invalid.start} is {raw[invalid.start]:#x}"
-            ) from None
-        raise InvalidJson(f"the body is not JSON: {error}") from None
+            why = f"is not UTF-8: byte {invalid.start} is {raw[invalid.start]:#x}"
+    raise InvalidJson(f"the body {_POSITION.sub('', why) if is_part else why}")
 
 
-def json_object(raw: bytes | bytearray) -> dict[str, object]:
+def json_object(raw: bytes | bytearray, *, is_part: bool = False) -> dict[str, object]:
     """Return the object in a body. Raises InvalidJson."""
-    body = _parsed(raw)
+    body = _parsed(raw, is_part=is_part)
     if not isinstance(body, dict):
         raise InvalidJson("the body must be a JSON object, {...}")
     return body
@@ -14314,7 +14315,7 @@ def large_json_object(raw: bytearray) -> dict[str, object]:
     if is_text:
         raise InvalidJson("the body is not JSON: it ends within a string")
     try:
-        found = _with_texts(json_object(structure), texts)
+        found = _with_texts(json_object(structure, is_part=True), texts)
         return typing.cast(dict[str, object], found)
     except RecursionError:
         raise InvalidJson(
@@ -14335,7 +14336,7 @@ def _with_texts(value: object, texts: Sequence[str]) -> object:
 
 def _text(raw: bytes | bytearray) -> str:
     """Return the string between two quotes. Raises InvalidJson."""
-    return typing.cast(str, _parsed(b'"' + raw + b'"'))
+    return typing.cast(str, _parsed(b'"' + raw + b'"', is_part=True))
 
 
 # --- what a client already has ---

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -165,6 +166,17 @@ def test_a_large_body_is_read_whole(body: dict[str, Any], is_ascii: bool) -> Non
         patch.setattr(es, "_SCANNED_BYTES", 24)
         assert es.large_json_object(raw) == body
     assert not raw
+
+
+@pytest.mark.parametrize("end", [b'\xff"}', b'\\q"}', b'", 1 2}', b'"} 3'])
+def test_an_error_in_a_large_body_tells_no_position_as_only_a_part_was_parsed(
+    end: bytes,
+) -> None:
+    raw = b'{"a": "' + b"x" * 30_000 + end
+    for read, has_position in ((es.json_object, True), (es.large_json_object, False)):
+        with pytest.raises(es.InvalidJson, match="body is not (JSON|UTF-8)") as told:
+            read(bytearray(raw))
+        assert bool(re.search("byte|char [0-9]", told.value.message)) == has_position
 
 
 def test_a_piece_never_ends_between_a_backslash_and_what_it_escapes() -> None:
