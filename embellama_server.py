@@ -14118,12 +14118,8 @@ def check_coding(head: Head) -> str:
     One coding at most: a body is compressed twice only to get past some check.
     """
     said = head.get("content-encoding").lower()
-    if not said:
-        return ""
-    names = [part.strip(" \t") for part in said.split(",")]
+    names = [part.strip(" \t") for part in said.replace("x-gzip", "gzip").split(",")]
     codings = [name for name in names if name not in ("", "identity")]
-    if codings == ["x-gzip"]:
-        return "gzip"
     if not codings or (len(codings) == 1 and codings[0] in KNOWN_CODINGS):
         return "".join(codings)
     raise UnsupportedMediaType(
@@ -14137,6 +14133,7 @@ def decompressed(
     body: bytes | bytearray, coding: str, max_bytes: int
 ) -> Iterator[bytes]:
     """Yield a body's decompressed content, in small pieces.
+
     Raises BodyTooLarge as soon as there are more than ``max_bytes``, MalformedRequest
     if the body is not whole, or not alone. Beside a piece it holds zstd's window. Off
     the event loop, please: up to 0.1 s for 32 MiB.
@@ -17764,7 +17761,7 @@ class ReplyRequest:
     json_schema: Mapping[str, object] | None = None  # {}: any JSON object
     grammar: str = ""  # GBNF, instead of a schema
     schema_param: str = "response_format"  # what clients call the schema
-    tool_choice: str = "auto"  # none, required (any), or named: tools holds that one
+    tool_choice: str = "auto"  # none, required (any), or named; tools: those it leaves
     calls_in_parallel: bool = True  # a reply may have several calls
     # how the prompt is rendered from messages
     tools: Sequence[Mapping[str, object]] = ()
@@ -17980,9 +17977,7 @@ def _markup(request: ReplyRequest, loaded_model: LoadedModel) -> Markup | None:
     """Return what is to be told from the text of a reply; None: nothing."""
     if loaded_model.template is None or not request.messages:
         return None
-    tools = {}
-    if request.tool_choice != "none":
-        tools = {name: schema for name, schema in map(named_schema, request.tools)}
+    tools = dict(map(named_schema, request.tools))
     if request.thoughts_are_text and not tools:
         return None
     return Markup(
@@ -18200,16 +18195,15 @@ async def read_grammar(
 
 def _grammar_text(request: ReplyRequest, vocabulary: Vocabulary) -> tuple[str, str]:
     """Return the GBNF of the replies, and the field that asks for it."""
-    schema, param = request.json_schema, request.schema_param
-    if schema is None and not request.demands_call:
-        return request.grammar, "grammar"
-    rules = GrammarRules()
+    rules, schema, param = GrammarRules(), request.json_schema, request.schema_param
     if request.demands_call:  # what the text would have to be does not matter then
         rule, param = _calls_body(rules, request), "tools"
+    elif schema is None:
+        return request.grammar, "grammar"
     else:
         rule = schema_rule(rules, schema or {"type": "object"}, param)
-    if request.tools and not request.demands_call:  # it may call one of them instead
-        rule = rules.add(f"{rule} | {_calls_body(rules, request)}")
+        if request.tools:  # it may call one of them instead
+            rule = rules.add(f"{rule} | {_calls_body(rules, request)}")
     if inside := request.begins_inside:  # the model thinks first
         rule = f"{_end_of(inside, rules, vocabulary)} [ \\n]{{0,4}} ({rule})"
     return rules.text(rule), param
