@@ -20501,6 +20501,7 @@ class ResponseOutput:
     def __init__(self) -> None:
         self._items: list[_OutputItem] = []
         self._open: tuple[str, int] | None = None  # what the last one is
+        self._logprobs: list[TokenLogprob] = []  # of tokens without a text so far
 
     def shown(self) -> list[dict[str, object]]:
         """Return them as JSON would have them."""
@@ -20511,20 +20512,22 @@ class ResponseOutput:
         gains: list[tuple[tuple[str, int], str, CallPart | None]] = []
         if delta.reasoning:
             gains.append((("thoughts", 0), delta.reasoning, None))
-        if delta.text or delta.logprobs:
+        if delta.text:
             gains.append((("text", 0), delta.text, None))
         gains += ((("call", part.index), part.arguments, part) for part in delta.calls)
+        # Those of thoughts, calls and half a character, too: they begin no message.
+        self._logprobs += delta.logprobs
         # What was piled up and merged goes on with what was there before.
         for key, text, part in sorted(gains, key=lambda gain: gain[0] != self._open):
             if key != self._open:
                 yield from self._next(key, part)
-            logprobs = delta.logprobs if key[0] == "text" else ()
-            yield from self._items[-1].grow(text, logprobs)
+            yield from self._grow(text)
 
     def end(self, status: str) -> Iterator[Event]:
         """Yield the last events; an empty reply is an empty message."""
         if not self._items:
             yield from self._next(("text", 0), None)
+        yield from self._grow("")
         yield from self._items[-1].end(status)
         self._open = None
 
@@ -20532,6 +20535,12 @@ class ResponseOutput:
         """Note that it ends here, without an event."""
         if self._open is not None:
             self._items[-1].status = "incomplete"
+
+    def _grow(self, text: str) -> list[Event]:
+        logprobs: list[TokenLogprob] = []
+        if self._open == ("text", 0):
+            logprobs, self._logprobs = self._logprobs, logprobs
+        return self._items[-1].grow(text, logprobs)
 
     def _next(self, key: tuple[str, int], part: CallPart | None) -> Iterator[Event]:
         if self._open is not None:

@@ -448,6 +448,30 @@ def test_a_reply_has_the_same_items_however_its_deltas_are_merged(
     assert grown(merged) == grown(WHOLE)
 
 
+def test_likelihoods_take_neither_thoughts_nor_calls_apart() -> None:
+    # Each token has one, also where it is of a thought or a call.
+    merged = list[es.Delta]()
+    for number, delta in enumerate([es.Delta(0), *in_letters(), es.Delta(0)]):
+        likely = es.TokenLogprob(number, b"x", -float(number))
+        merged.append(dataclasses.replace(delta, logprobs=[likely]))
+    found, wanted = grown(merged), grown(WHOLE)
+    told = found[1]["content"][0].pop("logprobs")
+    assert wanted[1]["content"][0].pop("logprobs") == []
+    assert found == wanted
+    thoughts, text = (len(delta.reasoning + delta.text) for delta in WHOLE[:2])
+    assert [-one["logprob"] for one in told] == [*range(thoughts + text + 1)]
+
+
+def test_a_token_that_shows_nothing_at_the_end_keeps_its_likelihood() -> None:
+    likely = [es.TokenLogprob(n, b"x", -float(n)) for n in range(2)]
+    for deltas in (
+        [es.Delta(0, text="a", logprobs=likely[:1]), es.Delta(0, logprobs=likely[1:])],
+        [es.Delta(0, logprobs=likely)],
+    ):
+        (message,) = grown(deltas)
+        assert len(message["content"][0]["logprobs"]) == 2
+
+
 KINDS = st.one_of(
     st.builds(lambda text: es.Delta(0, reasoning=text), st.text(max_size=3)),
     st.builds(lambda text: es.Delta(0, text=text), st.text(max_size=3)),
