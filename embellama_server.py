@@ -23873,7 +23873,7 @@ async function talk() {
       $("talk").scrollTop = $("talk").scrollHeight;
     }
   } catch (error) {
-    answer.textContent += ` (${error.name === "AbortError" ? "stopped" : error.message})`;
+    answer.after(` (${error.name === "AbortError" ? "stopped" : error.message})`); // not its words
   }
   messages.push({ role: "assistant", content: answer.textContent });
   stopper = null;

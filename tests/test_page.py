@@ -248,6 +248,37 @@ def test_rates_of_a_server_that_was_started_again_are_not_negative() -> None:
     ]
 
 
+# Two messages, of which the first is answered by half a reply and an error.
+TALKS = """
+await (async () => {
+  const places = {}, sent = [];
+  const place = () => ({ textContent: "", value: "", append() {}, after() {} });
+  document.getElementById = (id) => (places[id] ??= place());
+  document.createElement = place;
+  const told = ['data: {"choices":[{"delta":{"content":"Half"}}]}\\n\\n',
+    'data: {"error":{"message":"the engine failed"}}\\n\\n'];
+  globalThis.fetch = async (_, { body }) => {
+    sent.push(JSON.parse(body).messages);
+    return new Response(told.splice(0).join(""));
+  };
+  for (const text of ["One", "Two"]) {
+    $("say").value = text;
+    await talk();
+  }
+  return sent[1];
+})()
+"""
+
+
+@needs_node
+def test_the_chat_does_not_send_an_error_back_as_the_model_s_words() -> None:
+    assert computed(TALKS.strip()) == [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Half"},
+        {"role": "user", "content": "Two"},
+    ]
+
+
 # --- in a browser ---
 
 
