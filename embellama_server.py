@@ -19137,7 +19137,8 @@ class ToolCallForm:
 Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", ...}}
 
 
-def _without_nulls(value: Mapping[str, object]) -> dict[str, object]:
+def without_nulls(value: Mapping[str, T]) -> dict[str, T]:
+    """Return what is said: null counts as absent."""
     return {key: item for key, item in value.items() if item is not None}
 
 
@@ -19154,7 +19155,7 @@ def _named_once(tools: list[Tool], name: str) -> list[Tool]:
                 "names of their own",
             )
     return [
-        _without_nulls(tool) | {"function": _without_nulls(tool["function"])}
+        without_nulls(tool) | {"function": without_nulls(tool["function"])}
         for tool in tools
     ]
 
@@ -19545,8 +19546,9 @@ class CompletionForm(GenerateForm):
 def sampling_of(form: SamplingForm, **more: object) -> dict[str, object]:
     """Return what a form says of SamplingOptions' fields, and ``more`` of them."""
     given: dict[str, object] = {name: getattr(form, name) for name in SAMPLING_RANGES}
-    given |= {"seed": None if form.seed == -1 else form.seed, **more}
-    return {name: value for name, value in given.items() if value is not None}
+    return without_nulls(
+        given | {"seed": None if form.seed == -1 else form.seed, **more}
+    )
 
 
 def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
@@ -19559,11 +19561,12 @@ def reply_request_of(form: GenerateForm, **more: Any) -> ReplyRequest:
     )
     asked = more.pop("max_tokens", form.max_tokens)
     wanted: dict[str, Any] = {
-        name: getattr(form, name)
-        for name in ("response_format", "json_schema", "grammar")
+        "response_format": form.response_format,
+        "json_schema": form.json_schema,
+        "grammar": form.grammar,
+        "text.format": more.pop("json_schema", None),
     }
-    wanted["text.format"] = more.pop("json_schema", None)
-    wanted = {name: value for name, value in wanted.items() if value is not None}
+    wanted = without_nulls(wanted)
     if len(wanted) > 1:
         raise InvalidValue(
             f"{' and '.join(wanted)} exclude each other: send one of them",
@@ -19644,8 +19647,8 @@ def _chat_variables(form: ChatForm) -> dict[str, object]:
 
 def _message(form: MessageForm, name: str) -> Message:
     """Return a message as templates know it: what is null is not there."""
-    fields = ((row.name, getattr(form, row.name)) for row in dataclasses.fields(form))
-    message = {field: value for field, value in fields if value is not None}
+    fields = {row.name: getattr(form, row.name) for row in dataclasses.fields(form)}
+    message = without_nulls(fields)
     if form.role == "assistant":
         message.setdefault("content", message.pop("refusal", None))
     elif form.content is None:
@@ -20657,7 +20660,7 @@ def _repeated(form: ResponsesForm, sampling: SamplingOptions) -> dict[str, objec
         "store": False,
         "temperature": sampling.temperature,
         "text": {
-            "format": _given(wanted),
+            "format": without_nulls(dataclasses.asdict(wanted)),
             "verbosity": text.verbosity or "medium",
         },
         "tool_choice": _repeated_choice(form.tool_choice or ToolChoice("auto")),
@@ -20667,11 +20670,6 @@ def _repeated(form: ResponsesForm, sampling: SamplingOptions) -> dict[str, objec
         "truncation": "disabled",
         "user": form.user,
     }
-
-
-def _given(form: FormatForm) -> dict[str, object]:
-    fields = dataclasses.asdict(form).items()
-    return {name: value for name, value in fields if value is not None}
 
 
 def _repeated_choice(choice: ToolChoice) -> object:
@@ -22108,7 +22106,7 @@ def _ollama_message(form: OllamaMessageForm) -> Message:
         "name": form.tool_name or None,
         "tool_call_id": form.tool_call_id or None,
     }
-    return {name: value for name, value in message.items() if value is not None}
+    return without_nulls(message)
 
 
 def ollama_generate_request(
@@ -22760,7 +22758,7 @@ async def load_model(context: RequestContext, form: LoadForm) -> Response:
     """Load a model, or serve one more from a file."""
     service = context.service
     service.check_open()
-    given = {k: v for k, v in dataclasses.asdict(form).items() if v is not None}
+    given = without_nulls(dataclasses.asdict(form))
     if ("path" in given) == ("model" in given):
         raise InvalidValue("give either model or path", param="model")
     if form.model is not None:
