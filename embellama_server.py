@@ -20375,7 +20375,7 @@ class _OutputItem:
     """An item of a reply as it grows, and the events that tell of it."""
 
     prefix: ClassVar[str]  # of the id
-    growth: ClassVar[str]  # of the names of the events by which it grows
+    growth: ClassVar[str]  # of the events by which it grows, and of its part
 
     def __init__(self, index: int) -> None:
         self.id = f"{self.prefix}_{random.getrandbits(128):032x}"
@@ -20426,7 +20426,7 @@ class _OutputItem:
 class _Text(_OutputItem):
     """A message, whose content is one part: its text."""
 
-    prefix, growth, part = "msg", "output_text", "output_text"
+    prefix, growth = "msg", "output_text"
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -20443,7 +20443,7 @@ class _Text(_OutputItem):
         return [self._shown_part()] if self.status != "in_progress" else []
 
     def _shown_part(self) -> Event:
-        part: Event = {"type": self.part, "text": self.text}
+        part: Event = {"type": self.growth, "text": self.text}
         return part | {"annotations": [], "logprobs": self._logprobs}
 
     def _part(self, step: str) -> Event:
@@ -20464,14 +20464,14 @@ class _Text(_OutputItem):
 class _Thoughts(_Text):
     """What the model thought. There is no summary of it, as nobody makes one."""
 
-    prefix, growth, part = "rs", "reasoning_text", "reasoning_text"
+    prefix, growth = "rs", "reasoning_text"
 
     def shown(self) -> dict[str, object]:
         begun = {"id": self.id, "type": "reasoning", "status": self.status}
         return begun | {"summary": [], "content": self._content()}
 
     def _shown_part(self) -> Event:
-        return {"type": self.part, "text": self.text}
+        return {"type": self.growth, "text": self.text}
 
     def _more(self, logprobs: Sequence[TokenLogprob]) -> Event:
         return {"content_index": 0}
@@ -20561,7 +20561,7 @@ class ResponseWriter(ReplyWriter):
     def __init__(self, replies: Replies, form: ResponsesForm) -> None:
         super().__init__(replies)
         self._output, self._numbers = ResponseOutput(), itertools.count()
-        self._reason = ""
+        self._status = "completed"  # at its end
         self._about = {
             "id": f"resp_{random.getrandbits(128):032x}",
             "object": "response",
@@ -20578,14 +20578,13 @@ class ResponseWriter(ReplyWriter):
         return self._lifecycle("in_progress")
 
     def part(self, delta: Delta) -> bytes:
-        self._reason = delta.finish_reason or self._reason
+        if delta.finish_reason == "length":
+            self._status = "incomplete"
         return b"".join(map(self._event, self._output.add(delta)))
 
     def closing(self) -> bytes:
-        is_cut = self._reason == "length"
-        status = "incomplete" if is_cut else "completed"
-        last = b"".join(map(self._event, self._output.end(status)))
-        return last + self._lifecycle(status)
+        last = b"".join(map(self._event, self._output.end(self._status)))
+        return last + self._lifecycle(self._status)
 
     def failing(self, error: ApiError) -> bytes:
         """Return the last events of a stream that breaks off.
@@ -20602,8 +20601,7 @@ class ResponseWriter(ReplyWriter):
         (reply,) = replies
         self.part(reply)
         self.closing()
-        status = "incomplete" if self._reason == "length" else "completed"
-        return json_codec().dumps(self._snapshot(status))
+        return json_codec().dumps(self._snapshot(self._status))
 
     def _event(self, event: Event) -> bytes:
         kind, number = typing.cast(str, event["type"]), next(self._numbers)
@@ -20640,10 +20638,7 @@ class ResponseWriter(ReplyWriter):
 
 def _repeated(form: ResponsesForm, sampling: SamplingOptions) -> dict[str, object]:
     """Return what a response repeats of its request, as it was understood."""
-    text, reasoning = (
-        form.text or ResponseTextForm(),
-        form.reasoning or ResponseReasoningForm(),
-    )
+    text = form.text or ResponseTextForm()
     wanted = text.format or FormatForm(type="text")
     most = form.max_output_tokens
     return {
@@ -20655,7 +20650,7 @@ def _repeated(form: ResponsesForm, sampling: SamplingOptions) -> dict[str, objec
         "metadata": form.metadata or {},
         "parallel_tool_calls": form.parallel_tool_calls,
         "previous_response_id": None,
-        "reasoning": dataclasses.asdict(reasoning),
+        "reasoning": dataclasses.asdict(form.reasoning or ResponseReasoningForm()),
         "service_tier": "default",
         "store": False,
         "temperature": sampling.temperature,
