@@ -24301,9 +24301,9 @@ class Dispatcher:
         self, error: BaseException, head: Head | None, sender: Sender
     ) -> Response:
         """Return the reply to a request that was not admitted or could not be read."""
-        path = self._local_path(head) if head else ""
-        route = maybe_route(path, head.method) if head else None
-        context = self._context(head or _NO_HEAD, sender, path, route)
+        known = head or _NO_HEAD
+        path = self._local_path(known)
+        context = self._context(known, sender, path, maybe_route(path, known.method))
         response = self._error_response(context, error)
         context.log_fields["address"] = sender.address
         if self._audit is not None and head is not None:
@@ -24413,12 +24413,9 @@ class Dispatcher:
         self, context: RequestContext, error: BaseException
     ) -> Response:
         """Return an error in its dialect."""
-        told = self._told(context, error)
-        status, body = (
-            context.dialect.status_of(type(told)),
-            context.dialect.body_of(told),
-        )
-        return Response(status, body, headers=tuple(error_headers(told)))
+        told, dialect = self._told(context, error), context.dialect
+        status, headers = dialect.status_of(type(told)), tuple(error_headers(told))
+        return Response(status, dialect.body_of(told), headers=headers)
 
     def _told(self, context: RequestContext, error: BaseException) -> ApiError:
         """Return what is told of an error, counted.
