@@ -23011,11 +23011,6 @@ _HISTOGRAMS: Final = {  # metric and label
     "wait_s": ("embellama_queue_seconds", ""),
     "first_token_s": ("embellama_first_token_seconds", ""),
 }
-_MOMENT: Final = (
-    *("time_s", "requests", "refused", "failed", "inputs", "tokens", "reply_tokens"),
-    *("queue_inputs", "queue_tokens", "backlog_s", "busy", "streams", "connections"),
-    *("held_bytes", "resident_bytes", "cpu_s", "cache_hits", "cache_lookups"),
-)
 _BUCKETS: Final = an_object(bounds=NUMBERS, hits=NUMBERS)
 STATUS_REPLY: Final = an_object(
     **each("version phase problem", STRING),
@@ -23077,12 +23072,12 @@ def note_moment(service: Service) -> None:
     """Keep the figures of this moment, if the last ones kept are old enough."""
     kept, now = service.moments, time.monotonic()
     if not kept or now - kept[-1][0] >= _MOMENT_S:
-        kept.append(_moment(service, now))
+        kept.append(tuple(_moment(service, now).values()))
         del kept[:-MAX_MOMENTS]
 
 
-def _moment(service: Service, now: float) -> tuple[float, ...]:
-    """Return the figures that _MOMENT names: counters since the start, and gauges."""
+def _moment(service: Service, now: float) -> dict[str, float]:
+    """Return the figures of a moment: its time, then counters since the start, and gauges."""
     value, connections = service.telemetry.value, service.connections
     queues = [loaded.pool.queue for loaded in service.models.in_memory]
     times, counts = os.times(), service.models.cache_counts()
@@ -23090,40 +23085,41 @@ def _moment(service: Service, now: float) -> tuple[float, ...]:
     def errors(rows: Iterable[type[ApiError]]) -> float:
         return sum(value("embellama_errors_total", row.code) for row in rows)
 
-    return (
-        round(now, 3),
-        sum(value("embellama_http_requests_total", name) for name in STATUS_CLASSES),
-        errors(_REFUSALS),
-        errors(_FAULTS),
-        value("embellama_inputs_total"),
-        value("embellama_tokens_total"),
-        value("embellama_generation_tokens_total"),
-        sum(queue.backlog.inputs for queue in queues),
-        sum(queue.backlog.tokens for queue in queues),
-        round(sum(queue.backlog.wait_s for queue in queues), 3),
-        sum(queue.busy for queue in queues),
-        value("embellama_http_streams"),
-        len(connections.open),
-        connections.held_bytes,
-        resident_bytes(),
-        round(times.user + times.system, 3),
-        counts.hits + counts.shared,
-        counts.hits + counts.shared + counts.misses,
-    )
+    replies = [value("embellama_http_requests_total", name) for name in STATUS_CLASSES]
+    return {
+        "time_s": round(now, 3),
+        "requests": sum(replies),
+        "refused": errors(_REFUSALS),
+        "failed": errors(_FAULTS),
+        "inputs": value("embellama_inputs_total"),
+        "tokens": value("embellama_tokens_total"),
+        "reply_tokens": value("embellama_generation_tokens_total"),
+        "queue_inputs": sum(queue.backlog.inputs for queue in queues),
+        "queue_tokens": sum(queue.backlog.tokens for queue in queues),
+        "backlog_s": round(sum(queue.backlog.wait_s for queue in queues), 3),
+        "busy": sum(queue.busy for queue in queues),
+        "streams": value("embellama_http_streams"),
+        "connections": len(connections.open),
+        "held_bytes": connections.held_bytes,
+        "resident_bytes": resident_bytes(),
+        "cpu_s": round(times.user + times.system, 3),
+        "cache_hits": counts.hits + counts.shared,
+        "cache_lookups": counts.hits + counts.shared + counts.misses,
+    }
 
 
 async def status_figures(context: RequestContext) -> Response:
     """Figures of now and of the last five minutes, the models, and what happened last."""
-    service, now = context.service, time.monotonic()
-    telemetry = service.telemetry
+    service, telemetry = context.service, context.service.telemetry
     begun_at = telemetry.value("process_start_time_seconds")
+    present = _moment(service, time.monotonic())
     shown = {
         "version": __version__,
         "phase": service.phase.value,
         "problem": service.why_unready(),
         "uptime_s": round(time.time() - begun_at, 1),
-        "fields": _MOMENT,
-        "moments": [*service.moments, _moment(service, now)],
+        "fields": [*present],
+        "moments": [*service.moments, [*present.values()]],
         "limits": _limits(service),
         "histograms": {
             name: dict(zip(("bounds", "hits"), telemetry.buckets(*which), strict=True))
