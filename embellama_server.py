@@ -22202,8 +22202,9 @@ class _OllamaWriter(ReplyWriter):
         """Return what is to be shown now of what a reply gained."""
         self._reason = delta.finish_reason or self._reason
         self._held.add(Delta(0, calls=delta.calls))
-        whole = len(self._held.calls) - (not delta.finish_reason)
-        calls, self._held.calls[:whole] = self._held.calls[: max(0, whole)], []
+        calls, self._held.calls = self._held.calls, []
+        if calls and not delta.finish_reason:
+            self._held.calls = [calls.pop()]
         objects = [_call_object(call) for call in calls]
         # One that max_tokens cut is no object.
         text = delta.text + "".join(
@@ -22364,10 +22365,8 @@ async def _ollama_answer(
             f"model {replies.entry.name} does not think: leave out think, or send false",
             param="think",
         )
-    asked, most = (
-        form.options and form.options.num_ctx,
-        loaded_model.card.max_input_tokens,
-    )
+    asked = form.options.num_ctx if form.options else None
+    most = loaded_model.card.max_input_tokens
     if asked and asked > most:
         raise invalid(
             "options.num_ctx",
