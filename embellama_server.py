@@ -23455,7 +23455,7 @@ def _field_rows(schema: Schema) -> Iterator[str]:
 
 
 def _type_text(schema: Schema) -> str:
-    """Return what a value may be: ``string | array of integer``."""
+    """Return what a value may be: ``string | array of (integer)``."""
     if "anyOf" in schema:
         choices = (one for one in schema["anyOf"] if one != {"type": "null"})
         return " | ".join(dict.fromkeys(map(_type_text, choices)))
