@@ -24076,7 +24076,7 @@ def local_path(path: str, root_path: str) -> str:
     Clients put them there when they join a base URL and a path. Nothing else is changed:
     what a proxy forbids by name must not have a second spelling in dots, % or capitals.
     """
-    if path in _BY_PATH or not path:  # empty: the target was no path
+    if path in _BY_PATH or not path:  # empty: no head could be read
         return path
     path = re.sub("/+", "/", f"/{path}").rstrip("/") or "/"
     prefix = root_path.rstrip("/")
@@ -24165,10 +24165,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
-# whatever that is. admit() checks the head; respond() runs the handler until the deadline;
-# refuse() answers requests that were not admitted or could not be read. Retry-After is
-# computed where an error is raised: by Backlog for a full queue, by Rates for a client's
-# limit.
+# whatever that is.
 
 # Compressing a float reply (110 to 150 MB/s, to 0.45 of its size) pays on links slower
 # than about 500 Mbit/s: never within a machine. Base64 only shrinks to 0.75: never.
