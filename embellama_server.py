@@ -19321,7 +19321,7 @@ def text_or_parts(fields: Mapping[str, str], usual: str) -> Kind:
 def _read_format(value: object, name: str) -> Mapping[str, object] | None:
     """Return the schema of replies; {}: any JSON object, None: any text."""
     kind = value.get("type") if isinstance(value, dict) else None
-    if not isinstance(value, dict) or kind not in [*_REPLY_FORMATS]:
+    if not isinstance(value, dict) or kind not in _REPLY_FORMATS:
         raise invalid(name, "must be of type text, json_object or json_schema")
     if kind == "text":
         return None
@@ -19718,9 +19718,10 @@ class _Writer(ReplyWriter):
         raise NotImplementedError
 
     def closing(self) -> bytes:
+        if not self._ends_with_usage:
+            return _DONE
         told = json_codec().dumps(self._told())
-        usage = b"%b],%b" % (self._before, told[1:])
-        return (_event_of(usage) if self._ends_with_usage else b"") + _DONE
+        return _event_of(b"%b],%b" % (self._before, told[1:])) + _DONE
 
     def whole(self, replies: Sequence[Delta]) -> bytes:
         choices = {"choices": [*map(self.choice, replies)]}
@@ -20287,18 +20288,18 @@ def responses_request(form: ResponsesForm) -> ReplyRequest:
     if form.instructions:
         messages.insert(0, {"role": "system", "content": form.instructions})
     last = messages[-1]
-    continues = last["role"] == "assistant" and bool(last.get("content"))
-    continues = continues and "tool_calls" not in last
+    is_text = bool(last.get("content")) and "tool_calls" not in last
+    continues = is_text and last["role"] == "assistant"
     functions = [*map(_tool_of, form.tools or ())]
     tools, tool_choice = offered(functions, form.tool_choice)
     effort = form.reasoning.effort if form.reasoning else None
-    most, top = form.max_output_tokens, form.top_logprobs
-    wants_logprobs = _LOGPROBS in (form.include or ())
+    most = form.max_output_tokens
+    wants_logprobs = form.top_logprobs or _LOGPROBS in (form.include or ())
     return reply_request_of(
         form,
         messages=messages,
         max_tokens=form.max_tokens if most is None else most,
-        top_logprobs=top or 0 if top or wants_logprobs else None,
+        top_logprobs=(form.top_logprobs or 0) if wants_logprobs else None,
         json_schema=_json_schema(form),
         tools=tools,
         tool_choice=tool_choice,
