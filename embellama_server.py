@@ -22308,8 +22308,7 @@ async def ollama_chat(context: RequestContext, form: OllamaChatForm) -> Response
     if not form.messages:
         return await _load_or_let_go(context, form, _OllamaChatWriter.said())
     request = ollama_chat_request(form)
-    _, loaded_model = await resolve_model(context, request, request.kind)
-    return await _ollama_answer(context, form, request, loaded_model, _OllamaChatWriter)
+    return await _ollama_answer(context, form, request, _OllamaChatWriter)
 
 
 async def ollama_generate(
@@ -22322,9 +22321,7 @@ async def ollama_generate(
     _, loaded_model = await resolve_model(context, any_request, any_request.kind)
     has_template = loaded_model.template is not None
     request = ollama_generate_request(form, has_template=has_template)
-    return await _ollama_answer(
-        context, form, request, loaded_model, _OllamaGenerateWriter
-    )
+    return await _ollama_answer(context, form, request, _OllamaGenerateWriter)
 
 
 async def _load_or_let_go(
@@ -22356,9 +22353,9 @@ async def _ollama_answer(
     context: RequestContext,
     form: OllamaReplyForm,
     request: ReplyRequest,
-    loaded_model: LoadedModel,
     kind_of_writer: type[_OllamaWriter],
 ) -> Response:
+    await resolve_model(context, request, request.kind)
     loaded_at = time.monotonic()
     replies = await replies_for(context, request, are_streamed=form.stream)
     if form.think and not replies.entry.facts.may_think:
@@ -22367,7 +22364,7 @@ async def _ollama_answer(
             param="think",
         )
     asked = form.options.num_ctx if form.options else None
-    most = loaded_model.card.max_input_tokens
+    most = replies.loaded_model.card.max_input_tokens
     if asked and asked > most:
         raise invalid(
             "options.num_ctx",
