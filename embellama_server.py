@@ -21704,7 +21704,7 @@ _MAYBE_TEXTS: Final = Kind(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class OllamaEmbedForm:
     """The body of POST /api/embed."""
 
@@ -21718,7 +21718,7 @@ class OllamaEmbedForm:
     dimensions: int | None = optional(integer(0), f"{DIMENSIONS} 0: all.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class OllamaEmbeddingsForm:
     """The body of POST /api/embeddings, which /api/embed supersedes."""
 
@@ -21726,7 +21726,7 @@ class OllamaEmbeddingsForm:
     prompt: str | None = optional(TEXT, "The text; default: only load the model.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class OllamaShowForm:
     """The body of POST /api/show."""
 
@@ -21734,7 +21734,7 @@ class OllamaShowForm:
     name: str | None = optional(MODEL_NAME, "The same, as older clients call it.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class OllamaPullForm(OllamaShowForm):
     """The body of POST /api/pull."""
 
@@ -22599,21 +22599,21 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 PROMETHEUS_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ModelForm:
     """The body of POST /admin/models/default."""
 
     model: str = required(MODEL_NAME, "Name, alias or name@version.", example="m@2")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class UnloadForm(ModelForm):
     """The body of POST /admin/models/unload."""
 
     forget: bool = optional(FLAG, "And do not serve it any more.", False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LoadForm:
     """The body of POST /admin/models/load."""
 
@@ -22820,7 +22820,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 # with the setting.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DrainForm:
     """The body of POST /admin/drain; {} takes the server out of service."""
 
