@@ -20504,7 +20504,7 @@ class ResponseOutput:
 
     def __init__(self) -> None:
         self._items: list[_OutputItem] = []
-        self._open: tuple[str, int] | None = None  # what the last one is
+        self._open: str | int | None = None  # thoughts, text, a call's index, or none
         self._logprobs: list[TokenLogprob] = []  # of tokens without a text so far
 
     def shown(self) -> list[dict[str, object]]:
@@ -20513,24 +20513,24 @@ class ResponseOutput:
 
     def add(self, delta: Delta) -> Iterator[Event]:
         """Yield the events of what a reply has gained."""
-        gains: list[tuple[tuple[str, int], str, CallPart | None]] = []
+        gains: list[tuple[str | int, str, CallPart | None]] = []
         if delta.reasoning:
-            gains.append((("thoughts", 0), delta.reasoning, None))
+            gains.append(("thoughts", delta.reasoning, None))
         if delta.text:
-            gains.append((("text", 0), delta.text, None))
-        gains += ((("call", part.index), part.arguments, part) for part in delta.calls)
+            gains.append(("text", delta.text, None))
+        gains += ((part.index, part.arguments, part) for part in delta.calls)
         # Those of thoughts, calls and half a character, too: they begin no message.
         self._logprobs += delta.logprobs
         # What was piled up and merged goes on with what was there before.
-        for key, text, part in sorted(gains, key=lambda gain: gain[0] != self._open):
-            if key != self._open:
-                yield from self._next(key, part)
+        for what, text, part in sorted(gains, key=lambda gain: gain[0] != self._open):
+            if what != self._open:
+                yield from self._next(what, part)
             yield from self._grow(text)
 
     def end(self, status: str) -> Iterator[Event]:
         """Yield the last events; an empty reply is an empty message."""
         if not self._items:
-            yield from self._next(("text", 0), None)
+            yield from self._next("text", None)
         yield from self._grow("")
         yield from self._items[-1].end(status)
         self._open = None
@@ -20542,16 +20542,16 @@ class ResponseOutput:
 
     def _grow(self, text: str) -> list[Event]:
         logprobs: list[TokenLogprob] = []
-        if self._open == ("text", 0):
+        if self._open == "text":
             logprobs, self._logprobs = self._logprobs, logprobs
         return self._items[-1].grow(text, logprobs)
 
-    def _next(self, key: tuple[str, int], part: CallPart | None) -> Iterator[Event]:
+    def _next(self, what: str | int, part: CallPart | None) -> Iterator[Event]:
         if self._open is not None:
             yield from self._items[-1].end("completed")
-        index, self._open = len(self._items), key
-        kinds = {"thoughts": _Thoughts, "text": _Text}
-        item = kinds[key[0]](index) if part is None else _Call(index, part)
+        index, self._open = len(self._items), what
+        kind = _Thoughts if what == "thoughts" else _Text
+        item = kind(index) if part is None else _Call(index, part)
         self._items.append(item)
         yield from item.begin()
 
