@@ -21601,8 +21601,7 @@ async def props(context: RequestContext) -> Response:
     """What llama-server tells of its model; `?model=` names one."""
     entry = _shown_entry(context)
     loaded_model, settings = entry.loaded, entry.settings
-    sampling, template = SamplingOptions(), None
-    length = 0
+    sampling, template, length = SamplingOptions(), None, 0
     if loaded_model is not None:
         sampling, template = loaded_model.sampling, loaded_model.template
         length = loaded_model.card.max_input_tokens
@@ -24115,9 +24114,7 @@ def find_route(path: str, method: str) -> Route:
 
 
 # How Ollama's clients make models, move and remove them.
-_OPERATOR_S: Final = tuple(
-    f"/api/{what}" for what in ("push", "create", "copy", "delete", "blobs")
-)
+_OPERATOR_S: Final = re.compile("/api/(push|create|copy|delete|blobs)")
 _MAX_BEFORE: Final = 8  # segments; a path may have thousands
 # difflib's ratio; 0.7 would suggest /v1/completions for /v1/moderations.
 _ALIKE: Final = 0.8
@@ -24125,7 +24122,7 @@ _ALIKE: Final = 0.8
 
 def _instead_of(path: str) -> str:
     """Return what a client that asked for an unknown path may have meant."""
-    if path.startswith(_OPERATOR_S):
+    if _OPERATOR_S.match(path):
         return (
             "models come from this server's operator: --model-path, /admin/models/load"
         )
