@@ -10092,7 +10092,6 @@ class PatternGrammar(NamedTuple):
     repeats: str = ""  # GBNF of one character, if it is nothing but many of these
 
 
-
 def pattern_grammar(pattern: str) -> PatternGrammar:
     """Return what a regular expression allows inside a JSON string.
 
