@@ -26751,8 +26751,8 @@ class Deployment:
     @property
     def model_files(self) -> list[str]:
         """Every file that models' settings name: absolute, sorted, once."""
-        names = [row.name for row in MODEL_ROWS if row.is_path]
-        found = {getattr(model, name) for model in self.loaded.models for name in names}
+        models = (self.settings, *self.loaded.models)
+        found = {getattr(one, row.name) for one in models for row in _MODEL_FILES}
         return sorted(os.path.abspath(path) for path in found if path)
 
     @property
@@ -26774,24 +26774,24 @@ class Deployment:
 
         It has no secrets, and no other files: where these are is the service's to say.
         """
-        rows = {row.name: row for row in SETTING_ROWS}
+        names = {row.name for row in _MODEL_FILES}
+        keys = names | {row.table_key for row in _MODEL_FILES}
+        others = {row.name for row in SETTING_ROWS if row.is_path} - names
         lines = [head_line(name)]
-        for key, value in self.loaded.given().items():
-            if key in without or (rows[key].is_path and key not in _MODEL_NAMES):
-                continue
-            value = moved(str(value)) if rows[key].is_path else value
-            lines.append(f"{key} = {toml_value(value)}")
-        paths = {row.table_key for row in MODEL_ROWS if row.is_path}
-        for table in self.loaded.tables:
-            lines += ["", "[[models]]"]
+        given = self.loaded.given()
+        common = {n: v for n, v in given.items() if n not in others | set(without)}
+        for table in (common, *self.loaded.tables):
+            if table is not common:
+                lines += ["", "[[models]]"]
             for key, value in table.items():
-                if key in paths:
+                if key in keys and value:
                     value = moved(os.path.abspath(os.path.expanduser(str(value))))
                 lines.append(f"{key} = {toml_value(value)}")
         return "\n".join(lines) + "\n"
 
 
-_MODEL_NAMES: Final = frozenset(row.name for row in MODEL_ROWS)
+_MODEL_FILES: Final = [row for row in MODEL_ROWS if row.is_path]
+
 
 
 def head_line(name: str) -> str:

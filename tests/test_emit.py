@@ -300,6 +300,35 @@ def test_models_of_one_name_in_two_folders_stay_two(tmp_path: Path) -> None:
         assert not any(path.startswith("/tmp") for path in paths)
 
 
+def test_a_file_that_one_table_names_or_none_is_where_the_settings_say(
+    tmp_path: Path,
+) -> None:
+    for folder in ("one", "two", "both"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jinja").write_text("{{ messages }}")
+        (tmp_path / folder / "m.gguf").write_bytes(both.sound_gguf())
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f"""chat_template = "{tmp_path}/both/x.jinja"
+        [[models]]
+        path = "{tmp_path}/one/m.gguf"
+        chat_template = "{tmp_path}/two/x.jinja"
+        [[models]]
+        path = "{tmp_path}/two/m.gguf"
+        name = "n"
+        chat_template = ""
+        """
+    )
+    written = files(tmp_path / "out", "--config", str(config), "all")
+    for file in ("embellama.toml", "compose.toml"):
+        found = tomllib.loads(written[file])
+        first, second = found["models"]
+        assert second["chat_template"] == "", "as it was: the model's own"
+        places = [found["chat_template"], first["path"], first["chat_template"]]
+        assert [Path(place).name for place in places] == ["x.jinja", "m.gguf", "x.jinja"]
+        assert len({Path(place).parent for place in places}) == 3
+
+
 @pytest.mark.parametrize(
     "grace", [[], ["--drain-grace-s", "0"], ["--drain-grace-s", "7"]]
 )
