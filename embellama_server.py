@@ -29893,8 +29893,11 @@ def _check_models(call: Invocation) -> int:
 
 # --- emit ---
 
+_NO_FILE_NAME: Final = "a name with line breaks and such fits into no file"
 
-def _emit(call: Invocation) -> int:
+
+def _emit(
+call: Invocation) -> int:
     names, folder = call.own["names"], call.own["output"]
     for name in names or [""]:
         if name not in (*EMITTERS, "all"):
@@ -29903,13 +29906,14 @@ def _emit(call: Invocation) -> int:
     if not loaded.settings.port:
         bound = "the files name a port: say which, 1 to 65535"
         raise BadSetting(loaded.sources["port"], "port", 0, bound)
+    deployment = Deployment(loaded, sys.executable, str(Path(__file__).absolute()))
     for row in SETTING_ROWS:  # all others are numbers, words, or TOML's to quote
         value = getattr(loaded.settings, row.name)
         if row.is_path and not value.isprintable():
-            bound = "a name with line breaks and such fits into no file"
-            raise BadSetting(loaded.sources[row.name], row.name, value, bound)
-    program = str(Path(__file__).absolute())
-    deployment = Deployment(loaded, sys.executable, program)
+            raise BadSetting(loaded.sources[row.name], row.name, value, _NO_FILE_NAME)
+    for path in deployment.model_files:  # of [[models]] tables too
+        if not path.isprintable():
+            raise BadSetting("emit", "models", path, _NO_FILE_NAME)
     files: dict[str, str] = {}
     for name in EMITTERS if "all" in names else dict.fromkeys(names):
         files |= EMITTERS[name].files(deployment)

@@ -168,6 +168,17 @@ def test_a_path_that_would_end_its_line_is_refused() -> None:
     assert "api_key_file" in err
 
 
+def test_a_path_of_a_table_that_would_end_its_line_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "x\nUser=root"
+    place.mkdir()
+    (place / "m.gguf").write_bytes(both.sound_gguf())
+    config = tmp_path / "c.toml"
+    config.write_text(f"[[models]]\npath = {json.dumps(str(place / 'm.gguf'))}\n")
+    code, out, err = emit("systemd", "--config", str(config))
+    assert (code, out) == (2, "")
+    assert "m.gguf" in err and "line breaks" in err
+
+
 def test_what_only_the_unix_socket_answers_is_not_passed_on() -> None:
     flags = ("--host", "none", "--uds", "/run/embellama.sock")
     assert emit("systemd", *flags)[0] == 0
