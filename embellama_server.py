@@ -26707,6 +26707,12 @@ class Deployment:
         return all(host.startswith("127.") for host in others)
 
     @property
+    def asks_nobody(self) -> bool:
+        """Whether it sends no request: no default model to fetch, no spans to send."""
+        has_files = all(model.model_path for model in self.loaded.models)
+        return has_files and not self.settings.otlp_endpoint
+
+    @property
     def is_on_gpu(self) -> bool:
         """Whether a model has layers there."""
         return any(model.gpu or model.gpu_layers for model in self.loaded.models)
@@ -26791,7 +26797,6 @@ class Deployment:
 
 
 _MODEL_FILES: Final = [row for row in MODEL_ROWS if row.is_path]
-
 
 
 def head_line(name: str) -> str:
@@ -26971,7 +26976,6 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
         copies.append(f"#   {program}, and its environment with {python}")
     if copies:
         copies.insert(0, "# The unit sees no home and no /tmp. Put there first:")
-    asks_nobody = settings.model_path and not settings.otlp_endpoint
     service = filled(
         _UNIT,
         head=lines_of(head_line("systemd")),
@@ -26985,7 +26989,7 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
         placed=lines_of(*_placed_by_unit(deployment)),
         devices=_ON_GPU if deployment.is_on_gpu else _ON_CPU,
         addresses="IPAddressDeny=any\nIPAddressAllow=localhost\n"
-        * bool(asks_nobody and deployment.is_local),
+        * (deployment.asks_nobody and deployment.is_local),
     )
     files = {"embellama.service": service}
     if streams := _unit_streams(settings):
@@ -27411,7 +27415,6 @@ def kubernetes_files(deployment: Deployment) -> dict[str, str]:
         source = {"secretKeyRef": {"name": "embellama", "key": name}}
         env.append({"name": name, "valueFrom": source})
     mounts, volumes = _pod_volumes(deployment)
-    asks_nobody = settings.model_path and not settings.otlp_endpoint
     text = filled(
         _KUBERNETES,
         head=lines_of(head_line("kubernetes")),
@@ -27427,7 +27430,7 @@ def kubernetes_files(deployment: Deployment) -> dict[str, str]:
         alive=_pod_probe(deployment, "/health"),
         mounts=yaml_text(mounts),
         volumes=yaml_text(volumes),
-        policies="[Ingress, Egress]" if asks_nobody else "[Ingress]",
+        policies="[Ingress, Egress]" if deployment.asks_nobody else "[Ingress]",
     )
     return {"embellama.yaml": text}
 
@@ -29896,8 +29899,7 @@ def _check_models(call: Invocation) -> int:
 _NO_FILE_NAME: Final = "a name with line breaks and such fits into no file"
 
 
-def _emit(
-call: Invocation) -> int:
+def _emit(call: Invocation) -> int:
     names, folder = call.own["names"], call.own["output"]
     for name in names or [""]:
         if name not in (*EMITTERS, "all"):

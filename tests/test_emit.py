@@ -336,8 +336,27 @@ def test_a_file_that_one_table_names_or_none_is_where_the_settings_say(
         first, second = found["models"]
         assert second["chat_template"] == "", "as it was: the model's own"
         places = [found["chat_template"], first["path"], first["chat_template"]]
-        assert [Path(place).name for place in places] == ["x.jinja", "m.gguf", "x.jinja"]
+        names = [Path(place).name for place in places]
+        assert names == ["x.jinja", "m.gguf", "x.jinja"]
         assert len({Path(place).parent for place in places}) == 3
+
+
+def test_who_asks_nobody_anything_may_not_however_its_models_are_named(
+    shop: Path, tmp_path: Path
+) -> None:
+    def may_ask(*flags: str) -> list[bool]:
+        written = files(tmp_path / "out", *flags, "systemd", "kubernetes")
+        policy = documents(written["embellama.yaml"])["NetworkPolicy"]["spec"]
+        unit = written["embellama.service"]
+        return ["Egress" not in policy["policyTypes"], "IPAddressDeny" not in unit]
+
+    config = tmp_path / "c.toml"
+    config.write_text("".join(f"[[models]]\npath='{shop}/{x}.gguf'\n" for x in "ab"))
+    assert may_ask("--config", str(config)) == [False, False]
+    assert may_ask("--model-path", f"{shop}/a.gguf") == [False, False]
+    assert may_ask() == [True, True], "the default model is fetched"
+    spans = ("--otlp-endpoint", "http://192.0.2.1:4318")
+    assert may_ask("--config", str(config), *spans) == [True, True]
 
 
 @pytest.mark.parametrize(
