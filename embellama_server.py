@@ -27449,11 +27449,12 @@ def _pod_needs(deployment: Deployment) -> Iterator[str]:
 
 def _pod_resources(deployment: Deployment) -> dict[str, str]:
     """Return what a pod gets. Memory: what loading the models foresees, see memory_mb()."""
-    settings, cores = deployment.settings, _POD_CORES
+    workers, threads = _POD_CORES, 1
     if deployment.loaded.sources["workers"] != "default":
-        cores = settings.workers * settings.threads
-    resources = {"cpu": str(cores)}
-    if memory_mb := deployment.memory_mb(cores):
+        workers, threads = deployment.settings.workers, deployment.settings.threads
+    resources = {"cpu": str(workers * threads)}
+    if memory_mb := deployment.memory_mb(workers):
+
         resources["memory"] = f"{memory_mb}Mi"
     if deployment.is_on_gpu:
         resources["nvidia.com/gpu"] = "1"

@@ -359,6 +359,23 @@ def test_who_asks_nobody_anything_may_not_however_its_models_are_named(
     assert may_ask("--config", str(config), *spans) == [True, True]
 
 
+def test_a_pod_gets_cores_for_all_threads_and_memory_for_its_workers(
+    shop: Path, tmp_path: Path
+) -> None:
+    def limits(*flags: str) -> dict[str, str]:
+        given = ("--model-path", f"{shop}/a.gguf", *flags, "kubernetes")
+        objects = documents(files(tmp_path / "out", *given)["embellama.yaml"])
+        found = container_of(objects)["resources"]["limits"]
+        assert isinstance(found, dict)
+        return found
+
+    one = limits("--workers", "1")
+    threads = limits("--workers", "1", "--threads", "8")
+    workers = limits("--workers", "8")
+    assert [each["cpu"] for each in (one, threads, workers)] == ["1", "8", "8"]
+    assert threads["memory"] == one["memory"] != workers["memory"]
+
+
 @pytest.mark.parametrize(
     "grace", [[], ["--drain-grace-s", "0"], ["--drain-grace-s", "7"]]
 )
