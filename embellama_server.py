@@ -27053,7 +27053,9 @@ def _placed_by_unit(deployment: Deployment) -> Iterator[str]:
 def _unit_streams(settings: Settings) -> list[str]:
     """Return what a socket unit listens on; nothing if a host is a name, not an address."""
     hosts = [(settings.host, settings.port)] if settings.host != "none" else []
-    found = [settings.uds] if settings.uds else []
+    uds = os.path.abspath(settings.uds).replace("%", "%%")
+    found = [uds] if settings.uds else []
+
     for host, port in [*hosts, *map(host_and_port, settings.listen)]:
         for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
             try:
@@ -27252,7 +27254,7 @@ def compose_files(deployment: Deployment) -> dict[str, str]:
         notes=lines_of(*notes),
         version=__version__,
         published=json.dumps(f"{host}{settings.port}:{settings.port}"),
-        environment=yaml_text(_container_variables(deployment, "/run/secrets")),
+        environment=_compose_text(_container_variables(deployment, "/run/secrets")),
         env_file="env_file: secrets.env\n" * bool(deployment.secret_names),
         models=_compose_text(mounted) if mounted else "",
         secrets=yaml_text({"secrets": [*secrets]}) if secrets else "",
@@ -27454,7 +27456,6 @@ def _pod_resources(deployment: Deployment) -> dict[str, str]:
         workers, threads = deployment.settings.workers, deployment.settings.threads
     resources = {"cpu": str(workers * threads)}
     if memory_mb := deployment.memory_mb(workers):
-
         resources["memory"] = f"{memory_mb}Mi"
     if deployment.is_on_gpu:
         resources["nvidia.com/gpu"] = "1"

@@ -376,6 +376,17 @@ def test_a_pod_gets_cores_for_all_threads_and_memory_for_its_workers(
     assert threads["memory"] == one["memory"] != workers["memory"]
 
 
+def test_what_others_would_fill_in_is_written_so_that_it_stays(tmp_path: Path) -> None:
+    given = ("--uds", f"{tmp_path}/a%b.sock", "--audit-log", "a$b.log")
+    written = files(tmp_path / "out", *given, "systemd", "compose")
+    streams = re.findall(r"(?m)^ListenStream=(.*)$", written["embellama.socket"])
+    assert streams[0] == f"{tmp_path}/a%%b.sock"
+    service = yaml.safe_load(written["compose.yaml"])["services"]["embellama"]
+    assert service["environment"]["EMBELLAMA_AUDIT_LOG"] == "/cache/a$$b.log"
+    relative = files(tmp_path / "out", "--uds", "a.sock", "systemd")
+    assert f"ListenStream={os.path.abspath('a.sock')}\n" in relative["embellama.socket"]
+
+
 @pytest.mark.parametrize(
     "grace", [[], ["--drain-grace-s", "0"], ["--drain-grace-s", "7"]]
 )
