@@ -29689,7 +29689,8 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
     """Return how long a reply asks to wait; 0: it does not say."""
     for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError):
-            return float(headers.get(name) or "") * unit_s
+            return max(0.0, float(headers.get(name) or "") * unit_s)
+
     return 0.0
 
 

@@ -189,10 +189,11 @@ def busy(status: int, **headers: str) -> Callable[[Any], Answer]:
         ([busy(429, retry_after="7", retry_after_ms="6500")], [6.5]),
         ([busy(503), busy(503), busy(429)], [1.0, 2.0, 4.0]),
         ([busy(503, retry_after="900")], [60.0]),
+        ([busy(503, retry_after="-9")], [1.0]),
         ([busy(503, retry_after="Sun, 06 Nov 1994 08:49:37 GMT")], [1.0]),
         ([lambda _: None], [1.0]),
     ],
-    ids=["s", "ms", "unsaid", "too long", "date", "lost"],
+    ids=["s", "ms", "unsaid", "too long", "below zero", "date", "lost"],
 )
 def test_what_passes_is_sent_again_when_the_server_says(
     peer: Peer,
