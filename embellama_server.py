@@ -29539,8 +29539,15 @@ class RemoteEmbedder:
 
     def __init__(self, url: str, key: str, threads: int, **body: object) -> None:
         """``body``: fields of each request. Raises BulkError for a bad URL."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            (parts.hostname or "").encode("idna")  # as a connection will
+            is_usable = (
+                bool(parts.hostname) and parts.path.isascii() and parts.port != 0
+            )
+        except ValueError:  # of the port as well
+            is_usable = False
+        if not is_usable or parts.scheme not in ("http", "https"):
             raise BulkError(f"--url {url} is not like http://127.0.0.1:8080", 2)
         is_tls = parts.scheme == "https"
         kind = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
@@ -29561,7 +29568,10 @@ class RemoteEmbedder:
         first = self._post(["a"], is_first=True).rows[0]
         if isinstance(first, ApiError):
             raise BulkError(f"{self._url}: {first.message}", 2)
-        _, _, data = self._ask("GET", "/v1/models", b"")
+        try:
+            _, _, data = self._ask("GET", "/v1/models", b"")
+        except (OSError, http.client.HTTPException) as error:
+            raise BulkError(f"{self._url}: {error}", 3) from None
         try:
             models: Any = json_codec().loads(data)
             named = [m for m in models["data"] if m["id"] == self._body.get("model")]

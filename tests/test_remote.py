@@ -265,6 +265,36 @@ def test_an_address_where_nobody_listens_is_told_at_once() -> None:
         embedder.close()
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://[::1", "http://h:x"),
+        *(
+            "http://h:65536",
+            "http://h:0",
+            "http://h/\xe4",
+            f"http://{'h' * 64}.example",
+        ),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_a_wrong_command(url: str) -> None:
+    with pytest.raises(es.BulkError, match="is not like") as told:
+        es.RemoteEmbedder(url, "", 1)
+    assert told.value.code == 2
+
+
+def test_a_server_that_ends_before_it_said_what_it_has_is_a_sentence(
+    peer: Peer, embedder: es.RemoteEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+
+    monkeypatch.setattr(peer.server.RequestHandlerClass, "do_GET", leave)
+    with pytest.raises(es.BulkError, match="closed connection") as told:
+        _ = embedder.identity
+    assert told.value.code == 3
+
+
 def test_a_job_goes_on_only_with_the_same_model_on_the_server(
     peer: Peer, embedder: es.RemoteEmbedder, tmp_path: Path
 ) -> None:
