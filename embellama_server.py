@@ -26539,8 +26539,12 @@ def read_reference(path: str) -> Reference:
             raise ValueError("texts must be a list of strings, at least one")
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise ValueError("embeddings must be a list of numbers for each text")
-        if not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
+        with np.errstate(over="ignore"):
+            lengths = np.linalg.norm(vectors, axis=1)
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
             raise ValueError("an embedding is zero, or no number")
+        if not isinstance(prompt_name, str | None):
+            raise TypeError("prompt_name must be a string")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StartupError(
             f"reference {path} cannot be used: {error!r:.200}; it is a JSON object "
@@ -26620,8 +26624,9 @@ def compared(
     found = cosines(vectors, reference.vectors)
     worst, far = int(found.argmin()), int((found < min_cosine).sum())
     told = f"{found[worst]:.6f}, of texts[{worst}] {reference.texts[worst]!r:.60}"
-    middle = sorted(found)[len(found) // 2]
-    shown: dict[str, object] = {"lowest cosine": told, "median cosine": f"{middle:.6f}"}
+    shown: dict[str, object] = {"lowest cosine": told}
+    shown["median cosine"] = f"{np.median(found):.6f}"
+
     if not far:
         return shown, ""
     return shown, (
@@ -29700,7 +29705,6 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
     for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError):
             return max(0.0, float(headers.get(name) or "") * unit_s)
-
     return 0.0
 
 

@@ -93,6 +93,12 @@ def test_vectors_are_compared_whatever_their_length(desk: Desk) -> None:
     assert lines[1] == "median cosine        1.000000"
 
 
+def test_the_median_of_two_is_between_them() -> None:
+    reference = es.Reference(["a", "b"], np.array([[1.0, 0.0], [1.0, 0.0]]))
+    shown, _ = es.compared(np.array([[0.0, 1.0], [1.0, 0.0]]), reference, 0.0)
+    assert shown["median cosine"] == "0.500000"
+
+
 def test_more_texts_than_a_request_may_have_are_compared(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +151,9 @@ def test_the_reference_s_prompt_is_put_around_its_texts(desk: Desk) -> None:
         {"embeddings": [[1.0] * 7] * 3},
         {"texts": ["word " * 99, *TEXTS[1:]]},
         {"prompt_name": 7},
+        {"prompt_name": ["query"]},
+        {"embeddings": [[1e-200] * 8] * 3},
+        {"embeddings": [[1e200] * 8] * 3},
     ],
     ids=str,
 )
