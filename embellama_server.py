@@ -26371,7 +26371,7 @@ def _vector(vector: Any, request: EmbedRequest, card: ModelCard) -> Any:
 
 TUNE_MARK: Final = "# measured by embellama_server tune"
 TUNE_TEXTS: Final = {"short": 24, "medium": 120, "long": 380}  # tokens
-_TUNE_BATCHES: Final = (128, 256, 512)
+TUNE_BATCHES: Final = (128, 256, 512)
 _TUNE_ROUNDS: Final = 3
 _CLEARLY: Final = 1.03
 
@@ -26430,7 +26430,8 @@ class Tuner:
 
     def _best(self, batch_tokens: int) -> Layout:
         threads = [1 << n for n in range(self.cores.bit_length())]
-        batches = [n for n in _TUNE_BATCHES if n != batch_tokens]
+        batches = [n for n in TUNE_BATCHES if n != batch_tokens]
+
         stages: tuple[list[dict[str, int]], ...] = (  # the default comes first
             [{"workers": self.cores // n, "threads": n} for n in threads],
             [{"batch_tokens": n} for n in (batch_tokens, *batches)],
@@ -29852,7 +29853,8 @@ def _tune(call: Invocation) -> int:
         file = model_file(settings, ModelFetch(settings.cache_dir, log, DEFAULT_MODEL))
         profile = Path(call.own["output"] or f"{Path(file.path).stem}.tune.toml")
         check_profile(profile)
-        widest = dataclasses.replace(settings, batch_tokens=512)
+        most = max(settings.batch_tokens, *TUNE_BATCHES)
+        widest = dataclasses.replace(settings, batch_tokens=most)
         cache = weights_cache(widest, file, call.engine_factory, log)
         with contextlib.closing(cache.engine(str(given["weights"]))) as engine:
             tuner = Tuner(engine, call.own["seconds"], usable_cores(), _show_progress)

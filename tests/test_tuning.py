@@ -656,6 +656,22 @@ def test_the_engine_is_closed_at_the_end(
     assert all(engine.is_closed and not engine.contexts_open for engine in made)
 
 
+@pytest.mark.parametrize(("flags", "most"), [((), 512), (("4096",), 4096)])
+def test_calls_can_be_as_long_as_each_layout_that_is_measured(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], most: int
+) -> None:
+    made: list[int] = []
+    init = Engine.__init__
+
+    def remembered(self: Engine, *given: Any) -> None:
+        init(self, *given)
+        made.append(given[1].batch_tokens)
+
+    monkeypatch.setattr(Engine, "__init__", remembered)
+    assert desk.tune(*(f"--batch-tokens={n}" for n in flags)) == 0
+    assert set(made) == {most}
+
+
 def test_help_of_tune_names_its_flags(desk: Desk) -> None:
     assert desk.tune("--help") == 0
     for part in ("--seconds", "--output", "--model-path", "embellama_server.py tune"):
