@@ -25615,9 +25615,10 @@ _WAIT_IN_BACKLOG_S: Final = 30.0  # then clients are told 503: loading
 def connection_limits(settings: Settings, max_files: float) -> Settings:
     """Return the settings with no more connections than this process may have files."""
     # The rest is for models, logs, and connections that are told there are too many.
-    room = int(max(16, max_files - 256))
-    most = min(settings.max_connections, room)
+    room = max(16, max_files - 256)
+    most = int(min(settings.max_connections, room))
     return dataclasses.replace(settings, max_connections=most)
+
 
 
 def count_call(telemetry: Telemetry, call: Call) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import threading
@@ -34,6 +35,15 @@ async def test_every_move_not_in_the_table_is_loud() -> None:
     # Every phase but the last has a way on, and nothing leads out of that.
     ends = {phase for phase in es.Phase if not es.TRANSITIONS[phase]}
     assert ends == {es.Phase.STOPPED}
+
+
+def test_connections_are_as_many_as_files_allow_also_where_files_have_no_limit() -> (
+    None
+):
+    def most(files: float) -> int:
+        return es.connection_limits(kit.settings(), files).max_connections
+
+    assert [most(files) for files in (1024, 10**6, math.inf)] == [768, 4096, 4096]
 
 
 async def test_health_answers_while_the_model_loads_and_ready_says_why_not() -> None:
