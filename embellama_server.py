@@ -25620,7 +25620,6 @@ def connection_limits(settings: Settings, max_files: float) -> Settings:
     return dataclasses.replace(settings, max_connections=most)
 
 
-
 def count_call(telemetry: Telemetry, call: Call) -> None:
     """Count a call of llama.cpp and what became of its inputs."""
     count = telemetry.count
@@ -26669,6 +26668,16 @@ def filled(template: str, **parts: str) -> str:
     return _PLACE.sub(part, template)
 
 
+def head_line(name: str) -> str:
+    """Return what every printed file begins with."""
+    return f"# embellama_server {__version__}: emit {name}"
+
+
+def printed(name: str, template: str, **parts: str) -> str:
+    """Return a file that ``emit`` prints under a name: its head, and what is filled in."""
+    return lines_of(head_line(name)) + filled(template, **parts)
+
+
 def lines_of(*lines: str) -> str:
     """Return each with an end."""
     return "".join(f"{line}\n" for line in lines)
@@ -26806,11 +26815,6 @@ class Deployment:
 _MODEL_FILES: Final = [row for row in MODEL_ROWS if row.is_path]
 
 
-def head_line(name: str) -> str:
-    """Return what every printed file begins with."""
-    return f"# embellama_server {__version__}: emit {name}"
-
-
 # --- YAML ---
 # A JSON string is a YAML string, which spares the rules for the others: that no is false,
 # 010 is 8 and 1:30 is 90. Written by hand, as PyYAML is no part of us.
@@ -26868,7 +26872,6 @@ def _is_yaml_block(text: str) -> bool:
 # memory is free; not ~@resources, which numpy's mbind and --cpu-affinity need.
 
 _UNIT: Final = """\
-<head>
 # To /etc/systemd/system; embellama.toml to /etc/embellama. Then:
 #   systemctl daemon-reload && systemctl enable --now embellama
 <copies>
@@ -26946,7 +26949,6 @@ DeviceAllow=char-drm rw
 DeviceAllow=/dev/kfd rw
 """
 _SOCKET_UNIT: Final = """\
-<head>
 # Beside embellama.service, if `systemctl restart embellama` is to refuse nobody: systemd
 # then holds the sockets, and clients wait. These replace --host, --port, --listen, --uds.
 [Socket]
@@ -26983,9 +26985,9 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
         copies.append(f"#   {program}, and its environment with {python}")
     if copies:
         copies.insert(0, "# The unit sees no home and no /tmp. Put there first:")
-    service = filled(
+    service = printed(
+        "systemd",
         _UNIT,
-        head=lines_of(head_line("systemd")),
         copies=lines_of(*copies),
         python=_unit_word(python),
         program=_unit_word(program),
@@ -27001,8 +27003,8 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
     files = {"embellama.service": service}
     if streams := _unit_streams(settings):
         stream_lines = lines_of(*(f"ListenStream={stream}" for stream in streams))
-        parts = {"head": lines_of(head_line("systemd")), "streams": stream_lines}
-        files["embellama.socket"] = filled(_SOCKET_UNIT, **parts)
+        socket_unit = printed("systemd", _SOCKET_UNIT, streams=stream_lines)
+        files["embellama.socket"] = socket_unit
     return files | {"embellama.toml": deployment.config("systemd", seen)}
 
 
@@ -27081,7 +27083,6 @@ def _unit_streams(settings: Settings) -> list[str]:
 # neither TLS nor certificates of clients are in the way, by Python: slim images lack curl.
 
 _DOCKERFILE: Final = """\
-<head>
 # Beside it: embellama_server.py. Then: docker build --tag embellama_server:<version> .
 # Without Compose, run it with --init --read-only --tmpfs /tmp --cap-drop ALL, a volume at
 # /cache, models at /models, and EMBELLAMA_... variables for settings.
@@ -27137,18 +27138,13 @@ WHEEL_CMAKE_ARGS: Final = (
     "-DLLAVA_BUILD=OFF"
 )
 WHEEL_LEFT_OUT: Final = "lib/**;include/**"  # the libraries again, for C++; headers
-_DOCKERIGNORE: Final = """\
-<head>
-*
-!embellama_server.py
-"""
 
 
 def docker_files(deployment: Deployment) -> dict[str, str]:
     """An image: two stages, not root, a health check without curl."""
-    dockerfile = filled(
+    dockerfile = printed(
+        "docker",
         _DOCKERFILE,
-        head=lines_of(head_line("docker")),
         version=__version__,
         cmake_args=WHEEL_CMAKE_ARGS,
         left_out=WHEEL_LEFT_OUT,
@@ -27156,7 +27152,7 @@ def docker_files(deployment: Deployment) -> dict[str, str]:
         port=str(deployment.settings.port),
         health=_health_command("/ready"),
     )
-    ignored = filled(_DOCKERIGNORE, head=lines_of(head_line("docker")))
+    ignored = lines_of(head_line("docker"), "*", "!embellama_server.py")
     return {"Dockerfile": dockerfile, ".dockerignore": ignored}
 
 
@@ -27190,7 +27186,6 @@ def _container_config(deployment: Deployment, name: str) -> str:
 
 _NO_KEYS: Final = "# There is no --api-key-file: whoever reaches the port may ask."
 _COMPOSE: Final = """\
-<head>
 # Beside it: compose.toml, and the files of `emit docker`. Then: docker compose up --wait
 <notes>
 name: embellama
@@ -27255,9 +27250,9 @@ def compose_files(deployment: Deployment) -> dict[str, str]:
         resources["mem_limit"] = f"{memory_mb}m"
     host = "127.0.0.1:" if deployment.is_local else ""
     mounted = [f"{f}:{i}:ro" for f, i in zip(folders, inside, strict=True)]
-    text = filled(
+    text = printed(
+        "compose",
         _COMPOSE,
-        head=lines_of(head_line("compose")),
         notes=lines_of(*notes),
         version=__version__,
         published=json.dumps(f"{host}{settings.port}:{settings.port}"),
@@ -27280,7 +27275,6 @@ def _compose_text(value: object) -> str:
 
 
 _KUBERNETES: Final = """\
-<head>
 # kubectl apply -f embellama.yaml, once the image of `emit docker` is where the cluster finds
 # it (and is named so below), and these are there:
 <needs>
@@ -27424,9 +27418,9 @@ def kubernetes_files(deployment: Deployment) -> dict[str, str]:
         source = {"secretKeyRef": {"name": "embellama", "key": name}}
         env.append({"name": name, "valueFrom": source})
     mounts, volumes = _pod_volumes(deployment)
-    text = filled(
+    text = printed(
+        "kubernetes",
         _KUBERNETES,
-        head=lines_of(head_line("kubernetes")),
         needs=lines_of(*_pod_needs(deployment)),
         config=yaml_text({"embellama.toml": config}),
         digest=hashlib.sha256(config.encode()).hexdigest()[:16],
@@ -27505,7 +27499,6 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 # bans a server for a 503, which is how a full one asks for less: all would be banned at once.
 
 _HAPROXY: Final = """\
-<head>
 # To /etc/haproxy/haproxy.cfg. Start each server with --drain-grace-s 3 or more, so that it
 # is found leaving before it ends, and with --trusted-proxy and this machine's address.
 global
@@ -27542,7 +27535,6 @@ backend embellama
   # server a2 10.0.0.2:8080
 """
 _NGINX: Final = """\
-<head>
 # To /etc/nginx/conf.d/embellama.conf. Start each server with --drain-grace-s 3 or more, and
 # with --trusted-proxy and this machine's address.
 upstream embellama {
@@ -27598,9 +27590,9 @@ def haproxy_files(deployment: Deployment) -> dict[str, str]:
     agent, port = "", settings.agent_port
     if port:
         agent = f" weight 100 agent-check agent-inter 200ms agent-port {port}"
-    text = filled(
+    text = printed(
+        "haproxy",
         _HAPROXY,
-        head=lines_of(head_line("haproxy")),
         agent=agent,
         server_s=_server_s(settings),
         at_once=str(settings.workers * max(4, settings.batch_tokens // _SHORT_TOKENS)),
@@ -27615,9 +27607,9 @@ def nginx_files(deployment: Deployment) -> dict[str, str]:
     settings = deployment.settings
     tls = _NGINX_TLS * bool(settings.tls_cert)
     tls += _NGINX_CLIENT * bool(settings.tls_client_ca)
-    text = filled(
+    text = printed(
+        "nginx",
         _NGINX,
-        head=lines_of(head_line("nginx")),
         address=deployment.address,
         kept_s=str(max(1, math.floor(settings.keep_alive_s) - 5)),
         body_bytes=str(settings.max_body_bytes),
@@ -27765,7 +27757,6 @@ ALERTS: Final = (
 
 
 _KEDA: Final = """\
-<head>
 # Instead of the HorizontalPodAutoscaler of embellama.yaml, never beside it. The backlog says
 # how much there is to do before the CPU is busy with it: a pod for every five seconds.
 apiVersion: keda.sh/v1alpha1
@@ -27792,8 +27783,8 @@ BACKLOG: Final = promql("sum(max <by> (embellama_backlog_seconds{<job>}))")
 
 def keda_files(_: Deployment) -> dict[str, str]:
     """An autoscaler that goes by the backlog."""
-    head = lines_of(head_line("keda"))
-    return {"embellama-keda.yaml": filled(_KEDA, head=head, query=json.dumps(BACKLOG))}
+    text = printed("keda", _KEDA, query=json.dumps(BACKLOG))
+    return {"embellama-keda.yaml": text}
 
 
 def prometheus_files(deployment: Deployment) -> dict[str, str]:
