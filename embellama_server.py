@@ -26560,56 +26560,51 @@ def cosines(ours: Any, theirs: Any) -> Any:
     return (ours * theirs).sum(axis=1) / lengths
 
 
-class Checker:
-    """Loads a model and asks it. Used by one event loop."""
+async def check_model(
+    settings: Settings,
+    factory: EngineFactory,
+    log: Log,
+    reference: Reference | None,
+    min_cosine: float,
+) -> tuple[str, str]:
+    """Load a model; return a report, and how it falls short of the reference, or empty.
 
-    def __init__(self, settings: Settings, factory: EngineFactory, log: Log) -> None:
-        loop = asyncio.get_running_loop()
+    Raises StartupError or EngineError if it cannot be served, or not be compared.
+    """
+    loop, shortfall = asyncio.get_running_loop(), ""
 
-        def deliver(what: Callable[[], None]) -> None:
-            loop.call_soon_threadsafe(what)
+    def deliver(what: Callable[[], None]) -> None:
+        loop.call_soon_threadsafe(what)
 
-        hooks = PoolHooks(log=log, deliver=deliver, on_call=lambda _: None)
-        self._settings = settings
-        self._loader = Loader(settings.cache_dir, factory, hooks)
+    hooks = PoolHooks(log=log, deliver=deliver, on_call=lambda _: None)
+    loader = Loader(settings.cache_dir, factory, hooks)
+    loaded = await asyncio.to_thread(loader.load, settings)
+    try:
+        entry = ModelEntry(settings)
+        facts = {"model": entry.label, **facts_in_force(entry, loaded)}
+        known = loader.look(settings, with_sha256=False)
+        facts["memory"] = f"at most {needed_bytes(settings, known) >> 20} MiB"
+        facts["cpu_features"] = loaded.card.cpu_features or None
+        if reference is not None:
+            vectors = await _vectors(reference, entry, loaded)
+            found, shortfall = compared(vectors, reference, min_cosine)
+            facts |= found
+    finally:
+        await asyncio.to_thread(loaded.free)
+    lines = (f"{name:20} {_told(value)}" for name, value in facts.items())
+    return "\n".join(lines), shortfall
 
-    async def run(
-        self, reference: Reference | None, min_cosine: float
-    ) -> tuple[str, str]:
-        """Return a report, and in what it falls short of the reference; empty: in nothing.
 
-        Raises StartupError or EngineError if it cannot be served, or not be compared.
-        """
-        shortfall = ""
-        loaded = await asyncio.to_thread(self._loader.load, self._settings)
-        try:
-            entry = ModelEntry(self._settings)
-            facts = {"model": entry.label, **facts_in_force(entry, loaded)}
-            known = self._loader.look(self._settings, with_sha256=False)
-            needed = needed_bytes(self._settings, known) >> 20
-            facts["memory"] = f"at most {needed} MiB"
-            facts["cpu_features"] = loaded.card.cpu_features or None
-            if reference is not None:
-                vectors = await self._vectors(reference, entry, loaded)
-                found, shortfall = compared(vectors, reference, min_cosine)
-                facts |= found
-        finally:
-            await asyncio.to_thread(loaded.free)
-        lines = (f"{name:20} {_told(value)}" for name, value in facts.items())
-        return "\n".join(lines), shortfall
-
-    async def _vectors(
-        self, reference: Reference, entry: ModelEntry, loaded: LoadedModel
-    ) -> Any:
-        rows, texts = list[Any](), reference.texts
-        for begin in range(0, len(texts), MAX_INPUTS):
-            batch = texts[begin : begin + MAX_INPUTS]
-            request = EmbedRequest(inputs=batch, prompt_name=reference.prompt_name)
-            prepare(request, entry, loaded, self._settings)
-            nobody: dict[str, Any] = {"charge": lambda _: None, "late": lambda: None}
-            result = await compute(request, entry, loaded, "check", **nobody)
-            rows += result.job.vectors
-        return np.array(rows, np.float64)
+async def _vectors(reference: Reference, entry: ModelEntry, loaded: LoadedModel) -> Any:
+    rows, texts = list[Any](), reference.texts
+    for begin in range(0, len(texts), MAX_INPUTS):
+        batch = texts[begin : begin + MAX_INPUTS]
+        request = EmbedRequest(inputs=batch, prompt_name=reference.prompt_name)
+        prepare(request, entry, loaded, entry.settings)
+        nobody: dict[str, Any] = {"charge": lambda _: None, "late": lambda: None}
+        result = await compute(request, entry, loaded, "check", **nobody)
+        rows += result.job.vectors
+    return np.array(rows, np.float64)
 
 
 def compared(
@@ -29887,15 +29882,12 @@ def _check_models(call: Invocation) -> int:
     reference = read_reference(path) if path else None
     if reference is not None and len(loaded.models) > 1:
         raise StartupError("--reference is of one model: say which with --model-path")
-
-    async def check(settings: Settings) -> tuple[str, str]:
-        log = Log("warning", log_shape(settings), sys.stderr)
-        checker = Checker(settings, call.engine_factory, log)
-        return await checker.run(reference, call.own["min_cosine"])
-
+    factory, min_cosine = call.engine_factory, call.own["min_cosine"]
     for settings in loaded.models:
+        log = Log("warning", log_shape(settings), sys.stderr)
         try:
-            report, shortfall = asyncio.run(check(settings))
+            checking = check_model(settings, factory, log, reference, min_cosine)
+            report, shortfall = asyncio.run(checking)
         except (EngineError, ApiError) as error:
             raise StartupError(str(error)) from None
         if code := _print(f"{report}\n"):
