@@ -24723,12 +24723,9 @@ def not_obeyed(path: str, engine: Engine) -> list[str]:
                 found.append(f"{name} cannot be read ({error})")
     told = {name: file for name, file in files.items() if isinstance(file, dict)}
     modules = _module_types(files.get(_MODULES_FILE))
-    plain = {
-        "Transformer",
-        "Pooling",
-        "Normalize",
-        *(["Dense"] * engine.card.has_dense),
-    }
+    plain = {"Transformer", "Pooling", "Normalize"}
+    if engine.card.has_dense:
+        plain.add("Dense")
     if others := [kind for kind in modules if kind not in plain]:
         found.append(f"{_MODULES_FILE}: {', '.join(others)}")
     found += _other_pooling(told.get(_POOLING_FILE, {}), engine.card)
@@ -24836,8 +24833,8 @@ _QUEUED_INPUTS: Final = 1 << 16
 
 def queue_limit(settings: Settings) -> Size:
     """Return what may wait or run at once."""
-    inputs = settings.queue_size
-    inputs = inputs or max(_QUEUED_INPUTS, 8 * settings.max_client_batch_size)
+    most = max(_QUEUED_INPUTS, 8 * settings.max_client_batch_size)
+    inputs = settings.queue_size or most
     return Size(inputs, settings.queue_tokens, settings.queue_mb << 20)
 
 
@@ -24929,8 +24926,7 @@ def needed_bytes(settings: Settings, facts: ModelFacts) -> int:
     if longest > common:
         needed += context_bytes(facts, longest, 1)
     if facts.logits == "none":  # for a moment, see Context.make_room()
-        rows = 1 << (max(longest, common) - 1).bit_length()
-        needed += 4 * facts.n_vocab * min(rows, max(longest, common))
+        needed += 4 * facts.n_vocab * max(longest, common)
     return needed + (settings.cache_mb << 20)
 
 
@@ -25049,11 +25045,6 @@ class LoopThreads(ThreadPoolExecutor):
             super()._adjust_thread_count()
 
 
-_LOGGED_OF_CARD: Final = (
-    *("architecture", "n_embd", "max_input_tokens", "pooling", "weights"),
-)
-
-
 class Loader:
     """Brings models into memory. Not for the event loop's thread."""
 
@@ -25132,9 +25123,9 @@ class Loader:
             prompts, default = prompts_beside(file.path, self._log)
             # What sentence-transformers' rerankers have there has other meanings.
             is_plain = settings.model_path and card.kind != "rank"
-            if others := not_obeyed(file.path, engine) if is_plain else []:
-                what, files = "files beside the model say what is not done here", "; "
-                self._log("warning", what, path=file.path, files=files.join(others))
+            if is_plain and (others := "; ".join(not_obeyed(file.path, engine))):
+                what = "files beside the model say what is not done here"
+                self._log("warning", what, path=file.path, files=others)
             prompts |= dict(card.prompts)
             if card.kind == "embed":
                 default = check_prompts(settings, prompts, default, self._log)
@@ -25171,7 +25162,11 @@ class Loader:
             "loaded",
             model=name_of(settings) or DEFAULT_MODEL.name,
             version=settings.model_version,
-            **{name: getattr(card, name) for name in _LOGGED_OF_CARD},
+            architecture=card.architecture,
+            n_embd=card.n_embd,
+            max_input_tokens=card.max_input_tokens,
+            pooling=card.pooling,
+            weights=card.weights,
             cpu_features=card.cpu_features or None,
             sha256=file.sha256[:16],
             tokenizer=card.tokenizer,
@@ -25980,15 +25975,13 @@ class Server:
 
     async def _reload(self) -> dict[str, object]:
         self._notifier.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
-        count = functools.partial(
-            self.service.telemetry.count, "embellama_config_reloads_total"
-        )
+        count, name = self.service.telemetry.count, "embellama_config_reloads_total"
         try:
             changed = await self._replace_settings()
-            count(label="applied")
+            count(name, label="applied")
             return changed
         except (BadSetting, StartupError, EngineError, NotReady) as error:
-            count(label="refused")
+            count(name, label="refused")
             self.log("error", "not reloaded, nothing has changed", reason=error)
             raise ReloadRefused(f"nothing has changed: {error}") from None
         finally:
@@ -26419,13 +26412,10 @@ class Tuner:
         rows.append(["---"] * len(rows[0]))
         for stage in self._stages:
             for layout in dict.fromkeys(layout for layout, _ in stage):
-                cells = [
-                    f"{layout.workers} x {layout.threads}",
-                    str(layout.batch_tokens),
-                ]
+                size = f"{layout.workers} x {layout.threads}"
+                cells = [self.engine.card.weights, size, str(layout.batch_tokens)]
                 cells += [f"{stage[layout, text]:.1f}" for text in TUNE_TEXTS]
-                mark = "best" if layout == best else ""
-                rows.append([self.engine.card.weights, *cells, mark])
+                rows.append([*cells, "best" if layout == best else ""])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
     def _best(self, batch_tokens: int) -> Layout:
@@ -26694,8 +26684,8 @@ class Deployment:
     @property
     def secret_names(self) -> list[str]:
         """The settings whose values may not be written down, of those that are set."""
-        set_ones = (r.name for r in SETTING_ROWS if r.secret)
-        return [name for name in set_ones if getattr(self.settings, name)]
+        names = [row.name for row in SETTING_ROWS if row.secret]
+        return [name for name in names if getattr(self.settings, name)]
 
     @property
     def secret_files(self) -> list[str]:
@@ -26710,11 +26700,8 @@ class Deployment:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        hosts = {
-            self.settings.host,
-            *(host_and_port(t)[0] for t in self.settings.listen),
-        }
-        others = hosts - {"localhost", "none", "::1"}
+        hosts = {host_and_port(one)[0] for one in self.settings.listen}
+        others = (hosts | {self.settings.host}) - {"localhost", "none", "::1"}
         return all(host.startswith("127.") for host in others)
 
     @property
@@ -29649,8 +29636,6 @@ class RemoteEmbedder:
         return response.status, response.headers, data
 
     def _reply(self, data: bytes, count: int) -> EmbedReply:
-        import numpy as np
-
         try:
             reply: Any = json_codec().loads(data)
             rows = list[Any]([None] * count)
