@@ -29832,9 +29832,8 @@ def _tune(call: Invocation) -> int:
             tuner = Tuner(engine, call.own["seconds"], usable_cores(), _show_progress)
             best = tuner.run(settings.batch_tokens)
         _show_progress(1, 1, "")
-        unfinished = profile.with_name(f".{profile.name}.new")
-        unfinished.write_text(tune_profile(best, given), encoding="utf-8")
-        os.replace(unfinished, profile)
+        text = tune_profile(best, given)
+        write_files(profile.parent, {profile.name: text}, can_replace=True)
     except (EngineError, OSError, UnicodeError) as error:
         raise StartupError(str(error)) from None
     done = f"written to {profile}: python embellama_server.py --config {profile}"
