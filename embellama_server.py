@@ -29777,8 +29777,11 @@ def main(
         return _fail(str(error), code=2)
     except StartupError as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
     except Exception:
         traceback.print_exc()
+
         return _fail("the above is a bug, please report it")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)

@@ -672,6 +672,18 @@ def test_calls_can_be_as_long_as_each_layout_that_is_measured(
     assert set(made) == {most}
 
 
+def test_an_interrupted_verb_is_one_line_and_exit_130(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(es.Tuner, "_measure", interrupt)
+    assert desk.tune("--log-level", "error") == 130
+    assert desk.sentence() == "embellama_server: interrupted\n"
+    assert not desk.profile.exists()
+
+
 def test_help_of_tune_names_its_flags(desk: Desk) -> None:
     assert desk.tune("--help") == 0
     for part in ("--seconds", "--output", "--model-path", "embellama_server.py tune"):
