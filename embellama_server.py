@@ -27782,7 +27782,11 @@ def prometheus_files(deployment: Deployment) -> dict[str, str]:
         key = {"type": "Bearer", "credentials_file": "/etc/prometheus/embellama.key"}
         scrape["authorization"] = key
     if settings.tls_cert:
-        scrape["tls_config"] = _scraper_tls(settings)
+        tls = {"ca_file": "/etc/prometheus/embellama-ca.pem"}
+        if settings.tls_client_ca:
+            tls["cert_file"] = "/etc/prometheus/embellama-client.pem"
+            tls["key_file"] = "/etc/prometheus/embellama-client.key"
+        scrape["tls_config"] = tls
     config = {
         "global": {"scrape_interval": "15s", "evaluation_interval": "15s"},
         "rule_files": ["embellama-alerts.yml"],
@@ -27790,16 +27794,6 @@ def prometheus_files(deployment: Deployment) -> dict[str, str]:
     }
     text = lines_of(head_line("prometheus"), "# More servers: more targets.")
     return {"prometheus.yml": text + yaml_text(config)}
-
-
-def _scraper_tls(settings: Settings) -> dict[str, str]:
-    """Return where Prometheus is to have what it needs for TLS."""
-    folder = "/etc/prometheus"
-    files = {"ca_file": f"{folder}/embellama-ca.pem"}
-    if settings.tls_client_ca:
-        files["cert_file"] = f"{folder}/embellama-client.pem"
-        files["key_file"] = f"{folder}/embellama-client.key"
-    return files
 
 
 def alerts_files(_: Deployment) -> dict[str, str]:
