@@ -25583,6 +25583,11 @@ def log_shape(settings: Settings) -> str:
     return "json" if settings.json_output else settings.log_format
 
 
+def log_of(settings: Settings) -> Log:
+    """Return a log on stderr, as the settings want it."""
+    return Log(settings.log_level, log_shape(settings), sys.stderr)
+
+
 def parent_settings(settings: Settings) -> str:
     """Return what a parent has to know, in the order of Parent._set()."""
     stop_s = settings.drain_grace_s + settings.drain_timeout_s + 10.0
@@ -26288,25 +26293,20 @@ class Embedder:
 
     def _load(self) -> LoadedModel:
         with self._loading:
-            if self._loaded is None:
-                log = Log(
-                    self._settings.log_level, log_shape(self._settings), sys.stderr
-                )
-                hooks = PoolHooks(
-                    log=log, deliver=lambda call: call(), on_call=lambda _: None
-                )
-                loader = Loader(
-                    self._settings.cache_dir, self._engine_factory, hooks, WindowQueue
-                )
-                loaded = loader.load(self._settings)
-                try:
-                    entry = ModelEntry(self._settings)
-                    prepare(self._request, entry, loaded, self._settings)
-                except ApiError:
-                    loaded.free()
-                    raise
-                self._loaded = loaded
-            return self._loaded
+            if self._loaded is not None:
+                return self._loaded
+            settings, log = self._settings, log_of(self._settings)
+            hooks = PoolHooks(log=log, deliver=lambda f: f(), on_call=lambda _: None)
+            factory, queue = self._engine_factory, WindowQueue
+            loader = Loader(settings.cache_dir, factory, hooks, queue)
+            loaded = loader.load(settings)
+            try:
+                prepare(self._request, ModelEntry(settings), loaded, settings)
+            except ApiError:
+                loaded.free()
+                raise
+            self._loaded = loaded
+            return loaded
 
     def _window(self, requests: Sequence[Sequence[str]]) -> _Window:
         bad, inputs = dict[int, ApiError](), list[Input]()
@@ -29694,7 +29694,7 @@ def embedder_for(
 # ==============================================================================
 # 106. COMMAND LINE - flags in, exit code out
 # ==============================================================================
-# Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong.
+# Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong, 130 interrupted.
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29814,7 +29814,7 @@ def _tune(call: Invocation) -> int:
     settings, *others = loaded.models
     if others:
         raise StartupError("tune measures one model: say which with --model-path")
-    log = _log(settings)
+    log = log_of(settings)
     # The log settings of this run are not the server's.
     given = {n: v for n, v in loaded.given().items() if not n.startswith("log_")}
     given.setdefault("weights", "auto")  # its decision is kept for the server
@@ -29956,7 +29956,7 @@ def _serve(call: Invocation) -> int:
         return _print(loaded.describe())
     call.check_libraries()
     settings = loaded.settings
-    log = _log(settings)
+    log = log_of(settings)
     inherited = inherited_sockets(os.environ)
     parents = [sock for name in PARENT_SOCKETS for sock in inherited.get(name, ())]
     listeners, uds = inherited.get("", []), ""
@@ -30015,10 +30015,6 @@ def _remove(uds: str) -> None:
     """Delete the Unix socket that we made, if any."""
     with contextlib.suppress(OSError):
         os.unlink(uds)
-
-
-def _log(settings: Settings) -> Log:
-    return Log(settings.log_level, log_shape(settings), sys.stderr)
 
 
 def _log_unhandled(
