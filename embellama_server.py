@@ -25130,27 +25130,27 @@ class Loader:
             if card.kind == "embed":
                 default = check_prompts(settings, prompts, default, self._log)
             pool = self._pool(settings, engine, file, source)
-            pool.start()
+            facts = facts_with(
+                file.path,
+                stamp=stamp,
+                architecture=card.architecture,
+                kind=card.kind,
+                n_embd=card.n_embd,
+                n_params=card.n_params,
+                trained_tokens=card.trained_tokens,
+                sha256=file.sha256,
+                metadata=dict(card.metadata),
+                chat_template=source,
+            )
+            created, sampling = int(time.time()), defaults_from(facts.metadata)
+            template = chat_template(settings, pool.queue, source, self._log)
+            served = LoadedModel(
+                settings, facts, created, pool, prompts, default, template, sampling
+            )
+            pool.start()  # last: what failed after it would leave its threads behind
             undo.pop_all()
         trim_memory()
         self._proven.append(proof)
-        facts = facts_with(
-            file.path,
-            stamp=stamp,
-            architecture=card.architecture,
-            kind=card.kind,
-            n_embd=card.n_embd,
-            n_params=card.n_params,
-            trained_tokens=card.trained_tokens,
-            sha256=file.sha256,
-            metadata=dict(card.metadata),
-            chat_template=source,
-        )
-        created, sampling = int(time.time()), defaults_from(facts.metadata)
-        template = chat_template(settings, pool.queue, source, self._log)
-        served = LoadedModel(
-            settings, facts, created, pool, prompts, default, template, sampling
-        )
         self._log_loaded(served, file, begun)
         return served
 

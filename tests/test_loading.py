@@ -246,6 +246,19 @@ def test_loads_that_fail_and_rounds_of_loading_leave_nothing_behind(
     assert len(os.listdir("/proc/self/fd")) == files
 
 
+def test_a_load_that_fails_at_its_end_leaves_no_thread_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    bench.loader.tries_first = False
+    monkeypatch.setattr(es, "chat_template", fail)
+    before = threading.active_count()
+    assert "there is not enough memory" in bench.refusal()
+    assert threading.active_count() == before
+
+
 def test_what_is_freed_does_not_wait_for_the_collector_of_cycles(bench: Bench) -> None:
     # It comes when it likes: the vocabulary and the cache are many megabytes.
     gc.collect()
