@@ -27778,7 +27778,7 @@ def prometheus_files(deployment: Deployment) -> dict[str, str]:
         "metrics_path": f"{settings.root_path.rstrip('/')}/metrics",
         "static_configs": [{"targets": [deployment.address]}],
     }
-    if deployment.has_keys and "metrics" not in settings.open_route:
+    if _wants_key(deployment):
         key = {"type": "Bearer", "credentials_file": "/etc/prometheus/embellama.key"}
         scrape["authorization"] = key
     if settings.tls_cert:
@@ -27796,8 +27796,56 @@ def prometheus_files(deployment: Deployment) -> dict[str, str]:
     return {"prometheus.yml": text + yaml_text(config)}
 
 
+def _wants_key(deployment: Deployment) -> bool:
+    """Return whether nobody else is told the metrics."""
+    is_open = "metrics" in deployment.settings.open_route
+    return deployment.has_keys and not is_open
+
+
 def alerts_files(_: Deployment) -> dict[str, str]:
     """Rules for Prometheus."""
+    return {
+        "embellama-alerts.yml": f"{head_line('alerts')}\n{yaml_text(_rule_groups())}"
+    }
+
+
+def servicemonitor_files(deployment: Deployment) -> dict[str, str]:
+    """The same two for the Prometheus of a cluster that has its operator."""
+    settings, secret = deployment.settings, "embellama-scraper"
+    endpoint: dict[str, object] = {
+        "port": "http",
+        "path": f"{settings.root_path.rstrip('/')}/metrics",
+    }
+    needs = ["key"] * _wants_key(deployment)
+    if needs:
+        endpoint["authorization"] = {"credentials": {"name": secret, "key": "key"}}
+    if settings.tls_cert:
+        # What the certificate is for: the operator asks each pod by its address.
+        tls: dict[str, object] = {"serverName": "embellama"}
+        tls["ca"] = {"secret": {"name": secret, "key": "ca.pem"}}
+        needs.append("ca.pem")
+        if settings.tls_client_ca:
+            tls["cert"] = {"secret": {"name": secret, "key": "client.pem"}}
+            tls["keySecret"] = {"name": secret, "key": "client.key"}
+            needs += ["client.pem", "client.key"]
+        endpoint |= {"scheme": "https", "tlsConfig": tls}
+    labels = {"app.kubernetes.io/name": "embellama"}
+    about = {"apiVersion": "monitoring.coreos.com/v1"}
+    named = {"metadata": {"name": "embellama", "labels": labels}}
+    spec = {"selector": {"matchLabels": labels}, "endpoints": [endpoint]}
+    monitor = about | {"kind": "ServiceMonitor"} | named | {"spec": spec}
+    rules = about | {"kind": "PrometheusRule"} | named | {"spec": _rule_groups()}
+    head = lines_of(
+        head_line("servicemonitor"),
+        "# kubectl apply -f embellama-monitor.yaml, beside the Service of `emit kubernetes`.",
+        "# If your Prometheus takes only what has a certain label, such as release: add it.",
+        *[f"# It needs a Secret {secret}, with {', '.join(needs)}"] * bool(needs),
+    )
+    text = f"{head}{yaml_text(monitor)}---\n{yaml_text(rules)}"
+    return {"embellama-monitor.yaml": text}
+
+
+def _rule_groups() -> dict[str, object]:
     rules = [
         {
             "alert": alert.name,
@@ -27808,8 +27856,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
         }
         for alert in ALERTS
     ]
-    groups = {"groups": [{"name": JOB, "rules": rules}]}
-    return {"embellama-alerts.yml": f"{head_line('alerts')}\n{yaml_text(groups)}"}
+    return {"groups": [{"name": JOB, "rules": rules}]}
 
 
 # ==============================================================================
@@ -28116,6 +28163,7 @@ EMITTERS: Final = {
     "nginx": Emitter(nginx_files),
     "prometheus": Emitter(prometheus_files),
     "alerts": Emitter(alerts_files),
+    "servicemonitor": Emitter(servicemonitor_files),
     "grafana": Emitter(grafana_files),
     "postman": Emitter(postman_files),
 }

