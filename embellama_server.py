@@ -4383,46 +4383,6 @@ _DEEPSEEKS: Final = "<\uff5ctool\u2581sep\uff5c>"
 _BEFORE_ARGUMENTS: Final = ("[ARGS]", _DEEPSEEKS, "<|tool_call_argument_begin|>")
 
 
-class CallStyle(NamedTuple):
-    """A way to write calls whose arguments are JSON, piece by piece."""
-
-    opening: str
-    before_name: str
-    before_arguments: str
-    after_arguments: str
-    between_calls: str
-    closing: str = ""
-
-    def begun(self, name: str) -> str:
-        """Return what stands before the arguments of the first call."""
-        return f"{self.opening}{self.before_name}{name}{self.before_arguments}"
-
-
-_ARGUMENTS_KEY: Final = '", "arguments": '
-# The first is Hermes's, and of those who were taught none of these.
-CALL_STYLES: Final = (
-    CallStyle("", '<tool_call>\n{"name": "', _ARGUMENTS_KEY, "}\n</tool_call>", "\n"),
-    CallStyle("[TOOL_CALLS][", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]"),
-    CallStyle("", "[TOOL_CALLS]", "[ARGS]", "", ""),
-    CallStyle("", "[TOOL_CALLS]", "[CALL_ID]a1b2c3d4e[ARGS]", "", ""),
-    CallStyle("<TOOLCALL>[", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]</TOOLCALL>"),
-    CallStyle(
-        "<tool_calls>[", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]</tool_calls>"
-    ),
-    CallStyle(
-        "<tool_calls>\n", '{"name": "', _ARGUMENTS_KEY, "}\n", "", "</tool_calls>"
-    ),
-    CallStyle("", "<function=", ">", "</function>", ""),
-    CallStyle("", '<|function_call|>{"name": "', _ARGUMENTS_KEY, "}", ""),
-    CallStyle(
-        "<\uff5ctool\u2581calls\u2581begin\uff5c>",
-        "<\uff5ctool\u2581call\u2581begin\uff5c>",
-        "<\uff5ctool\u2581sep\uff5c>",
-        *("<\uff5ctool\u2581call\u2581end\uff5c>", ""),
-        "<\uff5ctool\u2581calls\u2581end\uff5c>",
-    ),
-    CallStyle("", '{"name": "', '", "parameters": ', "}", "; "),  # Llama 3
-)
 CALL_INNER_MARKS: Final = (*_BEFORE_ARGUMENTS, "[CALL_ID]", '<|"|>')
 _SPACE: Final = re.compile(r"\s*")
 _KEY: Final = re.compile(r'\{\s*(?:\Z|"([^"\\]*)(?:\Z|"))')
@@ -5371,9 +5331,7 @@ class ChatTemplate:
             raise UnusableTemplate(f"the chat template is not valid: {words}") from None
         self.source = source
         self.thoughts = thoughts_in(source)
-        self.thinks = any(one.closing in source for one in self.thoughts)
         self.skills = TemplateSkills()
-        self.call_style = CALL_STYLES[0]  # in which its model is told to write calls
         self.names = {"bos_token": bos, "eos_token": eos}
         self._control = re.compile(_any_of({*control_texts}) or "(?!)")
         self._max_render_s = _MAX_TRY_S
@@ -5397,9 +5355,6 @@ class ChatTemplate:
         both = self._tried(_calling(*_TRIED_IDS), tools)
         name = _TRIED_TOOL["function"]["name"]
         self._skills_are(several_calls=both.count(name) > called.count(name))
-        if self.skills.tools and self.skills.calls:
-            styles = (one for one in CALL_STYLES if one.begun(name) in called)
-            self.call_style = next(styles, CALL_STYLES[0])
 
     def _skills_are(self, **skills: bool) -> None:
         self.skills = self.skills._replace(**skills)
@@ -17767,7 +17722,6 @@ class ReplyRequest:
     variables: Mapping[str, object] = field(default_factory=dict)  # of the template
     adds_turn: bool = True  # the prompt ends where the assistant's turn begins
     continues_last: bool = False  # or at the end of the last message
-    thoughts_are_text: bool = False  # they and their marks stay in it
     # set once it is rendered
     is_folded: bool = False  # see RenderedPrompt
     begins_inside: Thoughts | None = None  # as in Markup
@@ -17976,13 +17930,10 @@ def _markup(request: ReplyRequest, loaded_model: LoadedModel) -> Markup | None:
     """Return what is to be told from the text of a reply; None: nothing."""
     if loaded_model.template is None or not request.messages:
         return None
-    tools = dict(map(named_schema, request.tools))
-    if request.thoughts_are_text and not tools:
-        return None
     return Markup(
-        thoughts=() if request.thoughts_are_text else loaded_model.template.thoughts,
-        begins_inside=None if request.thoughts_are_text else request.begins_inside,
-        tools=tools,
+        thoughts=loaded_model.template.thoughts,
+        begins_inside=request.begins_inside,
+        tools=dict(map(named_schema, request.tools)),
         max_calls=sys.maxsize if request.calls_in_parallel else 1,
         is_constrained=request.demands_call,
     )

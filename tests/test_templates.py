@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -782,12 +782,49 @@ def test_a_template_that_knows_no_tools_says_all_of_them_in_our_words() -> None:
     )
 
 
+class CallStyle(NamedTuple):
+    """A way to write calls whose arguments are JSON."""
+
+    opening: str
+    before_name: str
+    before_arguments: str
+    after_arguments: str
+    between_calls: str
+    closing: str = ""
+
+
+_ARGUMENTS_KEY = '", "arguments": '
+CALL_STYLES = (
+    CallStyle("", '<tool_call>\n{"name": "', _ARGUMENTS_KEY, "}\n</tool_call>", "\n"),
+    CallStyle("[TOOL_CALLS][", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]"),
+    CallStyle("", "[TOOL_CALLS]", "[ARGS]", "", ""),
+    CallStyle("", "[TOOL_CALLS]", "[CALL_ID]a1b2c3d4e[ARGS]", "", ""),
+    CallStyle("<TOOLCALL>[", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]</TOOLCALL>"),
+    CallStyle(
+        "<tool_calls>[", '{"name": "', _ARGUMENTS_KEY, "}", ", ", "]</tool_calls>"
+    ),
+    CallStyle(
+        "<tool_calls>\n", '{"name": "', _ARGUMENTS_KEY, "}\n", "", "</tool_calls>"
+    ),
+    CallStyle("", "<function=", ">", "</function>", ""),
+    CallStyle("", '<|function_call|>{"name": "', _ARGUMENTS_KEY, "}", ""),
+    CallStyle(
+        "<\uff5ctool\u2581calls\u2581begin\uff5c>",
+        "<\uff5ctool\u2581call\u2581begin\uff5c>",
+        "<\uff5ctool\u2581sep\uff5c>",
+        *("<\uff5ctool\u2581call\u2581end\uff5c>", ""),
+        "<\uff5ctool\u2581calls\u2581end\uff5c>",
+    ),
+    CallStyle("", '{"name": "', '", "parameters": ', "}", "; "),  # Llama 3
+)
+
+
 def test_what_is_told_of_the_form_of_calls_is_a_form_that_is_read() -> None:
     (part,) = es.ChatTemplate(KNOWS_NONE).render(AGENT, tools=[WEATHER]).parts
     reader = es.MarkupReader(es.Markup(tools={"weather": {}}))
     found = reader.feed(part.text.partition("Let me see.")[2]).calls
     assert [call.arguments for call in found if not call.id] == ['{"n": 1}', '{"n": 2}']
-    for style in es.CALL_STYLES:
+    for style in CALL_STYLES:
         reader = es.MarkupReader(es.Markup(tools={"weather": {}}))
         one = f'{style.before_name}weather{style.before_arguments}{{"n": 1}}'
         one += style.after_arguments

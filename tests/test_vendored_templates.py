@@ -66,74 +66,61 @@ CONVERSATIONS: Mapping[str, tuple[list[dict[str, Any]], bool]] = {
 }  # fmt: skip
 RESULTS = ("a result", "several turns")
 WITHOUT_TOOLS = ("plain", "system", "thoughts")
-# Which skills a template is found to lack, how calls begin that it teaches if not as Hermes
-# does, and how thoughts begin.
-SKILLS: Mapping[str, tuple[str, str, list[str]]] = {
-    "Apriel-1.6-15b-Thinker-fixed": (
-        "",
-        '<tool_calls>[{"name": "',
-        ["Here are my reasoning steps:"],
-    ),
-    "Bielik-11B-v3.0-Instruct": ("", "", ["<think>"]),
-    "ByteDance-Seed-OSS": ("", "<function=", ["<seed:think>"]),
-    "Cohere2MoE": ("", "", ["<|START_THINKING|>"]),
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": ("", "", ["<|START_THINKING|>"]),
-    "GLM-4.6": ("", "", ["<think>"]),
-    "GLM-4.7-Flash": ("", "", ["<think>"]),
-    "GigaChat3-10B-A1.8B": ("several_calls", "", []),
-    "GigaChat3.1-10B-A1.8B": ("several_calls", '<|function_call|>{"name": "', []),
-    "HuggingFaceTB-SmolLM3-3B": ("tools calls", "", ["<think>"]),
-    "Kimi-K2-Instruct": ("calls", "", []),
-    "Kimi-K2-Thinking": ("calls", "", ["<think>"]),
-    "LFM2-8B-A1B": ("calls", "", []),
-    "LFM2.5-8B-A1B": ("", "", ["<think>"]),
-    "LFM2.5-Instruct": ("calls", "", ["<think>"]),
-    "MiniMax-M1": ("", '<tool_calls>\n{"name": "', []),
-    "MiniMax-M2": ("", "", ["<think>"]),
-    "MiniMax-M3": ("", "", ["<mm:think>"]),
-    "Mistral-Small-3.2-24B-Instruct-2506": ("any_ids", "[TOOL_CALLS]", []),
-    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": ("", "<function=", ["<think>"]),
-    "NVIDIA-Nemotron-Nano-v2": ("", '<TOOLCALL>[{"name": "', ["<think>"]),
-    "Qwen-QwQ-32B": ("", "", ["<think>"]),
-    "Qwen-Qwen3-0.6B": ("", "", ["<think>"]),
-    "Qwen3-Coder": ("", "<function=", []),
-    "Qwen3.5-4B": ("", "<function=", ["<think>"]),
-    "Reka-Edge": ("", "", ["<think>"]),
-    "Spark2.5": ("", "", ["<think>"]),
-    "StepFun3.5-Flash": ("", "<function=", ["<think>"]),
-    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": ("tools calls", "", ["<think>"]),
-    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": ("tools", "", ["<think>"]),
-    "deepseek-ai-DeepSeek-V3.1": ("tools", "", ["<think>"]),
-    "deepseek-ai-DeepSeek-V3.2": ("", "", ["<think>"]),
-    "deepseek-ai-DeepSeek-V4-Flash-0731": ("", "", ["<think>"]),
-    "deepseek-ai-DeepSeek-V4": ("", "", ["<think>"]),
-    "fireworks-ai-llama-3-firefunction-v2": (
-        "tools calls results several_calls",
-        "",
-        [],
-    ),
-    "google-gemma-2-2b-it": ("tools calls results", "", []),
-    "google-gemma-4-31B-it-interleaved": ("", "", ["<|channel>thought"]),
-    "google-gemma-4-31B-it": ("", "", ["<|channel>thought"]),
-    "ibm-granite-granite-3.3-2B-Instruct": ("calls", "", ["<think>"]),
-    "inclusionai-ling-3.0-flash": ("", "", ["<think>"]),
-    "llama-cpp-deepseek-r1": ("tools calls", "", ["<think>"]),
-    "llama-cpp-rwkv-world": ("tools calls results", "", ["<think>"]),
-    "meetkai-functionary-medium-v3.1": ("", "<function=", []),
-    "meetkai-functionary-medium-v3.2": ("calls", "", []),
-    "meta-llama-Llama-3.1-8B-Instruct": ("several_calls", '{"name": "', []),
-    "meta-llama-Llama-3.2-3B-Instruct": ("several_calls", '{"name": "', []),
-    "meta-llama-Llama-3.3-70B-Instruct": ("several_calls", '{"name": "', []),
-    "microsoft-Phi-3.5-mini-instruct": ("tools calls results", "", []),
-    "mistralai-Ministral-3-14B-Reasoning-2512": ("", "[TOOL_CALLS]", ["[THINK]"]),
-    "mistralai-Mistral-Nemo-Instruct-2407": ("any_ids", '[TOOL_CALLS][{"name": "', []),
-    "openai-gpt-oss-120b": ("several_calls", "", ["<|channel|>analysis<|message|>"]),
-    "openbmb-MiniCPM5-1B": ("", "", ["<think>"]),
-    "poolside-Laguna-S-2.1": ("", "", ["<think>"]),
-    "poolside-Laguna-XS-2.1": ("", "", ["<think>"]),
-    "poolside-Laguna-XS.2": ("", "", ["<think>"]),
-    "unsloth-Apriel-1.5": ("", '<tool_calls>[{"name": "', ["<thinking>"]),
-    "unsloth-mistral-Devstral-Small-2507": ("", "[TOOL_CALLS]", []),
+# Which skills a template is found to lack, and how thoughts begin.
+SKILLS: Mapping[str, tuple[str, list[str]]] = {
+    "Apriel-1.6-15b-Thinker-fixed": ("", ["Here are my reasoning steps:"]),
+    "Bielik-11B-v3.0-Instruct": ("", ["<think>"]),
+    "ByteDance-Seed-OSS": ("", ["<seed:think>"]),
+    "Cohere2MoE": ("", ["<|START_THINKING|>"]),
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": ("", ["<|START_THINKING|>"]),
+    "GLM-4.6": ("", ["<think>"]),
+    "GLM-4.7-Flash": ("", ["<think>"]),
+    "GigaChat3-10B-A1.8B": ("several_calls", []),
+    "GigaChat3.1-10B-A1.8B": ("several_calls", []),
+    "HuggingFaceTB-SmolLM3-3B": ("tools calls", ["<think>"]),
+    "Kimi-K2-Instruct": ("calls", []),
+    "Kimi-K2-Thinking": ("calls", ["<think>"]),
+    "LFM2-8B-A1B": ("calls", []),
+    "LFM2.5-8B-A1B": ("", ["<think>"]),
+    "LFM2.5-Instruct": ("calls", ["<think>"]),
+    "MiniMax-M2": ("", ["<think>"]),
+    "MiniMax-M3": ("", ["<mm:think>"]),
+    "Mistral-Small-3.2-24B-Instruct-2506": ("any_ids", []),
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": ("", ["<think>"]),
+    "NVIDIA-Nemotron-Nano-v2": ("", ["<think>"]),
+    "Qwen-QwQ-32B": ("", ["<think>"]),
+    "Qwen-Qwen3-0.6B": ("", ["<think>"]),
+    "Qwen3.5-4B": ("", ["<think>"]),
+    "Reka-Edge": ("", ["<think>"]),
+    "Spark2.5": ("", ["<think>"]),
+    "StepFun3.5-Flash": ("", ["<think>"]),
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": ("tools calls", ["<think>"]),
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": ("tools", ["<think>"]),
+    "deepseek-ai-DeepSeek-V3.1": ("tools", ["<think>"]),
+    "deepseek-ai-DeepSeek-V3.2": ("", ["<think>"]),
+    "deepseek-ai-DeepSeek-V4-Flash-0731": ("", ["<think>"]),
+    "deepseek-ai-DeepSeek-V4": ("", ["<think>"]),
+    "fireworks-ai-llama-3-firefunction-v2": ("tools calls results several_calls", []),
+    "google-gemma-2-2b-it": ("tools calls results", []),
+    "google-gemma-4-31B-it-interleaved": ("", ["<|channel>thought"]),
+    "google-gemma-4-31B-it": ("", ["<|channel>thought"]),
+    "ibm-granite-granite-3.3-2B-Instruct": ("calls", ["<think>"]),
+    "inclusionai-ling-3.0-flash": ("", ["<think>"]),
+    "llama-cpp-deepseek-r1": ("tools calls", ["<think>"]),
+    "llama-cpp-rwkv-world": ("tools calls results", ["<think>"]),
+    "meetkai-functionary-medium-v3.2": ("calls", []),
+    "meta-llama-Llama-3.1-8B-Instruct": ("several_calls", []),
+    "meta-llama-Llama-3.2-3B-Instruct": ("several_calls", []),
+    "meta-llama-Llama-3.3-70B-Instruct": ("several_calls", []),
+    "microsoft-Phi-3.5-mini-instruct": ("tools calls results", []),
+    "mistralai-Ministral-3-14B-Reasoning-2512": ("", ["[THINK]"]),
+    "mistralai-Mistral-Nemo-Instruct-2407": ("any_ids", []),
+    "openai-gpt-oss-120b": ("several_calls", ["<|channel|>analysis<|message|>"]),
+    "openbmb-MiniCPM5-1B": ("", ["<think>"]),
+    "poolside-Laguna-S-2.1": ("", ["<think>"]),
+    "poolside-Laguna-XS-2.1": ("", ["<think>"]),
+    "poolside-Laguna-XS.2": ("", ["<think>"]),
+    "unsloth-Apriel-1.5": ("", ["<thinking>"]),
 }
 # What is not rendered, and the template's words.
 REFUSED: Mapping[tuple[str, Sequence[str]], str] = {
@@ -243,12 +230,9 @@ def test_what_templates_know_of_tools_and_thoughts_is_found_out(
     for name, source in sources.items():
         template = es.ChatTemplate(source, bos=BOS, eos=EOS)
         lacks = [skill for skill, has in template.skills._asdict().items() if not has]
-        style, thoughts = template.call_style, template.thoughts[1:]
-        begin = f"{style.opening}{style.before_name}"
-        openings = [
-            one.opening for one in thoughts or template.thoughts[: template.thinks]
-        ]
-        row = (" ".join(lacks), begin * (style != es.CALL_STYLES[0]), openings)
+        thinks = any(one.closing in source for one in template.thoughts)
+        thoughts = template.thoughts[1:] or template.thoughts[:thinks]
+        row = (" ".join(lacks), [one.opening for one in thoughts])
         if any(row):
             found[name] = row
     assert found == SKILLS
