@@ -440,7 +440,10 @@ _Loads = Callable[[bytes | bytearray], object]
 
 @dataclass(frozen=True, slots=True)
 class JsonCodec:
-    """``loads`` takes UTF-8 bytes and raises ValueError; ``dumps`` also takes arrays."""
+    """``loads`` takes UTF-8 bytes and raises ValueError.
+
+    ``dumps`` also takes arrays, and writes ? for what of a path is not UTF-8.
+    """
 
     name: str
     loads: _Loads
@@ -496,7 +499,14 @@ def json_codec() -> JsonCodec:
         return JsonCodec("json", _stdlib_loads, _stdlib_dumps)
     import orjson
 
-    dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
+    def dumps(value: object) -> bytes:
+        try:
+            return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+        except orjson.JSONEncodeError as error:
+            if "surrogates" not in str(error):
+                raise
+        return _stdlib_dumps(value)
+
     return JsonCodec("orjson", _lenient(orjson.loads), dumps)
 
 
@@ -537,7 +547,7 @@ def _stdlib_dumps(value: object) -> bytes:
     text = write(value)
     if "NaN" in text or "Infinity" in text:  # null, as orjson writes them
         text = write(json.loads(text, parse_constant=lambda _: None))
-    return text.encode("utf-8")
+    return text.encode("utf-8", "replace")
 
 
 def _numbers(array: Any) -> list[float]:
@@ -29541,10 +29551,7 @@ class RemoteEmbedder:
         first = self._post(["a"], is_first=True).rows[0]
         if isinstance(first, ApiError):
             raise BulkError(f"{self._url}: {first.message}", 2)
-        try:
-            _, _, data = self._ask("GET", "/v1/models", b"")
-        except (OSError, http.client.HTTPException) as error:
-            raise BulkError(f"{self._url}: {error}", 3) from None
+        _, data = self._answer("GET", "/v1/models", b"")
         try:
             models: Any = json_codec().loads(data)
             named = [m for m in models["data"] if m["id"] == self._body.get("model")]
@@ -29590,20 +29597,33 @@ class RemoteEmbedder:
         """Return what some texts get. Raises BulkError."""
         body = {"input": texts, "encoding_format": "base64", **self._body}
         raw = json_codec().dumps(body | {"allow_partial": True, "priority": "low"})
+        path = "/v1/embeddings"
+        status, data = self._answer("POST", path, raw, is_first=is_first)
+        if status == http.HTTPStatus.OK:
+            return self._reply(data, len(texts))
+        if status in _WRONG_TEXTS and len(texts) > 1:
+            return _reply_of_parts(self._post([text]) for text in texts)
+        if status in _WRONG_TEXTS:
+            return EmbedReply([InvalidValue(_message_in(data))], 0)
+        raise BulkError(f"{self._url}: {status} {_message_in(data):.300}", 3)
+
+    def _answer(
+        self, method: str, path: str, body: bytes, *, is_first: bool = False
+    ) -> tuple[int, bytes]:
+        """Return a status and a body, asking again as long as that may help.
+
+        Raises BulkError.
+        """
         end, wait_s = time.monotonic() + _PATIENCE_S, 0.5
         while True:
             try:
-                status, headers, data = self._ask("POST", "/v1/embeddings", raw)
+                status, headers, data = self._ask(method, path, body)
                 why, is_passing = f"{status} {_message_in(data)}", status in _TRANSIENT
+                if not is_passing:
+                    return status, data
             except (OSError, http.client.HTTPException) as error:
-                status, headers, why = 0, {}, str(error) or type(error).__name__
+                headers, why = {}, str(error) or type(error).__name__
                 is_passing = not is_first  # a wrong address is told at once
-            if status == http.HTTPStatus.OK:
-                return self._reply(data, len(texts))
-            if status in _WRONG_TEXTS and len(texts) > 1:
-                return _reply_of_parts(self._post([text]) for text in texts)
-            if status in _WRONG_TEXTS:
-                return EmbedReply([InvalidValue(_message_in(data))], 0)
             if not is_passing or time.monotonic() > end:
                 raise BulkError(f"{self._url}: {why:.300}", 3)
             wait_s = min(_MAX_WAIT_S, _retry_after_s(headers) or 2 * wait_s)

@@ -365,6 +365,20 @@ def test_both_codecs_read_good_json(name: str, raw: bytes) -> None:
     assert verdict(LOADERS[name], raw) == GOOD[raw]
 
 
+@pytest.mark.parametrize("name", DUMPERS)
+def test_a_path_that_is_not_utf_8_is_written_all_the_same(name: str) -> None:
+    path = os.fsdecode(b"/models/caf\xe9.gguf")
+    rows = np.array([0.5, 0.1], np.float32)
+    raw = DUMPERS[name]({"path": path, path: [1, rows]})
+    assert raw == b'{"path":"/models/caf?.gguf","/models/caf?.gguf":[1,[0.5,0.1]]}'
+
+
+@pytest.mark.parametrize("name", DUMPERS)
+def test_what_is_no_json_is_an_error_of_ours(name: str) -> None:
+    with pytest.raises((TypeError, AttributeError)):
+        DUMPERS[name]({"a": object()})
+
+
 @given(st.lists(st.sampled_from(PIECES), max_size=8))
 def test_half_a_character_is_one_replacement_wherever_it_stands(
     pieces: list[str],

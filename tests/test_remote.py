@@ -283,14 +283,30 @@ def test_an_address_that_cannot_be_one_is_a_wrong_command(url: str) -> None:
     assert told.value.code == 2
 
 
-def test_a_server_that_ends_before_it_said_what_it_has_is_a_sentence(
-    peer: Peer, embedder: es.RemoteEmbedder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("patience_s", [0.0, 600.0])
+@pytest.mark.parametrize("status", [0, 503])
+def test_what_a_server_serves_is_asked_again_until_it_says_so(
+    peer: Peer,
+    embedder: es.RemoteEmbedder,
+    monkeypatch: pytest.MonkeyPatch,
+    patience_s: float,
+    status: int,
 ) -> None:
-    def leave(handler: http.server.BaseHTTPRequestHandler) -> None:
-        handler.close_connection = True
+    kind: Any = peer.server.RequestHandlerClass
+    well = kind.do_GET
 
-    monkeypatch.setattr(peer.server.RequestHandlerClass, "do_GET", leave)
-    with pytest.raises(es.BulkError, match="closed connection") as told:
+    def badly(handler: Any) -> None:
+        kind.do_GET = well
+        handler.close_connection = True
+        if status:
+            handler._reply(status, {}, b'{"error": {"message": "busy"}}')
+
+    monkeypatch.setattr(kind, "do_GET", badly)
+    monkeypatch.setattr(es, "_PATIENCE_S", patience_s)
+    if patience_s:
+        assert embedder.identity["sha256"] == "f00"
+        return
+    with pytest.raises(es.BulkError, match="busy|closed connection") as told:
         _ = embedder.identity
     assert told.value.code == 3
 
