@@ -174,7 +174,7 @@ def test_equal_windows_have_equal_bits_whatever_is_computed_beside_them() -> Non
 
 
 def test_long_texts_and_bad_ones_at_the_end_leave_nobody_waiting() -> None:
-    windows = [["a " * 20, "b", "c " * 20, ""], [""], ["", "b " * 20, None, ""]]
+    windows: Any = [["a " * 20, "b", "c " * 20, ""], [""], ["", "b " * 20, None, ""]]
     for workers in (1, 2):
         with made(workers=workers, batch_tokens=8) as embedder:
             found = [*embedder.embed(windows)]

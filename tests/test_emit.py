@@ -743,7 +743,7 @@ def test_the_schemas_of_kubernetes_extensions_allow_the_file(
         "--tls-client-ca",
         "c",
     )
-    objects = []
+    objects = list[Any]()
     for number, flags in enumerate(((), keys)):
         (text,) = files(tmp_path / f"out{number}", name, *flags).values()
         objects += yaml.safe_load_all(text)
