@@ -239,7 +239,9 @@ class Farm:
 
     def _url(self, name: str) -> str:
         if name not in self._urls:
+            # Without a cache, as it may hold a score of a call that others shared.
             flags = ["--workers", "1", "--model-path", str(self.path(name))]
+            flags += ["--cache-mb", "0"]
             if name in CAUSAL:
                 flags.append("--auto-truncate")
             running = kit.started(*flags, module=(SCRIPT,))
