@@ -1138,7 +1138,7 @@ class ModelSettings:
         "seed. 0: off.", 0, 15)
     draft_greedy: bool = model_option(False,
         "Try tokens ahead also where only the likeliest token may come (temperature 0): "
-        "quantised weights then may give another text where two were nearly a tie.")
+        "another text may come where two tokens were nearly a tie.")
     chat_template: str = model_option("",
         "File with the chat template (Jinja) to use instead of the GGUF's.",
         is_path=True)
