@@ -8181,7 +8181,12 @@ _ONLY_LONG_CONTEXT: Final = 1 << 40  # more tokens than any worker's own context
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One computation: token ids, and the inputs that await their vector."""
+    """One computation: token ids, and the inputs that await their vector.
+
+    It waits for a worker, is in a call, and then every owner has the outcome. Till then
+    equal inputs become owners, too. One without owners is dropped if it waits; in a call
+    it ends with that, and nobody joins it once it was told to end.
+    """
 
     ids: TokenIds
     key: bytes  # equal for equal ids
@@ -10315,8 +10320,9 @@ def _magnitudes(low: int, high: int | None, digits: int) -> Iterator[str]:
 def _between(low: str | None, high: str | None, whole: int, left: int) -> str:
     """Return the GBNF of ``left`` digits from ``low`` to ``high``.
 
-    None: the digits before have decided it already. ``whole`` of them stand before the
-    point. Zeros at the end of a fraction may be left out.
+    Of 12 to 34: 1 and then 2 to 9, or 2 and any digit, or 3 and then 0 to 4. None: the
+    digits before have decided it already. ``whole`` of them stand before the point. Zeros
+    at the end of a fraction may be left out.
     """
     if low is None and high is None:
         if whole > 0:
@@ -10941,6 +10947,8 @@ class _SchemaReader:
             self._unable(where, "minProperties", " beyond the required ones")
         if fields and (most < 0 or (other and high < math.inf)):
             self._unable(where, "maxProperties", " unless all may be there")
+        # What may come where no field is written yet, and where one is. Built from the last
+        # field to the first: {a, and perhaps b} begins with a, after which "," and b may come.
         begin, after = '""', '""'
         if other and high > 0:
             one_more = f'("," {self._space} {other})'
@@ -16621,10 +16629,11 @@ def _spellings(name: str) -> tuple[str, str, str]:
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
-# moment. A model that is no longer served is `retiring`. It is freed once it is not held
-# and its queue is empty, which is checked twice a second and before each load; as the
-# server stops, at once. A request that computes with a model holds it:
-# `with loaded_model.hold()`.
+# moment. What was loaded is served (`entry.loaded`), and held for a moment, so that those
+# who waited for it find it there. Unloaded, replaced, removed, or loaded with settings that
+# changed meanwhile, it is `retiring`. It is freed once it is not held and its queue is
+# empty, which is checked twice a second and before each load; as the server stops, at
+# once. A request that computes with a model holds it: `with loaded_model.hold()`.
 # Nobody else frees a model that is served, and it leaves `retiring` as that begins: to free it
 # twice is a crash (a server's stop and its tick both did, when they came together).
 
