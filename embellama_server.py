@@ -9389,7 +9389,7 @@ class Pool(Generic[Work_co]):
 # exponential time to look for rules that call themselves first and overlooks some, and
 # drops upper bounds over 2,000 in silence.
 
-MAX_GRAMMAR_CHARS: Final = 1 << 18  # read in 0.5 s
+MAX_GRAMMAR_CHARS: Final = 1 << 18  # read in 0.5 s, the worst known in 2.6
 MAX_REPEATS: Final = 10**9
 _MAX_CODE_POINT: Final = 0x10FFFF
 Ranges = list[tuple[int, int]]  # of code points, or bytes
