@@ -70,6 +70,7 @@ class Box:
     work: list[Reply] = field(default_factory=list)
     steps: int = 0
     longest_s: float = 0.0  # step
+    max_alike: int = 3
     _token_at: dict[Reply, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ class Box:
             step_s=self.step_s,
             batch_tokens=BATCH_TOKENS,
             max_outputs=MAX_OUTPUTS,
+            max_alike=self.max_alike,
         )
         if self.is_measured:
             for rows in [*range(1, MAX_OUTPUTS + 1)] * 30:
@@ -414,13 +416,16 @@ def test_urgent_prompts_go_first_and_yet_the_oldest_gets_on() -> None:
 # --- deterministic requests ---
 
 
-def test_a_deterministic_reply_never_shares_a_step_of_more_than_three_rows() -> None:
-    box = Box()
+@pytest.mark.parametrize("weights", ["q4_k_m", "q8_0", "unknown", "f32", "f16", "bf16"])
+def test_a_deterministic_reply_shares_steps_only_where_bits_stay(weights: str) -> None:
+    most = es.max_alike_rows(weights)
+    assert most == (3 if weights.startswith("q") else 1)
+    box = Box(max_alike=most)
     mine = [prompt(10, is_deterministic=True, reply_tokens=20) for _ in range(5)]
     box.add(*growing(4), *mine)
     while any(one in box.work for one in mine):
         box.step()
-    assert max(max(one.together) for one in mine) <= 3
+    assert max(max(one.together) for one in mine) == most
     assert max(len(one.gaps) for one in mine) == 20
 
 
