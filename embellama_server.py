@@ -8037,9 +8037,10 @@ def too_many_tokens(request: EmbedRequest, tokens: int) -> TooManyTokens:
 
 
 # --- cache ---
-# A vector depends only on the model and the token ids: not on the rest of its batch
-# (tests/test_vectors.py), nor on how the text was spelled before tokenizing. So the key
-# is the ids and everything that identifies the model. Guarded by the queue's lock.
+# A vector depends only on the model and the token ids: of the rest of its batch no more than
+# its last bits do (tests/test_vectors.py), nor does it matter how the text was spelled
+# before tokenizing. So the key is the ids and everything that identifies the model. Guarded
+# by the queue's lock.
 
 _ENTRY_BYTES: Final = 300  # Python objects per vector, measured
 
@@ -8247,7 +8248,7 @@ class Job:
     errors: dict[int, ApiError] = field(default_factory=dict)  # of inputs, if partial
     vectors: list[Any] = field(default_factory=list)
     tokens: int = 0
-    lengths: list[int] = field(default_factory=list)  # tokens of each input
+    lengths: list[int] = field(default_factory=list)  # of each input, if that is kept
     truncated: int = 0  # inputs
     tokenize_s: float = 0.0
     started_at: float = 0.0
@@ -8812,29 +8813,29 @@ class BatchQueue(JobQueue):
 
     def enqueue(self, job: Job, read: Sequence[ReadInput], reading: Reading) -> bool:
         """Queue a job's next inputs; ``reading`` has the rest. Whether the job ended."""
-        first, new_tokens = job.next_input, 0
+        request, first = job.request, job.next_input
         kind, key_of = self.kind_of(job), self.cache.key
         keys = [key_of(r[0]) + kind if isinstance(r, tuple) else b"" for r in read]
+        new_items = new_tokens = 0
         with self._lock:
             if job.is_over:
                 return False
             for index, (found, key) in enumerate(zip(read, keys, strict=True), first):
                 if isinstance(found, ApiError):
                     self._refuse_input(job, index, found)
-                    job.lengths.append(0)
                     continue
                 ids, is_cut = found
-                job.lengths.append(len(ids))
                 job.tokens += len(ids)
                 job.truncated += is_cut
                 if self._add_input(job, index, ids, key):
+                    new_items += 1
                     new_tokens += len(ids)
             job.next_input += len(read)
             bound = sum(job.bounds[first : job.next_input])
             self.backlog.tokenized(bound, new_tokens)
-            if job.tokens > job.request.max_tokens:
-                return self._end(job, too_many_tokens(job.request, job.tokens))
-            self._wake(len(job.waiting))
+            if job.tokens > request.max_tokens:
+                return self._end(job, too_many_tokens(request, job.tokens))
+            self._wake(new_items)
             if job.next_input < len(job.bounds):
                 job.reading = reading
                 self._untokenized.push(job)
@@ -22292,6 +22293,7 @@ async def ollama_chat(context: RequestContext, form: OllamaChatForm) -> Response
     if not form.messages:
         return await _load_or_let_go(context, form, _OllamaChatWriter.said())
     request = ollama_chat_request(form)
+    await resolve_model(context, request, request.kind)
     return await _ollama_answer(context, form, request, _OllamaChatWriter)
 
 
@@ -22339,7 +22341,7 @@ async def _ollama_answer(
     request: ReplyRequest,
     kind_of_writer: type[_OllamaWriter],
 ) -> Response:
-    await resolve_model(context, request, request.kind)
+    """Return the replies of a model that has just been loaded, if it had to be."""
     loaded_at = time.monotonic()
     replies = await replies_for(context, request, are_streamed=form.stream)
     if form.think and not replies.entry.facts.may_think:
@@ -26124,6 +26126,14 @@ class WindowQueue(BatchQueue):
     def kind_of(self, job: Job) -> bytes:
         return id(job).to_bytes(8, "big")
 
+    def enqueue(self, job: Job, read: Sequence[ReadInput], reading: Reading) -> bool:
+        job.lengths += [len(r[0]) if isinstance(r, tuple) else 0 for r in read]
+        is_over = super().enqueue(job, read, reading)
+        with self._lock:
+            if job.next_input == len(job.bounds):  # now there are batches
+                self._wake(self.settings.workers)
+        return is_over
+
 
 class EmbedReply(NamedTuple):
     """What the texts of a request get."""
@@ -27761,7 +27771,7 @@ def prometheus_files(deployment: Deployment) -> dict[str, str]:
     scrape: dict[str, object] = {
         "job_name": JOB,
         "scheme": "https" if settings.tls_cert else "http",
-        "metrics_path": f"{settings.root_path.rstrip('/')}/metrics",
+        "metrics_path": _metrics_path(settings),
         "static_configs": [{"targets": [deployment.address]}],
     }
     if _wants_key(deployment):
@@ -27782,6 +27792,10 @@ def prometheus_files(deployment: Deployment) -> dict[str, str]:
     return {"prometheus.yml": text + yaml_text(config)}
 
 
+def _metrics_path(settings: Settings) -> str:
+    return f"{settings.root_path.rstrip('/')}/metrics"
+
+
 def _wants_key(deployment: Deployment) -> bool:
     """Return whether nobody else is told the metrics."""
     is_open = "metrics" in deployment.settings.open_route
@@ -27798,10 +27812,7 @@ def alerts_files(_: Deployment) -> dict[str, str]:
 def servicemonitor_files(deployment: Deployment) -> dict[str, str]:
     """The same two for the Prometheus of a cluster that has its operator."""
     settings, secret = deployment.settings, "embellama-scraper"
-    endpoint: dict[str, object] = {
-        "port": "http",
-        "path": f"{settings.root_path.rstrip('/')}/metrics",
-    }
+    endpoint: dict[str, object] = {"port": "http", "path": _metrics_path(settings)}
     needs = ["key"] * _wants_key(deployment)
     if needs:
         endpoint["authorization"] = {"credentials": {"name": secret, "key": "key"}}
@@ -28738,13 +28749,6 @@ class VectorKind:
         return np.full_like(empty, math.nan if empty.dtype.kind == "f" else 0)
 
 
-class BatchReply(NamedTuple):
-    """What a request of a batch file gets."""
-
-    vectors: Sequence[Any]
-    tokens: int
-
-
 class VectorFile:
     """What the vectors are put in. Raises OSError wherever it cannot be written."""
 
@@ -28764,7 +28768,7 @@ class VectorFile:
                 self.files[suffix] = GrowingFile(Path(output + suffix), size)
 
     def write(self, rows: Sequence[tuple[Row, Any]]) -> None:
-        """Append rows, each with its vector, or BatchReply, or the ApiError instead."""
+        """Append rows, each with its vector, or EmbedReply, or the ApiError instead."""
         raise NotImplementedError
 
     def sync(self) -> None:
@@ -28829,10 +28833,10 @@ class _BatchLines(VectorFile):
         for suffix, file in self.files.items():
             file.write(b"".join(lines[suffix]))
 
-    def _body(self, row: Row, reply: BatchReply) -> dict[str, object]:
+    def _body(self, row: Row, reply: EmbedReply) -> dict[str, object]:
         data, form = list[object](), row.form
         assert form is not None
-        for index, vector in enumerate(reply.vectors):
+        for index, vector in enumerate(reply.rows):
             numbers = DTYPES[form.output_dtype](vector)
             if form.encoding_format == "base64":
                 numbers = base64_text(numbers)
@@ -29403,7 +29407,7 @@ class Bulk:
         for row in rows:
             result = self._result(row, places, reply.rows)
             if row.form is not None and not isinstance(result, ApiError):
-                result = BatchReply(result, reply.tokens)
+                result = reply._replace(rows=result)
             if isinstance(result, ApiError):
                 self._reject(row, result, rejects)
             if not isinstance(result, ApiError) or self._keeps_bad:
