@@ -254,6 +254,11 @@ def test_greedy_is_the_largest_logit_and_the_first_of_equals(
     # So it is where something is excluded, which takes another path.
     without = replace(GREEDY, logit_bias=((60, NEVER), (5, 1.0)))
     assert es.Sampler(llama, vocab, without, ()).sample(row) == 70
+    # And where a bias makes another one equal, before or after it.
+    row[[3, 4500]] = 49
+    for lifted, first in ((3, 3), (4500, 60)):
+        options = replace(GREEDY, logit_bias=((lifted, 1.0),))
+        assert es.Sampler(llama, vocab, options, ()).sample(row) == first
 
 
 def test_a_temperature_that_no_float32_can_be_divided_by_is_greedy(
