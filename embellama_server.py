@@ -11482,7 +11482,7 @@ class Sampler:
         before, which are alike, so best_and_floor() is seldom asked: 0.20 ms instead of
         0.28 for 262,144 logits that are not in the CPU's caches. Raises NonFiniteLogits.
         """
-        best, reach = row.max(), self._reach
+        best, reach = row[row.argmax()], self._reach  # max() takes half as long again
         check_finite(best)
         ids = self._above(best - reach, row, penalized)
         if len(ids) < min(wanted, len(row)):
