@@ -18704,7 +18704,8 @@ def _record_replies(
 # 63. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
-# silence, and what ends the wait for the first token.
+# silence (wherever it is: proxies and clients give up on one), and what ends the wait for
+# the first token.
 
 
 class ReplyWriter:
@@ -18724,7 +18725,7 @@ class ReplyWriter:
         return b""
 
     def heartbeat(self) -> bytes:
-        """Return a part that says nothing: for long nothing else has come that shows."""
+        """Return a part that says nothing, as nothing else that shows came for long."""
         raise NotImplementedError
 
     def part(self, delta: Delta) -> bytes:
@@ -18789,28 +18790,29 @@ async def answer(
 async def _parts(
     context: RequestContext, writer: ReplyWriter
 ) -> AsyncGenerator[bytes, None]:
-    replies, heartbeat_s = writer.replies, context.service.settings.heartbeat_s
-    opening, deltas = writer.opening(), list[Delta]()
+    replies = writer.replies
+    heartbeat_s = context.service.settings.heartbeat_s or math.inf
+    opening, has_begun = writer.opening(), False
     with growing(context, replies):
-        while not deltas and not replies.are_over:
-            left_s = context.deadline_at - time.monotonic()
-            if left_s <= 0:
-                raise too_late(context)
-            deltas = await replies.more(min(heartbeat_s or left_s, left_s))
-            if not deltas:
-                yield opening + writer.heartbeat()
-                opening = b""
         told_at = time.monotonic()
-        while deltas:
-            shown = opening + b"".join(map(writer.part, deltas))
-            opening, now = b"", time.monotonic()
-            # The model may write for long what shows later, or never: hidden thoughts.
-            if not shown and 0 < heartbeat_s <= now - told_at:
+        while True:
+            # Long silence: none has its first token, others still wait for theirs, or
+            # what the model writes shows later, or never, like hidden thoughts.
+            beat_at = told_at + heartbeat_s
+            until = beat_at if has_begun else min(beat_at, context.deadline_at)
+            left_s = max(0.0, until - time.monotonic())
+            deltas = await replies.more(left_s if left_s < math.inf else None)
+            if not deltas and replies.are_over:
+                break
+            shown, now = b"".join(map(writer.part, deltas)), time.monotonic()
+            has_begun = has_begun or bool(deltas)
+            if not has_begun and now >= context.deadline_at:
+                raise too_late(context)
+            if not shown and now >= beat_at:
                 shown = writer.heartbeat()
-            if shown:
-                told_at = now
-                yield shown
-            deltas = await replies.more()
+            if shown or deltas and opening:
+                yield opening + shown
+                opening, told_at = b"", time.monotonic()
     yield writer.closing()
 
 
@@ -19725,6 +19727,13 @@ class _Writer(ReplyWriter):
         # What the chunks of a stream have in common is encoded once.
         shared = json_codec().dumps(self._about | {"object": self.chunk_kind})
         self._before = shared[:-1] + b',"choices":['
+        self._ended = set[int]()  # indexes of replies whose finish_reason was told
+
+    @property
+    def _unended(self) -> int:
+        """The first reply of which there may be more: nothing follows a finish_reason."""
+        all_ = range(self.replies.count)
+        return next((n for n in all_ if n not in self._ended), 0)
 
     def choice(self, reply: Delta) -> dict[str, object]:
         """Return a whole reply as JSON would have it."""
@@ -19753,6 +19762,8 @@ class _Writer(ReplyWriter):
     ) -> dict[str, object]:
         """Return a reply, or what it has gained, as JSON would have it."""
         likely = self._shown(index, logprobs) if logprobs else None
+        if finish_reason:
+            self._ended.add(index)
         return {
             "index": index,
             **said,
@@ -19857,7 +19868,7 @@ class _ChatWriter(_Writer):
         return b"".join(map(self._event, choices))
 
     def heartbeat(self) -> bytes:
-        return self._event(self._choice(0, {"delta": {}}))
+        return self._event(self._choice(self._unended, {"delta": {}}))
 
     @staticmethod
     def _gains(delta: Delta) -> Iterator[dict[str, object]]:
@@ -19918,7 +19929,7 @@ class _CompletionWriter(_Writer):
         return b"".join(map(self._event, choices))
 
     def heartbeat(self) -> bytes:
-        return self._event(self._choice(0, {"text": ""}))
+        return self._event(self._choice(self._unended, {"text": ""}))
 
     def _echo(self, delta: Delta) -> None:
         """Put the prompt before the first that comes of a reply."""

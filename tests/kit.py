@@ -382,10 +382,10 @@ class Speaker:
             self._step(generation)
             asyncio.get_running_loop().call_soon(self._go_on, generation)
 
-    def step(self, times: int = 1) -> None:
-        """Let every generation say its next word."""
+    def step(self, times: int = 1, only: es.Generation | None = None) -> None:
+        """Let every generation say its next word, or one alone."""
         for _ in range(times):
-            for generation in self.running:
+            for generation in self.running if only is None else [only]:
                 self._step(generation)
 
     def fail(self, error: es.ApiError) -> None:

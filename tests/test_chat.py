@@ -393,26 +393,69 @@ async def test_until_the_first_token_a_stream_has_heartbeats_that_clients_can_re
     assert '"role"' not in rest
 
 
-async def test_there_are_no_heartbeats_after_the_first_token_nor_if_they_are_off() -> (
-    None
-):
-    async with chatting(heartbeat_s=0.01) as (running, speaker):
+@EACH
+async def test_silence_after_the_first_token_is_filled_too(path: str) -> None:
+    # A step may take long, or wait for others: proxies and LangChain count any silence.
+    async with chatting(heartbeat_s=0.02) as (running, speaker):
         speaker.pause()
-        async with Stream(running, CHAT) as stream:
+        async with Stream(running, path) as stream:
             generation = await speaker.heard()
             speaker.step()
             await stream.until("hello")
-            async with Stream(running, CHAT) as other:  # meanwhile that one has some
-                await other.head()
-                for _ in range(5):
-                    await other.event()
+            await stream.until("\n\n")
+            beats = [(await stream.event())["choices"][0] for _ in range(3)]
             while not generation.is_over:
                 speaker.step()
-            assert (await stream.until(DONE)).count(DATA) == 3
+            await stream.until(DONE)
+    for beat in beats:
+        assert beat.get("delta", beat.get("text")) in ({}, "")
+        assert beat["finish_reason"] is None
+
+
+async def test_while_replies_wait_a_stream_has_heartbeats_of_one_that_is_not_over() -> (
+    None
+):
+    async with chatting(heartbeat_s=0.02) as (running, speaker):
+        speaker.pause()
+        asks = {"prompt": ["one", "two", "three"]}
+        async with Stream(running, COMPLETIONS, **asks) as stream:
+            await speaker.heard(3)
+            for index, generation in enumerate(speaker.running):
+                assert [*await beats_of(stream, 3)] == [index]
+                speaker.step(2, only=generation)
+                ended = await until_finish(stream)
+                assert ended["index"] == index
+            await stream.until(DONE)
+
+
+async def beats_of(stream: Stream, count: int) -> set[int]:
+    """The indexes of so many heartbeats."""
+    found = set()
+    for _ in range(count):
+        (choice,) = (await stream.event())["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("", None)
+        found.add(choice["index"])
+    return found
+
+
+async def until_finish(stream: Stream) -> Any:
+    """The next choice with a finish_reason."""
+    while not (choice := (await stream.event())["choices"][0])["finish_reason"]:
+        pass
+    return choice
+
+
+async def test_there_are_no_heartbeats_if_they_are_off() -> None:
     async with chatting(heartbeat_s=0, request_timeout_s=0.2) as (running, speaker):
         speaker.pause()
-        reply = await running.ask("POST", CHAT, ASK[CHAT] | {"stream": True})
-        assert reply.status == 504
+        async with Stream(running, CHAT) as stream:
+            await speaker.heard()
+            speaker.step()
+            await stream.until("hello")
+            reply = await running.ask("POST", CHAT, ASK[CHAT] | {"stream": True})
+            assert reply.status == 504  # that took 0.2 s
+            speaker.step(3)  # two words, merged, and the end
+            assert (await stream.until(DONE)).count(DATA) == 3
 
 
 # --- what a field does ---

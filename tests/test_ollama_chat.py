@@ -19,7 +19,7 @@ import pytest
 import embellama_server as es
 from tests import kit
 from tests.kit import RunningService
-from tests.test_chat import chatting
+from tests.test_chat import Stream, chatting
 
 CHAT, GENERATE = "/api/chat", "/api/generate"
 HELLO = [{"role": "user", "content": "hello my friend"}]
@@ -570,9 +570,7 @@ async def test_an_unknown_model_is_told_before_anything_is_loaded_or_let_go() ->
 
 
 @EACH
-async def test_silence_before_the_first_token_is_filled_with_empty_messages(
-    path: str,
-) -> None:
+async def test_silence_is_filled_with_empty_messages(path: str) -> None:
     async with chatting(heartbeat_s=0.01) as (running, speaker):
         speaker.pause()
         task = asyncio.create_task(ask(running, path))
@@ -589,6 +587,25 @@ async def test_silence_before_the_first_token_is_filled_with_empty_messages(
         assert said(parts[0]) == {"content": ""}
         assert not parts[0]["done"]
         assert "".join(said(part)["content"] for part in parts[1:]) == "hello my friend"
+
+
+@EACH
+async def test_silence_after_the_first_token_is_filled_too(path: str) -> None:
+    async with chatting(heartbeat_s=0.02) as (running, speaker):
+        speaker.pause()
+        async with Stream(running, path, **ASK[path]) as stream:
+            generation = await speaker.heard()
+            speaker.step()
+            await stream.until("hello")
+            await stream.until("\n\r\n")
+            for _ in range(3):
+                chunk = await stream.until("\n\r\n")
+                beat = json.loads(chunk[chunk.index("{") :])
+                assert said(beat) == {"content": ""}
+                assert not beat["done"]
+            while not generation.is_over:
+                speaker.step()
+            await stream.until('"done":true')
 
 
 @EACH

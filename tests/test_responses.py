@@ -85,9 +85,10 @@ def read_events(events: Sequence[Any]) -> Any:
         [],
         None,
     )
-    rest = [*events[2:]]
-    while rest[0]["type"] == "response.in_progress":  # heartbeats
-        assert rest.pop(0)["response"] == begun
+    beat = "response.in_progress"
+    for event in [event for event in events if event["type"] == beat]:
+        assert event["response"] | {"output": []} == begun
+    rest = [event for event in events[2:] if event["type"] != beat]
     last = rest.pop()
     assert last["type"] in LAST
     assert last["response"]["status"] == last["type"].removeprefix("response.")
@@ -314,6 +315,24 @@ async def test_until_the_first_token_a_stream_says_that_it_is_in_progress() -> N
     assert read_events(found)["output"][0]["content"][0]["text"] == HELLO
     kinds = [event["type"] for event in found[:4]]
     assert kinds == ["response.created"] + ["response.in_progress"] * 3
+
+
+async def test_in_a_silence_after_its_first_token_a_stream_says_it_again() -> None:
+    async with chatting(heartbeat_s=0.02) as (running, speaker):
+        speaker.pause()
+        async with Stream(running) as stream:
+            await speaker.heard()
+            speaker.step()
+            found = [await stream.event()]
+            while found[-1]["type"] != "response.output_text.delta":
+                found.append(await stream.event())
+            beats = [await stream.event() for _ in range(3)]
+            speaker.step(3)
+            found += beats
+            while found[-1]["type"] not in LAST:
+                found.append(await stream.event())
+    assert {event["type"] for event in beats} == {"response.in_progress"}
+    assert read_events(found)["output"][0]["content"][0]["text"] == HELLO
 
 
 async def test_an_error_within_a_stream_is_said_in_two_ways_and_breaks_it_off() -> None:
