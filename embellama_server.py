@@ -4785,8 +4785,8 @@ class MarkupReader:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether what came so far may be the beginning of thoughts."""
-        return self._read == self._read_start and bool(self._held)
+        """Whether what came so far, if only of a stop text, may be that of thoughts."""
+        return self._read == self._read_start
 
     @property
     def is_over(self) -> bool:
@@ -19805,14 +19805,16 @@ class _ShownThoughts:
         """``form``: auto, they stay apart; none, they are text; hidden."""
         self._form = form
         self._open: set[int] = set()  # indexes of replies whose thoughts have not ended
+        self._unshown: dict[int, Delta] = {}  # by index: tokens that may be thoughts
 
     def shown(self, delta: Delta) -> Delta:
         """Return the delta as it is to be shown."""
         thought, index = delta.reasoning, delta.index
+        if self._form == "hidden":
+            logprobs = self._without_thoughts(delta)
+            return dataclasses.replace(delta, reasoning="", logprobs=logprobs)
         if self._form == "auto" or not (thought or index in self._open):
             return delta
-        if self._form == "hidden":
-            return dataclasses.replace(delta, reasoning="")
         if thought and index not in self._open:
             self._open.add(index)
             thought = f"<think>{thought}"
@@ -19820,6 +19822,22 @@ class _ShownThoughts:
             self._open.discard(index)
             thought += "</think>"
         return dataclasses.replace(delta, reasoning="", text=thought + delta.text)
+
+    def _without_thoughts(self, delta: Delta) -> list[TokenLogprob]:
+        """Return the logprobs of what shows of a reply, once something does.
+
+        Thoughts are its first tokens, and which these are may be known later.
+        """
+        held = self._unshown.setdefault(delta.index, Delta(delta.index))
+        held.logprobs += delta.logprobs
+        held.reasoning_tokens += delta.reasoning_tokens
+        hidden = min(len(held.logprobs), held.reasoning_tokens)
+        del held.logprobs[:hidden]
+        held.reasoning_tokens -= hidden
+        if not (delta.text or delta.calls or delta.finish_reason):
+            return []
+        found, held.logprobs = held.logprobs, []
+        return found
 
 
 class _ChatWriter(_Writer):

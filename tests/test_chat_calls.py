@@ -6,6 +6,8 @@ What a reply gains is made by hand here; how a model's text becomes that: test_m
 from __future__ import annotations
 
 import asyncio
+import copy
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -227,6 +229,49 @@ async def test_logprobs_are_beside_thoughts_and_calls() -> None:
     told = [chunk["choices"][0] for chunk in found]
     parts = [one["logprobs"]["content"] for one in told if one["logprobs"]]
     assert [entry for part in parts for entry in part] == wanted
+
+
+@pytest.mark.parametrize(
+    "asks", [{"reasoning_format": "hidden"}, {"reasoning": {"exclude": True}}]
+)
+async def test_the_logprobs_of_hidden_thoughts_are_hidden_too(
+    asks: dict[str, Any],
+) -> None:
+    # The first token was not known to be one of thoughts when it came.
+    begun = es.Delta(0, reasoning="hm", reasoning_tokens=2)
+    said = [es.Delta(0, text=text) for text in ("o", "k")]
+    gains = (NOTHING, begun, thought("?"), NOTHING, *said, NOTHING, end("stop"))
+    async with chatting() as (running, speaker):
+        speaker.gains = gains
+        asks = asks | {"logprobs": True, "n": 2}
+        whole = (await ask(running, CHAT, **asks)).json
+        found = await streamed(running, CHAT, **asks)
+    choices = [chunk["choices"][0] for chunk in found]
+    for index in range(2):
+        shown = [f"t{index}"] * (len(gains) - 3)
+        for told in (whole["choices"], choices):
+            assert tokens_of(c for c in told if c["index"] == index) == shown
+
+
+def test_the_logprobs_of_hidden_thoughts_are_hidden_however_a_stream_is_cut() -> None:
+    begun = es.Delta(0, reasoning="hm", reasoning_tokens=2)
+    gains = [NOTHING, begun, thought("?"), NOTHING, *CALLS[:2], end()]
+    tokens = [es.TokenLogprob(n, str(n).encode(), -1.0) for n in range(len(gains))]
+    for cuts in itertools.product([False, True], repeat=len(gains)):
+        merged = [es.Delta(0)]
+        for gain, token, is_cut in zip(gains, tokens, cuts, strict=True):
+            merged += [es.Delta(0)] if is_cut else []
+            merged[-1].add(copy.deepcopy(gain))
+            merged[-1].logprobs.append(token)
+        streaming = writer("hidden")
+        found = choices_in(b"".join(map(streaming.part, merged)))
+        assert tokens_of(found) == ["3", "4", "5", "6"]
+
+
+def tokens_of(choices: Iterable[Any]) -> list[str]:
+    """The tokens of their logprobs."""
+    told = [one["logprobs"]["content"] for one in choices if one["logprobs"]]
+    return [entry["token"] for part in told for entry in part]
 
 
 # --- however it is cut ---

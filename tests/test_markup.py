@@ -615,6 +615,17 @@ def test_thoughts_are_counted_token_by_token(
         assert whole.text.startswith("c") or "c" not in tokens or tokens[0] == "<"
 
 
+def test_a_token_that_may_begin_a_stop_text_is_counted_as_what_it_turns_out_to_be() -> (
+    None
+):
+    for tokens, count in (
+        (("<th", "ink>", "a", "</think>", "c"), 4),
+        (("<th", "c"), 0),
+    ):
+        whole = merged(Script(*tokens).deltas(markup=es.Markup(), stop=("<thx",)))
+        assert (whole.reasoning_tokens, whole.tokens) == (count, len(tokens) + 1)
+
+
 def test_a_call_that_the_limit_cuts_ends_by_length() -> None:
     script = Script(
         "<tool_call>", '{"name": "weather", "arguments": {"city": "', "Z", "é"
