@@ -17968,10 +17968,13 @@ def generation_request(
     """
     card, size = loaded_model.card, len(ids)
     asked = default if request.max_tokens is None else request.max_tokens
+    if not size:  # an empty text, of a model that begins with no token of its own
+        raise invalid(request.param, "must become at least one token")
     # Room for all its replies is reserved when they begin.
     room = min(card.max_input_tokens - size, (card.cells - size) // request.n)
     if room < bool(asked):
-        raise _prompt_too_long(card, f"{size} tokens", request.param)
+        also = f", with n = {request.n}" if request.n > 1 else ""
+        raise _prompt_too_long(card, f"{size} tokens{also}", request.param)
     return GenerationRequest(
         ids=ids,
         max_tokens=min(asked, room),

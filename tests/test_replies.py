@@ -299,8 +299,16 @@ def test_more_control_tokens_than_the_context_holds_are_not_tokenized() -> None:
 def test_more_replies_than_there_are_cells_for_are_refused() -> None:
     card = {"max_input_tokens": 100, "cells": 93}
     assert request_for([1] * 90, card, n=3).max_tokens == 1
-    with pytest.raises(es.ContextLengthExceeded):
+    with pytest.raises(es.ContextLengthExceeded, match=r"90 tokens, with n = 4$"):
         request_for([1] * 90, card, n=4)
+
+
+@pytest.mark.parametrize("most", [0, 1, None])
+def test_a_prompt_without_a_token_is_refused(most: int | None) -> None:
+    """It was read as if token 0 had been said, and with 0 tokens to come ended all."""
+    card = {"max_input_tokens": 100, "cells": 100}
+    with pytest.raises(es.InvalidValue, match="prompt must become at least one token"):
+        request_for([], card, max_tokens=most)
 
 
 def test_no_bound_is_no_number() -> None:
