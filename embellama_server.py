@@ -5097,6 +5097,7 @@ class TemplateSkills(NamedTuple):
     calls: bool = True
     results: bool = True
     several_calls: bool = True  # in one message
+    text_with_calls: bool = True  # likewise
     any_ids: bool = True  # of calls: else nine letters and digits
 
 
@@ -5128,6 +5129,8 @@ def tool_turns(
     found = _with_names(turns)
     if not skills.any_ids:
         found = [_with_short_ids(turn) for turn in found]
+    if not skills.text_with_calls and skills.calls:
+        found = _texts_apart(found)
     if not skills.several_calls and skills.calls:
         found = _calls_apart(found)
     teaches = bool(tools) and not skills.tools
@@ -5186,6 +5189,19 @@ def _with_short_ids(turn: Turn) -> Turn:
     if calls := others.get("tool_calls"):
         others["tool_calls"] = [{**call, "id": _short_id(call["id"])} for call in calls]
     return dataclasses.replace(turn, others=others)
+
+
+def _texts_apart(turns: Sequence[Turn]) -> list[Turn]:
+    """Return turns in which what was said beside calls is a turn before them."""
+    found: list[Turn] = []
+    for turn in turns:
+        others = dict(turn.others)
+        calls = others.pop("tool_calls", None)
+        if calls and turn.text.strip():
+            found.append(dataclasses.replace(turn, others=others))
+            turn = dataclasses.replace(turn, text="", others={"tool_calls": calls})
+        found.append(turn)
+    return found
 
 
 def _calls_apart(turns: Sequence[Turn]) -> list[Turn]:
@@ -5288,14 +5304,14 @@ _TRIED_TOOL: Final[Mapping[str, Any]] = {
 }
 
 
-def _calling(*ids: str) -> Sequence[Mapping[str, Any]]:
-    """Return a conversation with these calls."""
+def _calling(*ids: str, text: str = "") -> Sequence[Mapping[str, Any]]:
+    """Return a conversation with these calls, and a text beside them."""
     function = {"name": "tried_function", "arguments": {"word": "TRIED-VALUE"}}
     calls = [{"id": id_, "type": "function", "function": function} for id_ in ids]
     result = {"role": "tool", "content": "TRIED-RESULT"}
     return [
         _ASKS,
-        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "assistant", "content": text, "tool_calls": calls},
         *({**result, "tool_call_id": id_} for id_ in ids),
         {"role": "assistant", "content": "TRIED-ANSWER"},
         _ASKS,
@@ -5306,7 +5322,7 @@ class RenderedPrompt(NamedTuple):
     """What a template made of messages."""
 
     parts: list[PromptPart]
-    is_folded: bool = False  # the template took them only as folded() has them
+    is_folded: bool = False  # the template took them only in another form
 
     def begins_inside(self, thoughts: Iterable[Thoughts]) -> Thoughts | None:
         """Return the thoughts in which a reply to it begins, if it does."""
@@ -5344,9 +5360,9 @@ class ChatTemplate:
         self.skills = TemplateSkills()
         self.names = {"bos_token": bos, "eos_token": eos}
         self._control = re.compile(_any_of({*control_texts}) or "(?!)")
-        self._max_render_s = _MAX_TRY_S
+        self._max_render_s, self._is_tried = _MAX_TRY_S, False
         self._try_skills()
-        self._max_render_s = _MAX_RENDER_S
+        self._max_render_s, self._is_tried = _MAX_RENDER_S, True
 
     def _try_skills(self) -> None:
         """Find out what of tools comes out, by trying."""
@@ -5362,6 +5378,8 @@ class ChatTemplate:
             self._skills_are(calls=False)
             called = self._tried(short, tools)
         self._skills_are(results="TRIED-RESULT" in called)
+        spoken = self._tried(_calling(_TRIED_IDS[0], text="TRIED-TEXT"), tools)
+        self._skills_are(text_with_calls="TRIED-TEXT" in spoken or not called)
         both = self._tried(_calling(*_TRIED_IDS), tools)
         name = _TRIED_TOOL["function"]["name"]
         self._skills_are(several_calls=both.count(name) > called.count(name))
@@ -5400,9 +5418,9 @@ class ChatTemplate:
         values["tools"] = tools if tools and self.skills.tools else None
         values["add_generation_prompt"] = add_generation_prompt and not continues_last
         try:
-            turns = tool_turns(normalized(messages), tools or (), self.skills)
+            said = normalized(messages)
+            turns = self._turns(said, tools, self.skills)
             values = self._plain(values) | self.names
-            turns = [*map(self._plain_turn, turns)]
         except RecursionError:
             raise _refused("these messages are nested too deeply") from None
         if continues_last and not (turns and turns[-1].role == "assistant"):
@@ -5412,10 +5430,23 @@ class ChatTemplate:
         try:
             return RenderedPrompt(_parts_of(run.text(turns)))
         except TemplateRefused as error:
-            with contextlib.suppress(TemplateRefused):
-                parts = _parts_of(run.text(folded(turns)))
-                return RenderedPrompt(parts, is_folded=True)
+            forms = [turns]
+            if self._is_tried and any(map(_is_of_tools, said)):
+                skills = self.skills._replace(calls=False, results=False)
+                forms.append(self._turns(said, tools, skills))
+            for form in forms:
+                with contextlib.suppress(TemplateRefused):
+                    parts = _parts_of(run.text(folded(form)))
+                    return RenderedPrompt(parts, is_folded=True)
             raise error from None
+
+    def _turns(
+        self,
+        said: Sequence[Turn],
+        tools: Sequence[Mapping[str, Any]] | None,
+        skills: TemplateSkills,
+    ) -> list[Turn]:
+        return [*map(self._plain_turn, tool_turns(said, tools or (), skills))]
 
     def _plain_turn(self, turn: Turn) -> Turn:
         text, others = self._plain(turn.text), self._plain(turn.others)
@@ -5467,9 +5498,11 @@ class _Run:
 
     def _text(self, turns: Sequence[Turn], unmarked: int) -> str:
         """Return the prompt, with marks where turns end, but for the first ``unmarked``."""
-        messages = []
+        messages, last = [], len(turns) - 1
         for number, turn in enumerate(turns):
-            mark = f"{_MARK}{turn.index}{_MARK}" if number >= unmarked else ""
+            # Of two turns that were one, the mark of an empty one proves nothing.
+            is_marked = number >= unmarked and (turn.text.strip() or number == last)
+            mark = f"{_MARK}{turn.index}{_MARK}" if is_marked else ""
             fixed = {"role": turn.role, "content": turn.text + mark}
             others = _with_marked_calls(turn) if number >= unmarked else turn.others
             messages.append({**fixed, **others})
@@ -5492,6 +5525,10 @@ class _Run:
         except Exception as error:  # the template is a stranger's program
             raise _refused(_words_of(error)) from None
         return "".join(pieces)
+
+
+def _is_of_tools(turn: Turn) -> bool:
+    return turn.role == "tool" or "tool_calls" in turn.others
 
 
 def _call_mark(turn: Turn, number: int) -> str:

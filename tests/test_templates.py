@@ -1,7 +1,7 @@
 """Chat templates: what a model reads of a conversation, and what no conversation can do.
 
 The templates here are written for the tests; those that come with llama.cpp are compared
-with Hugging Face's own renderer by test_hugging_face.py.
+with Hugging Face's own renderer by test_vendored_templates.py.
 """
 
 from __future__ import annotations
@@ -357,15 +357,29 @@ def test_a_jinja_whose_sandbox_has_holes_is_not_used(
 # --- nothing is left out ---
 
 
-@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+LEAVES_OUT = PLAIN.replace("m.content", "m.content if m.role != leave_out else ''")
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
 @pytest.mark.parametrize("text", ["a", "user", "a long text of many words"])
 def test_a_message_that_the_template_leaves_out_is_named(role: str, text: str) -> None:
     # Though it stands in the prompt: others said the same, or the template does.
-    source = PLAIN.replace("m.content", "m.content if m.role != leave_out else ''")
     others = [r for r in ("user", "assistant", "tool") if r != role]
     messages = [{"role": r, "content": text} for r in (role, *others)]
-    found = refusal(source, messages, variables={"leave_out": role})
+    found = refusal(LEAVES_OUT, messages, variables={"leave_out": role})
     assert found.endswith(f"messages[0] ({role})")
+
+
+def test_a_result_that_the_template_leaves_out_is_said_by_the_user() -> None:
+    messages = [tool("sun"), assistant("a"), tool("rain"), tool("snow"), user("b")]
+    template = es.ChatTemplate(LEAVES_OUT)
+    prompt = template.render(messages, variables={"leave_out": "tool"})
+    assert prompt.is_folded
+    assert "".join(part.text for part in prompt.parts) == (
+        "<user><tool_response>\nsun\n</tool_response>\n<assistant>a\n"
+        "<user><tool_response>\nrain\n</tool_response>\n<tool_response>\nsnow\n"
+        "</tool_response>\n\nb\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -906,12 +920,105 @@ def test_results_get_the_names_and_ids_of_their_calls(absent: Message) -> None:
 
 def test_a_template_that_drops_a_call_is_not_believed() -> None:
     source = (
-        "{% for m in messages %}{{ m.content }}{% if loop.index0 < 2 %}"
+        "{% for m in messages %}{% if 'tool_call>' not in m.content %}{{ m.content }}"
+        "{% endif %}"
+        "{% if loop.index0 < 2 %}"
         "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
         "{% endfor %}{% endif %}{% endfor %}"
         "{% for t in tools %}{{ t.function.description }}{% endfor %}"
     )
     template = es.ChatTemplate(source)
-    messages = [user("a"), assistant("b"), user("c"), AGENT[1]]
+    messages = [user("a"), assistant("b"), user("c"), calling({"n": 1})]
     with pytest.raises(es.TemplateRefused, match=r"the calls of messages\[3\]"):
         template.render(messages, tools=[WEATHER])
+
+
+# As Llama 3's: what is said beside calls is left out.
+NO_TEXT = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% for t in tools %}{{ t.function.description }}{% endfor %}"
+)
+# As Mistral's: roles alternate, where calls and results do not count.
+ALTERNATES = (
+    "{% set n = namespace(user=true) %}{% for m in messages %}"
+    "{% if m.role in ('user', 'assistant') and not m.tool_calls %}"
+    "{% if (m.role == 'user') != n.user %}{{ raise_exception('must alternate') }}"
+    "{% endif %}{% set n.user = not n.user %}{% endif %}{% endfor %}"
+) + NO_TEXT
+SPOKEN = {**calling({"n": 1}), "content": "Let me see."}
+RAIN = tool("rain", tool_call_id="c1")
+
+
+def test_what_is_said_beside_a_call_is_a_turn_before_it_where_a_template_drops_it() -> (
+    None
+):
+    template = es.ChatTemplate(NO_TEXT)
+    assert template.skills == es.TemplateSkills(text_with_calls=False)
+    thoughts = {"reasoning_content": "t"}
+    prompt = template.render([user("a"), SPOKEN | thoughts, RAIN], tools=[WEATHER])
+    (part,) = prompt.parts
+    assert (
+        part.text
+        == '<user>a<assistant>Let me see.<assistant>weather{"n": 1}<tool>rainNow'
+    )
+    assert not prompt.is_folded
+    first, calls = es._texts_apart(es.normalized([SPOKEN | thoughts]))
+    assert first.others["reasoning_content"] == "t" and "tool_calls" not in first.others
+    assert [*calls.others] == ["tool_calls"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        (
+            [user("a"), SPOKEN, RAIN, assistant("b"), user("c")],
+            (
+                "<user>a<assistant>Let me see.\n<tool_call>\n"
+                '{"name": "weather", "arguments": {"n": 1}}\n</tool_call>'
+                "<user><tool_response>\nrain\n</tool_response><assistant>b<user>cNow"
+            ),
+        ),
+        (  # who asks on before there was an answer
+            [user("a"), calling({"n": 1}), RAIN, user("c")],
+            (
+                '<user>a<assistant><tool_call>\n{"name": "weather", "arguments": '
+                '{"n": 1}}\n</tool_call><user><tool_response>\nrain\n</tool_response>'
+                "\n\ncNow"
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_calls_and_results_are_text_in_a_conversation_that_is_refused_with_them(
+    messages: list[Message], text: str
+) -> None:
+    template = es.ChatTemplate(ALTERNATES)
+    prompt = template.render(messages, tools=[WEATHER])
+    assert prompt == ([es.PromptPart(text)], True)
+    usual = [user("a"), calling({"n": 1}), RAIN, assistant("b"), user("c")]
+    assert not template.render(usual, tools=[WEATHER]).is_folded
+
+
+@pytest.mark.parametrize("arguments", ["{oops", "[1]", '"a"', "{'a': 1}"])
+def test_arguments_that_are_no_object_are_text_where_a_template_looks_into_them(
+    arguments: str,
+) -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}"
+        "{% endfor %}{% endfor %}{% endfor %}"
+        "{% for t in tools %}{{ t.function.description }}{% endfor %}"
+    )
+    messages = [user("a"), calling(arguments), RAIN]
+    prompt = es.ChatTemplate(source).render(messages, tools=[WEATHER])
+    assert prompt.is_folded
+    assert json.dumps(arguments) in prompt.parts[0].text
+
+
+def test_what_is_refused_in_every_form_is_told_in_the_first_words() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception(v) }}"
+    )
+    words = refusal(source, [user("a"), SPOKEN, RAIN], variables={"v": "never"})
+    assert words == "never"

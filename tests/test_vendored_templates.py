@@ -9,6 +9,7 @@ template says.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,9 @@ TOOLS = [
 CALL = calling('{"city": "Zürich <centre>"}')
 CALL["tool_calls"][0]["id"] = "abcdef123"
 RESULT = tool('{"temperature": 17}', tool_call_id="abcdef123", name="weather")
+SPOKEN = {**CALL, "content": "Let me see."}
+BROKEN = calling('{"city": "Zür')
+BROKEN["tool_calls"][0]["id"] = "abcdef123"
 CONVERSATIONS: Mapping[str, tuple[list[dict[str, Any]], bool]] = {
     "plain": ([user("Hello <there>, café")], False),
     "system": ([system("Be brief."), user("Hi"), assistant("Hello"), user("So?")], False),
@@ -63,16 +67,36 @@ CONVERSATIONS: Mapping[str, tuple[list[dict[str, Any]], bool]] = {
         ],
         True,
     ),
+    "text beside a call": (
+        [
+            *(user("The weather in Zürich?"), SPOKEN, RESULT),
+            *(assistant("17 °C."), user("Thanks.")),
+        ],
+        True,
+    ),
+    "more before an answer": (
+        [user("The weather in Zürich?"), CALL, RESULT, user("In °F.")],
+        True,
+    ),
+    "arguments that are none": (
+        [user("The weather in Zürich?"), BROKEN, RESULT, assistant("Oh."), user("So?")],
+        True,
+    ),
 }  # fmt: skip
-RESULTS = ("a result", "several turns")
+CALLS = (  # in which there are some
+    *("a result", "several turns", "text beside a call", "more before an answer"),
+    "arguments that are none",
+)
 WITHOUT_TOOLS = ("plain", "system", "thoughts")
 # Which skills a template is found to lack, and how thoughts begin.
 SKILLS: Mapping[str, tuple[str, list[str]]] = {
     "Apriel-1.6-15b-Thinker-fixed": ("", ["Here are my reasoning steps:"]),
     "Bielik-11B-v3.0-Instruct": ("", ["<think>"]),
     "ByteDance-Seed-OSS": ("", ["<seed:think>"]),
-    "Cohere2MoE": ("", ["<|START_THINKING|>"]),
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": ("", ["<|START_THINKING|>"]),
+    "Cohere2MoE": ("text_with_calls", ["<|START_THINKING|>"]),
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": (
+        *("text_with_calls", ["<|START_THINKING|>"]),
+    ),
     "GLM-4.6": ("", ["<think>"]),
     "GLM-4.7-Flash": ("", ["<think>"]),
     "GigaChat3-10B-A1.8B": ("several_calls", []),
@@ -83,11 +107,14 @@ SKILLS: Mapping[str, tuple[str, list[str]]] = {
     "LFM2-8B-A1B": ("calls", []),
     "LFM2.5-8B-A1B": ("", ["<think>"]),
     "LFM2.5-Instruct": ("calls", ["<think>"]),
+    "MiniMax-M1": ("text_with_calls", []),
     "MiniMax-M2": ("", ["<think>"]),
     "MiniMax-M3": ("", ["<mm:think>"]),
-    "Mistral-Small-3.2-24B-Instruct-2506": ("any_ids", []),
+    "Mistral-Small-3.2-24B-Instruct-2506": ("text_with_calls any_ids", []),
     "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": ("", ["<think>"]),
     "NVIDIA-Nemotron-Nano-v2": ("", ["<think>"]),
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": ("text_with_calls", []),
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": ("text_with_calls", []),
     "Qwen-QwQ-32B": ("", ["<think>"]),
     "Qwen-Qwen3-0.6B": ("", ["<think>"]),
     "Qwen3.5-4B": ("", ["<think>"]),
@@ -106,21 +133,25 @@ SKILLS: Mapping[str, tuple[str, list[str]]] = {
     "google-gemma-4-31B-it": ("", ["<|channel>thought"]),
     "ibm-granite-granite-3.3-2B-Instruct": ("calls", ["<think>"]),
     "inclusionai-ling-3.0-flash": ("", ["<think>"]),
-    "llama-cpp-deepseek-r1": ("tools calls", ["<think>"]),
+    "llama-cpp-deepseek-r1": ("tools text_with_calls", ["<think>"]),
     "llama-cpp-rwkv-world": ("tools calls results", ["<think>"]),
     "meetkai-functionary-medium-v3.2": ("calls", []),
-    "meta-llama-Llama-3.1-8B-Instruct": ("several_calls", []),
-    "meta-llama-Llama-3.2-3B-Instruct": ("several_calls", []),
-    "meta-llama-Llama-3.3-70B-Instruct": ("several_calls", []),
+    "meta-llama-Llama-3.1-8B-Instruct": ("several_calls text_with_calls", []),
+    "meta-llama-Llama-3.2-3B-Instruct": ("several_calls text_with_calls", []),
+    "meta-llama-Llama-3.3-70B-Instruct": ("several_calls text_with_calls", []),
     "microsoft-Phi-3.5-mini-instruct": ("tools calls results", []),
     "mistralai-Ministral-3-14B-Reasoning-2512": ("", ["[THINK]"]),
-    "mistralai-Mistral-Nemo-Instruct-2407": ("any_ids", []),
-    "openai-gpt-oss-120b": ("several_calls", ["<|channel|>analysis<|message|>"]),
+    "mistralai-Mistral-Nemo-Instruct-2407": ("text_with_calls any_ids", []),
+    "muse-glimmer": ("text_with_calls", []),
+    "openai-gpt-oss-120b": (
+        *("several_calls text_with_calls", ["<|channel|>analysis<|message|>"]),
+    ),
     "openbmb-MiniCPM5-1B": ("", ["<think>"]),
     "poolside-Laguna-S-2.1": ("", ["<think>"]),
     "poolside-Laguna-XS-2.1": ("", ["<think>"]),
     "poolside-Laguna-XS.2": ("", ["<think>"]),
     "unsloth-Apriel-1.5": ("", ["<thinking>"]),
+    "upstage-Solar-Open-100B": ("text_with_calls", []),
 }
 # What is not rendered, and the template's words.
 REFUSED: Mapping[tuple[str, Sequence[str]], str] = {
@@ -137,8 +168,40 @@ REFUSED: Mapping[tuple[str, Sequence[str]], str] = {
         "'functions' is undefined"
     ),
 }
-# Those that take a system message only as the beginning of the user's.
-FOLDED = {("google-gemma-2-2b-it", name) for name in ("system", "tools", *RESULTS)}
+# Those that take a system message only as the beginning of the user's, and those that take
+# calls and results of a conversation only as text: roles alternate, or arguments are an
+# object.
+FOLDED = {("google-gemma-2-2b-it", name) for name in ("system", "tools", *CALLS)}
+_ALTERNATING = (
+    "Mistral-Small-3.2-24B-Instruct-2506",
+    "mistralai-Ministral-3-14B-Reasoning-2512",
+    "mistralai-Mistral-Nemo-Instruct-2407",
+)
+_LOOKING_INTO_ARGUMENTS = (
+    *("ByteDance-Seed-OSS", "GLM-4.6", "GLM-4.7-Flash", "LFM2.5-8B-A1B"),
+    *("MiniMax-M2", "MiniMax-M3", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
+    *("Qwen3-Coder", "Qwen3.5-4B", "Spark2.5", "StepFun3.5-Flash"),
+    *("deepseek-ai-DeepSeek-V3.2", "deepseek-ai-DeepSeek-V4-Flash-0731"),
+    *("deepseek-ai-DeepSeek-V4", "inclusionai-ling-3.0-flash", "muse-glimmer"),
+    *("openbmb-MiniCPM5-1B", "poolside-Laguna-S-2.1", "poolside-Laguna-XS-2.1"),
+    *("poolside-Laguna-XS.2", "tencent-Hy3"),
+)
+FOLDED |= {(name, "more before an answer") for name in _ALTERNATING}
+FOLDED |= {(name, "text beside a call") for name in _ALTERNATING[::2]}
+FOLDED |= {(name, "arguments that are none") for name in _LOOKING_INTO_ARGUMENTS}
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    """A content in parts."""
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def with_object_of_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as an object, not as text."""
+    (call,) = message["tool_calls"]
+    function = call["function"]
+    read = {**function, "arguments": json.loads(function["arguments"])}
+    return {**message, "tool_calls": [{**call, "function": read}]}
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +269,13 @@ def test_prompts_are_hugging_face_s_to_the_character(
         except es.TemplateRefused as error:
             refused[name] = error.message.partition("these messages: ")[2]
             continue
-        skills = template.skills
-        turns = es.tool_turns(es.normalized(messages), tools or (), skills)
+        skills, said = template.skills, es.normalized(messages)
+        turns = es.tool_turns(said, tools or (), skills)
         if prompt.is_folded:
             folded.add((name, conversation))
-            turns = es.folded(turns)
+            if conversation in CALLS:
+                skills = skills._replace(calls=False, results=False)
+            turns = es.folded(es.tool_turns(said, tools or (), skills))
         known = tools if skills.tools else None
         like = reference(source, turns, tools=known, add_generation_prompt=True)
         assert text_of(prompt) == like, name
@@ -221,6 +286,58 @@ def test_prompts_are_hugging_face_s_to_the_character(
         if conversation in conversations
     }
     assert folded == {row for row in FOLDED if row[1] == conversation}
+
+
+SAME_FORMS: Mapping[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "developer": (
+        [{"role": "developer", "content": "Be brief."}, user("Hi")],
+        [system("Be brief."), user("Hi")],
+    ),
+    "parts": (
+        [
+            *(system(parts("Be brief.")), user(parts("a", "b"))),
+            *(assistant(parts("x")), user(parts("y"))),
+        ],
+        [system("Be brief."), user("a\nb"), assistant("x"), user("y")],
+    ),
+    "system in the middle": (
+        [user("Hi"), assistant("x"), system("Be brief."), user("So?")],
+        [system("Be brief."), user("Hi"), assistant("x"), user("So?")],
+    ),
+    "no content": (
+        [user("Hi"), {k: v for k, v in CALL.items() if k != "content"}, RESULT],
+        [user("Hi"), {**CALL, "content": ""}, RESULT],
+    ),
+    "a result as parts, of a function": (
+        [
+            *(user("Hi"), CALL),
+            {**RESULT, "role": "function", "content": parts(RESULT["content"])},
+        ],
+        [user("Hi"), CALL, RESULT],
+    ),
+    "an object of arguments": (
+        [user("Hi"), with_object_of_arguments(CALL), RESULT],
+        [user("Hi"), CALL, RESULT],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SAME_FORMS)
+def test_whatever_form_messages_have_a_template_makes_the_same_of_them(
+    sources: Mapping[str, str], form: str
+) -> None:
+    odd, usual = SAME_FORMS[form]
+    for name, source in sources.items():
+        template = es.ChatTemplate(source, bos=BOS, eos=EOS)
+        found = []
+        for messages in (odd, usual):
+            tools = TOOLS if CALL in usual or RESULT in usual else None
+            try:
+                found.append(text_of(template.render(messages, tools=tools)))
+            except es.TemplateRefused as error:
+                assert name in {name for name, _ in REFUSED}
+                found.append(error.message)
+        assert found[0] == found[1], name
 
 
 def test_what_templates_know_of_tools_and_thoughts_is_found_out(
