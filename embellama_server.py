@@ -216,12 +216,13 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 98. WATCHING - what scrapes, alerts and scales
 99. BOARD - one dashboard for Grafana
 100. COLLECTION - the routes as a Postman collection
-101. CORPUS - texts in files, row by row
-102. VECTOR FILES - where vectors of a corpus are put
-103. JOBS - what `embed` is told, and how far it is
-104. BULK - a corpus to vectors, as a job that can be killed
-105. REMOTE - a running server instead of the engine
-106. COMMAND LINE - flags in, exit code out
+101. ROWS - what files hold: lines, records, rows of tables
+102. CORPUS - texts in files, in windows that are computed and written together
+103. VECTOR FILES - where vectors of a corpus are put
+104. JOBS - what `embed` is told, and how far it is
+105. BULK - a corpus to vectors, as a job that can be killed
+106. REMOTE - a running server instead of the engine
+107. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -28287,19 +28288,16 @@ def write_files(
 
 
 # ==============================================================================
-# 101. CORPUS - texts in files, row by row
+# 101. ROWS - what files hold: lines, records, rows of tables
 # ==============================================================================
 # Files are read as they go, so that one of any size takes the same memory. Every byte
 # that was read is counted and hashed: that is how a later run knows where to go on, and
-# that what it goes on with is what was read before.
+# that what it goes on with is what was read before. What cannot be read is a row without a
+# vector, and the next one follows.
 
-INPUT_FORMATS: Final = ("jsonl", "txt", "csv", "tsv", "parquet")
-_SUFFIXES: Final = {"ndjson": "jsonl", "json": "jsonl", "text": "txt", "pq": "parquet"}
+BLOCK_BYTES: Final = 1 << 20
+WINDOW_ROWS: Final = 1024  # what is in flight: enough for the workers' calls
 _MAX_LINE_BYTES: Final = 32 << 20  # as --max-body-bytes: no text is longer
-_BLOCK_BYTES: Final = 1 << 20
-# What is in flight: enough for the workers' calls, little beside the model.
-WINDOW_ROWS: Final = 1024
-WINDOW_CHARS: Final = 1 << 20
 
 
 class BulkError(Exception):
@@ -28312,20 +28310,6 @@ class BulkError(Exception):
 
 class BadRow(Exception):
     """Why a row has no vector."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a file: its texts, or why it has none."""
-
-    number: int  # over all files, from 0
-    path: str
-    line: int  # where it begins, from 1
-    byte: int  # likewise, from 0; of what a .gz holds
-    id: object  # as in the file, else the number
-    texts: Sequence[str] = ()  # one; those of a request in a batch file
-    form: EmbeddingsForm | None = None  # that request
-    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28347,6 +28331,293 @@ class CorpusOptions:
     format: str = ""  # one of INPUT_FORMATS; empty: as the name says
     field: str = "text"
     id_field: str = "id"
+
+
+def unreadable(error: Exception, path: str = "") -> BulkError:
+    """Return what is said of a file that cannot be read."""
+    name = path or getattr(error, "filename", "") or "the input"
+    return BulkError(
+        f"cannot read {name}: {getattr(error, 'strerror', '') or error}; mended, the same "
+        "command goes on",
+        3,
+    )
+
+
+def _check_columns(names: Sequence[str], options: CorpusOptions, path: str) -> None:
+    """Raise BulkError unless it is clear which columns are meant."""
+    if options.field not in names:
+        raise BulkError(
+            f"{path} has no column {options.field} (--field); its columns: "
+            f"{', '.join(names):.200}",
+            2,
+        )
+    for name in (options.field, options.id_field):
+        if (count := names.count(name)) > 1:
+            raise BulkError(f"{path} has {count} columns called {name}", 2)
+
+
+class Lines:
+    """The lines of a file, counted and hashed, without a byte order mark."""
+
+    def __init__(self, file: Any, path: str, digest: Any) -> None:
+        self.file, self.path, self.digest = file, path, digest
+        self.offset = self.count = 0
+        self.is_open = False
+
+    def __iter__(self) -> typing.Self:
+        return self
+
+    def __next__(self) -> bytes:
+        # No generator: that would end with the first line that cannot be read.
+        if line := self.next():
+            return line
+        raise StopIteration
+
+    def next(self) -> bytes:
+        """Return the next line with its end; empty at the end. Raises BadRow."""
+        line = self._take(self.file.readline(_MAX_LINE_BYTES))
+        self.count += bool(line)
+        self.is_open = bool(line) and not line.endswith(b"\n")
+        if len(line) < _MAX_LINE_BYTES or not self.is_open:
+            return line.removeprefix(codecs.BOM_UTF8) if self.count == 1 else line
+        while line and not line.endswith(b"\n"):
+            line = self._take(self.file.readline(BLOCK_BYTES))
+        raise BadRow(f"a line of more than {_MAX_LINE_BYTES >> 20} MiB")
+
+    def skip(self, place: RowPlace) -> None:
+        """Go on to a place. Raises BulkError if the file ends before it."""
+        while missing := place.offset - self.offset:
+            if not self._take(self.file.read(min(missing, BLOCK_BYTES))):
+                raise BulkError(
+                    f"{self.path} is shorter than what was read of it: --restart begins "
+                    "anew",
+                    2,
+                )
+        self.count = place.line
+
+    def place(self, file: int, rows: int) -> RowPlace:
+        """Return where the next row begins."""
+        sha256 = self.digest.hexdigest()
+        return RowPlace(file, self.count, self.offset, rows, sha256, self.is_open)
+
+    def _take(self, data: bytes) -> bytes:
+        self.offset += len(data)
+        self.digest.update(data)
+        return data
+
+
+def _plain(line: bytes) -> str:
+    try:
+        return line.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"byte {error.start} of the line is not UTF-8") from None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLine:
+    """A line of OpenAI's batch files."""
+
+    fields: Mapping[str, Any]
+
+
+Found = tuple[object, object]  # a text or a BatchLine, and the row's id or None
+
+
+class RowReader:
+    """Takes rows from lines. ``next`` returns None at the end, and raises BadRow."""
+
+    def __init__(self, lines: Lines, options: CorpusOptions) -> None:
+        self.lines, self.options = lines, options
+        self.begin()
+
+    def begin(self) -> None:
+        """Note that the row begins here."""
+        self.line, self.byte = self.lines.count + 1, self.lines.offset
+
+    def next(self) -> Found | None:
+        """Return the next row."""
+        raise NotImplementedError
+
+    def skip(self, place: RowPlace) -> None:
+        """Go on to a place. Raises BulkError if there is less."""
+        self.lines.skip(place)
+
+
+class _TextReader(RowReader):
+    def next(self) -> Found | None:
+        line = self.lines.next()
+        return (_plain(line), None) if line else None
+
+
+class _JsonReader(RowReader):
+    def next(self) -> Found | None:
+        while line := self.lines.next():
+            if line.strip():
+                return self._row(line)
+            self.begin()
+        return None
+
+    def _row(self, line: bytes) -> Found:
+        try:
+            value = json_codec().loads(line)
+        except ValueError as error:
+            raise BadRow(f"not JSON: {error}") from None
+        if isinstance(value, str):
+            return value, None
+        if not isinstance(value, dict):
+            raise BadRow("neither an object nor a string")
+        if "custom_id" in value and "url" in value:
+            return BatchLine(value), value["custom_id"]
+        row_id, field = value.get(self.options.id_field), self.options.field
+        if field not in value:
+            known = ", ".join(value) or "none"
+            raise BadRow(f"no field {field} (--field); its fields: {known:.200}")
+        return value[field], row_id
+
+
+class _CsvReader(RowReader):
+    delimiter = ","
+
+    def __init__(self, lines: Lines, options: CorpusOptions) -> None:
+        super().__init__(lines, options)
+        csv.field_size_limit(_MAX_LINE_BYTES)
+        decoded = map(_with_escapes, lines)
+        self._records = csv.reader(decoded, delimiter=self.delimiter, strict=True)
+        try:
+            self._names = next(filter(None, self._records), [])
+        except (csv.Error, BadRow) as error:
+            raise BulkError(f"{lines.path} has no header: {error}", 2) from None
+        if self._names:
+            _check_columns(self._names, options, lines.path)
+
+    def next(self) -> Found | None:
+        try:
+            record = next(filter(None, self._records), None)
+        except csv.Error as error:
+            raise BadRow(f"not CSV: {error}") from None
+        if record is None:
+            return None
+        if len(record) != len(self._names):
+            raise BadRow(f"{len(record)} columns, and the header {len(self._names)}")
+        row = dict(zip(self._names, record, strict=True))
+        text, row_id = row[self.options.field], row.get(self.options.id_field)
+        if re.search("[\ud800-\udfff]", f"{text}{row_id}"):
+            raise BadRow("not UTF-8")
+        return text, row_id
+
+
+def _with_escapes(line: bytes) -> str:
+    """Return a line as text; bytes that are none become lone surrogates."""
+    return line.decode("utf-8", "surrogateescape")
+
+
+class _TsvReader(_CsvReader):
+    delimiter = "\t"
+
+
+# What pyarrow raises, beside OSError.
+_ARROW_ERRORS: Final = (ValueError, LookupError, TypeError, RuntimeError)
+_ARROW_TEXT: Final = re.compile(r"(dictionary<values=)?(large_)?string|null")
+
+
+class _ParquetReader(RowReader):
+    """Reads a column or two, batch by batch; the offset counts rows."""
+
+    def __init__(self, lines: Lines, options: CorpusOptions) -> None:
+        super().__init__(lines, options)
+        arrow = parquet_library(lines.path)
+        # Its bytes are not read in order: so all of them are hashed first.
+        for block in iter(functools.partial(lines.file.read, BLOCK_BYTES), b""):
+            lines.digest.update(block)
+        try:
+            # Else a column's part of a row group is read at once, whatever its size.
+            read = {"buffer_size": BLOCK_BYTES, "pre_buffer": False}
+            file = arrow.ParquetFile(lines.file, **read)
+        except _ARROW_ERRORS as error:
+            raise unreadable(error, lines.path) from None
+        schema, field = file.schema_arrow, options.field
+        _check_columns(schema.names, options, lines.path)
+        if not _ARROW_TEXT.match(kind := str(schema.field(field).type)):
+            raise BulkError(f"{lines.path}: column {field} holds {kind}, not texts", 2)
+        columns = [n for n in (field, options.id_field) if n in schema.names]
+        self._rows = self._read(file, columns)
+
+    def _read(self, file: Any, columns: Sequence[str]) -> Iterator[Found]:
+        for batch in file.iter_batches(WINDOW_ROWS, columns=columns):
+            taken = [_values_of(batch.column(n)) for n in columns]
+            ids = taken[1] if len(taken) > 1 else itertools.repeat(None)
+            yield from zip(taken[0], ids, strict=False)
+
+    def next(self) -> Found | None:
+        try:
+            row = next(self._rows, None)
+        except _ARROW_ERRORS as error:
+            raise unreadable(error, self.lines.path) from None
+        self.lines.offset += row is not None
+        self.lines.count = self.lines.offset
+        return row
+
+    def skip(self, place: RowPlace) -> None:
+        """Go on to a place."""
+        for _ in itertools.islice(iter(self.next, None), place.offset):
+            pass
+
+
+def _values_of(column: Any) -> list[object]:
+    """Return what a column holds; a BadRow in place of what is no text or time."""
+    try:
+        return list(column.to_pylist())
+    except ValueError:
+        return [*map(_value_of, column)]
+
+
+def _value_of(scalar: Any) -> object:
+    try:
+        return scalar.as_py()
+    except ValueError as error:
+        return BadRow(f"not readable: {error}")
+
+
+READERS: Final[Mapping[str, type[RowReader]]] = {
+    "txt": _TextReader,
+    "jsonl": _JsonReader,
+    "csv": _CsvReader,
+    "tsv": _TsvReader,
+    "parquet": _ParquetReader,
+}
+
+
+def parquet_library(path: str) -> Any:
+    """Return pyarrow's module for Parquet. Raises BulkError without it."""
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise BulkError(
+            f"{path}: Parquet needs pyarrow: pip install pyarrow", 2
+        ) from None
+
+
+# ==============================================================================
+# 102. CORPUS - texts in files, in windows that are computed and written together
+# ==============================================================================
+
+INPUT_FORMATS: Final = ("jsonl", "txt", "csv", "tsv", "parquet")
+_SUFFIXES: Final = {"ndjson": "jsonl", "json": "jsonl", "text": "txt", "pq": "parquet"}
+WINDOW_CHARS: Final = 1 << 20  # little beside the model
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a file: its texts, or why it has none."""
+
+    number: int  # over all files, from 0
+    path: str
+    line: int  # where it begins, from 1
+    byte: int  # likewise, from 0; of what a .gz holds
+    id: object  # as in the file, else the number
+    texts: Sequence[str] = ()  # one; those of a request in a batch file
+    form: EmbeddingsForm | None = None  # that request
+    error: str = ""
 
 
 def corpus_files(names: Sequence[str]) -> list[str]:
@@ -28379,211 +28650,6 @@ def format_of(path: str, options: CorpusOptions) -> str:
     return found
 
 
-class _Lines:
-    """The lines of a file, counted and hashed."""
-
-    def __init__(self, file: Any, path: str, digest: Any) -> None:
-        self.file, self.path, self.digest = file, path, digest
-        self.offset = self.count = 0
-        self.is_open = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        while line := self.next():
-            yield line
-
-    def next(self) -> bytes:
-        """Return the next line with its end; empty at the end. Raises BadRow."""
-        line = self._take(self.file.readline(_MAX_LINE_BYTES))
-        self.count += bool(line)
-        self.is_open = bool(line) and not line.endswith(b"\n")
-        if len(line) < _MAX_LINE_BYTES or not self.is_open:
-            return line
-        while line and not line.endswith(b"\n"):
-            line = self._take(self.file.readline(_BLOCK_BYTES))
-        raise BadRow(f"a line of more than {_MAX_LINE_BYTES >> 20} MiB")
-
-    def skip(self, place: RowPlace) -> None:
-        """Go on to a place. Raises BulkError if the file ends before it."""
-        while missing := place.offset - self.offset:
-            if not self._take(self.file.read(min(missing, _BLOCK_BYTES))):
-                raise BulkError(
-                    f"{self.path} is shorter than what was read of it: --restart begins "
-                    "anew",
-                    2,
-                )
-        self.count = place.line
-
-    def place(self, file: int, rows: int) -> RowPlace:
-        """Return where the next row begins."""
-        sha256 = self.digest.hexdigest()
-        return RowPlace(file, self.count, self.offset, rows, sha256, self.is_open)
-
-    def _take(self, data: bytes) -> bytes:
-        self.offset += len(data)
-        self.digest.update(data)
-        return data
-
-
-def _plain(line: bytes) -> str:
-    try:
-        return line.rstrip(b"\r\n").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow(f"byte {error.start} of the line is not UTF-8") from None
-
-
-Found = tuple[object, object]  # a text or a request, and the row's id or None
-
-
-class _RowReader:
-    """Takes rows from lines. ``next`` returns None at the end, and raises BadRow."""
-
-    def __init__(self, lines: _Lines, options: CorpusOptions) -> None:
-        self.lines, self.options = lines, options
-        self.begin()
-
-    def begin(self) -> None:
-        """Note that the row begins here."""
-        self.line, self.byte = self.lines.count + 1, self.lines.offset
-
-    def next(self) -> Found | None:
-        """Return the next row."""
-        raise NotImplementedError
-
-
-class _TextReader(_RowReader):
-    def next(self) -> Found | None:
-        line = self.lines.next()
-        return (_plain(line), None) if line else None
-
-
-class _JsonReader(_RowReader):
-    def next(self) -> Found | None:
-        while line := self.lines.next():
-            if line.strip():
-                return self._row(line)
-            self.begin()
-        return None
-
-    def _row(self, line: bytes) -> Found:
-        try:
-            value = json_codec().loads(line)
-        except ValueError as error:
-            raise BadRow(f"not JSON: {error}") from None
-        if isinstance(value, str):
-            return value, None
-        if not isinstance(value, dict):
-            raise BadRow("neither an object nor a string")
-        if "custom_id" in value and "url" in value:
-            return value, value["custom_id"]
-        row_id, field = value.get(self.options.id_field), self.options.field
-        if field not in value:
-            known = ", ".join(value) or "none"
-            raise BadRow(f"no field {field} (--field); its fields: {known:.200}")
-        return value[field], row_id
-
-
-class _CsvReader(_RowReader):
-    delimiter = ","
-
-    def __init__(self, lines: _Lines, options: CorpusOptions) -> None:
-        super().__init__(lines, options)
-        csv.field_size_limit(_MAX_LINE_BYTES)
-        decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
-        self._records = csv.reader(decoded, delimiter=self.delimiter, strict=True)
-        header = next(self._records, [])
-        self._names = [name.removeprefix("\ufeff") for name in header]
-        if header and options.field not in self._names:
-            raise BulkError(
-                f"{lines.path} has no column {options.field} (--field); its columns: "
-                f"{', '.join(self._names):.200}",
-                2,
-            )
-
-    def next(self) -> Found | None:
-        try:
-            record = next((record for record in self._records if record), None)
-        except csv.Error as error:
-            raise BadRow(f"not CSV: {error}") from None
-        if record is None:
-            return None
-        if len(record) != len(self._names):
-            raise BadRow(f"{len(record)} columns, and the header {len(self._names)}")
-        row = dict(zip(self._names, record, strict=True))
-        if not row[self.options.field].isascii():
-            try:
-                row[self.options.field].encode("utf-8")
-            except UnicodeError:
-                raise BadRow("not UTF-8") from None
-        return row[self.options.field], row.get(self.options.id_field)
-
-
-class _TsvReader(_CsvReader):
-    delimiter = "\t"
-
-
-class _ParquetReader(_RowReader):
-    """Reads a column or two, batch by batch; the offset counts rows."""
-
-    def __init__(self, lines: _Lines, options: CorpusOptions) -> None:
-        super().__init__(lines, options)
-        arrow = parquet_library(lines.path)
-        # Its bytes are not read in order: so all of them are hashed first.
-        for block in iter(functools.partial(lines.file.read, _BLOCK_BYTES), b""):
-            lines.digest.update(block)
-        try:
-            file = arrow.ParquetFile(lines.file)
-        except ValueError as error:
-            raise _unreadable(error, lines.path) from None
-        names = file.schema_arrow.names
-        if options.field not in names:
-            raise BulkError(
-                f"{lines.path} has no column {options.field} (--field); its columns: "
-                f"{', '.join(names):.200}",
-                2,
-            )
-        columns = [n for n in (options.field, options.id_field) if n in names]
-        self._rows = self._read(file, columns)
-
-    def _read(self, file: Any, columns: Sequence[str]) -> Iterator[Found]:
-        for batch in file.iter_batches(WINDOW_ROWS, columns=columns):
-            taken = [batch.column(n).to_pylist() for n in columns]
-            ids = taken[1] if len(taken) > 1 else itertools.repeat(None)
-            yield from zip(taken[0], ids, strict=False)
-
-    def next(self) -> Found | None:
-        try:
-            row = next(self._rows, None)
-        except ValueError as error:  # pyarrow's own are
-            raise _unreadable(error, self.lines.path) from None
-        self.lines.offset += row is not None
-        self.lines.count = self.lines.offset
-        return row
-
-    def skip(self, place: RowPlace) -> None:
-        """Go on to a place."""
-        for _ in itertools.islice(iter(self.next, None), place.offset):
-            pass
-
-
-_READERS: Final[Mapping[str, type[_RowReader]]] = {
-    "txt": _TextReader,
-    "jsonl": _JsonReader,
-    "csv": _CsvReader,
-    "tsv": _TsvReader,
-    "parquet": _ParquetReader,
-}
-
-
-def parquet_library(path: str) -> Any:
-    """Return pyarrow's module for Parquet. Raises BulkError without it."""
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise BulkError(
-            f"{path}: Parquet needs pyarrow: pip install pyarrow", 2
-        ) from None
-
-
 class Corpus:
     """The rows of files, in windows: what is computed and written together."""
 
@@ -28598,7 +28664,7 @@ class Corpus:
             if files[0] != "-":
                 self.total_bytes = sum(os.stat(path).st_size for path in files)
         except OSError as error:
-            raise _unreadable(error) from None
+            raise unreadable(error) from None
 
     @property
     def bytes_read(self) -> int:
@@ -28625,12 +28691,12 @@ class Corpus:
         for index, path in enumerate(self.files):
             with contextlib.ExitStack() as opened:
                 try:
-                    lines = _Lines(self._open(path, opened), path, digest)
+                    lines = Lines(self._open(path, opened), path, digest)
                     for row in self._file_rows(index, lines, start, rows):
                         rows = row.number + 1
                         yield row, lines.place(index, rows)
                 except (OSError, EOFError, zlib.error) as error:
-                    raise _unreadable(error, path) from None
+                    raise unreadable(error, path) from None
 
     def _open(self, path: str, opened: contextlib.ExitStack) -> Any:
         if path == "-":
@@ -28647,15 +28713,15 @@ class Corpus:
         self._raw = None
 
     def _file_rows(
-        self, index: int, lines: _Lines, start: RowPlace, number: int
+        self, index: int, lines: Lines, start: RowPlace, number: int
     ) -> Iterator[Row]:
         if index < start.file:  # all of it was read: it only counts for the checksum
-            for block in iter(functools.partial(lines.file.read, _BLOCK_BYTES), b""):
+            for block in iter(functools.partial(lines.file.read, BLOCK_BYTES), b""):
                 lines.digest.update(block)
             return
-        reader = _READERS[self._formats[index]](lines, self._options)
+        reader = READERS[self._formats[index]](lines, self._options)
         if index == start.file and start.rows:
-            (reader if isinstance(reader, _ParquetReader) else lines).skip(start)
+            reader.skip(start)
             _check_same(lines, start)
         while True:
             reader.begin()
@@ -28670,7 +28736,7 @@ class Corpus:
             number += 1
 
 
-def _check_same(lines: _Lines, start: RowPlace) -> None:
+def _check_same(lines: Lines, start: RowPlace) -> None:
     """Raise BulkError unless what was read is what was read before."""
     if lines.digest.hexdigest() != start.sha256:
         raise BulkError(
@@ -28688,14 +28754,15 @@ def _check_same(lines: _Lines, start: RowPlace) -> None:
 
 def _fields_of(found: Found, number: int) -> dict[str, Any]:
     """Return the fields of a row. A bad one has an id nevertheless."""
-    what, row_id = found
-    row_id = number if row_id is None else row_id
-    if not isinstance(row_id, (str, int, float)):
-        return {"id": number, "error": "its id is neither a string nor a number"}
+    what, given_id = found
+    row_id: object = number
     try:
-        if isinstance(what, dict):
-            form = _request_in(what)
+        row_id = _id_of(given_id, number)
+        if isinstance(what, BatchLine):
+            form = _request_in(what.fields)
             return {"id": row_id, "texts": form.input, "form": form}
+        if isinstance(what, BadRow):
+            raise what
         if not isinstance(what, str):
             raise BadRow("its text is not a string")
         if not what.strip():
@@ -28703,6 +28770,20 @@ def _fields_of(found: Found, number: int) -> dict[str, Any]:
     except BadRow as error:
         return {"id": row_id, "error": str(error)}
     return {"id": row_id, "texts": (what,)}
+
+
+def _id_of(given: object, number: int) -> str | float:
+    """Return a row's id; its number if it has none. Raises BadRow."""
+    is_nan = isinstance(given, float) and math.isnan(given)  # so pandas writes none
+    if given is None or is_nan:
+        return number
+    if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+        raise BadRow("its id is neither a string nor a number")
+    # orjson reads longer ones as floats, and SQLite and Arrow cannot write them.
+    limit = 1 << (63 if isinstance(given, float) else 64)
+    if not isinstance(given, str) and abs(given) >= limit:
+        raise BadRow("its id is a number of more than 64 bits: write it as a string")
+    return given
 
 
 def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
@@ -28725,17 +28806,8 @@ def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
     return form
 
 
-def _unreadable(error: Exception, path: str = "") -> BulkError:
-    name = path or getattr(error, "filename", "") or "the input"
-    return BulkError(
-        f"cannot read {name}: {getattr(error, 'strerror', '') or error}; mended, the same "
-        "command goes on",
-        3,
-    )
-
-
 # ==============================================================================
-# 102. VECTOR FILES - where vectors of a corpus are put
+# 103. VECTOR FILES - where vectors of a corpus are put
 # ==============================================================================
 # A file grows as NAME.part and gets its name when it is whole. What may grow by appending
 # alone does: a run that was killed goes on by cutting off what it had not yet noted. Parquet
@@ -29083,7 +29155,7 @@ VECTOR_FILES: Final[Mapping[str, Callable[..., VectorFile]]] = {
 
 
 # ==============================================================================
-# 103. JOBS - what `embed` is told, and how far it is
+# 104. JOBS - what `embed` is told, and how far it is
 # ==============================================================================
 
 ON_ERROR: Final = ("stop", "skip", "null")
@@ -29240,7 +29312,7 @@ class ProgressLine:
 
 
 # ==============================================================================
-# 104. BULK - a corpus to vectors, as a job that can be killed
+# 105. BULK - a corpus to vectors, as a job that can be killed
 # ==============================================================================
 # Beside the output a state file notes what is written and where the next row begins. It is
 # replaced at once and only after what it tells of is on the disk, so whenever the job is
@@ -29628,7 +29700,7 @@ def _unwritable(error: OSError, output: str) -> BulkError:
 
 
 # ==============================================================================
-# 105. REMOTE - a running server instead of the engine
+# 106. REMOTE - a running server instead of the engine
 # ==============================================================================
 # For a box whose server has the model in memory already. Requests are of low priority, so
 # that whoever else asks goes first, and what the server has no room for is sent again when
@@ -29840,7 +29912,7 @@ def embedder_for(
 
 
 # ==============================================================================
-# 106. COMMAND LINE - flags in, exit code out
+# 107. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong, 130 interrupted.
 

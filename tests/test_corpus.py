@@ -1,11 +1,13 @@
-"""Room CORPUS: texts in files, row by row, with where each begins."""
+"""Rooms ROWS and CORPUS: texts in files, row by row, with where each begins."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,13 +141,23 @@ BAD = {
     ("a.jsonl", b'{"text": 7}'): "its text is not a string",
     ("a.jsonl", b'{"text": null}'): "its text is not a string",
     ("a.jsonl", b'{"text": " "}'): "its text is empty",
+    ("a.jsonl", b'{"text": {"a": "b"}}'): "its text is not a string",
+    (
+        "a.jsonl",
+        b'{"text": {"custom_id": "a", "url": "b"}}',
+    ): "its text is not a string",
     ("a.jsonl", b'{"text": "a", "id": []}'): "neither a string nor a number",
+    ("a.jsonl", b'{"text": "a", "id": true}'): "neither a string nor a number",
+    ("a.jsonl", b'{"text": "a", "id": 36893488147419103232}'): "more than 64 bits",
+    ("a.jsonl", b"[" * 100_000): "not JSON",
+    ("a.jsonl", '{"text": "a"}'.encode("utf-16")): "not JSON",
     ("a.jsonl", b"7"): "neither an object nor a string",
     ("a.txt", b"a\xff"): "byte 1 of the line is not UTF-8",
     ("a.txt", b""): "its text is empty",
     ("a.csv", b"1"): "1 columns, and the header 2",
     ("a.csv", b"1,2,3"): "3 columns, and the header 2",
     ("a.csv", b"1,\xff"): "not UTF-8",
+    ("a.csv", b"\xff,1"): "not UTF-8",
     ("a.csv", b'1,"a" b'): "not CSV",
 }
 BEFORE = {
@@ -156,7 +168,12 @@ BEFORE = {
 AFTER = {"a.jsonl": b'{"text": "after"}', "a.txt": b"after", "a.csv": b"2,after"}
 
 
-@pytest.mark.parametrize(("name", "line"), BAD, ids=str)
+def name_of_case(value: str | bytes) -> str:
+    """A short one."""
+    return str(value[:40])
+
+
+@pytest.mark.parametrize(("name", "line"), BAD, ids=name_of_case)
 def test_a_bad_row_is_told_and_the_next_one_read(
     tmp_path: Path, name: str, line: bytes
 ) -> None:
@@ -168,21 +185,86 @@ def test_a_bad_row_is_told_and_the_next_one_read(
     assert (bad.line, bad.byte) == (BEFORE[name].count(b"\n") + 1, len(BEFORE[name]))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv"])
 def test_a_line_too_long_is_a_bad_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(es, "_MAX_LINE_BYTES", 50)
-    path = tmp_path / "a.txt"
-    path.write_text(f"a\n{'x' * 49}\n{'y' * 500}\nb\n{'z' * 50}")
+    path, head = tmp_path / name, "" if name == "a.txt" else "text\n"
+    path.write_text(f"{head}a\n{'x' * 49}\n{'y' * 500}\nb\n{'z' * 50}")
     found = rows(path)
     assert [bool(row.error) for row in found] == [False, False, True, False, True]
-    assert [row.byte for row in found] == [0, 2, 52, 553, 555]
+    begins = [0, 2, 52, 553, 555]
+    assert [row.byte for row in found] == [len(head) + begin for begin in begins]
 
 
-def test_a_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "text\r\na\r\n"),
+        ("a.csv", '"text","id"\r\n"a","1"\r\n'),  # as pandas quotes all
+        ("a.tsv", "text\tid\na\t1"),
+        ("a.txt", "a"),
+        ("a.jsonl", '{"text": "a"}'),
+        ("a.jsonl", '\n"a"'),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_file(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(f"\ufeff{text}".encode())
+    (row,) = found = rows(path)
+    assert texts(found) == ["a"]
+    # It counts, as a later run goes on at a byte of the file.
+    places = es.Corpus([str(path)], es.CorpusOptions())._rows(es.RowPlace())
+    assert [place.offset for _, place in places] == [path.stat().st_size]
+    assert row.byte in (0, *range(3, 99))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl"])
+@pytest.mark.parametrize("text", ["", "\ufeff"])
+def test_a_file_without_anything_has_no_rows(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert rows(path) == []
+
+
+def test_empty_lines_are_no_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(b"\xef\xbb\xbftext\r\na\r\n")
-    assert texts(rows(path)) == ["a"]
+    path.write_text("\n\ntext\n\na\n")
+    assert [(row.texts, row.line) for row in rows(path)] == [(("a",), 4)]
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        (b'"text"x,id', "has no header: ',' expected"),
+        (b"text,id\rA,1\r", "has no header: new-line"),
+        (b"text," + b"x" * 99, "has no header: a line of more than"),
+        (b"id,text,text", "has 2 columns called text"),
+        (b"id,text,id", "has 2 columns called id"),
+        (b"t\xff,id", "has no column text"),
+        ("text,id".encode("utf-16"), "has no column text"),
+    ],
+)
+def test_a_header_that_does_not_tell_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: bytes, told: str
+) -> None:
+    monkeypatch.setattr(es, "_MAX_LINE_BYTES", 50)
+    path = tmp_path / "a.csv"
+    path.write_bytes(header + b"\na,1\n")
+    with pytest.raises(es.BulkError, match=told) as error:
+        rows(path)
+    assert error.value.code == 2
+
+
+def test_a_long_number_stays_the_row_s_id(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "id": 18446744073709551615}')
+    assert [row.id for row in rows(path)] == [2**64 - 1]
 
 
 def test_patterns_are_files_in_order(tmp_path: Path) -> None:
@@ -252,3 +334,96 @@ def test_parquet_is_read_from_any_row(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(es.BulkError, match="cannot read"):
         rows(path)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(
+    ("kind", "is_text"),
+    [
+        *((kind, True) for kind in ("string", "large_string", "string_view")),
+        *((kind, False) for kind in ("binary", "int64")),
+    ],
+)
+def test_a_column_of_parquet_holds_texts_or_is_refused(
+    tmp_path: Path, kind: str, is_text: bool
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    arrow = pytest.importorskip("pyarrow.parquet")
+    path, given = tmp_path / "a.parquet", [1, 2] if kind == "int64" else ["a", "b"]
+    arrow.write_table(pa.table({"text": pa.array(given, getattr(pa, kind)())}), path)
+    if is_text:
+        assert texts(rows(path)) == given
+        return
+    with pytest.raises(es.BulkError, match=f"text holds {kind}, not texts") as error:
+        rows(path)
+    assert error.value.code == 2
+
+
+@pytest.mark.clients
+def test_odd_columns_of_parquet_are_told_of_or_read(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    arrow = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+
+    def read(table: object) -> list[es.Row]:
+        arrow.write_table(table, path)
+        return rows(path)
+
+    assert texts(read(pa.table({"text": pa.array(["a", "a"]).dictionary_encode()})))
+    for nested in ([{"a": 1}], [["a"]]):
+        with pytest.raises(es.BulkError, match="not texts"):
+            read(pa.table({"text": nested}))
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    with pytest.raises(es.BulkError, match="has 2 columns called text"):
+        read(pa.Table.from_arrays(columns, ["text", "text"]))
+    ids = {"id": pa.array([1, 2], pa.timestamp("ns"))}  # no datetime's microseconds
+    found = read(pa.table({"text": ["a", "b"], **ids}))
+    assert [row.error for row in found] == [
+        "its id is neither a string nor a number"
+    ] * 2
+    (row,) = read(pa.table({"text": ["a"], "id": [float("nan")]}))
+    assert (row.id, row.error) == (0, "")
+    ends, data = (
+        pa.array([0, 1, 2, 3], pa.int32()).buffers()[1],
+        pa.py_buffer(b"a\xffc"),
+    )
+    broken = pa.Array.from_buffers(pa.string(), 3, [None, ends, data])
+    one, bad, other = read(pa.table({"text": broken}))
+    assert (one.texts, other.texts) == (("a",), ("c",))
+    assert "can't decode byte 0xff" in bad.error
+
+
+@pytest.mark.clients
+def test_a_row_group_of_parquet_is_not_held_at_once(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    arrow = pytest.importorskip("pyarrow.parquet")
+    path, given = tmp_path / "a.parquet", [os.urandom(500).hex() for _ in range(60_000)]
+    how = {"row_group_size": len(given), "use_dictionary": False, "compression": "zstd"}
+    arrow.write_table(pa.table({"text": given}), path, **how)
+    assert path.stat().st_size > 28 << 20
+
+    def reads(file: io.BufferedReader) -> list[int]:
+        taken, real = list[int](), file.read
+
+        class Counted(io.BufferedIOBase):
+            """The sizes of what is read at once."""
+
+            seek, tell = file.seek, file.tell
+
+            def read(self, size: int | None = -1, /) -> bytes:
+                taken.append(len(found := real(size)))
+                return found
+
+            def readable(self) -> bool:
+                return True
+
+            seekable = readable
+
+        lines = es.Lines(Counted(), str(path), hashlib.sha256())
+        reader = es.READERS["parquet"](lines, es.CorpusOptions())
+        while reader.next() is not None:
+            pass
+        return taken
+
+    with path.open("rb") as file:
+        assert max(reads(file)) <= 4 << 20
