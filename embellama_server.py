@@ -28786,8 +28786,20 @@ def _id_of(given: object, number: int) -> str | float:
     return given
 
 
+# Fields of a request that embed reads in one way only.
+_ONE_WAY: Final = {
+    "normalize": True,
+    "allow_partial": False,
+    "truncation_direction": "right",
+}
+
+
 def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
     """Return the request that a line of OpenAI's batch files holds. Raises BadRow."""
+    if not isinstance(line["custom_id"], str):
+        raise BadRow("its custom_id is not a string")
+    if (method := line.get("method", "POST")) != "POST":
+        raise BadRow(f"method is {method!r:.80}: only POST is known here")
     if line["url"] != "/v1/embeddings":
         raise BadRow(f"url is {line['url']!r:.80}: only /v1/embeddings is known here")
     try:
@@ -28803,6 +28815,9 @@ def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
     for name in ("prompt_name", "input_type", "truncate", "truncate_prompt_tokens"):
         if getattr(form, name) is not None:
             raise BadRow(f"{name} holds for all rows: give it to embed as a flag")
+    for name, done in _ONE_WAY.items():
+        if getattr(form, name) != done:
+            raise BadRow(f"{name} is always {json.dumps(done)} here")
     return form
 
 
@@ -28997,7 +29012,7 @@ class _BatchLines(VectorFile):
             response = {"status_code": status, "request_id": request_id, "body": body}
             line = {
                 "id": f"batch_req_{row.number:012d}",
-                "custom_id": row.id,
+                "custom_id": row.id if isinstance(row.id, str) else None,
                 "response": response,
                 "error": None,
             }
@@ -29550,7 +29565,7 @@ class Bulk:
         start: RowPlace,
         under_way: collections.deque[_BulkWindow],
     ) -> Iterator[list[list[str]]]:
-        """Yield each window's different texts. What is in flight ends before a failure."""
+        """Yield each window's texts. What is in flight ends before a failure."""
         try:
             for window, place in corpus.windows(start):
                 is_batch = any(row.form is not None for row in window)
@@ -29559,7 +29574,7 @@ class Bulk:
                 # Of a batch file each row is one, as its tokens are counted.
                 requests = [[row] for row in window] if is_batch else [window]
                 under_way.append((requests, place, corpus.bytes_read))
-                yield [[*_places_of(rows)] for rows in requests]
+                yield [_texts_of(rows) for rows in requests]
         except BulkError as error:
             self._failure = error
 
@@ -29574,8 +29589,8 @@ class Bulk:
 
     def _write(self, rows: Sequence[Row], reply: EmbedReply) -> None:
         """Write the rows of a request."""
-        places, done = _places_of(rows), list[tuple[Row, Any]]()
-        rejects = list[bytes]()
+        places = {text: place for place, text in enumerate(_texts_of(rows))}
+        done, rejects = list[tuple[Row, Any]](), list[bytes]()
         for row in rows:
             result = self._result(row, places, reply.rows)
             if row.form is not None and not isinstance(result, ApiError):
@@ -29687,10 +29702,11 @@ class Bulk:
         self._notes.remove()
 
 
-def _places_of(window: Sequence[Row]) -> dict[str, int]:
-    """Return the different texts of a window, and where each is among them."""
-    texts = dict.fromkeys(text for row in window for text in row.texts)
-    return {text: place for place, text in enumerate(texts)}
+def _texts_of(rows: Sequence[Row]) -> list[str]:
+    """Return the texts to embed: each once, but all of a request, whose tokens count."""
+    texts = [text for row in rows for text in row.texts]
+    is_request = any(row.form is not None for row in rows)
+    return texts if is_request else [*dict.fromkeys(texts)]
 
 
 def _unwritable(error: OSError, output: str) -> BulkError:

@@ -440,7 +440,14 @@ def test_a_batch_file_s_requests_are_answered_as_openai_does(desk: Desk) -> None
         request(1, "a", prompt_name="query"),
         request(1, ""),
         request(1, "a", dimensions="x"),
+        request(1, "a", normalize=False),
+        request(1, "a", allow_partial=True),
+        request(1, "a", truncation_direction="left"),
+        request(1, "a").replace('"POST"', '"GET"'),
+        request(1, "a").replace('"r1"', "1"),
+        request(1, "a").replace('"r1"', "null"),
         json.dumps({"custom_id": "1", "url": "/v1/chat/completions", "body": {}}),
+        json.dumps({"custom_id": "1", "url": ["/v1/embeddings"], "body": {}}),
         json.dumps({"custom_id": "1", "url": "/v1/embeddings"}),
         json.dumps({"text": "a"}),
         "x",
@@ -456,6 +463,10 @@ def test_a_request_that_cannot_be_answered_is_an_error_of_its_own(
         done = desk.run(file, output="out.jsonl", on_error="skip", restarts=True)
         assert (done.rows, done.rejected) == (3, 1)
         assert [line["custom_id"] for line in desk.lines("out.jsonl")] == ["r0", "r2"]
+        (failed,) = desk.lines("out.jsonl.errors.jsonl")
+        # Where a line has none, its number is not one.
+        assert failed["custom_id"] in (None, "r1", "1")
+        assert failed["id"] == f"batch_req_{place:012d}"
 
 
 def test_replies_to_a_batch_file_are_json_lines(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -163,6 +164,61 @@ def test_a_batch_file_s_tokens_are_those_of_each_request(desk: Desk) -> None:
     assert [body["usage"]["total_tokens"] for body in bodies] == [3, 7, 3, 4]
     again = np.array([row["embedding"] for row in bodies[1]["data"]])
     assert np.allclose(again, vectors(["a b", "c"]), atol=1e-6)
+
+
+BAD_INPUTS: list[Any] = ["", " ", [], [""], ["a", ""], 7, None, {}, [7], [[1, 2]]]
+BODIES: list[Any] = [
+    {"input": "a"},
+    {"input": ["b c", "d", "b c"]},
+    {"input": "a", "dimensions": 4},
+    {"input": ["a", "b"], "encoding_format": "base64"},
+    {"input": "a", "output_dtype": "int8"},
+    {"input": "a", "output_dtype": "ubinary", "encoding_format": "base64"},
+    {"input": "a", "user": "somebody", "unknown": 1, "priority": "low"},
+    {"input": "a", "dimensions": None, "encoding_format": None},
+    {"input": "a\0b"},
+    *({"input": bad} for bad in BAD_INPUTS),
+    *({"input": "a", "dimensions": bad} for bad in (0, -1, 9, "x")),
+    *({"input": "a", "encoding_format": bad} for bad in ("hex", 7)),
+    *({"input": "a", "output_dtype": bad} for bad in ("float8", 7)),
+    {"input": kit.NAN_WORD},
+    {"input": ["a", kit.NAN_WORD]},
+    {"input": "word " * 99},
+    {"inputs": "a"},
+    {},
+    [],
+    "x",
+    None,
+]
+
+
+async def test_a_batch_file_is_answered_as_the_route_answers_each_request(
+    desk: Desk,
+) -> None:
+    lines = [
+        {"custom_id": f"r{n}", "method": "POST", "url": "/v1/embeddings", "body": body}
+        for n, body in enumerate(BODIES)
+    ]
+    file = desk.put("a.jsonl", "\n".join(map(json.dumps, lines)))
+    given = (file, "--output", desk.root / "v.jsonl", "--on-error", "skip")
+    assert await asyncio.to_thread(desk.embed, *given) == 1
+    replies: dict[str, Any] = {}
+    for name in ("v.jsonl", "v.jsonl.errors.jsonl"):
+        found = map(json.loads, (desk.root / name).read_bytes().splitlines())
+        replies |= {line["custom_id"]: line["response"] for line in found}
+    assert len(replies) == len(BODIES)
+    async with kit.running_service(batch_tokens=64) as running:
+        for line in lines:
+            ours, body = replies[str(line["custom_id"])], line["body"]
+            theirs = await running.ask("POST", "/v1/embeddings", body)
+            assert ours["status_code"] == theirs.status, body
+            if theirs.status != 200:
+                error = ours["body"]["error"]
+                assert error.keys() == theirs.error.keys() and error["message"]
+                assert error["type"] == theirs.error["type"], body
+                continue
+            # The model is called as the request calls it, for who looks for that.
+            assert ours["body"] == theirs.json | {"model": body.get("model")}, body
 
 
 def test_a_pipe_is_read_and_written(
