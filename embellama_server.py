@@ -28903,15 +28903,20 @@ class GrowingFile:
         os.close(self._file)
 
 
-class StandardOutput:
-    """Standard output, as if it were a file that grows."""
+class StandardStream:
+    """Standard output or error, as if it were a file that grows. Raises OSError."""
 
     size = 0
 
+    def __init__(self, stream: typing.TextIO) -> None:
+        self._stream = stream.buffer
+
     def write(self, data: bytes) -> None:
         """Write at once."""
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        rest = memoryview(data)
+        while rest:  # with PYTHONUNBUFFERED a pipe or a full disk takes a part
+            rest = rest[self._stream.write(rest) :]
+        self._stream.flush()
 
     def sync(self) -> None:
         """Nothing can be kept."""
@@ -28946,11 +28951,11 @@ class VectorFile:
     ) -> None:
         """``sizes``: what to keep of the files, by suffix, in a run that goes on."""
         self.kind = kind
-        self.files: dict[str, GrowingFile | StandardOutput] = {}
+        self.files: dict[str, GrowingFile | StandardStream] = {}
         for suffix in ("", *self.extras):
             size = (sizes or {}).get(suffix, 0)
             if output == "-":
-                self.files[suffix] = StandardOutput()
+                self.files[suffix] = StandardStream(sys.stdout)
             else:
                 self.files[suffix] = GrowingFile(Path(output + suffix), size)
 
@@ -29441,7 +29446,7 @@ class Bulk:
             raise BulkError(f"--output {options.output} is one of the inputs", 2)
         self._notes = _Notes(options.output)
         self._out: VectorFile | None = None
-        self._rejects: GrowingFile | None = None
+        self._rejects: GrowingFile | StandardStream = StandardStream(sys.stderr)
         self._state: dict[str, Any] = {}
         self._failure: BulkError | None = None
 
@@ -29601,8 +29606,7 @@ class Bulk:
                 done.append((row, result))
         assert self._out is not None
         self._out.write(done)
-        if self._rejects is not None:
-            self._rejects.write(b"".join(rejects))
+        self._rejects.write(b"".join(rejects))
         texts = sum(len(row.texts) for row in rows)
         self.progress.duplicates += texts - len(places)
         self.progress.tokens += reply.tokens
@@ -29657,8 +29661,7 @@ class Bulk:
         assert self._out is not None
         self.progress.rows = place.rows
         sizes = {name: file.size for name, file in self._out.files.items()}
-        if self._rejects is not None:
-            sizes["rejects"] = self._rejects.size
+        sizes["rejects"] = self._rejects.size
         self._state = {
             "bound": self._bound(),
             "kind": self._kind,
@@ -29672,12 +29675,11 @@ class Bulk:
         if not self.can_resume or self._out is None or not self._state:
             return
         self._out.sync()
-        if self._rejects is not None:
-            self._rejects.sync()
+        self._rejects.sync()
         self._notes.write(self._state)
 
     def _finish(self) -> None:
-        if self._out is None or self._rejects is None:
+        if self._out is None or not isinstance(self._rejects, GrowingFile):
             return
         moves, drops = self._out.finish()
         self._rejects.sync()
@@ -30167,8 +30169,12 @@ def _embed(call: Invocation) -> int:
                 print("a pipe: if it ends early, it begins anew", file=sys.stderr)
             progress = bulk.run()
         line.end()
-        code = _print(json.dumps(progress.summary())) if own["json"] else 0
-        return 3 if code else int(progress.rejected > 0)
+        summary = json.dumps(progress.summary())
+        if own["json"] and own["output"] == "-":  # whose lines are the vectors
+            print(summary, file=sys.stderr)
+        elif own["json"] and _print(summary):
+            return 3
+        return int(progress.rejected > 0)
     except BulkError as error:
         reason, code = str(error), error.code
     except (StartupError, EngineError, ApiError) as error:

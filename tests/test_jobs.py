@@ -234,6 +234,56 @@ def test_a_pipe_is_read_and_written(
     assert "it begins anew" in desk.err
 
 
+def test_of_a_pipe_s_rows_the_bad_ones_and_the_summary_are_told_beside_it(
+    desk: Desk,
+) -> None:
+    file = desk.put("a.txt", f"a\n\n{kit.NAN_WORD}\nb\n")
+    given = ("--output", "-", "--on-error", "skip", "--json", "--quiet")
+    assert desk.embed(file, *given) == 1
+    assert [json.loads(line)["id"] for line in desk.out.splitlines()] == [0, 3]
+    *bad, summary = map(json.loads, desk.err.splitlines())
+    assert [(row["line"], row["reason"][:24]) for row in bad] == [
+        (2, "its text is empty"),
+        (3, "its text got no finite v"),
+    ]
+    assert (summary["rows"], summary["rejected"]) == (4, 2)
+
+
+class Narrow(io.RawIOBase):
+    """Takes a few bytes at a time, as a pipe may; later nothing."""
+
+    def __init__(self, room: int = sys.maxsize) -> None:
+        super().__init__()
+        self.taken, self.room = b"", room
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        part = bytes(data[: min(7, self.room)])
+        self.taken += part
+        self.room -= len(part)
+        return len(part)
+
+
+def test_without_a_buffer_all_is_written_too(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Python's own standard output is with PYTHONUNBUFFERED.
+    file, narrow = desk.put("a.txt", "a\nb\n"), Narrow()
+    out: Any = io.TextIOWrapper(narrow, write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert desk.embed(file, "--output", "-") == 0
+    lines = [json.loads(line) for line in narrow.taken.splitlines()]
+    found = np.array([line["embedding"] for line in lines])
+    assert np.allclose(found, vectors(["a", "b"]), atol=1e-6)
+    narrow.room = 50
+    assert desk.embed(file, "--output", "-") == 3
+    assert "cannot write -: No space left on device" in desk.err
+
+
 def test_an_interrupt_is_130_and_tells_what_goes_on(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
