@@ -29116,10 +29116,19 @@ class _MadeFile(_Numbers):
         raise NotImplementedError
 
 
+def _ids_of(lines: Iterable[Mapping[str, Any]]) -> Iterator[str | float]:
+    """Yield ids as SQLite and Arrow can have them: of 64 bits one is the sign."""
+    for line in lines:
+        is_long = isinstance(line["id"], int) and line["id"] >> 63 not in (0, -1)
+        yield str(line["id"]) if is_long else line["id"]
+
+
 class _ParquetFile(_MadeFile):
     def make(self, path: str) -> None:
         arrow, pa = parquet_library(path), importlib.import_module("pyarrow")
-        kinds = {type(line["id"]) for lines, _ in self.chunks() for line in lines}
+        kinds = {
+            type(one_id) for lines, _ in self.chunks() for one_id in _ids_of(lines)
+        }
         id_type = pa.int64() if kinds == {int} else pa.string()
         number = pa.from_numpy_dtype(self._empty.dtype)
         vector = pa.list_(number, len(self._empty))
@@ -29155,8 +29164,10 @@ class _SqliteFile(_MadeFile):
                 numbers = itertools.count()
                 for lines, array in self.chunks():
                     rows = (
-                        (next(numbers), line["id"], None if "error" in line else blob)
-                        for line, blob in zip(lines, map(bytes, array), strict=True)
+                        (next(numbers), one_id, None if "error" in line else blob)
+                        for line, one_id, blob in zip(
+                            lines, _ids_of(lines), map(bytes, array), strict=True
+                        )
                     )
                     insert = "INSERT INTO embeddings VALUES (?, ?, ?)"
                     database.executemany(insert, rows)

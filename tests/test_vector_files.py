@@ -153,6 +153,34 @@ def test_parquet_has_ids_vectors_and_what_made_them(tmp_path: Path, dtype: str) 
     assert np.array_equal(np.array(found[8999], ours.dtype), ours)
 
 
+LONG = [2**63 - 1, 2**63, 2**64 - 1, -(2**63), "a"]
+
+
+@pytest.mark.parametrize("ids", [LONG, LONG[:4], [LONG[0], LONG[3]]])
+@pytest.mark.parametrize(
+    "name", ["v.db", pytest.param("v.parquet", marks=pytest.mark.clients)]
+)
+def test_an_id_of_64_bits_is_there_to_the_last_digit(
+    tmp_path: Path, name: str, ids: list[Any]
+) -> None:
+    if name == "v.parquet":
+        arrow = pytest.importorskip("pyarrow.parquet")
+    kind = es.VectorKind("float32", LENGTH, IDENTITY)
+    path = tmp_path / name
+    file = es.VECTOR_FILES[es.output_kind(str(path))](str(path), kind, {})
+    file.write([(row(n, row_id), vector(str(n))) for n, row_id in enumerate(ids)])
+    (part,), _ = file.finish()
+    file.close()
+    if name == "v.parquet":
+        found = arrow.read_table(part)["id"].to_pylist()
+    else:
+        with sqlite3.connect(part) as database:
+            found = [one for (one,) in database.execute("SELECT id FROM embeddings")]
+        database.close()
+    assert [*map(str, found)] == [*map(str, ids)]
+    assert (ids == found) == (len(ids) == 2), "as numbers, where they fit"
+
+
 @pytest.mark.parametrize("name", ["v", "v.txt", "v.npz"])
 def test_a_name_that_says_no_format_is_refused(name: str) -> None:
     with pytest.raises(es.BulkError, match="must end in one of .npy") as error:
