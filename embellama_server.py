@@ -18090,6 +18090,8 @@ class Replies:
     _over: set[int] = field(default_factory=set)  # from which all was taken
     _error: ApiError | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _timer: asyncio.TimerHandle | None = None
+    _rings_at: float = math.inf
     _hold: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> typing.Self:
@@ -18098,14 +18100,10 @@ class Replies:
         with contextlib.ExitStack() as undo:
             undo.push(self.__exit__)
             self._hold.enter_context(self.loaded_model.hold())
+            asker = self.client, self.priority, self.timeout_s
             for index, request in enumerate(self.requests):
-                generation = Generation(
-                    request,
-                    functools.partial(self._note, index),
-                    self.client,
-                    self.priority,
-                    self.timeout_s,
-                )
+                note = functools.partial(self._note, index)
+                generation = Generation(request, note, *asker)
                 self.loaded_model.generations.submit(generation)
                 self.generations.append(generation)
             undo.pop_all()
@@ -18114,29 +18112,37 @@ class Replies:
     def __exit__(self, *_: object) -> None:
         for generation in self.generations:
             self.loaded_model.generations.cancel(generation)  # no-op if over
+        if self._timer is not None:
+            self._timer.cancel()
         self._hold.close()
         self.charge(self.used_tokens - self.prompt_tokens, are_used=True)
         self.entry.used_at = time.monotonic()
 
-    async def more(self, timeout_s: float | None = None) -> list[Delta]:
+    async def more(self, until: float = math.inf) -> list[Delta]:
         """Return what they have gained, once there is some; nothing when time is up.
 
-        Nothing also once all are over. The index of a delta is that of its reply among
-        the replies to all prompts. Raises ApiErrors.
+        ``until``: seconds of time.monotonic(). Nothing also once all are over. The index
+        of a delta is that of its reply among the replies to all prompts. Raises ApiErrors.
         """
-        while not (deltas := self._take()) and not self.are_over:
+        deltas = self._take()
+        while not (deltas or self.are_over or time.monotonic() >= until):
             self._changed.clear()
-            if (
-                timeout_s is None
-            ):  # for each token: a timeout that never comes costs 5 us
-                await self._changed.wait()
-                continue
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                break
+            self._ring_by(until)
+            await self._changed.wait()
+            deltas = self._take()
         return deltas
+
+    def _ring_by(self, at: float) -> None:
+        """Look again by then. A timer that is early goes on: each token would need one."""
+        if at < self._rings_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._rings_at = at
+            self._timer = asyncio.get_running_loop().call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer, self._rings_at = None, math.inf
+        self._changed.set()
 
     def _note(self, index: int) -> None:
         self._grown.add(index)
@@ -18841,8 +18847,7 @@ async def _parts(
             # what the model writes shows later, or never, like hidden thoughts.
             beat_at = told_at + heartbeat_s
             until = beat_at if has_begun else min(beat_at, context.deadline_at)
-            left_s = max(0.0, until - time.monotonic())
-            deltas = await replies.more(left_s if left_s < math.inf else None)
+            deltas = await replies.more(until)
             if not deltas and replies.are_over:
                 break
             shown, now = b"".join(map(writer.part, deltas)), time.monotonic()

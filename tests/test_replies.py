@@ -59,6 +59,12 @@ class Asked:
         """What has come since the last time."""
         return [(delta.index, delta.text) for delta in await self.replies.more(0)]
 
+    async def waited(self, seconds: float) -> float:
+        """How long it waits for more, in seconds, if nothing comes for so many."""
+        begun = time.monotonic()
+        assert await self.replies.more(begun + seconds) == []
+        return time.monotonic() - begun
+
 
 async def test_replies_grow_within_their_block_and_the_model_is_held() -> None:
     asked = Asked("a b")
@@ -90,9 +96,19 @@ async def test_more_waits_until_there_is_some() -> None:
         assert not task.done()
         asked.speaker.step()
         assert [delta.text for delta in await task] == ["a"]
-        begun = time.monotonic()
-        assert await replies.more(0.02) == []
-        assert time.monotonic() - begun >= 0.02
+        assert await asked.waited(0.02) >= 0.02
+
+
+async def test_more_ends_in_time_whatever_it_waited_for_before() -> None:
+    asked = Asked("a b c")
+    with asked.replies as replies:
+        for seconds in (60.0, 30.0):  # neither passes
+            task = asyncio.create_task(replies.more(time.monotonic() + seconds))
+            await asyncio.sleep(0)
+            asked.speaker.step()
+            assert await task
+        for seconds in (0.02, 0.01, 0.03, 0.03):
+            assert seconds <= await asked.waited(seconds) < kit.DEADLINE_S
 
 
 @pytest.mark.parametrize("turns", range(6))
@@ -100,7 +116,7 @@ async def test_who_is_cancelled_as_more_comes_is_cancelled(turns: int) -> None:
     """asyncio.wait_for of Python 3.11 returned instead, and the reply went on unheard."""
     asked = Asked("a b")
     with asked.replies as replies:
-        task = asyncio.create_task(replies.more(60))
+        task = asyncio.create_task(replies.more(time.monotonic() + 60))
         await asyncio.sleep(0)
         asked.speaker.step()
         for _ in range(turns):
