@@ -27183,9 +27183,11 @@ RUN apt-get update \\
 # is. GPU: a CUDA image with Python as BASE, and -DGGML_CUDA=ON as well.
 ARG CMAKE_ARGS="<cmake_args>"
 ARG SKBUILD_WHEEL_EXCLUDE="<left_out>"
+# Left out are numpy's tests (15 MB), and what uvloop's wheel has for debuggers (14 MB).
 RUN pip wheel --no-cache-dir --wheel-dir /wheelhouse <requirements> \\
  && pip install --no-cache-dir --no-index --target /opt/embellama /wheelhouse/*.whl \\
- && find /opt/embellama -type d -name tests -prune -exec rm -r {} +
+ && find /opt/embellama -type d -name tests -prune -exec rm -r {} + \\
+ && strip --strip-debug /opt/embellama/uvloop/*.so
 COPY embellama_server.py /opt/embellama/
 # A module starts from its bytecode; a script would be compiled at each start.
 RUN python3 -m compileall -q /opt/embellama/embellama_server.py

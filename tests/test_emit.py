@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import trustme
+import uvloop
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -466,6 +467,30 @@ def test_the_image_has_the_wheels_that_readme_says_how_to_make(tmp_path: Path) -
     for row in es.LIBRARIES:
         assert f'"{row.requirement}"' in dockerfile
         assert f" {row.package}" in block
+
+
+def test_what_the_image_strips_is_smaller_then_and_works(tmp_path: Path) -> None:
+    needs("strip")
+    dockerfile = files(tmp_path / "out", "docker")["Dockerfile"]
+    (command,) = re.findall(r"(?m)^ && (strip .*)$", dockerfile)
+    copy = tmp_path / "embellama" / "uvloop"
+    shutil.copytree(Path(uvloop.__file__).parent, copy)
+
+    def size() -> int:
+        return sum(file.stat().st_size for file in copy.glob("*.so"))
+
+    whole = size()
+    command = command.replace("/opt/embellama", str(copy.parent))
+    subprocess.run(command, shell=True, check=True, timeout=kit.DEADLINE_S)
+    assert size() < whole, "its wheel has no tables for debuggers any more"
+    code = "import uvloop; print(uvloop.new_event_loop(), uvloop.__file__)"
+    said = subprocess.check_output(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(copy.parent)},
+        text=True,
+        timeout=kit.DEADLINE_S,
+    )
+    assert said.startswith("<uvloop.Loop") and str(copy) in said
 
 
 @pytest.mark.clients
