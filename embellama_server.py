@@ -7842,7 +7842,23 @@ def held_bytes(request: EmbedRequest, bounds: Sequence[int], card: ModelCard) ->
 ReadInput = tuple["TokenIds", bool] | ApiError
 Reading = Iterator[ReadInput | int]  # in between, how many characters were read
 Steps = Generator[int, None, T]  # of reading one input
-Around = tuple[str, str, int, int]  # what stands before and after a text; their tokens
+
+
+class Around(NamedTuple):
+    """What stands before and after a text, and the ids of each by itself."""
+
+    before: str = ""
+    after: str = ""
+    front: Sequence[int] = ()
+    end: Sequence[int] = ()
+
+    @property
+    def tokens(self) -> int:
+        """How many they are."""
+        return len(self.front) + len(self.end)
+
+
+NOTHING_AROUND: Final = Around()
 
 
 def next_slice(reading: Reading) -> list[ReadInput]:
@@ -7881,7 +7897,7 @@ class Reader:
         self._query = ""
         self._query_ids: list[int] = []
         self._is_query_cut = False
-        self._template: Around = ("", "", 0, 0)
+        self._template = NOTHING_AROUND
 
     def read(self) -> Reading:
         """Yield all inputs in turn. Raises the error that ends the job."""
@@ -7928,10 +7944,8 @@ class Reader:
 
     @functools.cached_property
     def _prompt(self) -> Around:
-        before, after = self._request.around
-        tokenize = self._tokenizer.encode
-        front, end = (len(tokenize(text)) if text else 0 for text in (before, after))
-        return before, after, front, end
+        texts, encode = self._request.around, self._tokenizer.encode
+        return Around(*texts, *(encode(text) if text else () for text in texts))
 
     def _text_ids(self, text: str) -> Steps[tuple[list[int], int, int]]:
         """Return a text's ids, and how many to keep at each end when they are cut.
@@ -7940,8 +7954,9 @@ class Reader:
         """
         ids = yield from self._read(text, self._prompt)
         front, end = len(self._card.prefix), len(self._card.suffix)
-        if front + end + sum(self._prompt[2:]) < self._max_tokens:
-            front, end = front + self._prompt[2], end + self._prompt[3]
+        if front + end + self._prompt.tokens < self._max_tokens:
+            own_front, own_end = self._ends_of(ids, self._prompt)
+            front, end = front + own_front, end + own_end
         return with_special_tokens(ids, self._card), front, end
 
     def _pair_ids(self, pair: Pair) -> Steps[tuple[list[int], int, int]]:
@@ -7973,7 +7988,22 @@ class Reader:
             self._query, self._is_query_cut = pair.query, self._is_cut
         self._is_cut = self._is_query_cut
         ids = yield from self._read(pair.text, self._template)
-        return ids, self._template[2], self._template[3]
+        return ids, *self._ends_of(ids, self._template)
+
+    def _ends_of(self, ids: list[int], around: Around) -> tuple[int, int]:
+        """Return how many ids at each end of a text's are of what stands around it."""
+        front, end = around.front, around.end[::-1]
+        return self._alike(front, ids), self._alike(end, ids[::-1])
+
+    def _alike(self, own: Sequence[int], ids: Sequence[int]) -> int:
+        """Return how many of a text's ids, from one end, are ``own``.
+
+        A space is not, if it became one token with the text's next word.
+        """
+        pairs = zip(own, ids, strict=False)
+        alike = next((n for n, (a, b) in enumerate(pairs) if a != b), len(own))
+        rest = "".join(self._tokenizer.pieces(own[alike:])) if alike < len(own) else ""
+        return len(own) if rest.strip() else alike
 
     def _filled_template(self, query: str) -> Steps[Around]:
         """Return what goes around a text, with as much of the query as fits."""
@@ -7983,24 +8013,25 @@ class Reader:
             room = self._card.max_chars - len(front) - len(end)
             size, limit = f"{len(query)} characters", len(query) + room
             if room > 0:
-                first = len((yield from self._read(front)))
-                last = len((yield from self._read(end)))
-                if first + last < self._max_tokens:
-                    return front, end, first, last
-                size = f"{first + last} tokens with its template"
+                first = yield from self._read(front)
+                last = yield from self._read(end)
+                found = Around(front, end, first, last)
+                if found.tokens < self._max_tokens:
+                    return found
+                size = f"{found.tokens} tokens with its template"
                 limit = self._max_tokens
             if not self._request.truncates or not query:
                 raise _too_long("query", size, limit)
             query = self._cut(query, len(query) // 2)
 
     def _read(
-        self, text: str, around: Around = ("", "", 0, 0), name: str = ""
+        self, text: str, around: Around = NOTHING_AROUND, name: str = ""
     ) -> Steps[list[int]]:
         """Return the ids of a text between two others; if too many, those that are kept.
 
         When ids are cut, one end of the text and both others are kept.
         """
-        before, after, front, end = around
+        before, after = around.before, around.after
         text = self._cut(text, self._card.max_chars - len(before) - len(after), name)
         text = f"{before}{text}{after}"  # joined, as tokens may span the borders
         self._is_partly_read = False
@@ -8009,7 +8040,7 @@ class Reader:
             return self._tokenizer.encode(text)
         left = self._request.cuts_left
         ids = yield from self._some(text, self._max_tokens, from_end=left)
-        if self._is_partly_read and (kept := front if left else end):
+        if self._is_partly_read and (kept := len(around.front if left else around.end)):
             others = yield from self._some(text, kept, from_end=not left)
             self._is_partly_read = True
             ids = [*others[:kept], *ids] if left else [*ids, *others[-kept:]]

@@ -5,8 +5,9 @@ takes long.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import kit
-from tests.test_engine import ModelPaths, engines, models  # noqa: F401
+from tests import chat_models, kit
+from tests import models as tiny
+from tests.test_engine import ModelPaths, engines, loaded, models  # noqa: F401
 from tests.test_workers import Engine, desk
 
 NAMES = ("bert", "bpe", "spm")
@@ -156,6 +158,44 @@ def test_pairs_and_prompts_that_are_cut_have_the_ids_of_whole_ones(
     in_parts_as_whole(reading, *pairs, **(wanted | more))
     around = (f"{query[:9]} ", " end")
     in_parts_as_whole(reading, *texts, around=around, **wanted)
+
+
+# SentencePiece with a space in front and without, byte pairs, WordPiece.
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "llama": chat_models.tiny_llama,
+    "gemma3": chat_models.tiny_gemma,
+    "qwen3": chat_models.tiny_qwen,
+    "bert": tiny.tiny_bert,
+}
+AROUND = [
+    *[("the sea ", ""), ("the sea ", " said he")],
+    *[("", "\nof time"), ("he said", " and no"), ("the sea\n", "\n\nno")],
+]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_is_cut_leaves_its_prompt_and_nothing_at_its_other_end(
+    tmp_path: Path, kind: str, left: bool
+) -> None:
+    # A prompt's last space is often one token with the text's first word, and of what is
+    # tokenized by itself SentencePiece's first is a space.
+    text = "many people were there before us all day, yet none of them knew why or how"
+    pooling = {} if kind == "bert" else {"pooling": "mean"}
+    with loaded(KINDS[kind](tmp_path), **pooling) as engine:
+        tokenizer, card = engine.tokenizer, engine.card
+        special = len(card.prefix), len(card.suffix)
+        card = dataclasses.replace(card, max_input_tokens=sum(special) + 22)
+        for before, after in AROUND:
+            wanted = {"truncates": True, "cuts_left": left, "around": (before, after)}
+            ids, is_cut = in_parts_as_whole(Reading(tokenizer, card), text, **wanted)
+            assert is_cut and len(ids) == card.max_input_tokens
+            own = ids[special[0] : len(ids) - special[1]]
+            said = "".join(tokenizer.pieces(own)).lstrip(" ")
+            before, after = before.rstrip(), after if kind != "bert" else after.strip()
+            assert said.startswith(before) and said.endswith(after)
+            kept = said[len(before) : len(said) - len(after)].strip()
+            assert kept and (text.endswith if left else text.startswith)(kept), said
 
 
 @given(
