@@ -29211,10 +29211,12 @@ class _SqliteFile(_MadeFile):
                     database.executemany(insert, rows)
                 database.commit()
         except sqlite3.OperationalError as error:
-            raise OSError(errno.EIO, str(error), path) from None
+            is_full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+            code = errno.ENOSPC if is_full else errno.EIO
+            raise OSError(code, str(error), path) from None
 
 
-VECTOR_FILES: Final[Mapping[str, Callable[..., VectorFile]]] = {
+VECTOR_FILES: Final[Mapping[str, type[VectorFile]]] = {
     "npy": _Numbers,
     "jsonl": _JsonLines,
     "parquet": _ParquetFile,
@@ -29297,6 +29299,19 @@ def bulk_options(flags: Mapping[str, Any]) -> BulkOptions:
         flags["on_error"],
         flags["restart"],
     )
+
+
+def command_again() -> str:
+    """Return this command as it goes on, without secrets: it may be shown in a log."""
+    secret = [flag for row in SETTING_ROWS if row.secret for flag in row.flags]
+    with_value = re.compile(rf"({'|'.join(secret)})=.*", re.DOTALL)
+    words = [with_value.sub(r"\1=...", word) for word in sys.orig_argv]
+    shown = [
+        "..." if last in secret else word
+        for last, word in zip(["", *words], words, strict=False)
+        if word != "--restart"
+    ]
+    return shlex.join(shown)
 
 
 @dataclass(slots=True)
@@ -29424,10 +29439,10 @@ class _Notes:
         try:
             found: Any = json.loads(self.path.read_bytes())
             if found["version"] == _STATE_VERSION:
-                return typing.cast(dict[str, Any], found)
+                return _known_state(found)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             pass
         raise BulkError(
             f"{self.path} was not written by this version of embed: --restart begins "
@@ -29439,7 +29454,8 @@ class _Notes:
         """Replace it, so that it is on the disk. Raises OSError."""
         new = self.path.with_name(f"{self.path.name}.new")
         with open(new, "wb") as file:
-            file.write(json_line({"version": _STATE_VERSION, **state}))
+            # In ASCII, as names of files may not be UTF-8.
+            file.write(json.dumps({"version": _STATE_VERSION, **state}).encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, self.path)
@@ -29449,6 +29465,22 @@ class _Notes:
         """The job is done."""
         self.path.unlink(missing_ok=True)
         sync_folder(self.path.parent)
+
+
+def _known_state(found: dict[str, Any]) -> dict[str, Any]:
+    """Return a state that has all it must have. Raises TypeError or LookupError."""
+    place, sizes, kind = found["place"], found["sizes"], VECTOR_FILES[found["kind"]]
+    RowPlace(**place)
+    names = ("", "rejects", *kind.extras)
+    numbers = [found["rejected"], found["duplicates"], *(sizes[name] for name in names)]
+    numbers += [place[name] for name in ("file", "line", "offset", "rows")]
+    if {type(number) for number in numbers} != {int} or min(numbers) < 0:
+        raise TypeError("a number is none")
+    if not isinstance(place["is_open"], bool) or not isinstance(found["bound"], dict):
+        raise TypeError("a value is of another type")
+    if "moves" in found:
+        _ = found["moves"].items(), [*found["drops"]]
+    return found
 
 
 @contextlib.contextmanager
@@ -29464,6 +29496,9 @@ def _only_writer(output: str) -> Iterator[None]:
         is_there = os.path.samestat(os.fstat(lock), os.stat(f"{output}.lock"))
     except (BlockingIOError, FileNotFoundError):
         is_there = False
+    except OSError as error:
+        os.close(lock)
+        raise _unwritable(error, output) from None
     if not is_there:
         os.close(lock)
         raise BulkError(f"another embed is writing {output}", 3)
@@ -29473,6 +29508,11 @@ def _only_writer(output: str) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{output}.lock")
         os.close(lock)
+
+
+# What a job may write, and its parts.
+_SIDE_SUFFIXES: Final = {one for kind in VECTOR_FILES.values() for one in kind.extras}
+_WRITTEN: Final = ("", ".rejects.jsonl", *sorted(_SIDE_SUFFIXES), ".state", ".lock")
 
 
 class Bulk:
@@ -29490,14 +29530,26 @@ class Bulk:
         self._kind = output_kind(options.output)
         self.progress = Progress(begun_at=time.monotonic())
         self._is_kept = options.output != "-"
-        target, files = os.path.realpath(options.output), self._files
-        if self._is_kept and target in map(os.path.realpath, files):
-            raise BulkError(f"--output {options.output} is one of the inputs", 2)
+        if self._is_kept:
+            self._check_names()
         self._notes = _Notes(options.output)
         self._out: VectorFile | None = None
         self._rejects: GrowingFile | StandardStream = StandardStream(sys.stderr)
         self._state: dict[str, Any] = {}
         self._failure: BulkError | None = None
+
+    def _check_names(self) -> None:
+        """Raise BulkError if what will be written is read, or is no file."""
+        inputs = {os.path.realpath(path) for path in self._files}
+        written = [f"{self._options.output}{suffix}" for suffix in _WRITTEN]
+        for path in (*written, *(f"{path}.part" for path in written)):
+            if os.path.realpath(path) in inputs:
+                raise BulkError(
+                    f"{path}, which --output writes, is one of the inputs", 2
+                )
+        for path in written:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise BulkError(f"--output: {path} is there, and is no file", 2)
 
     @functools.cached_property
     def _identity(self) -> Mapping[str, Any]:
@@ -30226,11 +30278,13 @@ def _embed(call: Invocation) -> int:
         return int(progress.rejected > 0)
     except BulkError as error:
         reason, code = str(error), error.code
+        if own["restart"]:  # which would begin anew again
+            goes_on = "the same command without --restart goes on"
+            reason = reason.replace("the same command goes on", goes_on)
     except (StartupError, EngineError, ApiError) as error:
         reason, code = str(error), 2 if isinstance(error, InvalidValue) else 3
     except KeyboardInterrupt:
-        again = shlex.join(arg for arg in sys.orig_argv if arg != "--restart")
-        reason, code = f"interrupted; this goes on: {again}", 130
+        reason, code = f"interrupted; this goes on: {command_again()}", 130
     line.end()
     return _fail(reason, code=code)
 

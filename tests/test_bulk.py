@@ -224,11 +224,64 @@ def test_a_finished_output_is_replaced_only_if_asked(desk: Desk) -> None:
     assert np.array_equal(np.load(desk.root / "v.npy"), array("b"))
 
 
-def test_an_input_is_not_replaced(desk: Desk) -> None:
-    file = desk.put("a.jsonl", jsonl(TEXTS))
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [
+        ("a.jsonl", "a.jsonl"),
+        ("v.npy", "v.npy.ids.jsonl"),
+        ("v.npy", "v.npy.rejects.jsonl"),
+        ("v.jsonl", "v.jsonl.errors.jsonl"),
+        ("v.npy", "v.npy.state"),
+        ("v.npy", "v.npy.ids.jsonl.part"),
+        ("v.npy", "link/v.npy.part"),
+    ],
+)
+def test_an_input_is_not_replaced(desk: Desk, output: str, name: str) -> None:
+    (desk.root / "link").symlink_to(desk.root)
+    file = desk.put(name, jsonl(TEXTS))
     with pytest.raises(es.BulkError, match="is one of the inputs") as refused:
-        desk.run(file, output="a.jsonl", restarts=True)
+        desk.run(file, output=output, format="jsonl", restarts=True)
     assert refused.value.code == 2
+    assert desk.read(name).decode() == jsonl(TEXTS)
+
+
+def test_what_another_job_wrote_may_be_read(desk: Desk) -> None:
+    file = desk.put("v.npy.ids.jsonl", jsonl(TEXTS))
+    assert desk.run(file, output="w.npy").rows == len(TEXTS)
+
+
+@pytest.mark.parametrize("suffix", ["", ".ids.jsonl", ".rejects.jsonl", ".state"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_told_of_before_anything_is_computed(
+    desk: Desk, suffix: str, make: Any
+) -> None:
+    make(desk.root / f"v.npy{suffix}")
+    with pytest.raises(es.BulkError, match=f"npy{suffix} is there, and is no") as told:
+        desk.run(desk.put("a.txt", "a\n"), output="v.npy", restarts=True)
+    assert told.value.code == 2
+    assert desk.embedder.texts == []
+
+
+@pytest.mark.parametrize("name", [b"\xff.txt", b"a\n'.txt"])
+@pytest.mark.parametrize("output", [b"\xfe.npy", b"v\n.npy"])
+def test_names_that_are_no_text_go_on_and_end_as_others_do(
+    desk: Desk, name: bytes, output: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, to = desk.put(os.fsdecode(name), "\n".join(TEXTS)), os.fsdecode(output)
+    interrupted(desk, file, to)
+    real = os.replace
+
+    def die(source: Any, target: Any) -> None:
+        if os.fspath(target).endswith(to):
+            raise Killed
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(Killed):
+        desk.run(file, output=to)
+    monkeypatch.undo()
+    assert desk.run(file, output=to).first_row == len(TEXTS)
+    assert np.array_equal(np.load(desk.root / to), array(TEXTS))
 
 
 def test_two_jobs_do_not_write_one_output(desk: Desk) -> None:
@@ -262,11 +315,47 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_none(
         desk.run(desk.put("a.txt", "a\n"), output="v.npy")
 
 
-@pytest.mark.parametrize("text", ["", "{}"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "null", '{"version": 1}', '{"version": 2}', "[" * 10_000]
+)
 def test_a_state_that_is_none_is_refused(desk: Desk, text: str) -> None:
     desk.put("v.npy.state", text)
     with pytest.raises(es.BulkError, match="was not written by"):
         desk.run(desk.put("a.txt", "a\n"), output="v.npy")
+
+
+OTHERS: list[Any] = [None, "x", -1, 1.5, True, [], {}, {"": None}]
+
+
+def test_a_damaged_state_is_refused_whatever_is_wrong_with_it(desk: Desk) -> None:
+    file = desk.put("a.jsonl", jsonl(TEXTS))
+    interrupted(desk, file)
+    sound = json.loads(desk.read("v.npy.state"))
+    written = {name: desk.read(name) for name in desk.names}
+    cases = [(n, other) for n in sound if n != "version" for other in OTHERS]
+    cases += [
+        ("place", {**sound["place"], n: o}) for n in sound["place"] for o in OTHERS
+    ]
+    cases += [("sizes", {**sound["sizes"], "": other}) for other in OTHERS]
+    for name, other in cases:
+        for name_of, data in written.items():
+            desk.put(name_of, data)
+        desk.put("v.npy.state", json.dumps({**sound, name: other}))
+        with pytest.raises(es.BulkError, match="--restart begins anew"):
+            desk.run(file, output="v.npy")
+        assert desk.read("v.npy.part") == written["v.npy.part"], (name, other)
+
+
+def test_a_disk_that_knows_no_locks_is_a_sentence(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(es.BulkError, match="cannot write .*No locks") as told:
+        desk.run(desk.put("a.txt", "a\n"), output="v.npy")
+    assert told.value.code == 3
 
 
 # --- rows without a vector ---

@@ -308,6 +308,25 @@ def test_an_interrupt_is_130_and_tells_what_goes_on(
     assert np.allclose(desk.array(), vectors(TEXTS), atol=1e-6)
 
 
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_the_command_that_goes_on_is_shown_without_its_key(
+    monkeypatch: pytest.MonkeyPatch, is_joined: bool
+) -> None:
+    key = ["--api-key=canary"] if is_joined else ["--api-key", "canary"]
+    monkeypatch.setattr(sys, "orig_argv", ["e.py", "embed", *key, "a.txt", "--restart"])
+    expected = "--api-key=..." if is_joined else "--api-key ..."
+    assert es.command_again() == f"e.py embed {expected} a.txt"
+
+
+def test_a_run_that_began_anew_goes_on_without_that_flag(desk: Desk) -> None:
+    file = desk.put("a.txt", f"a\n{kit.NAN_WORD}\n")
+    given = (file, "--output", desk.root / "v.npy")
+    assert desk.embed(*given) == 1
+    assert ". Mended, the same command goes on;" in desk.err
+    assert desk.embed(*given, "--restart") == 1
+    assert ". Mended, the same command without --restart goes on;" in desk.err
+
+
 # --- progress ---
 
 

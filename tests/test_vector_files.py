@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sqlite3
@@ -119,6 +120,24 @@ def test_sqlite_has_ids_and_blobs_of_little_endian_numbers(
         for n in range(5)
     ]
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_disk_that_sqlite_fills_is_told_as_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sqlite3.connect
+
+    def small(path: str) -> sqlite3.Connection:
+        database = real(path)
+        database.execute("PRAGMA max_page_count = 3")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    with pytest.raises(OSError, match="database or disk is full") as told:
+        written(tmp_path / "v.db", 500)
+    assert told.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    written(tmp_path / "v.db", 500)
 
 
 @pytest.mark.clients
