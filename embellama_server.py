@@ -29842,6 +29842,8 @@ class RemoteEmbedder:
 
     def __init__(self, url: str, key: str, threads: int, **body: object) -> None:
         """``body``: fields of each request. Raises BulkError for a bad URL."""
+        if "@" in url.partition("//")[2].partition("/")[0]:
+            raise BulkError("--url has a user, who is not sent: say --api-key", 2)
         try:
             parts = urllib.parse.urlsplit(url)
             (parts.hostname or "").encode("idna")  # as a connection will
@@ -29854,13 +29856,13 @@ class RemoteEmbedder:
             raise BulkError(f"--url {url} is not like http://127.0.0.1:8080", 2)
         is_tls = parts.scheme == "https"
         kind = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
-        host = parts.netloc.rpartition("@")[2]
-        self._connect = functools.partial(kind, host, timeout=_PATIENCE_S)
+        self._connect = functools.partial(kind, parts.netloc, timeout=_PATIENCE_S)
         self._root, self._url = parts.path.rstrip("/").removesuffix("/v1"), url
         self._headers = {"content-type": "application/json"}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
         self._body = {name: value for name, value in body.items() if value is not None}
+        self._answers: dict[str, str] = {}  # which model does
         self._idle: list[HTTPConnection] = []
         self._pool = ThreadPoolExecutor(threads, "remote")
         self._is_closed = threading.Event()
@@ -29871,16 +29873,22 @@ class RemoteEmbedder:
         first = self._post(["a"], is_first=True).rows[0]
         if isinstance(first, ApiError):
             raise BulkError(f"{self._url}: {first.message}", 2)
-        _, data = self._answer("GET", "/v1/models", b"")
-        try:
-            models: Any = json_codec().loads(data)
-            named = [m for m in models["data"] if m["id"] == self._body.get("model")]
-            meta = (named or models["data"])[0]["meta"]
-        except (ValueError, LookupError, TypeError):
-            meta = {}  # another kind of server
-        known = ("sha256", "weights", "pooling", "prompts", "default_prompt_name")
-        told = {name: meta.get(name) for name in known}
+        known, meta = ("sha256", "weights", "pooling", "prompts"), self._meta()
+        told = {name: meta.get(name) for name in (*known, "default_prompt_name")}
         return {"dimensions": len(first), **told, **self._body}
+
+    def _meta(self) -> Mapping[str, Any]:
+        """Return what the server tells of the model that answers; nothing: not known."""
+        name = str(self._body.get("model") or self._answers.get("model", ""))
+        one = f"/v1/models/{urllib.parse.quote(name, safe='')}"
+        for path in (*[one] * bool(name), "/v1/models"):
+            status, data = self._answer("GET", path, b"")
+            if status == http.HTTPStatus.OK:
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    found: Any = json_codec().loads(data)
+                    meta = (found["data"][0] if "data" in found else found)["meta"]
+                    return typing.cast(Mapping[str, Any], {**meta})
+        return {}
 
     def replies(
         self, windows: Iterable[Sequence[Sequence[str]]]
@@ -29940,6 +29948,7 @@ class RemoteEmbedder:
                 status, headers, data = self._ask(method, path, body)
                 why, is_passing = f"{status} {_message_in(data)}", status in _TRANSIENT
                 if not is_passing:
+                    self._check_model(headers)
                     return status, data
             except (OSError, http.client.HTTPException) as error:
                 headers, why = {}, str(error) or type(error).__name__
@@ -29949,6 +29958,14 @@ class RemoteEmbedder:
             wait_s = min(_MAX_WAIT_S, _retry_after_s(headers) or 2 * wait_s)
             if self._is_closed.wait(wait_s):
                 raise BulkError(f"{self._url}: no longer asked", 3)
+
+    def _check_model(self, headers: Mapping[str, str]) -> None:
+        """Raise BulkError if another model answers than before: an index has one."""
+        if now := headers.get("x-embellama-model"):
+            before = self._answers.setdefault("model", now)
+            if now != before:
+                why = f"{now} answers now, and before it was {before}: --model-name {before}"
+                raise BulkError(f"{self._url}: {why} asks for that", 3)
 
     def _ask(self, method: str, path: str, body: bytes) -> tuple[int, Any, bytes]:
         """Raises OSError or HTTPException; the next request then connects again."""

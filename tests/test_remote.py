@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import embellama_server as es
-from tests import kit
+from tests import both, kit
 from tests.bulk import LENGTH, Desk, array, jsonl, vector
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -281,6 +281,59 @@ def test_an_address_that_cannot_be_one_is_a_wrong_command(url: str) -> None:
     with pytest.raises(es.BulkError, match="is not like") as told:
         es.RemoteEmbedder(url, "", 1)
     assert told.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:canary@h/", "http://canary@[::1", "x://canary@"]
+)
+def test_a_user_in_an_address_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(es.BulkError, match="say --api-key") as told:
+        es.RemoteEmbedder(url, "", 1)
+    assert told.value.code == 2
+    assert "canary" not in str(told.value)
+
+
+def answered_by(label: str) -> Callable[[dict[str, Any]], Answer]:
+    """Vectors of one model."""
+
+    def answer(body: dict[str, Any]) -> Answer:
+        status, _, data = good(body)
+        return status, {"x-embellama-model": label}, data
+
+    return answer
+
+
+def test_another_model_that_answers_from_now_on_ends_the_run(
+    peer: Peer, embedder: es.RemoteEmbedder
+) -> None:
+    peer.answers = [answered_by("m@1"), answered_by("m@1"), answered_by("m@2")]
+    assert len(embedded(embedder, ["a"], ["b"])) == 2
+    with pytest.raises(
+        es.BulkError, match="m@2 answers now, and before it was m@1"
+    ) as why:
+        embedded(embedder, ["c"])
+    assert why.value.code == 3
+    assert waits(embedder) == [], "no wait mends it"
+
+
+def test_a_run_is_bound_to_the_version_that_it_asks_for(tmp_path: Path) -> None:
+    flags, sums = list[str](), list[str]()
+    for version in (1, 2):
+        place = tmp_path / f"{version}.gguf"
+        place.write_bytes(both.sound_gguf() + bytes(version))
+        sums.append(es.sha256_of(place))
+        flags += ["--model-path", f"m@{version}={place}"]
+    with kit.started(*flags) as server:
+
+        def bound(**body: object) -> object:
+            made = es.RemoteEmbedder(server.url, "", 1, **body)
+            try:
+                return made.identity["sha256"]
+            finally:
+                made.close()
+
+        assert [bound(model=f"m@{n}") for n in (1, 2)] == sums
+        assert bound(model="m") == sums[1], "the newest"
 
 
 @pytest.mark.parametrize("patience_s", [0.0, 600.0])
