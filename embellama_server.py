@@ -25372,6 +25372,10 @@ exec(code)
 class Notifier:
     """Reports our state to whatever started us: our parent, or systemd (sd_notify(3))."""
 
+    # systemd ends who takes longer than TimeoutStartSec, unless asked for more in time.
+    LOADING_EVERY_S = 5.0
+    LOADING_MORE_S = 30
+
     def __init__(
         self, channel: socket.socket | None, environment: Mapping[str, str]
     ) -> None:
@@ -25381,11 +25385,22 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         if channel is not None:
             channel.setblocking(False)
+        self._begun_at = self._told_at = time.monotonic()
 
     def beat(self, settings: Settings) -> None:
         """Say that we are alive; tell our own parent its settings, which may change."""
         own = {} if self.channel is None else {"PARENT": parent_settings(settings)}
         self.tell(WATCHDOG=1, **own)
+
+    def loading(self, names: Iterable[str]) -> None:
+        """Say what is waited for, and ask for more time, unless that was done just now."""
+        if (now := time.monotonic()) >= self._told_at + self.LOADING_EVERY_S:
+            self._told_at = now
+            # A name with a line break would be one more thing to tell.
+            what = re.sub(r"[^ -~]", "?", ", ".join(names))
+            status = f"loading {what}, {now - self._begun_at:.0f} s"
+            more_us = self.LOADING_MORE_S * 10**6
+            self.tell(EXTEND_TIMEOUT_USEC=more_us, STATUS=status)
 
     def tell(self, **lines: object) -> None:
         """Set e.g. READY=1; several go into one message."""
@@ -25576,7 +25591,7 @@ class Parent:
                 if len(told) == 3:  # else it is another version of this file
                     self._set(*told)
             else:
-                self._was_ready |= message == "READY=1"
+                self._was_ready |= message.partition("\n")[0] == "READY=1"
                 if message == "STOPPING=1" and not self._is_stopping:
                     # It was told otherwise than by us: it is not to be started again.
                     self._is_stopping = True
@@ -25942,7 +25957,7 @@ class Server:
         self._loader.tries_first = True
         if self.service.phase is Phase.LOADING:
             # First: a server that dies after it logged "ready" must count as having been.
-            self._notifier.tell(READY=1)
+            self._notifier.tell(READY=1, STATUS="ready")
             self._move(Phase.READY, "loaded")
             self._reload_if_due()
 
@@ -26008,6 +26023,9 @@ class Server:
         """Report that we are alive; check for calls that hang and for changed files."""
         settings = self.service.settings
         self._notifier.beat(settings)
+        if self.service.phase is Phase.LOADING:
+            entries = self.service.models.entries
+            self._notifier.loading(one.label for one in entries if not one.loaded)
         self._dispatcher.log_refusals()
         self.service.telemetry.remember(time.monotonic())
         note_moment(self.service)

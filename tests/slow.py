@@ -47,5 +47,14 @@ def model(folder: Path, name: str) -> tuple[str, str]:
     return "--model-path", str(place)
 
 
+def program(arguments: list[str]) -> int:
+    """What is run; with a parent if the first word is supervised."""
+    command: tuple[str, ...] = ()
+    if arguments[:1] == ["supervised"]:
+        command = (sys.executable, *MODULE, *arguments)
+    flags = arguments[len(command[:1]) :]
+    return es.main(flags, engine_factory=engine, command=command)
+
+
 if __name__ == "__main__":
-    sys.exit(es.main(sys.argv[1:], engine_factory=engine))
+    sys.exit(program(sys.argv[1:]))

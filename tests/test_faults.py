@@ -333,7 +333,7 @@ class Told(es.Notifier):
         self.names: list[str] = []
 
     def tell(self, **lines: object) -> None:
-        self.names += [name for name in lines if name != "WATCHDOG"]
+        self.names += [name for name in lines if name not in ("WATCHDOG", "STATUS")]
 
 
 async def test_a_reload_that_is_overtaken_by_a_stop_does_not_say_ready() -> None:

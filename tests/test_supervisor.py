@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 import embellama_server as es
-from tests import both, kit
+from tests import both, kit, slow
 from tests.faults import Client, metrics, supervised, until
 
 pytestmark = pytest.mark.skipif(
@@ -265,7 +265,7 @@ def test_successors_that_cannot_load_keep_clients_waiting(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_successors_that_cannot_load_are_no_stop(tmp_path: Path) -> None:
-    assert set(successors_that_cannot_load(tmp_path)[1]) == {"READY", "STATUS"}
+    assert set(successors_that_cannot_load(tmp_path)[1]) == {"READY"}
 
 
 @pytest.mark.heavy
@@ -637,9 +637,14 @@ class FakeSystemd:
         return found()[times - 1]
 
     def names(self) -> list[str]:
-        """All but heartbeats, in order."""
+        """All that changes systemd's mind, in order."""
         order = [name for message in self.messages for name in message]
-        return [name for name in order if name not in ("WATCHDOG", "MONOTONIC_USEC")]
+        return [n for n in order if n not in ("WATCHDOG", "MONOTONIC_USEC", "STATUS")]
+
+    @property
+    def statuses(self) -> list[str]:
+        """What `systemctl status` shows, one after another."""
+        return [one["STATUS"] for one in self.messages if "STATUS" in one]
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -689,9 +694,8 @@ def test_systemd_is_told_each_step(systemd: FakeSystemd, flag: str) -> None:
         assert server.stop() == 0
         systemd.told("STOPPING")
     assert systemd.names() == ["READY", "RELOADING", "READY", "STOPPING"]
-    values = {
-        v for m in systemd.messages for k, v in m.items() if k != "MONOTONIC_USEC"
-    }
+    others = ("MONOTONIC_USEC", "STATUS")
+    values = {v for m in systemd.messages for k, v in m.items() if k not in others}
     assert values == {"1"}
 
 
@@ -723,8 +727,42 @@ def test_systemd_is_not_told_of_a_stop_when_a_child_is_replaced(
             else:
                 replaced(server)
             systemd.told("READY", 2)
-            assert systemd.told("STATUS")["STATUS"].startswith("the server died")
-            assert systemd.names() == ["READY", "STATUS", "READY"]
+            assert systemd.names() == ["READY", "READY"]
+            first, died, last = systemd.statuses
+            assert died.startswith("the server died")
+            assert (first, last) == ("ready", "ready"), "what is over is not shown"
+
+
+def test_no_model_s_name_tells_systemd_anything(
+    systemd: FakeSystemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es.Notifier, "LOADING_EVERY_S", 0.0)
+    notifier = es.Notifier(None, {"NOTIFY_SOCKET": systemd.address})
+    notifier.loading(["a\nMAINPID=1@1", "\u00e9@2"])
+    assert systemd.told("STATUS").keys() == {"EXTEND_TIMEOUT_USEC", "STATUS"}
+    assert systemd.statuses == ["loading a?MAINPID=1@1, ?@2, 0 s"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parent", [(), ("supervised",)], ids=["alone", "supervised"])
+def test_systemd_is_asked_for_more_time_while_a_model_loads(
+    tmp_path: Path, parent: tuple[str, ...]
+) -> None:
+    systemd = FakeSystemd(str(tmp_path / "notify"))
+    environment = {"NOTIFY_SOCKET": systemd.address, slow.LOAD_S: "11"}
+    flags = slow.model(tmp_path, "embedder")
+    module = (*slow.MODULE, *parent)
+    with (
+        contextlib.closing(systemd),
+        kit.started(*flags, module=module, environment=environment) as server,
+    ):
+        systemd.told("READY")
+        assert server.stop() == 0
+    asked = [one for one in systemd.messages if "EXTEND_TIMEOUT_USEC" in one]
+    assert {one["EXTEND_TIMEOUT_USEC"] for one in asked} == {"30000000"}
+    assert re.fullmatch(r"loading embedder@1, [5-9] s", asked[0]["STATUS"])
+    assert len(asked) >= 2, "before the time that was asked for is over"
+    assert systemd.statuses[-1] == "ready"
 
 
 @pytest.mark.slow
