@@ -9475,8 +9475,10 @@ class Pool(Generic[Work_co]):
 # exponential time to look for rules that call themselves first and overlooks some, and
 # drops upper bounds over 2,000 in silence.
 
-MAX_GRAMMAR_CHARS: Final = 1 << 18  # read in 0.5 s, the worst known in 2.6
+MAX_GRAMMAR_CHARS: Final = 1 << 18  # read in 0.3 s, the worst known in 0.7
+_MAX_RULES_US: Final = 1_000_000  # to find out what all rules of a grammar are, roughly
 MAX_REPEATS: Final = 10**9
+_MAX_PARTS: Final = 40_000  # groups, and ranges in different sets: each takes 15 us
 _MAX_CODE_POINT: Final = 0x10FFFF
 Ranges = list[tuple[int, int]]  # of code points, or bytes
 EVERY_CHAR: Final = [(0, _MAX_CODE_POINT)]
@@ -9512,6 +9514,7 @@ class GrammarRules:
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}  # by body
         self._chars = 0
+        self.left_us = _MAX_RULES_US
 
     def add(self, body: str) -> str:
         """Return the name of a rule; equal ones are one. Raises InvalidValue."""
@@ -9607,6 +9610,7 @@ class GbnfReader:
         self._rules: dict[str, GrammarRule] = {}
         self._used: dict[str, int] = {}  # where each name is used first
         self._sets: dict[str, GrammarRule] = {}  # of characters
+        self._left_parts = _MAX_PARTS
         # What is open, a rule and groups in it: each with its last alternative so far.
         self._open: list[tuple[GrammarRule, _Sequence]] = []
         if not text.strip() or len(text) > MAX_GRAMMAR_CHARS:
@@ -9662,6 +9666,7 @@ class GbnfReader:
             self._end(rule, symbols)
             symbols.clear()
         elif kind == "open":
+            self._count(1)
             self._open.append((GrammarRule(), []))
         elif kind == "close":
             if len(self._open) == 1:
@@ -9673,6 +9678,13 @@ class GbnfReader:
         else:
             symbols.append(self._symbol(kind, lexeme))
 
+    def _count(self, parts: int) -> None:
+        self._left_parts -= parts
+        if self._left_parts < 0:
+            self._fail(
+                f"has more than {_MAX_PARTS} groups, repetitions and ranges of characters"
+            )
+
     def _end(self, rule: GrammarRule, symbols: _Sequence) -> None:
         """Add an alternative to a rule."""
         items = [item for symbol in symbols for item in symbol]
@@ -9683,6 +9695,7 @@ class GbnfReader:
     def _repeated(self, lexeme: re.Match[str], symbols: _Sequence) -> GrammarItem:
         if not symbols:
             self._fail(f"has nothing before {lexeme[0]!r:.60}")
+        self._count(1)
         items = symbols.pop()
         low, high = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}.get(
             lexeme[0], (int(lexeme["low"] or 0), float(lexeme["high"] or math.inf))
@@ -9719,8 +9732,9 @@ class GbnfReader:
     def _set(self, kind: str, lexeme: re.Match[str]) -> GrammarRule:
         ranges = EVERY_CHAR
         if kind == "chars":
-            ranges = self._ranges(lexeme["chars"])
+            ranges = merged(self._ranges(lexeme["chars"]))
             ranges = subtracted(EVERY_CHAR, ranges) if lexeme["not"] else ranges
+        self._count(len(ranges))
         rule, ascii_bytes = GrammarRule(), 0
         for low, high in ranges:
             for sequence in _utf8_sequences(low, high):
@@ -9747,8 +9761,13 @@ class GbnfReader:
             ranges.append((ord(low), ord(high)))
         return ranges
 
-    def _chars(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Give each character, and whether it is escaped."""
+    def _chars(self, text: str) -> Iterable[tuple[str, bool]]:
+        """Return each character, and whether it is escaped."""
+        if "\\" not in text:
+            return zip(text, itertools.repeat(False))
+        return self._unescaped(text)
+
+    def _unescaped(self, text: str) -> Iterator[tuple[str, bool]]:
         at = 0
         while at < len(text):
             found = _CHAR.match(text, at)
@@ -9767,6 +9786,17 @@ class GbnfReader:
         if token is None:
             self._fail(f"has {name!r:.60}, which is no token of this model")
         return GrammarItem(token=token, is_other=is_other)
+
+
+def merged(ranges: Ranges) -> Ranges:
+    """Return the same characters in as few ranges as there can be, ascending."""
+    found: Ranges = []
+    for low, high in sorted(ranges):
+        if found and low <= found[-1][1] + 1:
+            found[-1] = found[-1][0], max(high, found[-1][1])
+        else:
+            found.append((low, high))
+    return found
 
 
 def subtracted(ranges: Ranges, others: Ranges) -> Ranges:
@@ -9989,21 +10019,8 @@ class Grammar:
 
 def _check_recursion(root: GrammarRule, param: str) -> None:
     """Raise InvalidValue if a rule begins with itself: nothing could be read by it."""
-    users: dict[GrammarRule, list[GrammarRule]] = {root: []}
-    for rule in (rules := [root]):
-        for item in _items(rule):
-            if item.rule is not None:
-                if item.rule not in users:
-                    users[item.rule] = []
-                    rules.append(item.rule)
-                users[item.rule].append(rule)
-    empty: set[GrammarRule] = set()
-    todo = [*rules]
-    while todo:
-        rule = todo.pop()
-        if rule not in empty and any(_is_empty(first, empty) for first in rule.firsts):
-            empty.add(rule)
-            todo += users[rule]
+    rules = _rules_from(root)
+    empty = _empty_rules(rules)
     begins = {rule: {*_first_rules(rule, empty)} for rule in rules}
     try:
         graphlib.TopologicalSorter(begins).prepare()
@@ -10012,22 +10029,58 @@ def _check_recursion(root: GrammarRule, param: str) -> None:
         raise invalid(param, problem) from None
 
 
-def _items(rule: GrammarRule) -> Iterator[GrammarItem]:
-    for first in rule.firsts:
-        item = first
-        while item is not None:
-            yield item
-            item = item.next
+def _rules_from(root: GrammarRule) -> Collection[GrammarRule]:
+    """Return all rules that are used, that one first."""
+    found, todo = {root: None}, [root]
+    for rule in todo:
+        for item in itertools.chain.from_iterable(map(_items, rule.firsts)):
+            if item.rule is not None and item.rule not in found:
+                found[item.rule] = None
+                todo.append(item.rule)
+    return found
 
 
-def _is_empty(first: GrammarItem | None, empty: Collection[GrammarRule]) -> bool:
-    """Whether an alternative may be without text."""
+def _items(first: GrammarItem | None) -> Iterator[GrammarItem]:
+    """Yield those of an alternative."""
     item = first
-    while item is not None and item.rule is not None:
-        if item.low and item.rule not in empty:
-            return False
+    while item is not None:
+        yield item
         item = item.next
-    return item is None
+
+
+@dataclass(slots=True, eq=False)
+class _Alternative:
+    """One of a rule, and how many of its items may not be empty, as far as is known."""
+
+    rule: GrammarRule
+    needed: int = 0
+
+
+def _empty_rules(rules: Iterable[GrammarRule]) -> Collection[GrammarRule]:
+    """Return those that may be without text. Each use of a rule is looked at once."""
+    users: dict[GrammarRule, list[_Alternative]] = {}
+    empty: set[GrammarRule] = set()
+    todo = []
+    for rule in rules:
+        for first in rule.firsts:
+            alternative = _Alternative(rule)
+            for item in _items(first):
+                alternative.needed += item.low > 0
+                if item.rule is None:
+                    break  # it always has a text
+                if item.low:
+                    users.setdefault(item.rule, []).append(alternative)
+            if not alternative.needed:
+                todo.append(rule)
+    while todo:
+        if (rule := todo.pop()) in empty:
+            continue
+        empty.add(rule)
+        for alternative in users.get(rule, ()):
+            alternative.needed -= 1
+            if not alternative.needed:
+                todo.append(alternative.rule)
+    return empty
 
 
 def _first_rules(
@@ -10452,7 +10505,8 @@ def _between(low: str | None, high: str | None, whole: int, left: int) -> str:
 
 _MAX_SCHEMA_CHARS: Final = 1 << 17  # converted in 1 s
 _MAX_JSON_DEPTH: Final = 1 << 8
-_MAX_SCHEMA_STEPS: Final = 20_000  # schemas that are looked at
+_SCHEMA_US: Final = 50  # that a look at a schema takes
+_CHARS_A_US: Final = 64  # of JSON, read or written
 _MAX_BRANCHES: Final = 256
 _ANNOTATIONS: Final = (
     *("$id", "$schema", "$comment", "$anchor", "$defs", "definitions", "title"),
@@ -10488,10 +10542,11 @@ JsonSchema = Mapping[str, Any]  # of an object; what is nested may be true or fa
 class FlatSchemas:
     """The schemas of a request: each without $ref and allOf. ``where``: a path to one."""
 
-    def __init__(self, root: object, param: str) -> None:
+    def __init__(self, rules: GrammarRules, root: object, param: str) -> None:
+        """``rules``: to whose making what is done here is counted."""
+        self._rules = rules
         self._root = root
         self._param = param
-        self._steps = 0
         if _depth_of(root) > _MAX_JSON_DEPTH:
             self.fail(param, f"is nested more than {_MAX_JSON_DEPTH} deep")
         if len(json.dumps(root)) > _MAX_SCHEMA_CHARS:
@@ -10505,15 +10560,26 @@ class FlatSchemas:
         """Raise InvalidValue, as no grammar can say this keyword."""
         self.fail(f"{where:.200}.{key:.60}", f"is not supported{why}")
 
+    def spend(self, us: int, where: str) -> None:
+        """Count how long something takes. Raises InvalidValue once all that is too much.
+
+        What is small as JSON may be combined, and referred to, again and again.
+        """
+        self._rules.left_us -= us
+        if self._rules.left_us < 0:
+            self.fail(where, "refers to too many schemas, or combines too many")
+
+    def spend_chars(self, chars: int, where: str) -> None:
+        """Count that so much JSON is read or written. Raises InvalidValue."""
+        self.spend(chars // _CHARS_A_US, where)
+
     # --- schemas of one kind: no $ref, no allOf ---
 
     def flat(
         self, schema: object, where: str, refs: tuple[str, ...] = ()
     ) -> JsonSchema:
         """Return one schema for it and all that it refers to or that all must hold."""
-        self._steps += 1
-        if self._steps > _MAX_SCHEMA_STEPS:
-            self.fail(where, "refers to too many schemas, or combines too many")
+        self.spend(_SCHEMA_US, where)
         if schema is True:
             return {}
         if not isinstance(schema, Mapping):
@@ -10522,6 +10588,7 @@ class FlatSchemas:
             if key not in _KNOWN_KEYS and not key.startswith("x-"):
                 self.unable(where, key)
         own = {key: value for key, value in schema.items() if key in _FLAT_KEYS}
+        self.spend(_entry_count(own), where)
         flat = self._plain(own, where)
         if "$ref" in schema:
             ref = schema["$ref"]
@@ -10541,6 +10608,7 @@ class FlatSchemas:
         found: object = self._root
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             self.fail(f"{where}.$ref", "must begin with #/: nothing is fetched")
+        self.spend_chars(len(ref), where)
         for step in urllib.parse.unquote(ref).split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")
             if isinstance(found, Mapping) and name in found:
@@ -10562,13 +10630,13 @@ class FlatSchemas:
             is_list = isinstance(types, list) and len(types) > 0
             if not is_list or any(kind not in [*SCHEMA_KEYS] for kind in types):
                 self.fail(f"{where}.type", "must be a JSON type or a list of them")
-            flat["type"] = types
+            flat["type"] = [*dict.fromkeys(types)]
         if not isinstance(flat.get("enum", []), list):
             self.fail(f"{where}.enum", "must be a list")
         if "const" in flat:
             values = [flat.pop("const")]
             old = flat.get("enum", values)
-            flat["enum"] = [v for v in values if any(_are_equal(v, o) for o in old)]
+            flat["enum"] = _in_both(values, old)
         for key in ("exclusiveMinimum", "exclusiveMaximum"):  # as in draft 4
             if isinstance(flat.get(key), bool):
                 bound = key.removeprefix("exclusive").lower()
@@ -10607,6 +10675,7 @@ class FlatSchemas:
     def _both(self, one: JsonSchema, other: JsonSchema, where: str) -> JsonSchema:
         if not one or not other:
             return one or other
+        self.spend(_entry_count(one, other), where)
         both = {**one, **other}
         for key in {*one} & {*other} - {"properties", "required"}:
             both[key] = self._both_say(key, one[key], other[key], where)
@@ -10630,7 +10699,7 @@ class FlatSchemas:
         if key == "type":
             return self._types_of_both(one, other, where)
         if key == "enum":
-            return [v for v in one if any(_are_equal(v, o) for o in other)]
+            return _in_both(one, other)
         if key.startswith("min") or key == "exclusiveMinimum":
             return max(one, other)
         if key.startswith("max") or key == "exclusiveMaximum":
@@ -10658,8 +10727,9 @@ class FlatSchemas:
         """Whether no value can be valid by both."""
         if not depth or {"anyOf", "oneOf"} & {*one, *other}:
             return False
+        self.spend(_entry_count(one, other), where)
         if "enum" in one and "enum" in other:
-            return not any(_are_equal(a, b) for a in one["enum"] for b in other["enum"])
+            return not _in_both(one["enum"], other["enum"])
         kinds, others = types_of(one), types_of(other)
         if not kinds & others:
             return True
@@ -10702,11 +10772,26 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _are_equal(one: object, other: object) -> bool:
-    """Whether two JSON values are the same: true is not 1, but 1.0 is."""
-    return json.dumps(_comparable(one), sort_keys=True) == json.dumps(
-        _comparable(other), sort_keys=True
-    )
+def _entry_count(*schemas: JsonSchema) -> int:
+    """Return how many entries their lists and objects have."""
+    values = itertools.chain.from_iterable(one.values() for one in schemas)
+    return sum(len(value) for value in values if isinstance(value, list | dict))
+
+
+def _in_both(values: Sequence[object], others: Sequence[object]) -> list[object]:
+    """Return those JSON values that are among others, too."""
+    keys = {*map(_json_key, others)}
+    return [value for value in values if _json_key(value) in keys]
+
+
+def _json_key(value: object) -> str:
+    """Return what is the same for equal JSON values: true is not 1, but 1.0 is."""
+    if isinstance(value, str):
+        return f'"{value}'
+    return str(value) if type(value) is int else _sorted_json(_comparable(value))
+
+
+_sorted_json: Final = json.JSONEncoder(sort_keys=True).encode
 
 
 def _comparable(value: object) -> object:
@@ -10737,13 +10822,25 @@ def _item(flat: JsonSchema, at: int) -> object:
     return prefix[at] if at < len(prefix) else flat.get("items", True)
 
 
+def type_of(value: object) -> str:
+    """Return the type of a JSON value; of a whole number, also 1.0, integer."""
+    return "integer" if is_whole_number(value) else _TYPE_NAMES[type(value)]
+
+
+_TYPE_NAMES: Final[Mapping[type, str]] = {
+    **dict.fromkeys((int, float), "number"),
+    dict: "object",
+    list: "array",
+    str: "string",
+    bool: "boolean",
+    type(None): "null",
+}
+
+
 def types_of(flat: JsonSchema) -> set[str]:
     """Return the types of the values of a schema."""
     if "enum" in flat:
-        names = {dict: "object", list: "array", str: "string", bool: "boolean"}
-        names |= {type(None): "null", int: "number", float: "number"}
-        values = flat["enum"]
-        return {"integer" if is_whole_number(v) else names[type(v)] for v in values}
+        return {*map(type_of, flat["enum"])}
     kinds = {*flat.get("type", JSON_TYPES)}
     return kinds | {"integer"} if "number" in kinds else kinds
 
@@ -10758,6 +10855,8 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 _MAX_SCHEMA_DEPTH: Final = 64
 _MAX_NAME_CHARS: Final = 1 << 7  # of a property, beside others that have no names
+_NAME_CHAR_US: Final = 4  # that one of its characters takes
+_MAX_WHERE_CHARS: Final = 300  # of a path: more are never shown
 _HOUR_MINUTE: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME: Final = rf"{_HOUR_MINUTE}:[0-5][0-9](\.[0-9]{{1,6}})?(Z|[+-]{_HOUR_MINUTE})"
 _DATE: Final = (  # years 1000 to 9999
@@ -10807,9 +10906,10 @@ class _SchemaReader:
 
     def __init__(self, rules: GrammarRules, schema: object, param: str) -> None:
         self._rules = rules
-        self._schemas = FlatSchemas(schema, param)
+        self._schemas = FlatSchemas(rules, schema, param)
         self._fail, self._unable = self._schemas.fail, self._schemas.unable
         self._known: dict[str, str] = {}  # names of rules by schemas as JSON
+        self._patterns: dict[str, PatternGrammar] = {}
         self._depth = 0
         self._space = rules.add(_SPACE_RULE)
         self._char = rules.add(_CHAR_RULE)
@@ -10817,7 +10917,8 @@ class _SchemaReader:
 
     def _value(self, schema: object, where: str) -> str:
         """Return the name of the rule of a schema."""
-        key = json.dumps(schema)
+        key, where = json.dumps(schema), where[:_MAX_WHERE_CHARS]
+        self._schemas.spend_chars(len(key), where)
         if (known := self._known.get(key)) is not None:
             return known
         self._depth += 1
@@ -10869,7 +10970,7 @@ class _SchemaReader:
         for key in {*flat} - {"enum", "type"}:
             self._unable(where, key, " together with enum or const")
         kinds = types_of({"type": flat.get("type", JSON_TYPES)})
-        values = [v for v in flat["enum"] if types_of({"enum": [v]}) & kinds]
+        values = [value for value in flat["enum"] if type_of(value) in kinds]
         if not values:
             self._fail(f"{where}.enum", "allows no value")
         return " | ".join(dict.fromkeys(self._constant(value) for value in values))
@@ -10955,10 +11056,7 @@ class _SchemaReader:
             pattern = _FORMATS[name]
         if pattern is None:
             return f'"\\"" {repeated(self._char, low, high)} "\\""'
-        try:
-            found = pattern_grammar(pattern)
-        except ValueError as error:
-            self._fail(f"{where}.pattern", str(error))
+        found = self._pattern(pattern, where)
         gbnf = found.gbnf
         if not (low <= found.least and found.most <= high):
             if not found.repeats:
@@ -10971,6 +11069,15 @@ class _SchemaReader:
                 self._fail(where, "allows no string by its pattern and lengths")
             gbnf = repeated(self._rules.add(found.repeats), low, high)
         return f'"\\"" {self._rules.add(gbnf)} "\\""'
+
+    def _pattern(self, pattern: str, where: str) -> PatternGrammar:
+        if (known := self._patterns.get(pattern)) is not None:
+            return known
+        try:
+            found = self._patterns[pattern] = pattern_grammar(pattern)
+        except ValueError as error:
+            self._fail(f"{where}.pattern", str(error))
+        return found
 
     def _array(self, flat: JsonSchema, where: str) -> str:
         low, high = self._limits(flat, "Items", where)
@@ -10998,11 +11105,12 @@ class _SchemaReader:
                     f"{item} {more if high > 1 else ''}", is_empty=not low
                 )
             then = repeated(f"({comma} {item})", rest_low, rest_high)
-        for number, item in reversed([*enumerate(first)]):
-            then = f"{comma if number else ''} {item} {then}".strip()
-            if number >= low and number:
-                then = f"({then})?"
-        return self._list(then, is_empty=not low)
+        parts = []
+        for number, item in enumerate(first):
+            begin = "(" if number >= low and number else ""
+            parts.append(f"{begin}{comma if number else ''} {item} ")
+        after = ")?" * max(0, len(first) - max(low, 1))
+        return self._list(f"{''.join(parts)}{then}{after}", is_empty=not low)
 
     def _list(self, inside: str, *, is_empty: bool) -> str:
         inside = f"{inside} {self._space}" if inside else ""
@@ -11012,7 +11120,7 @@ class _SchemaReader:
     def _object(self, flat: JsonSchema, where: str) -> str:
         low, high = self._limits(flat, "Properties", where)
         properties = dict(flat.get("properties", {}))
-        required = [*dict.fromkeys(flat.get("required", []))]
+        required = dict.fromkeys(flat.get("required", []))
         others = flat.get("additionalProperties", not properties)
         for name in required:
             properties.setdefault(name, flat.get("additionalProperties", True))
@@ -11067,30 +11175,37 @@ class _SchemaReader:
             why = f" beside names of more than {_MAX_NAME_CHARS} characters"
             self._unable(where, "additionalProperties", why)
         elif names:
-            key = f'"\\"" {self._unlike(names)} "\\""'
+            key = f'"\\"" {self._unlike(names, where)} "\\""'
         else:
             key = f'"\\"" {self._char}* "\\""'
         return self._rules.add(f'{key} ":" " "? {value}')
 
-    def _unlike(self, names: Sequence[str], at: int = 0) -> str:
+    def _unlike(self, names: Sequence[str], where: str, at: int = 0) -> str:
         """Return the rule of strings, without escapes, that are none of these names.
 
         All begin alike up to ``at``.
         """
-        raw = '[^"\\\\\\x00-\\x1f]'
+        self._schemas.spend(_NAME_CHAR_US, where)
         following: dict[str, list[str]] = {}
         for name in names:
             if len(name) > at:
                 following.setdefault(name[at], []).append(name)
-        codes = [(ord(char), ord(char)) for char in following]
-        begin = json_char(subtracted(EVERY_CHAR, [*codes, (0, 31), (34, 34), (92, 92)]))
-        parts = [f"{begin} {raw}*"]
+        raw = '[^"\\\\\\x00-\\x1f]'
+        parts = [f"{_raw_char_but(frozenset(following))} {raw}*"]
         for char, some in following.items():
             if char not in '"\\' and char >= " ":
-                parts.append(f"{literal(char)} {self._unlike(some, at + 1)}")
+                rest = self._unlike(some, where, at + 1)
+                parts.append(f"{literal(char)} {rest}")
         if not any(len(name) == at for name in names):
             parts.append('""')
         return self._rules.add(" | ".join(parts))
+
+
+@functools.lru_cache(256)
+def _raw_char_but(others: frozenset[str]) -> str:
+    """Return the GBNF of a character in a JSON string, without escapes, but of these."""
+    codes = [(ord(char), ord(char)) for char in others]
+    return json_char(subtracted(EVERY_CHAR, [*codes, (0, 31), (34, 34), (92, 92)]))
 
 
 def _member(name: str, value: str) -> str:

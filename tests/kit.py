@@ -13,6 +13,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import gc
 import http.client
 import io
 import itertools
@@ -1266,3 +1267,29 @@ def program(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(program(sys.argv[1:]))
+
+
+def assert_linear(work: Callable[[int], object], size: int) -> None:
+    """It takes about as long as its input is large.
+
+    Of four times the size it may take eight times as long, as caches are small, and
+    processors busy; it would be sixteen if it took the square. Tried again: one of the two
+    may have been disturbed.
+    """
+    for is_last in (False, False, True):
+        small, large = cpu_s(work, size), cpu_s(work, 4 * size)
+        if large < 8 * small + 0.01:
+            break
+        assert not is_last, f"{small:.3f} s, and {large:.3f} s of four times the size"
+
+
+def cpu_s(work: Callable[[int], object], size: int) -> float:
+    """The seconds of this thread that it takes, without those of garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        begin = time.thread_time()
+        work(size)
+        return time.thread_time() - begin
+    finally:
+        gc.enable()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
+from tests import kit
 from tests.llama_grammars import LlamaGrammar, Words
 
 REFUSED = [
@@ -123,6 +126,85 @@ def test_no_grammar_takes_long_to_read(text: str) -> None:
     grammar = es.Grammar(text, "grammar")
     assert grammar.start.next_bytes()[0] == ord("a")
     assert time.monotonic() - begun < 5
+
+
+def apart(count: int) -> str:
+    """Characters between which there are others."""
+    return "".join(chr(0x10000 + 2 * n) for n in range(count))
+
+
+def empty_rules(count: int) -> str:
+    """Rules that are found to be empty one after the other, and one that uses all."""
+    names = [f"e{n}" for n in range(count)]
+    first = f'root ::= a | b\na ::= "x" {" ".join(reversed(names))}'
+    rules = "".join(f'{name} ::= ""\n' for name in names)
+    each = " | ".join(f'{name} "x"' for name in names)
+    return f"{first}\nb ::= {each}\n{rules}"
+
+
+# Each of about so many parts.
+MAKES: dict[str, Callable[[int], str]] = {
+    "a set": lambda n: f"root ::= [{apart(n)}]",
+    "a set of others": lambda n: f"root ::= [^{apart(n)}]",
+    "one character": lambda n: f"root ::= [{'a' * n}]",
+    "sets": lambda n: "root ::= " + " ".join(f"[a-{chr(0x100 + m)}]" for m in range(n)),
+    "a literal": lambda n: f'root ::= "{"a" * n}"',
+    "literals": lambda n: "root ::= " + '"a" ' * n,
+    "alternatives": lambda n: "root ::= " + '"a" | ' * n + '"b"',
+    "groups": lambda n: "root ::= " + '("a")' * n,
+    "groups in groups": lambda n: f'root ::= {"(" * n}"a"{")" * n}',
+    "repeats": lambda n: 'root ::= "x" ' + '"a"* ' * n,
+    "an empty rule": lambda n: f'root ::= {"e " * n}"x"\ne ::= ""',
+    "empty rules": lambda n: empty_rules(n // 4),
+    "a chain": lambda n: (
+        "root ::= r0\n"
+        + "".join(f"r{m} ::= r{m + 1}\n" for m in range(n))
+        + f'r{n} ::= "a"'
+    ),
+    "a rule again": lambda n: 'root ::= "a"\n' + 'a ::= "b"\n' * n,
+    "a name": lambda n: f'root ::= {"a" * n}\n{"a" * n} ::= "x"',
+    "blanks": lambda n: f'root ::= a{" " * n}"y"\na ::= "x"',
+    "lines": lambda n: 'root ::= "a"' + "\n" * n,
+    "tokens": lambda n: "root ::= " + "<a>" * n,
+    "an open text": lambda n: f'root ::= "{"a" * n}',
+    "an open set": lambda n: f"root ::= [{'a' * n}",
+    "an open token": lambda n: f"root ::= <{'a' * n}",
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_reading_takes_as_long_as_a_grammar_is_large(name: str) -> None:
+    def read(parts: int) -> None:
+        with contextlib.suppress(es.InvalidValue):
+            es.Grammar(MAKES[name](parts), "grammar", lambda _: 7)
+
+    kit.assert_linear(read, 4_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"root ::= [{apart(80_000)}]",
+        f"root ::= [^{apart(80_000)}]",
+        f"root ::= {' '.join(f'[a{apart(400 + n)}]' for n in range(300))}",
+        f"root ::= {'()' * 130_000}",
+        f"root ::= {'(' * 130_000}{')' * 130_000}",
+        "root ::= " + '"a"*' * 65_000,
+    ],
+    ids=["a set", "others", "sets", "groups", "groups in groups", "repeats"],
+)
+def test_a_grammar_of_too_many_parts_is_refused_as_they_are_counted(text: str) -> None:
+    begun = time.thread_time()
+    with pytest.raises(es.InvalidValue, match="more than 40000 groups"):
+        es.Grammar(text, "grammar")
+    assert time.thread_time() - begun < 1.5  # 0.1 to 0.4
+
+
+def test_a_set_may_have_a_character_as_often_as_it_likes() -> None:
+    many = "".join(map(chr, range(0x4E00, 0x9000))) * 10
+    grammar = es.Grammar(f'root ::= [b{many}a-zk]+ "."', "grammar")
+    for char, may_come in (("a", True), ("k", True), ("\u4e00", True), ("A", False)):
+        assert (grammar.start.after(char.encode()) is not None) is may_come
 
 
 @pytest.mark.parametrize("bound", ["{1" + " " * 10_000, "{" + "1" * 10_000])

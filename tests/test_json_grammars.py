@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
 import pytest
 
 import embellama_server as es
+from tests import kit
 from tests.llama_grammars import LlamaGrammar, Words
 from tests.random_schemas import accepts, grammar_of, schema, walk
 
@@ -205,6 +208,92 @@ def test_a_schema_that_is_too_large_is_refused_soon(name: str) -> None:
     with pytest.raises(es.InvalidValue):
         grammar_of(HUGE[name])
     assert time.monotonic() - begun < 5
+
+
+def names(count: int) -> list[str]:
+    """Of properties."""
+    return [f"a{n:x}" for n in range(count)]
+
+
+def apart(count: int) -> Any:
+    """Two lists of values that have none in common, or just the last."""
+    return [[*range(count)], [*range(count, 2 * count), count - 1]]
+
+
+NULL: Any = {"type": "null"}
+NONE: Any = False  # no value
+# Each of about so many parts.
+MAKES: dict[str, Callable[[int], Any]] = {
+    "properties": lambda n: {"properties": dict.fromkeys(names(n), NULL)},
+    "required": lambda n: {
+        "properties": dict.fromkeys(names(n), NULL),
+        "required": names(n)[::-1],
+    },
+    "only required": lambda n: {"required": names(n), "additionalProperties": NULL},
+    "items": lambda n: {"prefixItems": [NULL] * n},
+    "values": lambda n: {"enum": names(n)},
+    "values of both": lambda n: {"allOf": [{"enum": each} for each in apart(n)]},
+    "a value of them": lambda n: {"enum": names(n), "const": "a0"},
+    "values apart": lambda n: {"oneOf": [{"enum": apart(n)[0]}, {"enum": names(n)}]},
+    "values by type": lambda n: {
+        "$defs": {"v": {"enum": [None, *range(n)]}},
+        "prefixItems": [
+            {"$ref": "#/$defs/v", "type": "null", "title": f"{m}"}
+            for m in range(n // 8)
+        ],
+    },
+    "parts": lambda n: {
+        "allOf": [{"properties": {name: NONE}} for name in names(n)],
+    },
+    "branches": lambda n: {
+        "properties": dict.fromkeys(names(n), NONE),
+        "anyOf": [
+            {"anyOf": [{"maxProperties": 100 * m + k} for k in range(50)]}
+            for m in range(n // 64)
+        ],
+    },
+    "branches apart": lambda n: {
+        "oneOf": [
+            {"enum": [*range(m * (n // 50), (m + 1) * (n // 50))]} for m in range(250)
+        ]
+    },
+    "types": lambda n: {
+        "allOf": [{"type": [kind] * n + ["null"]} for kind in ("string", "boolean")]
+    },
+    "other names": lambda n: {
+        "properties": {f"{name}{'s' * 80}": NONE for name in names(n // 16)},
+        "additionalProperties": NULL,
+    },
+    "a long name": lambda n: {
+        "properties": {"n" * 8 * n: {"properties": dict.fromkeys(names(n), NULL)}}
+    },
+    "references": lambda n: {
+        "$defs": {"d" * 8 * n: NULL, "a": {"$ref": "#/$defs/" + "d" * 8 * n}},
+        "prefixItems": [{"$ref": "#/$defs/a", "title": f"{m}"} for m in range(n // 2)],
+    },
+    "patterns": lambda n: {
+        "$defs": {"p": {"pattern": f"^{'.' * 500}$"}},
+        "prefixItems": [{"$ref": "#/$defs/p", "title": f"{m}"} for m in range(n // 2)],
+    },
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_grammar_takes_as_long_as_its_schema_is_large(name: str) -> None:
+    def convert(parts: int) -> None:
+        with contextlib.suppress(es.InvalidValue):
+            es.schema_rule(es.GrammarRules(), MAKES[name](parts), "schema")
+
+    kit.assert_linear(convert, 1_200)
+
+
+def test_what_many_schemas_take_is_counted_together() -> None:
+    # As the schemas of tools: each for itself would be let through.
+    rules = es.GrammarRules()
+    wanted = MAKES["parts"](500)
+    with pytest.raises(es.InvalidValue, match="combines too many"):
+        for _ in range(100):
+            es.schema_rule(rules, wanted, "schema")
 
 
 def test_a_schema_of_openai_s_largest_size_is_soon_a_grammar() -> None:
