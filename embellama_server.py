@@ -6460,9 +6460,14 @@ class StepContext(AbortableContext):
         self._check_sequences(sequence)
         return int(self._last_position_of(self._memory, sequence))
 
-    def clear(self) -> None:
-        """Empty every sequence, and overwrite what was in the cells (it may be NaN)."""
-        self._llama.llama_memory_clear(self._memory, True)
+    def clear(self, *, wipes: bool = True) -> None:
+        """Empty every sequence; ``wipes``: what was in the cells, too (it may be NaN).
+
+        What comes next lies in the first cells, in order. Attention adds in that of the
+        cells: by those that others had left free every second text of a quantised model
+        had other tokens.
+        """
+        self._llama.llama_memory_clear(self._memory, wipes)
         self._scattered.clear()
 
     def close(self) -> None:
@@ -13346,11 +13351,13 @@ class GenerationWorker(Workers):
     def _maybe_admission(self, request: GenerationRequest) -> Admission | None:
         if self._places + request.n > self._queue.settings.parallel:
             return None
+        if request.is_deterministic and not self._replies and self._context:
+            self._execute(self._table.evict_unused(-1.0))
+            self._context.clear(wipes=False)
         needs_all = request.is_deterministic or request.echoes_logprobs
         reuse = request.reuses_cells and not needs_all
-        return self._table.try_admit(
-            request.ids, request.max_tokens, request.n, reuse=reuse
-        )
+        room = request.ids, request.max_tokens, request.n
+        return self._table.try_admit(*room, reuse=reuse)
 
     def _start(self, generation: Generation, admission: Admission) -> None:
         self._execute([*admission.operations, *self._table.evict_unused()])
@@ -13442,8 +13449,7 @@ class GenerationWorker(Workers):
             self._forget_all(context)
 
     def _decode(self, context: StepContext, step: Step[Reply]) -> None:
-        rows = rows_of(step)
-        threads = self._threads
+        rows, threads = rows_of(step), self._threads
         if not step.is_deterministic:  # the last bits depend on the number of threads
             threads = max(1, threads - self._hooks.cores.busy)
         while True:
@@ -13576,9 +13582,8 @@ class GenerationWorker(Workers):
         for reply in (*self._replies, *self._displaced):
             self._end(reply.generation, error)
             reply.sampler.close()
-        self._replies.clear()
-        self._displaced.clear()
-        self._suspects.clear()
+        for replies in (self._replies, self._displaced, self._suspects):
+            replies.clear()
         self._drop_context()
         self._count()
 

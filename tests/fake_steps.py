@@ -52,6 +52,7 @@ class StepEngine(kit.FakeEngine):
         self.contexts: list[FakeStepContext] = []
         self.no_context = 0  # how many times there is no room for one
         self.steps: list[list[es.StepRow]] = []  # all that were computed
+        self.are_deterministic: list[bool] = []  # of each, whether it is
         self.failures = {NAN_TOKEN: 10**9, BOOM_TOKEN: 10**9}
         self.vocab = None
         self.lies_about_room = 0  # how many steps find no cell
@@ -138,6 +139,7 @@ class FakeStepContext(es.StepContext):
         used = {id(cell) for held in self.sequences for _, cell in held}
         assert len(used) <= self.cells, "more than there are"
         engine.steps.append([*rows])
+        engine.are_deterministic.append(is_deterministic)
 
     def logits(self, index: int) -> Any:
         self._check_thread()
@@ -171,7 +173,7 @@ class FakeStepContext(es.StepContext):
     def last_position(self, sequence: int) -> int:
         return len(self.sequences[sequence]) - 1
 
-    def clear(self) -> None:
+    def clear(self, *, wipes: bool = True) -> None:
         for held in self.sequences:
             held.clear()
 
@@ -274,10 +276,12 @@ class Generating:
         backlog = es.Backlog(es.Size(1 << 16, 1 << 24, 1 << 30))
         self.queue = es.GenerationQueue(engine.card, chosen, backlog)
         self.log = kit.WatchedLog()
+        self.cores = es.Cores()  # that other models' calls compute on
         told = kit.hooks(
             es.Log("debug", "text", self.log),
             deliver=lambda call: call(),
             on_step=self.reports.append,
+            cores=self.cores,
         )
         words: Any = Words()
         if not isinstance(engine, StepEngine):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ SYSTEM = list(range(100, 164))  # how prompts begin
 
 
 def prompt(seed: int, length: int = 20) -> list[int]:
-    return [random.Random(seed).randrange(10, 299) for _ in range(length)]
+    dice = random.Random(seed)
+    return [dice.randrange(10, 299) for _ in range(length)]
 
 
 def settled(running: Generating) -> None:
@@ -144,40 +147,126 @@ def test_how_likely_a_prompt_was_is_told_for_each_of_its_tokens() -> None:
         assert all(-0.1 < entry.logprob <= 0 for entry in entries)
 
 
-def test_a_deterministic_reply_shares_its_steps_with_two_others_at_most() -> None:
-    with generating(StepEngine(parallel=8), parallel=8) as running:
+@pytest.mark.parametrize(("weights", "most"), [("q8_0", 3), ("f16", 1)])
+def test_a_deterministic_reply_shares_its_steps_with_few_of_its_kind(
+    weights: str, most: int
+) -> None:
+    engine = StepEngine(parallel=8)
+    engine.card = dataclasses.replace(engine.card, weights=weights)
+    with generating(engine, parallel=8, threads=3) as running:
+        engine.block()
         others = [running.ask(prompt(n), 30) for n in range(4)]
         fixed = [
             running.ask(prompt(n), 30, is_deterministic=True) for n in range(10, 14)
         ]
-        for one in (*others, *fixed):
-            one.wait()
-        by_kind = [len(step) for step in running.engine.steps if len(step) > 3]
-        assert all(size <= 4 for size in by_kind), "others, who need no such care"
+        with running.cores.used(1):  # by embeddings of another model
+            engine.release()
+            for n, one in enumerate([*others, *fixed]):
+                assert one.text() == said_after(prompt(n if n < 4 else n + 6), 30)
+        steps = [
+            (is_fixed, len(rows), threads)
+            for is_fixed, rows, threads in zip(
+                engine.are_deterministic, engine.steps, engine.threads, strict=True
+            )
+            if all(len(row.ids) == 1 for row in rows)
+        ]
+        assert max(rows for is_fixed, rows, _ in steps if is_fixed) == most
+        assert max(rows for is_fixed, rows, _ in steps if not is_fixed) == 4
+        assert {(is_fixed, n) for is_fixed, _, n in steps} == {(True, 3), (False, 2)}
+        settled(running)
+
+
+def test_a_step_leaves_the_cores_that_calls_of_other_models_use() -> None:
+    with generating(threads=3) as running:
+        for busy, left in ((0, 3), (1, 2), (2, 1), (9, 1)):
+            running.engine.threads.clear()
+            with running.cores.used(busy):
+                assert running.ask(prompt(1), 9).text() == said_after(prompt(1), 9)
+            assert {*running.engine.threads} == {left}
 
 
 # --- who leaves, and who waits ---
 
 
-def test_a_client_that_leaves_is_in_no_further_step() -> None:
+def test_a_client_that_leaves_as_its_reply_grows_is_in_no_further_step() -> None:
     with generating() as running:
-        running.engine.block()
-        stays, leaves = running.ask(prompt(1), 20), running.ask(prompt(2), 20)
-        waits = [running.ask(prompt(n), 5) for n in range(3, 9)]
-        running.engine.wait_until_computing()
-        for one in (leaves, *waits[2:4]):
-            running.queue.cancel(one.generation)
-        running.engine.release()
-        assert stays.text() == said_after(prompt(1), 20)
-        for n, one in enumerate(waits, 3):
-            if n not in (5, 6):
-                assert one.text() == said_after(prompt(n), 5)
+        engine, steps = running.engine, list[int]()
+        engine.block()
+        stays, leaves = running.ask(prompt(2), 60), running.ask(prompt(1), 60)
+
+        def leave() -> None:  # as it has gained something, in the generating thread
+            running.queue.cancel(leaves.generation)
+            steps.append(len(engine.steps))
+
+        leaves.generation.changed = leave
+        engine.release()
+        assert stays.text() == said_after(prompt(2), 60)
+        assert {len(step) for step in engine.steps[steps[0] :]} == {1}
+        assert leaves.generation.tokens == 1
         settled(running)
-        last = [
-            token for step in running.engine.steps for row in step for token in row.ids
-        ]
-        for n in (5, 6):
-            assert prompt(n)[1] not in last or prompt(n) != last[: len(prompt(n))]
+
+
+def test_a_client_that_leaves_as_its_prompt_is_read_or_waits_is_in_no_further_step() -> (
+    None
+):
+    said = "".join(said_after(prompt(n), 20) for n in range(2, 6))
+    known = {token for n in range(2, 6) for token in prompt(n)}
+    token = min(t for t in {*range(10, 299)} - known if f"<{t}>" not in said)
+    with generating() as running:
+        engine = running.engine
+        engine.block()
+        reads = running.ask([token] * 200, 5)
+        engine.wait_until_computing()
+        stays = [running.ask(prompt(n), 20) for n in range(2, 6)]
+        waits = [running.ask([token] * 30, 5, n=2) for _ in range(3)]
+        for one in (reads, *waits):
+            running.queue.cancel(one.generation)
+        engine.release()
+        for n, one in enumerate(stays, 2):
+            assert one.text() == said_after(prompt(n), 20)
+        settled(running)
+        computed = {int(t) for step in engine.steps for row in step for t in row.ids}
+        assert token not in computed, "not even in the one of then: it was ended"
+        assert engine.aborts
+
+
+def test_who_waits_is_let_in_by_priority_and_clients_take_turns() -> None:
+    with generating(parallel=1) as running:
+        running.engine.block()
+        running.ask(prompt(0), 2)
+        running.engine.wait_until_computing()
+        asked = {
+            name: running.ask(prompt(n), 2, client=name[0], priority=priority)
+            for n, (name, priority) in enumerate(
+                [
+                    *(("low", 2), ("a1", 1), ("a2", 1), ("a3", 1), ("b1", 1)),
+                    *(("c1", 1), ("b2", 1), ("urgent", 0)),
+                ]
+            )
+        }
+        running.engine.release()
+        began = {name: one.wait().started_at for name, one in asked.items()}
+        order = sorted(began, key=began.__getitem__)
+        assert order == ["urgent", "a1", "b1", "c1", "a2", "b2", "a3", "low"]
+        settled(running)
+
+
+def test_who_would_wait_for_more_than_half_of_its_time_is_refused_at_once() -> None:
+    with generating(parallel=1) as running:
+        running.engine.block()
+        backlog = running.queue.backlog
+        backlog.throughput.record(100, 10.0)  # ten tokens a second
+        waits = running.ask(prompt(1), 80)
+        wait_s = backlog.wait_s
+        assert wait_s > 1
+        with pytest.raises(es.Overloaded, match="too much waits") as caught:
+            running.ask(prompt(2), 5, timeout_s=2 * wait_s - 0.1)
+        assert caught.value.retry_after_s is not None
+        fits = running.ask(prompt(2), 5, timeout_s=2 * wait_s + 0.1)
+        running.engine.release()
+        assert waits.text() == said_after(prompt(1), 80)
+        assert fits.text() == said_after(prompt(2), 5)
+        settled(running)
 
 
 def test_a_step_is_ended_when_the_last_of_those_in_it_has_left() -> None:
@@ -377,7 +466,9 @@ def test_without_room_for_a_context_requests_are_refused_until_there_is() -> Non
 
 
 def test_a_canary_is_a_reply_of_one_token() -> None:
-    with generating() as running:
+    engine = StepEngine()
+    engine.failures = dict.fromkeys(engine.failures, 0)  # its token is any
+    with generating(engine) as running:
         judged: list[object] = []
         running.queue.send_canary(judged.append)
         until(lambda: judged, "a verdict")
@@ -495,3 +586,66 @@ def test_a_chat_that_goes_on_says_what_it_would_say_anew(
             assert logprob == pytest.approx(entry.logprob, abs=0.02)
         settled(running)
     engine.close()
+
+
+@pytest.fixture(
+    params=[(make, weights) for make in MAKERS for weights in ("f32", "q8_0")]
+)
+def drawing(request: Any, tmp_path: Path) -> Iterator[Generating]:
+    """A pool of eight places, for a model whose weights are floats, or quantised."""
+    make, weights = request.param
+    room = {"context_size": 1024, "threads": 2}
+    engine = engine_of(make, tmp_path, **room)
+    if weights != engine.card.weights:
+        engine.reencode(str(tmp_path / "again.gguf"), weights)
+        engine.close()
+        engine = engine_of(lambda _: tmp_path / "again.gguf", tmp_path, **room)
+    assert engine.card.weights == weights
+    with generating(engine, parallel=8, threads=2) as running:
+        yield running
+        settled(running)
+    engine.close()
+
+
+def drawn(running: Generating, seed: int, length: int, tokens: int = 12) -> Asked:
+    """A deterministic reply, by a seed."""
+    sampling = es.SamplingOptions(temperature=1.0, seed=seed)
+    how = {"is_deterministic": True, "top_logprobs": 3, "sampling": sampling}
+    return running.ask(prompt(seed, length), tokens, **how)
+
+
+def likely(one: Asked) -> list[es.TokenLogprob]:
+    """Its tokens, and how likely each was, to the last bit."""
+    one.wait()
+    return [entry for delta in one.deltas for entry in delta.logprobs]
+
+
+def test_a_deterministic_reply_is_the_same_whatever_was_in_memory_before(
+    drawing: Generating,
+) -> None:
+    # What had been left free by others made every second text of q8_0 another one.
+    dice = random.Random(5)
+    first = [likely(drawn(drawing, 1, length)) for length in (20, 200)]
+    assert [*map(len, first)] == [12, 12]
+    for _ in range(4):
+        before = [
+            drawing.ask(prompt(dice.randrange(99), dice.randrange(5, 40)), count)
+            for count in dice.choices(range(3, 25), k=6)
+        ]
+        for one in before:
+            one.wait()
+        assert [likely(drawn(drawing, 1, length)) for length in (20, 200)] == first
+    assert drawing.queue.prompt_cache.evictions
+
+
+def test_deterministic_replies_are_the_same_beside_others_that_begin_with_them(
+    drawing: Generating,
+) -> None:
+    alone = [likely(drawn(drawing, seed, 7 + seed)) for seed in range(3)]
+    drawing.queue.clear_cache()
+    others = [drawing.ask(prompt(seed, 9), 18) for seed in range(10, 14)]
+    beside = [drawn(drawing, seed, 7 + seed) for seed in range(3)]
+    with drawing.cores.used(1):
+        assert [*map(likely, beside)] == alone
+    for one in others:
+        one.wait()
