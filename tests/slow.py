@@ -53,6 +53,7 @@ def program(arguments: list[str]) -> int:
     if arguments[:1] == ["supervised"]:
         command = (sys.executable, *MODULE, *arguments)
     flags = arguments[len(command[:1]) :]
+    es.Notifier.LOADING_EVERY_S = 1.0
     return es.main(flags, engine_factory=engine, command=command)
 
 
