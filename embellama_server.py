@@ -2341,6 +2341,7 @@ METRICS: Final = (
     Metric("embellama_backlog_seconds", "gauge", "How long the admitted work will take, at the speed of the last calls, by model.", "model", ()),
     Metric("embellama_workers", "gauge", "Worker threads, by state; stuck: in a call that does not end.", "state", ("busy", "idle", "stuck")),
     Metric("embellama_engine_broken", "gauge", "1 while the engine fails on every input and work is refused."),
+    Metric("embellama_draining", "gauge", "1 while the server is out of service by /admin/drain, or stops."),
     Metric("embellama_cache_lookups_total", "counter", "Inputs found in the cache, already under way for another request (shared), or neither.", "result", ("hit", "shared", "miss")),
     Metric("embellama_model_requests_total", "counter", "Requests answered, by model (name@version).", "model", ()),
     Metric("embellama_model_inputs_total", "counter", "Inputs of those requests, by model.", "model", ()),
@@ -22929,6 +22930,8 @@ def _gauges(service: Service) -> Iterator[tuple[Any, ...]]:
     yield "embellama_queue_limit_tokens", sum(limit.tokens for limit in limits)
     yield "embellama_memory_limit_bytes", tightest_memory_bytes()[0]
     yield "embellama_engine_broken", any(queue.breaker.is_open for queue in queues)
+    is_stopping = service.phase not in (Phase.LOADING, Phase.READY)
+    yield "embellama_draining", service.is_withdrawn or is_stopping
     workers = sum(pool.settings.workers for pool in pools)
     busy, stuck = sum(q.busy for q in queues), sum(q.stuck for q in queues)
     yield "embellama_workers", busy - stuck, "busy"
@@ -28004,6 +28007,9 @@ ALERTS: Final = (
     Alert("EmbellamaCacheUseless", "info", "1h", promql(_USELESS_CACHE),
         "Hardly an input is found in the cache.",
         "Give its memory back with --cache-mb 0, or send equal texts to the same server."),
+    Alert("EmbellamaOutOfService", "ticket", "1h", promql("embellama_draining{<job>} == 1"),
+        "Somebody has taken it out of service by POST /admin/drain, and not put it back.",
+        'If nobody works on it any more: POST /admin/drain with {"off": true}, or restart it.'),
     Alert("EmbellamaModelFlapping", "info", "0m", promql("increase(embellama_model_loads_total{<job>}[1h]) > 5"),
         "A model was loaded more than five times in an hour.",
         "Raise --idle-unload-s or --max-memory-mb, or serve it elsewhere."),

@@ -998,6 +998,7 @@ def alert_cases() -> dict[str, tuple[Series, Series]]:
         "EmbellamaAbsent": ([], down),
         "EmbellamaNotReady": gauge("embellama_phase", 'phase="loading"'),
         "EmbellamaEngineBroken": gauge("embellama_engine_broken"),
+        "EmbellamaOutOfService": gauge("embellama_draining"),
         "EmbellamaWorkerStuck": gauge("embellama_workers", 'state="stuck"'),
         "EmbellamaRestarting": (
             [series("process_start_time_seconds", "0+1x180")],

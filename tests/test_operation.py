@@ -246,6 +246,12 @@ async def drained(
     return dict(reply.json)
 
 
+async def metric(running: RunningService) -> int:
+    """What Prometheus is told of that."""
+    text = (await running.ask("GET", "/metrics")).body.decode()
+    return int(text.partition("\nembellama_draining ")[2].partition("\n")[0])
+
+
 async def raw_headers(running: RunningService) -> str:
     """The head of the reply to a client that would go on."""
     reader, writer = await asyncio.open_connection(running.host, running.port)
@@ -278,8 +284,10 @@ async def test_a_drained_server_does_all_it_is_asked_and_may_go_back() -> None:
             "connections": 1,
             "seconds_left": None,
         }
+        assert await metric(running) == 0
         for _ in range(2):  # twice is no mistake
             assert (await drained(running, {}))["is_withdrawn"]
+        assert await metric(running) == 1
         ready = await running.ask("GET", "/ready")
         assert ready.status == 503 and "drain" in ready.body.decode()
         assert (await running.ask("GET", "/health")).status == 200
@@ -289,6 +297,7 @@ async def test_a_drained_server_does_all_it_is_asked_and_may_go_back() -> None:
         for _ in range(2):
             assert not (await drained(running, {"off": True}))["is_withdrawn"]
         assert (await running.ask("GET", "/ready")).status == 200
+        assert await metric(running) == 0
         assert "keep-alive: timeout" in await raw_headers(running)
         assert "STOPPING" not in told.names
     assert told.names.count("STOPPING") == 1
@@ -314,6 +323,7 @@ async def test_stop_is_what_sigterm_does_and_cannot_be_undone() -> None:
         state = await drained(running, {"stop": True})
         assert state["phase"] == "leaving"
         assert 3600 < state["seconds_left"] <= 3610
+        assert await metric(running) == 1
         await drained(running, {"off": True}, 503)
         assert (await running.ask("POST", URL, {"input": "a"})).status == 200
         await drained(running, {"stop": True})  # as a second signal: now
