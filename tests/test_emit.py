@@ -1103,6 +1103,25 @@ def test_prometheus_takes_its_configuration(
     said_by(program, "check", "config", "--syntax-only", "prometheus.yml", cwd=tmp_path)
 
 
+def test_prometheus_has_nothing_to_say_against_the_metrics(tmp_path: Path) -> None:
+    program = needs("promtool")
+    with both.asking(tmp_path, has_chatter=True) as server:
+        for text in ("a", "", kit.BOOM_WORD):
+            server.post("/v1/embeddings", {"input": text})
+        shown = server.get("/metrics").body
+    assert b'embellama_route_requests_total{route="/v1/embeddings"} 3' in shown
+
+    def said(text: bytes) -> bytes:
+        how: dict[str, Any] = {"capture_output": True, "timeout": kit.DEADLINE_S}
+        done = subprocess.run(
+            [program, "check", "metrics"], input=text, check=False, **how
+        )
+        return bytes(done.stdout + done.stderr)
+
+    assert said(shown) == b""
+    assert b"no help text" in said(b"# TYPE a_total counter\na_total 1\n")
+
+
 # --- in use ---
 
 
