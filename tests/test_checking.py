@@ -12,6 +12,7 @@ import pytest
 
 import embellama_server as es
 from tests import chat_models, kit, models
+from tests.test_vectors import EXPECTED, ROWS
 
 TEXTS = ["the sea", "a new year", "no time"]
 
@@ -203,6 +204,46 @@ def test_each_kind_of_model_is_checked(desk: Desk, tmp_path: Path) -> None:
         (path,) = (tmp_path / kind).glob("*.gguf")
         assert desk.check(path, "--reference", file, factory=es.Engine) == 1
         assert f"is {is_it}" in desk.err
+
+
+def test_each_warning_of_a_start_is_told(desk: Desk) -> None:
+    """Of an end that texts lack, a pre-tokenizer, and the files beside the model."""
+    path = models.tiny_causal(desk.root, end=False, pre="")
+    files = {
+        "modules.json": [{"type": "sentence_transformers.models.CNN"}],
+        "config_sentence_transformers.json": {"default_prompt_name": "query"},
+    }
+    for name, content in files.items():
+        (desk.root / name).write_text(json.dumps(content))
+    assert desk.check(path, "--workers", 1, factory=es.Engine) == 0
+    told = [line for line in desk.err.splitlines() if " warning " in line]
+    for words in (
+        "--end-token",
+        "pre-tokenizer",
+        "modules.json",
+        "default_prompt_name",
+    ):
+        assert sum(words in line for line in told) == 1, words
+    assert len(told) == 4
+    assert desk.facts["pooling"] == "last" and desk.facts["suffix"] == "[]"
+
+
+@pytest.mark.model
+def test_the_default_model_is_near_the_vectors_of_sentence_transformers(
+    desk: Desk, default_model: Path
+) -> None:
+    file = desk.root / "reference.json"
+    vectors = EXPECTED.astype(float).tolist()
+    file.write_text(
+        json.dumps({"texts": [row["text"] for row in ROWS], "embeddings": vectors})
+    )
+    given = (default_model, "--auto-truncate", "--reference", file, "--min-cosine")
+    assert desk.check(*given, "0.9999", factory=es.Engine) == 0
+    assert desk.facts["median"].startswith("cosine        0.9999")
+    # Where it does not do as the reference, it says so.
+    flags = ("--pooling", "cls")
+    assert desk.check(*given, "0.9999", *flags, factory=es.Engine) == 1
+    assert f"{len(ROWS)} of {len(ROWS)} vectors have a cosine" in desk.err
 
 
 def test_what_cannot_be_served_is_a_sentence(desk: Desk) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -24,8 +25,10 @@ import numpy as np
 import pytest
 
 import embellama_server as es
-from tests import kit, models
+from tests import both, kit, models
+from tests.chat_models import tiny_gemma
 from tests.test_engine import loaded, refusal, run_python
+from tests.words import WORDS
 
 SCRIPT = str(kit.ROOT / "embellama_server.py")
 LAST, RANK = 3, 4  # LLAMA_POOLING_TYPE_*
@@ -597,3 +600,33 @@ def test_a_file_that_ranks_without_a_head_is_refused(tmp_path: Path, name: str) 
 def test_no_setting_makes_a_reranker_of_an_embedding_model(tmp_path: Path) -> None:
     path = models.tiny_bert(tmp_path)
     assert str(path) in refusal(path, pooling="rank")
+
+
+# --- exact vectors ---
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_an_exact_vector_has_the_same_bits_whatever_else_is_asked(
+    tmp_path: Path, kind: str, is_exact: bool
+) -> None:
+    texts = [
+        " ".join(itertools.islice(itertools.cycle(WORDS[n:]), n)) for n in range(3, 33)
+    ]
+    path = models.tiny_bert(tmp_path) if kind == "encoder" else tiny_gemma(tmp_path)
+    flags = ["--cache-mb", "0", "--workers", "2", "--weights", "q8_0"]
+    flags += ["--pooling", "mean", "--cache-dir", str(tmp_path), "--auto-truncate"]
+    flags += ["--exact"] * is_exact
+    with kit.started("--model-path", str(path), *flags, module=(SCRIPT,)) as server:
+
+        def asked(given: list[str]) -> list[str]:
+            client = both.Client(server.url)
+            body = {"input": given, "encoding_format": "base64"}
+            reply = client.post("/v1/embeddings", body)
+            client.close()
+            return [row["embedding"] for row in reply.json["data"]]
+
+        alone = [asked([text])[0] for text in texts]
+        with ThreadPoolExecutor(3) as others:
+            at_once = others.map(lambda _: asked(texts), range(3))
+            assert all((found == alone) == is_exact for found in at_once)
