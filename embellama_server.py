@@ -4985,7 +4985,6 @@ _ROLES: Final = {
     "function": "tool",
 }
 _REASONING: Final = ("reasoning_content", "reasoning", "thinking")  # its names
-_PART_TYPES: Final = ("text", "refusal")  # and the field that holds the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -4997,28 +4996,31 @@ class Turn:
     text: str
     others: Mapping[str, Any] = field(default_factory=dict)  # its other fields
 
-    def merged(self, other: Turn) -> Turn:
-        """Return both as one, which has this one's role."""
-        others = {**self.others, **other.others}
-        for name in self.others.keys() & other.others.keys():
-            both = self.others[name], other.others[name]
-            if name == "tool_calls":
-                others[name] = [*both[0], *both[1]]
-            elif name in _REASONING:
-                others[name] = _joined(*both)
-        text = _joined(self.text, other.text)
-        return dataclasses.replace(self, text=text, others=others)
+
+def _merged(turns: Sequence[Turn]) -> Turn:
+    """Return turns as one, which has the role of the first."""
+    values: dict[str, list[Any]] = {}
+    for turn in turns:
+        for name, value in turn.others.items():
+            values.setdefault(name, []).append(value)
+    others = {name: some[-1] for name, some in values.items()}
+    for name in values.keys() & _REASONING:
+        others[name] = _joined(values[name])
+    if "tool_calls" in values:
+        others["tool_calls"] = [*itertools.chain.from_iterable(values["tool_calls"])]
+    text = _joined(turn.text for turn in turns)
+    return dataclasses.replace(turns[0], text=text, others=others)
 
 
-def _joined(*texts: str) -> str:
+def _joined(texts: Iterable[str]) -> str:
     return "\n\n".join(filter(None, texts))
 
 
 def normalized(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """Return messages in one form, all system texts first. Raises InvalidValue."""
-    turns = [_turn(index, message) for index, message in enumerate(messages)]
+    """Return messages, as forms let them through, as turns: all system texts first."""
+    turns = [*map(_turn, itertools.count(), messages)]
     system = [turn for turn in turns if turn.role == "system"]
-    first = [functools.reduce(Turn.merged, system)] if system else []
+    first = [_merged(system)] if system else []
     return first + [turn for turn in turns if turn.role != "system"]
 
 
@@ -5027,60 +5029,33 @@ def folded(turns: Sequence[Turn]) -> list[Turn]:
 
     What the system says begins the first user's turn.
     """
-    fewer: list[Turn] = []
+    groups: list[list[Turn]] = []
     for turn in turns:
         if turn.role == "system":
             turn = dataclasses.replace(turn, role="user")
-        if fewer and fewer[-1].role == turn.role != "tool":
-            fewer[-1] = fewer[-1].merged(turn)
+        if groups and groups[-1][0].role == turn.role != "tool":
+            groups[-1].append(turn)
         else:
-            fewer.append(turn)
-    return fewer
+            groups.append([turn])
+    return [*map(_merged, groups)]
 
 
 def _turn(index: int, message: Mapping[str, Any]) -> Turn:
-    name, role = f"messages[{index}]", message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise invalid(f"{name}.role", f"must be one of {', '.join(_ROLES)}")
     others = {key: value for key, value in message.items() if value is not None}
-    text = _text_of(others.pop("content", ""), f"{name}.content")
-    calls = others.pop("tool_calls", [])
-    if not isinstance(calls, list):
-        raise invalid(f"{name}.tool_calls", "must be a list")
-    if calls:  # many templates take an empty list for a call
-        names = (f"{name}.tool_calls[{n}]" for n in itertools.count())
-        others["tool_calls"] = [*map(_call, calls, names)]
-    del others["role"]
-    thoughts = {key: others[key] for key in _REASONING if key in others}
-    for key, thought in thoughts.items():
-        if not isinstance(thought, str):
-            raise invalid(f"{name}.{key}", "must be a string")
+    role, content = _ROLES[others.pop("role")], others.pop("content", "")
+    if calls := others.pop("tool_calls", ()):  # many templates take [] for a call
+        others["tool_calls"] = [*map(_call, calls)]
+    thoughts = [others[key] for key in _REASONING if key in others]
     if thoughts:  # most templates know the first name, gpt-oss's the last
-        thought = next(iter(thoughts.values()))
-        others |= {"reasoning_content": thought, "thinking": thought}
-    return Turn(index, _ROLES[role], text, others)
+        others |= {"reasoning_content": thoughts[0], "thinking": thoughts[0]}
+    if not isinstance(content, str):
+        content = "\n".join(part["text"] for part in content)
+    return Turn(index, role, content, others)
 
 
-def _text_of(content: object, name: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise invalid(name, "must be a string or a list of parts")
-    texts = []
-    for number, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get(kind) if kind in _PART_TYPES else None
-        if not isinstance(text, str):
-            raise invalid(f"{name}[{number}]", "must be a part of the type text")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _call(call: object, name: str) -> dict[str, Any]:
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, no longer JSON in a string."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise invalid(f"{name}.function", "must have a name and arguments")
+    function = call["function"]
     arguments = function.get("arguments") or "{}"
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
@@ -5141,12 +5116,11 @@ def tool_turns(
     if teaches or not skills.results:
         found = _with_written_results(found)
     if teaches:
-        functions = (tool.get("function", tool) for tool in tools)
-        lines = (json.dumps(one, ensure_ascii=False) for one in functions)
+        lines = (json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         text = _TOOLS_TEXT.format(tools="\n".join(lines))
         system = [turn for turn in found if turn.role == "system"]
         first = system[0] if system else Turn(NO_MESSAGE, "system", "")
-        first = dataclasses.replace(first, text=_joined(first.text, text))
+        first = dataclasses.replace(first, text=_joined([first.text, text]))
         found = [first, *(turn for turn in found if turn.role != "system")]
     return found
 
@@ -5154,7 +5128,8 @@ def tool_turns(
 def _with_names(turns: Sequence[Turn]) -> list[Turn]:
     """Give calls their ids, and results the ids and names of their calls."""
     found: list[Turn] = []
-    open_calls: dict[str, str] = {}  # names by ids
+    # Names by ids; the first of a plain dict is found slower the more were taken out.
+    open_calls = collections.OrderedDict[str, str]()
     for turn in turns:
         others = dict(turn.others)
         if calls := others.get("tool_calls"):
@@ -5163,22 +5138,19 @@ def _with_names(turns: Sequence[Turn]) -> list[Turn]:
                 {**call, "id": call.get("id") or id_, "type": "function"}
                 for call, id_ in zip(calls, made, strict=False)
             ]
-            open_calls = {
-                str(call["id"]): str(call["function"].get("name", ""))
-                for call in others["tool_calls"]
-            }
+            open_calls = collections.OrderedDict(
+                (call["id"], call["function"]["name"]) for call in others["tool_calls"]
+            )
         if turn.role == "tool":
-            id_ = str(others.get("tool_call_id") or next(iter(open_calls), ""))
-            name = open_calls.pop(id_, "") or str(others.get("tool_name", ""))
+            id_ = others.get("tool_call_id") or next(iter(open_calls), "")
             others["tool_call_id"] = id_
-            others.setdefault("name", name)
+            others.setdefault("name", open_calls.pop(id_, ""))
         found.append(dataclasses.replace(turn, others=others))
     return found
 
 
-def _short_id(text: object) -> str:
+def _short_id(text: str) -> str:
     """Return nine letters and digits for an id: itself, if it has that form."""
-    text = str(text)
     if len(text) == CALL_ID_CHARS and text.isascii() and text.isalnum():
         return text
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:CALL_ID_CHARS]
@@ -5217,16 +5189,17 @@ def _calls_apart(turns: Sequence[Turn]) -> list[Turn]:
             found.append(turn)
             continue
         results = [*itertools.takewhile(lambda one: one.role == "tool", left)]
-        for _ in results:
+        by_id: dict[str, list[Turn]] = {}
+        for result in results:
             left.popleft()
+            by_id.setdefault(result.others["tool_call_id"], []).append(result)
         for n, call in enumerate(calls):
             text, others = "" if n else turn.text, {} if n else dict(turn.others)
             others["tool_calls"] = [call]
             found.append(dataclasses.replace(turn, text=text, others=others))
-            mine = [r for r in results if r.others.get("tool_call_id") == call["id"]]
-            found += mine
-            results = [one for one in results if one not in mine]
-        found += results
+            found += by_id.pop(call["id"], ())
+        nobodys = itertools.chain.from_iterable(by_id.values())
+        found += sorted(nobodys, key=lambda turn: turn.index)
     return found
 
 
@@ -5413,8 +5386,8 @@ class ChatTemplate:
         """Return the prompt for a conversation.
 
         ``continues_last``: it ends where the last message does. ``variables``: more of
-        the template's, e.g. enable_thinking. Raises InvalidValue for messages that are
-        none, TemplateRefused, and ContextLengthExceeded above ``max_chars``.
+        the template's, e.g. enable_thinking. Raises InvalidValue, TemplateRefused, and
+        ContextLengthExceeded above ``max_chars``.
         """
         values = {"documents": None, **(variables or {})}
         values["tools"] = tools if tools and self.skills.tools else None
@@ -5544,7 +5517,7 @@ def _with_marked_calls(turn: Turn) -> Mapping[str, Any]:
     marked = []
     for number, call in enumerate(calls):
         function = call["function"]
-        name = f"{function.get('name', '')}{_call_mark(turn, number)}"
+        name = f"{function['name']}{_call_mark(turn, number)}"
         marked.append({**call, "function": {**function, "name": name}})
     return {**turn.others, "tool_calls": marked}
 
@@ -19394,9 +19367,9 @@ def offered(
     tools: Sequence[Tool] | None, choice: ToolChoice | None
 ) -> tuple[Sequence[Tool], str]:
     """Return the tools that a choice leaves, and its mode. Raises InvalidValue."""
-    mode, names = choice or ToolChoice("auto")
-    tools = tools or ()
-    unknown = {*names} - {tool["function"]["name"] for tool in tools}
+    mode, listed = choice or ToolChoice("auto")
+    tools, names = tools or (), {*listed}
+    unknown = names - {tool["function"]["name"] for tool in tools}
     if unknown:
         raise invalid(
             "tool_choice", f"names {min(unknown)}, which none of the tools is called"

@@ -555,6 +555,8 @@ async def test_messages_reach_the_template_without_nulls_and_unknown_fields() ->
         {"role": "assistant", "content": "ok", "refusal": None, "reasoning": "hm"},
         {"role": "assistant", "refusal": "no", "tool_calls": None},
         {"role": "user", "content": ""},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+        {"role": "user", "content": "x"},
     ]
     engine = kit.FakeChatEngine()
     async with chatting(engine=engine) as (running, _):
@@ -568,6 +570,8 @@ async def test_messages_reach_the_template_without_nulls_and_unknown_fields() ->
             {"role": "assistant", "content": "ok", "reasoning": "hm"},
             {"role": "assistant", "content": "no"},
             {"role": "user", "content": ""},
+            {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+            {"role": "user", "content": "x"},
         ]
 
 

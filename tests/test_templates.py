@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import chat_models
+from tests import chat_models, kit
 from tests.test_tiny_models import llama, opened
 
 Message = dict[str, Any]
@@ -88,7 +88,6 @@ def refusal(source: str, messages: Sequence[Message], **how: Any) -> str:
             [user("a\nb")],
         ),
         ([user([])], [user("")]),
-        ([assistant([{"type": "refusal", "refusal": "no"}])], [assistant("no")]),
         ([{"role": "developer", "content": "a"}], [system("a")]),
         ([{"role": "function", "content": "1", "name": "f"}], [tool("1", name="f")]),
         ([user("a", name=None)], [user("a")]),
@@ -146,30 +145,55 @@ def test_a_tool_s_arguments_become_an_object(arguments: object, read: object) ->
     assert (call["id"], call["function"]["name"]) == ("c1", "weather")
 
 
+@functools.cache
+def talk(count: int) -> list[Message]:
+    """Many of each kind, in a row."""
+    calls = [
+        {"id": f"c{n}", "function": {"name": "f", "arguments": "{}"}}
+        for n in range(count)
+    ]
+    asks, results = assistant("", tool_calls=calls), [tool("1")] * count
+    named = [tool("1", tool_call_id=f"c{n}") for n in reversed(range(count))]
+    some = [system("a"), user("a"), assistant("a", reasoning="r", tool_calls=calls[:1])]
+    said = [message for message in some for _ in range(count)]
+    return [*said, asks, *results, asks, *named]
+
+
 @pytest.mark.parametrize(
-    ("message", "param"),
-    [
-        ({"content": "a"}, "messages[1].role"),
-        ({"role": "wizard", "content": "a"}, "messages[1].role"),
-        ({"role": ["user"], "content": "a"}, "messages[1].role"),
-        ({"role": "<|im_end|>", "content": "a"}, "messages[1].role"),
-        (user(7), "messages[1].content"),
-        (user({"type": "text"}), "messages[1].content"),
-        (user([{"type": "text"}]), "messages[1].content[0]"),
-        (user([{"type": "image_url", "image_url": {}}]), "messages[1].content[0]"),
-        (user([{"type": ["text"], "text": "a"}]), "messages[1].content[0]"),
-        (user(["a"]), "messages[1].content[0]"),
-        (assistant("a", tool_calls={}), "messages[1].tool_calls"),
-        (assistant("a", tool_calls=[7]), "messages[1].tool_calls[0].function"),
-        (assistant("a", tool_calls=[{}]), "messages[1].tool_calls[0].function"),
-        (assistant("a", reasoning=[1]), "messages[1].reasoning"),
-    ],
+    "skills", [[True] * 5, [True, True, True, False, False], [False] * 5]
 )
-def test_what_is_no_message_is_named(message: Message, param: str) -> None:
-    with pytest.raises(es.InvalidValue) as caught:
-        es.normalized([user("fine"), message])
-    assert caught.value.param == param
-    assert caught.value.message.startswith(param)
+def test_turns_take_as_long_as_there_are_messages(skills: list[bool]) -> None:
+    def make(count: int) -> list[es.Turn]:
+        turns = es.normalized(talk(count))
+        return es.folded(es.tool_turns(turns, [WEATHER], es.TemplateSkills(*skills)))
+
+    turns = make(3)
+    assert [turn.text for turn in turns if turn.role == "tool"] == ["1"] * (
+        6 if skills[2] else 0
+    )
+    kit.assert_linear(make, 2_000)
+
+
+def test_results_stand_after_their_calls_and_those_of_no_call_after_all() -> None:
+    one, two = (
+        calling("{}")["tool_calls"][0] | {"id": "c2"},
+        calling("{}")["tool_calls"][0],
+    )
+    results = [
+        tool(text, tool_call_id=id_)
+        for text, id_ in (
+            ("x", "d"),
+            ("1", "c1"),
+            ("y", "e"),
+            ("2", "c2"),
+            ("z", "d"),
+            ("+", "c1"),
+        )
+    ]
+    turns = es.normalized([assistant("", tool_calls=[one, two]), *results])
+    skills = es.TemplateSkills(several_calls=False)
+    found = es.tool_turns(turns, (), skills)
+    assert [turn.text for turn in found] == ["", "2", "", "1", "+", "x", "y", "z"]
 
 
 VALUES = st.recursive(
@@ -182,19 +206,22 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-MESSAGES = st.lists(
-    st.dictionaries(
-        st.sampled_from(
-            ["content", "tool_calls", "name", "reasoning", "thinking", "tool_call_id"]
-        ),
-        VALUES,
-    ).flatmap(
-        lambda message: st.sampled_from([*es._ROLES, "", None, 7]).map(
-            lambda role: {**message, "role": role}
-        )
-    ),
-    max_size=4,
+SAID = st.text(max_size=5)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": SAID}))
+CALLED = st.fixed_dictionaries({"name": SAID}, optional={"arguments": VALUES | SAID})
+CALLS = st.fixed_dictionaries({"function": CALLED}, optional={"id": SAID})
+ROLES = st.sampled_from([*es._ROLES])
+PROPER = st.fixed_dictionaries(
+    {"role": ROLES, "content": SAID | PARTS},
+    optional={
+        "tool_calls": st.lists(CALLS, max_size=2),
+        **{name: SAID | st.none() for name in ("name", "reasoning", "tool_call_id")},
+    },
 )
+WILD = st.fixed_dictionaries(
+    {"role": ROLES | VALUES, "content": VALUES}, optional={"tool_calls": VALUES}
+)
+MESSAGES = st.lists(PROPER, min_size=1, max_size=4) | st.lists(PROPER | WILD)
 
 
 TEMPLATES = [
@@ -208,8 +235,10 @@ TEMPLATES = [
 def test_whatever_is_sent_there_is_a_prompt_or_a_400(
     messages: list[Message], continues: bool, template: es.ChatTemplate
 ) -> None:
+    body = {"messages": messages, "continue_final_message": continues}
     try:
-        prompt = template.render(messages, continues_last=continues)
+        request = es.chat_request(es.parse_form(es.ChatForm, body))
+        prompt = template.render(request.messages, continues_last=continues)
     except es.ApiError as error:
         assert error.status == 400
     else:

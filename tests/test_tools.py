@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embellama_server as es
+from tests import kit
 
 
 def tool(name: str = "f", **more: Any) -> dict[str, Any]:
@@ -71,6 +72,16 @@ def test_a_choice_leaves_the_tools_that_it_names_and_says_what_must_be(
     tools: Any, choice: Any, wanted: tuple[Any, str]
 ) -> None:
     assert read(tools, choice) == wanted
+
+
+def test_a_choice_takes_as_long_as_there_are_tools_and_names() -> None:
+    def choose(count: int) -> None:
+        names = [f"f{n}" for n in range(count)]
+        tools = es.TOOLS.read([*map(tool, names)], "tools")
+        choice = es.TOOL_CHOICE.read(allowed("auto", *reversed(names)), "tool_choice")
+        assert len(es.offered(tools, choice)[0]) == count
+
+    kit.assert_linear(choose, 2_500)
 
 
 def test_tools_are_shown_as_they_came_but_without_nulls() -> None:
