@@ -2280,8 +2280,9 @@ def _log_value(value: object) -> str:
 # ==============================================================================
 # Metrics belong to the event loop: workers send their measurements along with their
 # results, so no counter needs a lock. Every series exists from the start at 0: a
-# dashboard must tell "nothing happened" from "not there" (TEI#520). Exposition format:
-# Prometheus text 0.0.4.
+# dashboard must tell "nothing happened" from "not there" (TEI#520). Those of a model go
+# when it is served no more, and begin at 0 if it comes back. Exposition format: Prometheus
+# text 0.0.4.
 
 
 @dataclass(frozen=True, slots=True)
@@ -2383,6 +2384,7 @@ class Telemetry:
         # Values of labels that METRICS leaves open, in order of arrival.
         self._added: dict[str, dict[str, None]] = {"model": {}, "route": {}}
         self._values = {(row.name, v): 0.0 for row in METRICS for v in row.values}
+        self._gone = dict.fromkeys(self._rows, 0.0)  # see keep()
         # Observations per bucket; the last bucket is for those above all bounds.
         self._hits = {
             (row.name, label): [0] * (len(row.buckets) + 1)
@@ -2402,9 +2404,20 @@ class Telemetry:
             names = (row.name for row in METRICS if row.label == name)
             self._values |= {(each, value): 0.0 for each in names}
 
+    def keep(self, name: str, values: Collection[str]) -> None:
+        """Show only these values of the label ``name``; total() counts others, too."""
+        for value in self._added[name].keys() - {*values}:
+            del self._added[name][value]
+            for row in METRICS:
+                if row.label == name:
+                    self._gone[row.name] += self._values.pop((row.name, value))
+
     def count(self, name: str, by: float = 1, label: str = "") -> None:
         """Add to a counter."""
-        self._values[name, label] += by
+        if self._rows[name].label == "model" and label not in self._added["model"]:
+            self._gone[name] += by  # a request that was under way
+        else:
+            self._values[name, label] += by
 
     def set(self, name: str, to: float, label: str = "") -> None:
         """Set a gauge."""
@@ -2427,8 +2440,9 @@ class Telemetry:
         return self._rows[name].buckets, self._hits[name, label]
 
     def total(self, name: str) -> float:
-        """Return the sum over all models of a metric that has a series for each."""
-        return sum(self._values[name, label] for label in self._added["model"])
+        """Return the sum over all models there were of a counter that each has."""
+        shown = (self._values[name, label] for label in self._added["model"])
+        return self._gone[name] + sum(shown)
 
     def remember(self, now: float) -> None:
         """Note what was observed until ``now``, for recent_mean(). Call it now and then."""
@@ -2607,8 +2621,7 @@ class Tracer:
         self.sent += spans - failed
         self.failed += failed
         if (lost := self.refused + self.failed) >= self._next_warning:
-            # 1, 2, 4, 8, ...: not each time
-            self._next_warning = 1 << lost.bit_length()
+            self._next_warning = 1 << lost.bit_length()  # 1, 2, 4, 8 ...: not each time
             why = why or "they came too fast"
             to = self._connection.host
             self._log("warning", "spans lost", to=to, lost=lost, why=why)
@@ -16880,8 +16893,10 @@ class ModelRegistry:
         """Raises StartupError, without changes, if a name means two models."""
         self.names = ModelNames(entries)
         self.entries = entries
-        for entry in entries:
-            self._telemetry.add("model", entry.label)
+        labels = [entry.label for entry in entries]
+        for label in labels:
+            self._telemetry.add("model", label)
+        self._telemetry.keep("model", labels)
 
     @property
     def is_loading(self) -> bool:
@@ -17134,8 +17149,8 @@ class ModelRegistry:
         """Stop serving it. Raises ModelConflict for the only model."""
         if len(self.entries) == 1:
             raise ModelConflict(f"{entry.label} is the only model", param="model")
-        self._set_entries([other for other in self.entries if other is not entry])
         self._retire(entry)
+        self._set_entries([other for other in self.entries if other is not entry])
 
     async def replace(self, configured: Iterable[Settings]) -> list[str]:
         """Serve these and the added models; return the labels of those now loaded.

@@ -200,6 +200,21 @@ class Several(kit.RunningService):
         assert len(lines) == 1, f"{series} in:\n{text}"
         return float(lines[0].rpartition(" ")[2])
 
+    async def series(self) -> set[str]:
+        """The names and labels of all series."""
+        text = (await self.ask("GET", "/metrics")).body.decode()
+        return {line.rpartition(" ")[0] for line in text.splitlines() if line[0] != "#"}
+
+    async def named_in_metrics(self) -> set[str]:
+        """The models that have series."""
+        found = (re.search('model="([^"]*)"', one) for one in await self.series())
+        return {match[1] for match in found if match}
+
+    async def completed(self) -> int:
+        """The requests that all models have answered, as infer-server tells it."""
+        figures = (await self.ask("GET", "/v1/metrics")).json
+        return int(figures["engine"]["completed_requests"])
+
     def sweep(self) -> None:
         """Free whoever is done, now."""
         self.models.sweep(0)
@@ -1428,7 +1443,7 @@ async def test_a_model_that_is_forgotten_while_it_loads_serves_who_waits_and_goe
         running.engines.let_go()
         assert (await ask).status == 200
         await running.freed(running.engines.last("b"))
-        assert await running.metric('embellama_model_loaded{model="b@1"}') == 0
+        assert await running.named_in_metrics() == {"a@1"}
 
 
 async def test_who_asks_for_a_model_that_was_just_freed_is_told_to_try_again(
@@ -1697,14 +1712,43 @@ async def test_a_reload_loads_a_file_that_has_changed(
 async def test_after_a_reload_metrics_say_what_is_in_memory(
     files: Callable[[str], str],
 ) -> None:
-    async with serving(row(files("a")), row(files("b"))) as running:
-        await running.answering("a")
+    both = (row(files("a")), row(files("b")))
+    async with serving(*both) as running:
+        for name in ("a", "a", "b"):
+            await running.answering(name)
         await reloaded(running, row(files("a"), workers=2))
-        for label, there in (("a@1", 1), ("b@1", 0)):
-            shown = f'embellama_model_loaded{{model="{label}"}}'
-            assert await running.metric(shown) == there, label
-        name = 'embellama_model_requests_total{model="a@1"}'
-        assert await running.metric(name) == 1
+        assert await running.named_in_metrics() == {"a@1"}
+        assert await running.metric('embellama_model_loaded{model="a@1"}') == 1
+        requests = 'embellama_model_requests_total{model="%s@1"}'
+        assert await running.metric(requests % "a") == 2
+        assert await running.completed() == 3  # there is no telling it from those of b
+        await reloaded(running, *both)
+        assert await running.metric(requests % "b") == 0
+        await running.answering("b")
+        assert await running.metric(requests % "b") == 1
+        assert await running.completed() == 4
+
+
+async def test_metrics_of_models_that_come_and_go_are_those_of_the_served_ones(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a"))) as running:
+        before = await running.series()
+        for number in range(5):
+            reply = await running.admin("load", path=files("n"), version=number + 1)
+            assert reply.status == 200
+            assert await running.answering("n") == f"n@{number + 1}"
+            assert await running.named_in_metrics() == {"a@1", f"n@{number + 1}"}
+            engine = running.engines.last("n")
+            engine.block()
+            ask = asyncio.create_task(running.embed("n", input="last"))
+            await asyncio.to_thread(engine.wait_until_computing)
+            await running.admin("unload", model="n", forget=True)
+            assert await running.series() == before
+            engine.release()
+            assert (await ask).status == 200
+            assert await running.completed() == 2 * (number + 1)
+        assert await running.series() == before
 
 
 @pytest.mark.parametrize("which", ["load", "names", "file", "prompt"])

@@ -168,8 +168,6 @@ def test_a_model_has_its_series_from_when_it_is_named(name: str) -> None:
     telemetry = es.Telemetry()
     assert of_models(telemetry, name) == {}
     with pytest.raises(KeyError):
-        telemetry.count(name, label="a@1")
-    with pytest.raises(KeyError):
         telemetry.set(name, 1, "a@1")
     for label in ("a@1", "a@2", ODD):
         telemetry.add("model", label)
@@ -179,6 +177,27 @@ def test_a_model_has_its_series_from_when_it_is_named(name: str) -> None:
     telemetry.add("model", "a@2")  # again: nothing is forgotten
     assert of_models(telemetry, name) == {"a@1": 0, "a@2": 3, ODD: 4}
     assert telemetry.value(name, ODD) == 4
+
+
+def test_a_model_that_is_served_no_more_has_no_series_but_its_part_of_the_total() -> (
+    None
+):
+    telemetry, name = es.Telemetry(), "embellama_model_requests_total"
+    for label in ("a@1", "b@1"):
+        telemetry.add("model", label)
+        telemetry.count(name, 2, label)
+    telemetry.keep("model", ["a@1"])
+    for each in OF_MODELS:
+        assert of_models(telemetry, each).keys() == {"a@1"}
+    telemetry.count(name, label="b@1")  # its last request ends
+    assert of_models(telemetry, name) == {"a@1": 2}
+    assert telemetry.total(name) == 5
+    telemetry.add("model", "b@1")
+    telemetry.count(name, label="b@1")
+    assert of_models(telemetry, name) == {"a@1": 2, "b@1": 1}
+    assert telemetry.total(name) == 6
+    with pytest.raises(KeyError):
+        telemetry.count("embellama_model_typos_total", label="b@1")
 
 
 def test_recent_means_are_of_the_last_minute() -> None:
