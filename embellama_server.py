@@ -2281,8 +2281,7 @@ def _log_value(value: object) -> str:
 # Metrics belong to the event loop: workers send their measurements along with their
 # results, so no counter needs a lock. Every series exists from the start at 0: a
 # dashboard must tell "nothing happened" from "not there" (TEI#520). Those of a model go
-# when it is served no more, and begin at 0 if it comes back. Exposition format: Prometheus
-# text 0.0.4.
+# when it is served no more, and begin at 0 if it comes back. Format: Prometheus text 0.0.4.
 
 
 @dataclass(frozen=True, slots=True)

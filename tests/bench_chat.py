@@ -248,14 +248,14 @@ def _crowd(streams: int) -> Cell:
     return crowd
 
 
-def same_texts(subjects: Sequence[Subject], model: Path) -> int:
+def same_texts(subjects: Sequence[Subject], model: Path, cells: int) -> int:
     """Compare what servers say, one prompt at a time; in how many they differ."""
     said = []
     # For checkpoints llama-server reads a prompt's last 4 tokens by themselves, and other
     # shapes of batches give other bits.
     plain = Subject(PEER, f"{subjects[1].command} --ctx-checkpoints 0")
     for subject in (Subject(OURS, f"{subjects[0].command} {PLAIN}"), plain):
-        with subject.serving(model, 1, 4096) as server:
+        with subject.serving(model, 1, cells) as server:
             texts: list[str] = []
             run_cell(_telling(texts), server, 0)
         said.append(texts)
@@ -335,6 +335,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model-path", type=Path, help="default: Gemma 3 270M, fetched once")
     add("--rounds", type=int, default=5)
     add("--same-text", action="store_true", help="only compare greedy texts")
+    add("--cells", type=int, default=256, help="of --same-text; from 257 on bits move")
     add("--json", type=Path, metavar="FILE", help="where to put the raw figures")
     return made
 
@@ -353,7 +354,7 @@ def main() -> None:
         program, _, flags = subject.command.replace("{usual}", USUAL).partition(" ")
         print(f"{subject.name}: {os.path.basename(program)} {flags}")
     if given.same_text:
-        raise SystemExit(same_texts(subjects, model) > 0)
+        raise SystemExit(same_texts(subjects, model, given.cells) > 0)
     found: Rounds = {}
     usual = [cell for name, cell in CELLS.items() if name in names]
     tight = [overcommit] * ("overcommit" in names)

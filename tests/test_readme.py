@@ -31,6 +31,7 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
         *("--texts", "--verb", "--llama-server"),
         "--additional-suffix",  # split's
         "--count",  # of the mutants
+        *("--same-text", "--cells"),  # of the chats'
         "--parallel",  # llama-server's
         *(
             "--peer",
