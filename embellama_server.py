@@ -6230,7 +6230,8 @@ STEP_TOKENS: Final = 512  # most in a step
 # Reading 2,048 tokens of Gemma 3 270M took 4.13 s in parts of 512, 4.18 of 256, 4.42 of 128
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
-_MAX_PACKED_BYTES: Final = 64 << 20  # that pack() holds; 38 MB took 45 ms
+# That pack() holds; 38 MB took 45 ms. What is larger stays as it is, only slower to pass.
+_MAX_PACKED_BYTES: Final = 64 << 20
 _MIN_OUTPUTS: Final = 16  # rows of logits: a reply's, and the most of --draft-tokens
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 _PAIRED_TOKENS: Final = range(3, 16)  # one and one took no longer than two
@@ -6421,6 +6422,8 @@ class StepContext(AbortableContext):
                 llama.llama_state_seq_get_data(self._pointer, state, size, spare)
                 llama.llama_memory_seq_rm(memory, sequence, begin, end)
                 saved.append((sequence, begin, state))
+            elif size <= _MAX_PACKED_BYTES:
+                self._scattered[sequence] = begin  # the next time there is room for it
             llama.llama_memory_seq_rm(memory, spare, -1, -1)
         for sequence, begin, state in saved:
             size = len(state)

@@ -646,9 +646,10 @@ class Counting:
         return getattr(llama(), name)
 
 
+@pytest.mark.parametrize("has_room", [True, False])
 @pytest.mark.parametrize("kind", chat_models.GENERATING)
 def test_replies_that_grew_together_are_packed_and_say_the_same(
-    kind: str, tmp_path: Path
+    kind: str, has_room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = chat_models.GENERATING[kind](tmp_path)
     counting, dice = Counting(), random.Random(7)
@@ -668,7 +669,10 @@ def test_replies_that_grew_together_are_packed_and_say_the_same(
             packed.decode(rows, 1)
         lengths = [100, 20 if packed.can_trim else 100, 100]
         packed.trim(1, 40 + lengths[1])
-        for _ in range(2):  # the second time there is nothing to do
+        if not has_room:  # for the third one beside the others
+            size = llama().llama_state_seq_get_size(packed._pointer, 0)
+            monkeypatch.setattr(es, "_MAX_PACKED_BYTES", size)
+        for _ in range(3):  # once there is nothing more to do
             packed.pack([(n, 40) for n in range(3)])
         ends = [packed.last_position(n) for n in range(3)]
         assert ends == [39 + length for length in lengths]
