@@ -23252,8 +23252,9 @@ STATUS_REPLY: Final = an_object(
     moments=ROWS_OF_NUMBERS,
     **each("limits errors", {"type": "object", "additionalProperties": NUMBER}),
     histograms=an_object(**dict.fromkeys(_HISTOGRAMS, _BUCKETS)),
-    **each("models events", array(ANYTHING)),
+    **each("models workers events", array(ANYTHING)),
 )
+_SHOWN_OF_WORKER: Final = ("model", "worker", "state", "state_s", "busy_share")
 
 
 # As long as a few calls take: half the weight of a server where nothing waits.
@@ -23364,6 +23365,12 @@ async def status_figures(context: RequestContext) -> Response:
             if (count := telemetry.value("embellama_errors_total", row.code))
         },
         "models": [_shown_model(entry, service) for entry in service.models.entries],
+        "workers": [
+            {name: row[name] for name in _SHOWN_OF_WORKER}
+            for entry in service.models.entries
+            if entry.loaded
+            for row in worker_rows(entry.label, entry.loaded.pool.queue)
+        ],
         "events": [
             {"time": round(at, 3), "level": level, "event": event}
             for at, level, event in tuple(service.events)
@@ -23803,7 +23810,8 @@ async function call(path, body, signal) {
 
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const number = (value) => short.format(value);
-const seconds = (value) => value < 0.9995 ? `${number(value * 1000)} ms` : `${number(value)} s`;
+const seconds = (value) => value < 0.9995 ? `${number(value * 1000)} ms`
+  : value < 600 ? `${number(value)} s` : `${number(value / 60)} min`;
 function bytes(value) {
   const power = Math.min(3, Math.max(0, Math.floor(Math.log2(value) / 10)));
   return `${number(value / 1024 ** power)} ${["B", "KiB", "MiB", "GiB"][power]}`;
@@ -23893,13 +23901,14 @@ function draw(reply) {
     ...TIMES.map(times));
   $("models").replaceChildren(...reply.models.map((one) => row([one.model, one.kind, one.state,
     one.weights, number(one.requests), number(one.tokens), number(one.queue_inputs)])));
+  $("workers").replaceChildren(...reply.workers.map((one) => row([one.model, one.worker, one.state,
+    seconds(one.state_s), percent(one.busy_share)])));
   const errors = Object.entries(reply.errors).map(([code, count]) => `${code} ${number(count)}`);
   $("errors").textContent = errors.join(", ") || "none";
   $("events").replaceChildren(...reply.events.toReversed().map((one) => row(
     [new Date(one.time * 1000).toLocaleTimeString(), one.level, one.event])));
-  choices($("embedder"), reply.models, "embed");
-  choices($("ranker"), reply.models, "rank");
-  choices($("talker"), reply.models, "generate");
+  const kinds = { embedder: "embed", ranker: "rank", talker: "generate" };
+  for (const [id, kind] of Object.entries(kinds)) choices($(id), reply.models, kind);
 }
 
 function choices(select, models, kind) {
@@ -24121,31 +24130,31 @@ _SAMPLE_TEXTS: Final = (
 )
 PAGE_HTML: Final = f"""<!doctype html>
 <html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>embellama_server</title>
 <style>{_PAGE_STYLE}</style>
-<header>
-<h1>embellama_server</h1>
+<header><h1>embellama_server</h1>
 <p id="state" role="status">Asking ...</p>
 <p><a id="docs" href="docs">Every route, to read and to try</a></p>
 <label>API key, if this server asks for one; forgotten with this page
 <input id="key" type="password" autocomplete="off"></label>
-</header>
-<main>
+</header><main>
 <h2>Now, and the last five minutes</h2>
 <dl id="figures"></dl>
 <h2>Models</h2>
 <div class="wide" tabindex="0" role="region" aria-label="Models"><table>
 <thead><tr><th>model<th>kind<th>state<th>weights<th>requests<th>tokens<th>waiting</thead>
 <tbody id="models"></tbody></table></div>
+<h2>Workers</h2>
+<div class="wide" tabindex="0" role="region" aria-label="Workers"><table>
+<thead><tr><th>model<th>worker<th>state<th>for<th>busy, last minute</thead>
+<tbody id="workers"></tbody></table></div>
 <h2>Errors and events</h2>
 <p>Errors answered, by code: <span id="errors"></span></p>
 <div class="wide" tabindex="0" role="region" aria-label="Events"><table>
 <thead><tr><th>time<th>level<th>event</thead>
 <tbody id="events"></tbody></table></div>
-<section class="embed" hidden>
-<h2>Texts</h2>
+<section class="embed" hidden><h2>Texts</h2>
 <label>Model <select id="embedder"></select></label>
 <label>Texts, one on each line, 64 at most
 <textarea id="texts" rows="7">{_SAMPLE_TEXTS}</textarea></label>
@@ -24168,11 +24177,9 @@ PAGE_HTML: Final = f"""<!doctype html>
 <label>Model <select id="talker"></select></label>
 <div id="talk" role="log" tabindex="0" aria-label="Conversation"></div>
 <label>Your message <textarea id="say" rows="2"></textarea></label>
-<button id="send" type="button">Send</button>
-<button id="stop" type="button">Stop</button>
+<button id="send" type="button">Send</button> <button id="stop" type="button">Stop</button>
 <button id="anew" type="button">Begin anew</button>
-</section>
-</main>
+</section></main>
 <noscript>The figures need JavaScript; GET /status has them as JSON.</noscript>
 <script>{_PAGE_SCRIPT}</script>
 </html>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import itertools
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 import embellama_server as es
-from tests import both, kit
+from tests import both, kit, slow
 from tests.servers import free_port
 from tests.siege import memory_mb, quantile
 from tests.test_outside_clients import node_printed
@@ -123,6 +124,28 @@ async def test_the_figures_are_those_of_the_metrics() -> None:
         assert shown["limits"]["queue_inputs"] == limit.inputs
         assert sum(shown["histograms"]["wait_s"]["hits"]) == 3
         assert (shown["phase"], shown["problem"]) == ("ready", "")
+
+
+async def test_each_worker_is_shown_as_it_is_without_texts_or_errors() -> None:
+    engine = kit.FakeEngine()
+    async with kit.running_service(engine, workers=2) as running:
+        await running.ask("POST", "/v1/embeddings", {"input": kit.BOOM_WORD})
+        engine.block()
+        asked = asyncio.create_task(
+            running.ask("POST", "/v1/embeddings", {"input": "a"})
+        )
+        await asyncio.to_thread(engine.wait_until_computing)
+        workers = (await figures(running))["workers"]
+        engine.release()
+        assert (await asked).status == 200
+    assert [(one["model"], one["worker"]) for one in workers] == [
+        ("fake@1", 0),
+        ("fake@1", 1),
+    ]
+    assert sorted(one["state"] for one in workers) == ["busy", "idle"]
+    assert {key for one in workers for key in one} == {
+        *("model", "worker", "state", "state_s", "busy_share")
+    }
 
 
 async def test_moments_are_kept_for_five_minutes(
@@ -331,6 +354,17 @@ def test_the_playground_s_numbers_are_the_api_s(browser: Any, tmp_path: Path) ->
         )
         shown = [float(text) for text in page.locator("#heat td").all_inner_texts()[1:]]
         assert np.allclose(shown, (vectors @ vectors.T).ravel(), atol=0.006)
+        page.click("#search")
+        page.wait_for_selector("#ranks li")
+        asked = {"model": "embedder", "input": ["a pet"]}
+        query = asker.post("/v1/embeddings", asked).json["data"][0]["embedding"]
+        found = page.locator("#ranks li").all_inner_texts()
+        scores = dict(zip(LINES, vectors @ np.array(query), strict=True))
+        order = sorted(LINES, key=lambda line: -scores[line])
+        assert [text.split(maxsplit=1)[1] for text in found] == order
+        shown = [float(text.split()[0]) for text in found]
+        assert np.allclose(shown, [scores[line] for line in order], atol=0.0006)
+        page.evaluate("document.getElementById('ranks').replaceChildren()")
         page.click("#rerank")
         page.wait_for_selector("#ranks li")
         ranked = asker.post(
@@ -347,6 +381,59 @@ def test_the_playground_s_numbers_are_the_api_s(browser: Any, tmp_path: Path) ->
         assert width <= 320, "nothing is cut off on a narrow screen"
         assert len(hosts) == 1
         assert not [text for text in said if "Password field" not in text]
+
+
+@pytest.mark.clients
+def test_a_reply_of_the_chat_is_shown_as_it_grows_until_it_is_stopped(
+    browser: Any, tmp_path: Path
+) -> None:
+    flags = slow.model(tmp_path, "chatter")
+    words = [f"word{n}" for n in range(14)]
+    with kit.started(*flags, module=slow.MODULE) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.wait_for_selector(".generate:not([hidden])")
+        page.fill("#say", " ".join(words))
+        page.click("#send")
+        seen: list[int] = []
+        until = time.monotonic() + kit.DEADLINE_S
+        while len(set(seen)) < 4 and time.monotonic() < until:
+            page.wait_for_timeout(50)
+            said = page.locator("#talk span").inner_text().split()
+            assert said == words[: len(said)]
+            seen.append(len(said))
+        assert len(set(seen)) == 4, page.inner_text("#talk")
+        assert seen == sorted(seen)
+        page.click("#stop")
+        page.wait_for_selector("#talk :text('(stopped)')")
+        assert len(page.locator("#talk span").inner_text().split()) < len(words)
+        page.close()
+
+
+@pytest.mark.clients
+def test_the_page_s_figures_are_those_of_known_requests(
+    browser: Any, tmp_path: Path
+) -> None:
+    with both.asking(tmp_path, "--workers", "2") as asker:
+        page = browser.new_page()
+        page.goto(f"http://{asker.host}:{asker.port}/")
+        page.wait_for_selector("#models tr")
+        workers = page.locator("#workers tr").all_inner_texts()
+        assert [text.split("\t")[:3] for text in workers] == [
+            [f"{model}@1", number, "idle"]
+            for model in ("embedder", "ranker")
+            for number in ("0", "1")
+        ]
+        for n in range(200):
+            body = {"model": "embedder", "input": [f"{n} a", f"{n} b"]}
+            assert asker.post("/v1/embeddings", body).status == 200
+        assert asker.get("/nope").status == 404
+        page.wait_for_selector("#errors:text-is('unknown_url 1')")
+        requests, tokens = (
+            page.locator("#models tr").first.locator("td").all_inner_texts()[4:6]
+        )
+        assert (requests, tokens) == ("200", "1.6K")  # two words, and one at each end
+        page.close()
 
 
 STALE_S = (
