@@ -28605,6 +28605,8 @@ Found = tuple[object, object]  # a text or a BatchLine, and the row's id or None
 class RowReader:
     """Takes rows from lines. ``next`` returns None at the end, and raises BadRow."""
 
+    share: float | None = None  # of the file's rows that were read, if that is known
+
     def __init__(self, lines: Lines, options: CorpusOptions) -> None:
         self.lines, self.options = lines, options
         self.begin()
@@ -28720,6 +28722,7 @@ class _ParquetReader(RowReader):
             raise BulkError(f"{lines.path}: column {field} holds {kind}, not texts", 2)
         columns = [n for n in (field, options.id_field) if n in schema.names]
         self._rows = self._read(file, columns)
+        self.share, self._count = 0.0, file.metadata.num_rows
 
     def _read(self, file: Any, columns: Sequence[str]) -> Iterator[Found]:
         for batch in file.iter_batches(WINDOW_ROWS, columns=columns):
@@ -28734,6 +28737,7 @@ class _ParquetReader(RowReader):
             raise unreadable(error, self.lines.path) from None
         self.lines.offset += row is not None
         self.lines.count = self.lines.offset
+        self.share = self.lines.offset / (self._count or 1)
         return row
 
     def skip(self, place: RowPlace) -> None:
@@ -28839,6 +28843,7 @@ class Corpus:
         self.total_bytes = 0  # of the files as they are; 0: not known
         self._bytes_before = 0  # of the files that have been read
         self._raw: Any = None
+        self._reader: RowReader | None = None
         try:
             if files[0] != "-":
                 self.total_bytes = sum(os.stat(path).st_size for path in files)
@@ -28848,7 +28853,12 @@ class Corpus:
     @property
     def bytes_read(self) -> int:
         """Of the files as they are, compressed or not."""
-        return self._bytes_before + (self._raw.tell() if self._raw else 0)
+        if self._raw is None:
+            return self._bytes_before
+        if self._reader is None or self._reader.share is None:
+            return self._bytes_before + int(self._raw.tell())
+        size = os.fstat(self._raw.fileno()).st_size  # columns lie one after another
+        return self._bytes_before + round(self._reader.share * size)
 
     def windows(self, start: RowPlace) -> Iterator[tuple[list[Row], RowPlace]]:
         """Yield rows, and where the next ones begin. Raises BulkError.
@@ -28889,7 +28899,7 @@ class Corpus:
     def _close(self) -> None:
         self._bytes_before = self.bytes_read
         self._raw.close()
-        self._raw = None
+        self._raw = self._reader = None
 
     def _file_rows(
         self, index: int, lines: Lines, start: RowPlace, number: int
@@ -28899,6 +28909,7 @@ class Corpus:
                 lines.digest.update(block)
             return
         reader = READERS[self._formats[index]](lines, self._options)
+        self._reader = reader
         if index == start.file and start.rows:
             reader.skip(start)
             _check_same(lines, start)

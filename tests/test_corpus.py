@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -327,10 +328,14 @@ def test_parquet_is_read_from_any_row(tmp_path: Path) -> None:
     assert texts(whole[:-1]) == lines[:-1]
     assert [row.id for row in whole] == [*range(3000)]
     assert whole[-1].error == "its text is not a string"
-    places = [
-        p for _, p in es.Corpus([str(path)], es.CorpusOptions())._rows(es.RowPlace())
-    ]
+    corpus, places, shares = es.Corpus([str(path)] * 2, es.CorpusOptions()), [], []
+    for _, place in corpus._rows(es.RowPlace()):
+        places.append(place)
+        shares.append(corpus.bytes_read / corpus.total_bytes)
     assert rows(path, start=places[1499]) == whole[1500:]
+    # Columns lie one after another, but the rows are what is done.
+    assert np.allclose(shares, np.arange(1, 6001) / 6000, atol=1e-3)
+    assert corpus.bytes_read == corpus.total_bytes
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(es.BulkError, match="cannot read"):
         rows(path)
