@@ -6452,9 +6452,9 @@ class StepContext(AbortableContext):
     def clear(self, *, wipes: bool = True) -> None:
         """Empty every sequence; ``wipes``: what was in the cells, too (it may be NaN).
 
-        What comes next lies in the first cells, in order. Attention adds in that of the
-        cells: by those that others had left free every second text of a quantised model
-        had other tokens.
+        What comes next lies in the first cells, one after the other. Attention adds up in
+        the order of cells: among those that others had left, every second text of a
+        quantised model had other tokens.
         """
         self._llama.llama_memory_clear(self._memory, wipes)
         self._scattered.clear()
@@ -11530,8 +11530,9 @@ class Sampler:
         for token, bias in options.logit_bias:
             effect = -math.inf if bias <= _EXCLUDED_BIAS else bias
             biases[token] = biases.get(token, 0.0) + effect
-        self._biased = np.array(sorted(biases), np.int64)
-        self._biases = np.array([biases[token] for token in sorted(biases)], np.float32)
+        biases = dict(sorted(biases.items()))
+        self._biased = np.array([*biases], np.int64)
+        self._biases = np.array([*biases.values()], np.float32)
         self._constraint = constraint
         self._options = options = _effective(options)
         last_n = options.repeat_last_n
@@ -11588,9 +11589,7 @@ class Sampler:
             return token
         if changed[changed.searchsorted(token) % len(changed)] == token:
             return None
-        logits = row[changed]
-        biased, penalized = (changed.searchsorted(i) for i in (self._biased, penalized))
-        self._adjust(logits, biased, penalized, counts)
+        logits = self._adjusted(row, changed, penalized, counts)
         raised = int(logits.argmax())
         # Of equal ones the first, as among candidates.
         rivals = [(-row[token], token), (-logits[raised], int(changed[raised]))]
@@ -11636,10 +11635,16 @@ class Sampler:
         penalized = np.array([*counts], np.int64)
         wanted = max(1, self._options.top_k) + len(self._biased) + len(penalized)
         ids = self._likely(row, wanted, penalized)
+        return ids, self._adjusted(row, ids, penalized, counts)
+
+    def _adjusted(
+        self, row: Any, ids: Any, penalized: Any, counts: Mapping[int, int]
+    ) -> Any:
+        """Return the logits of these ids, ascending, all that change among them."""
         logits = row[ids]
-        biased, penalized = (ids.searchsorted(i) for i in (self._biased, penalized))
-        self._adjust(logits, biased, penalized, counts)
-        return ids, logits
+        places = [ids.searchsorted(each) for each in (self._biased, penalized)]
+        self._adjust(logits, places[0], places[1], counts)
+        return logits
 
     def _adjust(
         self, logits: Any, biased: Any, penalized: Any, counts: Mapping[int, int]
@@ -12447,7 +12452,7 @@ class StepSpeed:
             return self._rows_s[rows]
         below = max((n for n in self._rows_s if n <= rows), default=0)
         above = min((n for n in self._rows_s if n >= rows), default=0)
-        if below != above and below and above:
+        if below and above:
             part = (rows - below) / (above - below)
             return self._rows_s[below] * (1 - part) + self._rows_s[above] * part
         # Steps of 1, 4 and 16 replies took 13, 31 and 71 ms: as if there were 2 more.
@@ -12584,9 +12589,7 @@ class StepPlanner:
         prompts = [one for one in mine if one.left_tokens]
         is_growing = any(not one.left_tokens for one in work)
         self._begin_turns(one.client for one in work if one.left_tokens)
-        pieces = list[tuple[Planned, int]]()
-        if prompts:
-            pieces = self._pieces(prompts, len(rows), is_growing=is_growing)
+        pieces = self._pieces(prompts, len(rows), is_growing=is_growing)
         oldest = prompts[0] if prompts else None
         draft: Sequence[int] = ()
         is_alone = len(work) == len(rows) == 1 and not self._kind
@@ -13342,7 +13345,7 @@ class GenerationWorker(Workers):
             return None
         if request.is_deterministic and not self._replies and self._context:
             self._execute(self._table.evict_unused(-1.0))
-            self._context.clear(wipes=False)
+            self._context.clear(wipes=False)  # its bits depend on it: see there
         needs_all = request.is_deterministic or request.echoes_logprobs
         reuse = request.reuses_cells and not needs_all
         room = request.ids, request.max_tokens, request.n
@@ -28474,7 +28477,8 @@ def write_files(
 # that what it goes on with is what was read before. What cannot be read is a row without a
 # vector, and the next one follows.
 
-BLOCK_BYTES: Final = 1 << 20
+GOES_ON: Final = "the same command goes on (without --restart)"
+_BLOCK_BYTES: Final = 1 << 20
 WINDOW_ROWS: Final = 1024  # what is in flight: enough for the workers' calls
 _MAX_LINE_BYTES: Final = 32 << 20  # as --max-body-bytes: no text is longer
 
@@ -28507,7 +28511,7 @@ class RowPlace:
 class CorpusOptions:
     """Where the texts are in the files."""
 
-    format: str = ""  # one of INPUT_FORMATS; empty: as the name says
+    format: str = ""  # one of READERS; empty: as the name says
     field: str = "text"
     id_field: str = "id"
 
@@ -28516,8 +28520,7 @@ def unreadable(error: Exception, path: str = "") -> BulkError:
     """Return what is said of a file that cannot be read."""
     name = path or getattr(error, "filename", "") or "the input"
     return BulkError(
-        f"cannot read {name}: {getattr(error, 'strerror', '') or error}; mended, the same "
-        "command goes on",
+        f"cannot read {name}: {getattr(error, 'strerror', '') or error}; mended, {GOES_ON}",
         3,
     )
 
@@ -28560,13 +28563,18 @@ class Lines:
         if len(line) < _MAX_LINE_BYTES or not self.is_open:
             return line.removeprefix(codecs.BOM_UTF8) if self.count == 1 else line
         while line and not line.endswith(b"\n"):
-            line = self._take(self.file.readline(BLOCK_BYTES))
+            line = self._take(self.file.readline(_BLOCK_BYTES))
         raise BadRow(f"a line of more than {_MAX_LINE_BYTES >> 20} MiB")
+
+    def hash_all(self) -> None:
+        """Read all for the checksum alone."""
+        for block in iter(functools.partial(self.file.read, _BLOCK_BYTES), b""):
+            self.digest.update(block)
 
     def skip(self, place: RowPlace) -> None:
         """Go on to a place. Raises BulkError if the file ends before it."""
         while missing := place.offset - self.offset:
-            if not self._take(self.file.read(min(missing, BLOCK_BYTES))):
+            if not self._take(self.file.read(min(missing, _BLOCK_BYTES))):
                 raise BulkError(
                     f"{self.path} is shorter than what was read of it: --restart begins "
                     "anew",
@@ -28708,11 +28716,10 @@ class _ParquetReader(RowReader):
         super().__init__(lines, options)
         arrow = parquet_library(lines.path)
         # Its bytes are not read in order: so all of them are hashed first.
-        for block in iter(functools.partial(lines.file.read, BLOCK_BYTES), b""):
-            lines.digest.update(block)
+        lines.hash_all()
         try:
             # Else a column's part of a row group is read at once, whatever its size.
-            read = {"buffer_size": BLOCK_BYTES, "pre_buffer": False}
+            read = {"buffer_size": _BLOCK_BYTES, "pre_buffer": False}
             file = arrow.ParquetFile(lines.file, **read)
         except _ARROW_ERRORS as error:
             raise unreadable(error, lines.path) from None
@@ -28762,8 +28769,8 @@ def _value_of(scalar: Any) -> object:
 
 
 READERS: Final[Mapping[str, type[RowReader]]] = {
-    "txt": _TextReader,
     "jsonl": _JsonReader,
+    "txt": _TextReader,
     "csv": _CsvReader,
     "tsv": _TsvReader,
     "parquet": _ParquetReader,
@@ -28784,7 +28791,7 @@ def parquet_library(path: str) -> Any:
 # 102. CORPUS - texts in files, in windows that are computed and written together
 # ==============================================================================
 
-INPUT_FORMATS: Final = ("jsonl", "txt", "csv", "tsv", "parquet")
+INPUT_FORMATS: Final = tuple(READERS)
 _SUFFIXES: Final = {"ndjson": "jsonl", "json": "jsonl", "text": "txt", "pq": "parquet"}
 WINDOW_CHARS: Final = 1 << 20  # little beside the model
 
@@ -28905,8 +28912,7 @@ class Corpus:
         self, index: int, lines: Lines, start: RowPlace, number: int
     ) -> Iterator[Row]:
         if index < start.file:  # all of it was read: it only counts for the checksum
-            for block in iter(functools.partial(lines.file.read, BLOCK_BYTES), b""):
-                lines.digest.update(block)
+            lines.hash_all()
             return
         reader = READERS[self._formats[index]](lines, self._options)
         self._reader = reader
@@ -29557,6 +29563,8 @@ class ProgressLine:
 
 SYNC_S: Final = 5.0
 SYNC_BYTES: Final = 64 << 20
+# What a job writes beside its output: the output's name and this.
+_REJECTS, _STATE, _LOCK = ".rejects.jsonl", ".state", ".lock"
 _STATE_VERSION: Final = 1
 
 
@@ -29584,7 +29592,7 @@ class _Notes:
     """The state file."""
 
     def __init__(self, output: str) -> None:
-        self.path = Path(f"{output}.state")
+        self.path = Path(f"{output}{_STATE}")
 
     def read(self) -> dict[str, Any] | None:
         """Return what was noted; None: nothing. Raises BulkError."""
@@ -29639,13 +29647,13 @@ def _known_state(found: dict[str, Any]) -> dict[str, Any]:
 def _only_writer(output: str) -> Iterator[None]:
     """Raise BulkError if another process writes the output."""
     try:
-        lock = os.open(f"{output}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(f"{output}{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise _unwritable(error, output) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Whoever held it may have removed it since it was opened: a third could make anew.
-        is_there = os.path.samestat(os.fstat(lock), os.stat(f"{output}.lock"))
+        is_there = os.path.samestat(os.fstat(lock), os.stat(f"{output}{_LOCK}"))
     except (BlockingIOError, FileNotFoundError):
         is_there = False
     except OSError as error:
@@ -29658,13 +29666,13 @@ def _only_writer(output: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{output}.lock")
+            os.unlink(f"{output}{_LOCK}")
         os.close(lock)
 
 
 # What a job may write, and its parts.
 _SIDE_SUFFIXES: Final = {one for kind in VECTOR_FILES.values() for one in kind.extras}
-_WRITTEN: Final = ("", ".rejects.jsonl", *sorted(_SIDE_SUFFIXES), ".state", ".lock")
+_WRITTEN: Final = ("", _REJECTS, *sorted(_SIDE_SUFFIXES), _STATE, _LOCK)
 
 
 class Bulk:
@@ -29784,7 +29792,7 @@ class Bulk:
         progress.total_bytes, progress.begun_at = corpus.total_bytes, marked_at
         if self._is_kept:
             sizes = found["sizes"] if found else {}
-            rejects = Path(f"{self._options.output}.rejects.jsonl")
+            rejects = Path(f"{self._options.output}{_REJECTS}")
             self._rejects = GrowingFile(rejects, sizes.get("rejects", 0))
             stack.callback(self._rejects.close)
         if found:
@@ -29899,8 +29907,7 @@ class Bulk:
         if self._options.on_error == "stop":
             raise BulkError(
                 f"{row.path}, line {row.line} (byte {row.byte}): {why.message}. Mended, "
-                "the same command goes on; with --on-error skip or null it goes on "
-                "without this row",
+                f"{GOES_ON}; with --on-error skip or null it goes on without this row",
                 1,
             )
         self.progress.rejected += 1
@@ -29966,7 +29973,7 @@ def _texts_of(rows: Sequence[Row]) -> list[str]:
 
 def _unwritable(error: OSError, output: str) -> BulkError:
     why = error.strerror or str(error)
-    more = "; with room made, the same command goes on" * (error.errno == errno.ENOSPC)
+    more = f"; with room made, {GOES_ON}" * (error.errno == errno.ENOSPC)
     return BulkError(f"cannot write {error.filename or output}: {why}{more}", 3)
 
 
@@ -30025,8 +30032,9 @@ class RemoteEmbedder:
         first = self._post(["a"], is_first=True).rows[0]
         if isinstance(first, ApiError):
             raise BulkError(f"{self._url}: {first.message}", 2)
-        known, meta = ("sha256", "weights", "pooling", "prompts"), self._meta()
-        told = {name: meta.get(name) for name in (*known, "default_prompt_name")}
+        meta = self._meta()
+        known = ("sha256", "weights", "pooling", "prompts", "default_prompt_name")
+        told = {name: meta.get(name) for name in known}
         return {"dimensions": len(first), **told, **self._body}
 
     def _meta(self) -> Mapping[str, Any]:
@@ -30447,9 +30455,6 @@ def _embed(call: Invocation) -> int:
         return int(progress.rejected > 0)
     except BulkError as error:
         reason, code = str(error), error.code
-        if own["restart"]:  # which would begin anew again
-            goes_on = "the same command without --restart goes on"
-            reason = reason.replace("the same command goes on", goes_on)
     except (StartupError, EngineError, ApiError) as error:
         reason, code = str(error), 2 if isinstance(error, InvalidValue) else 3
     except KeyboardInterrupt:

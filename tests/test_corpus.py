@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,13 +318,18 @@ def test_parquet_without_pyarrow_is_a_sentence(
     assert error.value.code == 2
 
 
+@pytest.fixture
+def pa() -> Any:
+    """pyarrow, and its parquet."""
+    pytest.importorskip("pyarrow.parquet")
+    return pytest.importorskip("pyarrow")
+
+
 @pytest.mark.clients
-def test_parquet_is_read_from_any_row(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    arrow = pytest.importorskip("pyarrow.parquet")
+def test_parquet_is_read_from_any_row(pa: Any, tmp_path: Path) -> None:
     path, lines = tmp_path / "a.parquet", [f"text {n}" for n in range(3000)]
     table = pa.table({"id": [*range(3000)], "text": [*lines[:-1], None], "x": lines})
-    arrow.write_table(table, path)
+    pa.parquet.write_table(table, path)
     whole = rows(path)
     assert texts(whole[:-1]) == lines[:-1]
     assert [row.id for row in whole] == [*range(3000)]
@@ -350,12 +356,12 @@ def test_parquet_is_read_from_any_row(tmp_path: Path) -> None:
     ],
 )
 def test_a_column_of_parquet_holds_texts_or_is_refused(
-    tmp_path: Path, kind: str, is_text: bool
+    pa: Any, tmp_path: Path, kind: str, is_text: bool
 ) -> None:
-    pa = pytest.importorskip("pyarrow")
-    arrow = pytest.importorskip("pyarrow.parquet")
     path, given = tmp_path / "a.parquet", [1, 2] if kind == "int64" else ["a", "b"]
-    arrow.write_table(pa.table({"text": pa.array(given, getattr(pa, kind)())}), path)
+    pa.parquet.write_table(
+        pa.table({"text": pa.array(given, getattr(pa, kind)())}), path
+    )
     if is_text:
         assert texts(rows(path)) == given
         return
@@ -365,13 +371,11 @@ def test_a_column_of_parquet_holds_texts_or_is_refused(
 
 
 @pytest.mark.clients
-def test_odd_columns_of_parquet_are_told_of_or_read(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    arrow = pytest.importorskip("pyarrow.parquet")
+def test_odd_columns_of_parquet_are_told_of_or_read(pa: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
 
     def read(table: object) -> list[es.Row]:
-        arrow.write_table(table, path)
+        pa.parquet.write_table(table, path)
         return rows(path)
 
     assert texts(read(pa.table({"text": pa.array(["a", "a"]).dictionary_encode()})))
@@ -399,12 +403,10 @@ def test_odd_columns_of_parquet_are_told_of_or_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.clients
-def test_a_row_group_of_parquet_is_not_held_at_once(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    arrow = pytest.importorskip("pyarrow.parquet")
+def test_a_row_group_of_parquet_is_not_held_at_once(pa: Any, tmp_path: Path) -> None:
     path, given = tmp_path / "a.parquet", [os.urandom(500).hex() for _ in range(60_000)]
     how = {"row_group_size": len(given), "use_dictionary": False, "compression": "zstd"}
-    arrow.write_table(pa.table({"text": given}), path, **how)
+    pa.parquet.write_table(pa.table({"text": given}), path, **how)
     assert path.stat().st_size > 28 << 20
 
     def reads(file: io.BufferedReader) -> list[int]:

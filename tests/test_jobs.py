@@ -321,10 +321,9 @@ def test_the_command_that_goes_on_is_shown_without_its_key(
 def test_a_run_that_began_anew_goes_on_without_that_flag(desk: Desk) -> None:
     file = desk.put("a.txt", f"a\n{kit.NAN_WORD}\n")
     given = (file, "--output", desk.root / "v.npy")
-    assert desk.embed(*given) == 1
-    assert ". Mended, the same command goes on;" in desk.err
-    assert desk.embed(*given, "--restart") == 1
-    assert ". Mended, the same command without --restart goes on;" in desk.err
+    for flags in ((), ("--restart",)):
+        assert desk.embed(*given, *flags) == 1
+        assert ". Mended, the same command goes on (without --restart);" in desk.err
 
 
 # --- progress ---
