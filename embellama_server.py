@@ -1317,6 +1317,11 @@ SETTING_ROWS: Final = tuple(
 MODEL_ROWS: Final = SETTING_ROWS[: len(dataclasses.fields(ModelSettings))]
 
 
+def stop_s(settings: Settings) -> int:
+    """Return how long a stop may take: whoever kills us sooner cuts off replies."""
+    return math.ceil(settings.drain_grace_s + settings.drain_timeout_s) + 10
+
+
 def default_cache_dir() -> str:
     """``$XDG_CACHE_HOME/embellama``, else ``~/.cache/embellama``, else in ``/var/cache``.
 
@@ -6670,6 +6675,10 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 # 1.06 times the tokens of 10,000 (medians of 3 interleaved rounds on 2 cores). Beside a
 # busy process on one core the median step of one stream took 23.5 ms in each of three
 # runs, and 25 to 203 with 10,000; beside two 38 to 48, and 33 to 35.
+# On Intel's CPUs with AMX, llama.cpp multiplies quantized weights in tiles. Their
+# configuration is on the stack, and GCC 12.2 (Debian 12) leaves out the writing of all but
+# its first bytes (ggml-org/llama.cpp#26954): the first product ends the process (SIGILL).
+# So another process multiplies first. 70 ms, on such CPUs only.
 
 
 def set_openmp_spins(*, generates: bool) -> None:
@@ -6693,6 +6702,75 @@ def load_backends(llama: Any) -> None:
             f"no libggml-cpu*.so in {folder} runs on this CPU ({cpu_name()}): build "
             "llama-cpp-python's wheel as README says under Air-gapped boxes"
         )
+
+
+# Ones times ones in a kind of memory, with ggml's functions: 256 each. argv: libllama, its
+# folder and that kind.
+_TILES: Final = """\
+import ctypes, sys
+from ctypes import POINTER, c_bool, c_float, c_int64, c_size_t, c_void_p
+
+class Memory(ctypes.Structure):
+    _fields_ = [("size", c_size_t), ("buffer", c_void_p), ("is_empty", c_bool)]
+
+def call(name, result, *given):
+    function = library["ggml_" + name]
+    function.restype = result
+    return function(*given)
+
+def pointer(name, *given):
+    return c_void_p(call(name, c_void_p, *given))
+
+def put(tensor, data):
+    call("backend_tensor_set", None, tensor, data, c_size_t(0), c_size_t(len(data)))
+
+library = ctypes.CDLL(sys.argv[1])
+if not call("backend_reg_count", c_size_t):
+    call("backend_load_all_from_path", None, sys.argv[2].encode())
+cpu, name = pointer("backend_dev_by_type", 0), b"ggml_backend_dev_get_extra_bufts"
+registry = pointer("backend_dev_backend_reg", cpu)
+get_kinds = pointer("backend_reg_get_proc_address", registry, name).value
+found = iter(ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(get_kinds)(cpu))
+kinds = [pointer("backend_dev_buffer_type", cpu)]
+kinds += map(c_void_p, iter(found.__next__, None))
+names = [call("backend_buft_name", ctypes.c_char_p, kind).decode() for kind in kinds]
+if sys.argv[3] not in names:
+    sys.exit(0)
+held, plain = (pointer("init", Memory(1 << 20, None, True)) for _ in range(2))
+weights = pointer("new_tensor_2d", held, 8, c_int64(256), c_int64(64))  # Q8_0
+kind = kinds[names.index(sys.argv[3])]
+pointer("backend_alloc_ctx_tensors_from_buft", held, kind)
+put(weights, (b"\\0\\x3c" + b"\\1" * 32) * (8 * 64))  # blocks: 1.0 as a half, 32 ones
+inputs = pointer("new_tensor_2d", plain, 0, c_int64(256), c_int64(32))  # F32
+product = pointer("mul_mat", plain, weights, inputs)
+backend = pointer("backend_dev_init", cpu, None)
+pointer("backend_alloc_ctx_tensors", plain, backend)
+put(inputs, b"\\0\\0\\x80\\x3f" * (256 * 32))
+graph = pointer("new_graph", plain)
+call("build_forward_expand", None, graph, product)
+call("backend_graph_compute", ctypes.c_int, backend, graph)
+out = (c_float * (64 * 32))()
+call("backend_tensor_get", None, product, out, c_size_t(0), c_size_t(4 * len(out)))
+sys.exit("a product is wrong" if any(abs(x - 256) > 1 for x in out) else 0)
+"""
+
+
+@functools.cache
+def why_no_tiles(library: str, kind: str = "AMX") -> str:
+    """Return why this libllama cannot multiply in tiles; "": it can, or has none.
+
+    ``kind``: ggml's name for the memory that weights are in then.
+    """
+    folder = os.path.dirname(library)
+    command = [sys.executable, "-ISc", _TILES, library, folder, kind]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{error}"
+    if done.returncode < 0:
+        return f"killed by {signal.Signals(-done.returncode).name}"
+    said = done.stderr.decode("utf-8", "replace").strip()
+    return said.rpartition("\n")[2] if done.returncode else ""
 
 
 def cpu_features(llama: Any) -> str:
@@ -6860,7 +6938,7 @@ class Engine:
             LLAMA_LOG.install(llama, log)
             load_backends(llama)
             llama.llama_backend_init()
-            self._model = self._load(paths)
+            self._model = self._load(paths, log)
             self._make_ready(paths, header)
 
     def _make_ready(self, paths: Sequence[str], header: GgufHeader) -> None:
@@ -6961,7 +7039,7 @@ class Engine:
         """Free the model, after its contexts."""
         self._llama.llama_model_free(self._model)
 
-    def _load(self, paths: Sequence[str]) -> Any:
+    def _load(self, paths: Sequence[str], log: Log) -> Any:
         llama = self._llama
         if self._gpu_layers and not llama.llama_supports_gpu_offload():
             raise StartupError(
@@ -6976,6 +7054,11 @@ class Engine:
             # large batches there although all weights are on the CPU.
             params.split_mode = llama.LLAMA_SPLIT_MODE_NONE
             params.main_gpu = -1
+        if "AMX_INT8" in cpu_features(llama) and (
+            why := why_no_tiles(llama._lib._name)
+        ):
+            log("warning", "llama.cpp's AMX is built wrong and left out", why=why)
+            params.use_extra_bufts = False
         raw = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
         load = llama.llama_model_load_from_splits
         if model := LLAMA_LOG.call(load, raw, len(raw), params):
@@ -7734,6 +7817,7 @@ class Breaker:
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
 # is never interrupted.
 
+HOW_TO_CUT: Final = 'send "truncate": true, or start the server with --auto-truncate'
 _SLICE_INPUTS: Final = 32
 _SLICE_CHARS: Final = 2 * PART_CHARS  # some 5 ms
 
@@ -8087,7 +8171,7 @@ class Reader:
 def _too_long(name: str, size: str, limit: int) -> ContextLengthExceeded:
     return ContextLengthExceeded(
         f"{name} has {size} and this model reads at most {limit}: shorten or split it, "
-        'or send "truncate": true, or start the server with --auto-truncate',
+        f"or {HOW_TO_CUT}",
         param=name,
     )
 
@@ -17283,7 +17367,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
 # and the schema in /openapi.json. No dict gets past the parser. JSON null counts as absent
-# everywhere (LiteLLM sends it), unknown fields are ignored.
+# everywhere (LiteLLM sends it), unknown fields are ignored unless a form is strict.
 
 Schema = Mapping[str, Any]  # JSON Schema 2020-12, which OpenAPI 3.1 uses
 
@@ -17325,7 +17409,12 @@ def parse_form(form: type[T], body: Mapping[str, object], prefix: str = "") -> T
     ``prefix``: what stands before the names of its fields in errors.
     """
     values: dict[str, Any] = {}
-    for name, row in _rows_of(typing.cast(Any, form)):
+    rows = _rows_of(typing.cast(Any, form))
+    if getattr(form, "is_strict", False):
+        known = [name for name, _ in rows]
+        for name in body.keys() - known:
+            raise invalid(prefix + name, f"is not known here: {', '.join(known)} are")
+    for name, row in rows:
         value = body.get(name)
         if value is not None:
             values[name] = row.kind.read(value, prefix + name)
@@ -17363,6 +17452,8 @@ def schema_of(form: type) -> Schema:
             examples[name] = row.example
         properties[name] = shown
     schema: dict[str, Any] = {"type": "object", "properties": properties}
+    if getattr(form, "is_strict", False):
+        schema["additionalProperties"] = False
     schema |= {"examples": [examples]} if examples else {}
     return schema | ({"required": required} if required else {})
 
@@ -22837,7 +22928,14 @@ PROMETHEUS_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(slots=True, kw_only=True)
-class ModelForm:
+class AdminForm:
+    """A body whose fields are all known: a misspelled one must not do something else."""
+
+    is_strict: typing.ClassVar = True
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelForm(AdminForm):
     """The body of POST /admin/models/default."""
 
     model: str = required(MODEL_NAME, "Name, alias or name@version.", example="m@2")
@@ -22851,7 +22949,7 @@ class UnloadForm(ModelForm):
 
 
 @dataclass(slots=True, kw_only=True)
-class LoadForm:
+class LoadForm(AdminForm):
     """The body of POST /admin/models/load."""
 
     model: str | None = optional(MODEL_NAME, "A known name, alias or name@version.")
@@ -23060,7 +23158,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 @dataclass(slots=True, kw_only=True)
-class DrainForm:
+class DrainForm(AdminForm):
     """The body of POST /admin/drain; {} takes the server out of service."""
 
     off: bool | None = optional(FLAG, "Put it back into service.")
@@ -25853,8 +25951,41 @@ def log_of(settings: Settings) -> Log:
 
 def parent_settings(settings: Settings) -> str:
     """Return what a parent has to know, in the order of Parent._set()."""
-    stop_s = settings.drain_grace_s + settings.drain_timeout_s + 10.0
-    return f"{settings.watchdog_s} {stop_s} {log_shape(settings)}"
+    return f"{settings.watchdog_s} {stop_s(settings)} {log_shape(settings)}"
+
+
+@contextlib.contextmanager
+def signals_of(name: str) -> Iterator[None]:
+    """Handle signals as the verb of this name needs it until its server does.
+
+    SIGHUP is blocked for serve, in our child too, as it would kill us. SIGTERM ends another
+    verb like Ctrl-C: what it was by default, the first process of a container ignores.
+    """
+    blocked = {signal.SIGHUP} if name == "serve" else ()
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    is_main = threading.current_thread() is threading.main_thread()  # others set none
+    on_term = signal.getsignal(signal.SIGTERM)
+    if is_main and name != "serve":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if is_main and name != "serve":
+            signal.signal(signal.SIGTERM, on_term)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null as descriptors 0 to 2 if we were started without them.
+
+    Otherwise a socket would become descriptor 0, which libuv does not close.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  for good
 
 
 # ==============================================================================
@@ -27004,12 +27135,6 @@ class Deployment:
             host = "127.0.0.1"
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    @property
-    def stop_s(self) -> int:
-        """How long a stop may take: whoever kills us sooner cuts off replies."""
-        settings = self.settings
-        return math.ceil(settings.drain_grace_s + settings.drain_timeout_s) + 10
-
     def memory_mb(self, workers: int = 0) -> int:
         """Return the memory to allow, in MiB; 0: not known, as a file is not there yet.
 
@@ -27248,7 +27373,7 @@ def systemd_files(deployment: Deployment) -> dict[str, str]:
         python=_unit_word(python),
         program=_unit_word(program),
         watchdog_s=str(math.ceil(settings.watchdog_s * 1.5)),
-        stop_s=str(deployment.stop_s),
+        stop_s=str(stop_s(deployment.settings)),
         memory=_memory_limit(deployment.memory_mb()),
         descriptors=str(settings.max_connections + 1024),
         placed=lines_of(*_placed_by_unit(deployment)),
@@ -27519,7 +27644,7 @@ def compose_files(deployment: Deployment) -> dict[str, str]:
         models=_compose_text(mounted) if mounted else "",
         secrets=yaml_text({"secrets": [*secrets]}) if secrets else "",
         resources=yaml_text(resources) if resources else "",
-        stop_s=str(deployment.stop_s),
+        stop_s=str(stop_s(deployment.settings)),
         health=json.dumps(["CMD", *json.loads(_health_command("/ready"))]),
         files=_compose_text({"secrets": secrets}) if secrets else "",
     )
@@ -27682,7 +27807,7 @@ def kubernetes_files(deployment: Deployment) -> dict[str, str]:
         needs=lines_of(*_pod_needs(deployment)),
         config=yaml_text({"embellama.toml": config}),
         digest=hashlib.sha256(config.encode()).hexdigest()[:16],
-        stop_s=str(math.ceil(grace_s + settings.drain_timeout_s) + 10),
+        stop_s=str(stop_s(dataclasses.replace(settings, drain_grace_s=grace_s))),
         version=__version__,
         port=str(settings.port),
         environment=yaml_text(env),
@@ -27768,7 +27893,7 @@ defaults
   mode http
   timeout connect 1s
   timeout client 120s
-  # more than --request-timeout-s
+  # more than --request-timeout-s and --heartbeat-s
   timeout server <server_s>s
   timeout queue 5s
   timeout http-request 10s
@@ -27802,7 +27927,7 @@ upstream embellama {
   # server 10.0.0.2:8080 max_fails=0;
   keepalive 32;
   # less than --keep-alive-s, or a request meets a connection that is being closed
-  keepalive_timeout <kept_s>s;
+  keepalive_timeout <kept_ms>ms;
 }
 server {
   listen 8000;
@@ -27816,7 +27941,7 @@ server {
     proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
     <tls>
     proxy_connect_timeout 1s;
-    # more than --request-timeout-s
+    # more than --request-timeout-s and --heartbeat-s
     proxy_read_timeout <server_s>s;
     # streams, part by part
     proxy_buffering off;
@@ -27869,7 +27994,7 @@ def nginx_files(deployment: Deployment) -> dict[str, str]:
         "nginx",
         _NGINX,
         address=deployment.address,
-        kept_s=str(max(1, math.floor(settings.keep_alive_s) - 5)),
+        kept_ms=_kept_ms(settings),
         body_bytes=str(settings.max_body_bytes),
         prefix=settings.root_path or "/",
         scheme="https" if settings.tls_cert else "http",
@@ -27880,8 +28005,17 @@ def nginx_files(deployment: Deployment) -> dict[str, str]:
 
 
 def _server_s(settings: Settings) -> str:
-    """Return how long a proxy must wait: the server itself says 504 before."""
-    return str(math.ceil(settings.request_timeout_s) + 5)
+    """Return how long a proxy must wait: the server itself says 504 before.
+
+    A stream may be silent for as long as a heartbeat takes.
+    """
+    return str(math.ceil(max(settings.request_timeout_s, settings.heartbeat_s)) + 5)
+
+
+def _kept_ms(settings: Settings) -> str:
+    """Return how long a proxy may keep an idle connection: less than the server does."""
+    kept_s = max(settings.keep_alive_s - 5, settings.keep_alive_s / 2)
+    return str(max(1, math.floor(kept_s * 1000)))
 
 
 # ==============================================================================
@@ -28733,9 +28867,9 @@ class _ParquetReader(RowReader):
 
     def _read(self, file: Any, columns: Sequence[str]) -> Iterator[Found]:
         for batch in file.iter_batches(WINDOW_ROWS, columns=columns):
-            taken = [_values_of(batch.column(n)) for n in columns]
-            ids = taken[1] if len(taken) > 1 else itertools.repeat(None)
-            yield from zip(taken[0], ids, strict=False)
+            texts, *ids = [batch.column(n) for n in columns]
+            found = _id_values(ids[0]) if ids else itertools.repeat(None)
+            yield from zip(_values_of(texts), found, strict=False)
 
     def next(self) -> Found | None:
         try:
@@ -28759,6 +28893,13 @@ def _values_of(column: Any) -> list[object]:
         return list(column.to_pylist())
     except ValueError:
         return [*map(_value_of, column)]
+
+
+def _id_values(column: Any) -> list[object]:
+    """Return the same of ids; what JSON has no numbers for is text, as it would be there."""
+    if re.match("date|time|decimal", str(column.type)):
+        column = column.cast("string")
+    return _values_of(column)
 
 
 def _value_of(scalar: Any) -> object:
@@ -29449,9 +29590,12 @@ class BulkOptions:
 
 def bulk_options(flags: Mapping[str, Any]) -> BulkOptions:
     """Return what the flags say."""
+    output = flags["output"]
+    if os.path.islink(output):  # which stays, and what it leads to is written
+        output = os.path.realpath(output)
     return BulkOptions(
         flags["inputs"],
-        flags["output"],
+        output,
         CorpusOptions(flags["input_format"], flags["field"], flags["id_field"]),
         flags["output_dtype"],
         flags["on_error"],
@@ -29788,6 +29932,7 @@ class Bulk:
     ) -> None:
         place = RowPlace(**found["place"]) if found else RowPlace()
         corpus = Corpus(self._files, self._options.corpus)
+        _ = self._identity  # loads the model, which is no part of the rate
         progress, marked_at, marked_bytes = self.progress, time.monotonic(), 0
         progress.total_bytes, progress.begun_at = corpus.total_bytes, marked_at
         if self._is_kept:
@@ -29889,7 +30034,8 @@ class Bulk:
             if isinstance(vector, ApiError):
                 # Which one of the window's texts it is, means nothing to the reader.
                 vector.param = None
-                vector.message = re.sub(r"^\w+\[\d+\]", "its text", vector.message)
+                message = vector.message.replace(HOW_TO_CUT, "give --truncate")
+                vector.message = re.sub(r"^\w+\[\d+\]", "its text", message)
                 return vector
         if row.form is None:
             return vectors[0]
@@ -30255,34 +30401,11 @@ def main(
     verb = VERBS[name]
     if argv is None:
         command = command or (sys.executable, *sys.orig_argv[1:])
-    # SIGHUP is blocked, in our child too, until the server handles it: it would kill us.
-    blocked = {signal.SIGHUP} if name == "serve" else ()
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        parser = _Parser(
-            prog=f"embellama_server.py {name}".removesuffix(" serve"),
-            description=verb.help,
-            epilog=verb.epilog,
-            allow_abbrev=False,
-        )
-        if verb.has_settings:
-            add_flags(parser)
-        if verb.has_files:
-            parser.add_argument(
-                "model_path",
-                nargs="*",
-                metavar="FILE",
-                default=argparse.SUPPRESS,
-                help="The same as --model-path.",
-            )
-        own = [
-            parser.add_argument(flag, **how).dest for flag, how in verb.flags.items()
-        ]
-        _open_standard_streams()
-        flags = vars(parser.parse_args(given))
-        own_flags = {name: flags.pop(name) for name in own}
-        read = functools.partial(load_settings, flags, os.environ)
-        return verb.run(Invocation(own_flags, read, engine_factory, command, code))
+        with signals_of(name):
+            own, flags = _read_flags(name, given)
+            read = functools.partial(load_settings, flags, os.environ)
+            return verb.run(Invocation(own, read, engine_factory, command, code))
     except BadSetting as error:
         return _fail(str(error), code=2)
     except StartupError as error:
@@ -30291,23 +30414,34 @@ def main(
         return _fail("interrupted", code=130)
     except Exception:
         traceback.print_exc()
-
         return _fail("the above is a bug, please report it")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
-def _open_standard_streams() -> None:
-    """Open /dev/null as descriptors 0 to 2 if we were started without them.
-
-    Otherwise a socket would become descriptor 0, which libuv does not close.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  for good
+def _read_flags(
+    name: str, given: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the flags that are the verb's own, and those that are settings."""
+    verb = VERBS[name]
+    parser = _Parser(
+        prog=f"embellama_server.py {name}".removesuffix(" serve"),
+        description=verb.help,
+        epilog=verb.epilog,
+        allow_abbrev=False,
+    )
+    if verb.has_settings:
+        add_flags(parser)
+    if verb.has_files:
+        parser.add_argument(
+            "model_path",
+            nargs="*",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help="The same as --model-path.",
+        )
+    own = [parser.add_argument(flag, **how).dest for flag, how in verb.flags.items()]
+    open_standard_streams()
+    flags = vars(parser.parse_args(given))
+    return {name: flags.pop(name) for name in own}, flags
 
 
 def _openapi(_: Invocation) -> int:

@@ -95,6 +95,7 @@ LOG_LINES: dict[str, tuple[str, str]] = {
     "prompts that are no strings are not read": ("Some prompts there are no texts.", "Correct them, or name prompts with `--prompt`."),
     "default_prompt_name beside it, ..., ...": ("That file names a prompt that the model does not have.", "Add it with `--prompt`, or choose another with `--default-prompt-name`."),
     "files beside the model say what is not done here": ("sentence-transformers would do something else with this model.", "`files` says what; `check --reference` tells whether it matters."),
+    "llama.cpp's AMX is built wrong and left out": ("The compiler of this llama.cpp (GCC 12.2 is one) spoils its code for Intel's AMX, which would end the process.", "Nothing: weights are computed without it, quantized ones perhaps more slowly. For full speed install a build of a newer compiler, or one without AMX: [Air-gapped boxes](#air-gapped-boxes)."),
     "llama.cpp": ("A warning or error in llama.cpp's own words.", "With an error of ours beside it: the cause. Alone: nothing."),
     # computing
     "a call failed": ("A llama.cpp call failed; each of its inputs is tried once more alone.", "`error` says how. Again and again: [EmbellamaEngineBroken](#alerts)."),

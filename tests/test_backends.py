@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,52 @@ def test_a_model_s_card_says_them(tmp_path: Path) -> None:
     path = str(models.tiny_bert(tmp_path))
     engine = es.Engine(path, es.ModelSettings(), kit.quiet_log())
     assert engine.card.cpu_features == es.cpu_features(engine._llama) != ""
-    engine.close()
+
+
+def test_what_multiplies_wrong_or_dies_of_it_is_told_apart_from_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(models.tiny_bert(tmp_path))
+    engine = es.Engine(path, es.ModelSettings(), kit.quiet_log())
+    library = engine._llama._lib._name
+    assert es.why_no_tiles(library, "CPU") == "", "memory that every CPU has"
+    assert es.why_no_tiles(library, "of another CPU") == ""
+    assert "cannot open shared object file" in es.why_no_tiles("/none/libllama.so")
+    sound = es._TILES
+    for change, told in {
+        ("x - 256", "x - 200"): "a product is wrong",
+        ("graph = ", "import os; os.abort(); graph = "): "killed by SIGABRT",
+    }.items():
+        monkeypatch.setattr(es, "_TILES", sound.replace(*change))
+        es.why_no_tiles.cache_clear()
+        assert es.why_no_tiles(library, "CPU") == told
+    es.why_no_tiles.cache_clear()
+
+
+@pytest.mark.parametrize("why", ["", "killed by SIGILL"])
+def test_where_amx_is_built_wrong_weights_are_computed_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    path = str(models.tiny_bert(tmp_path))
+    real, seen, said = es.LlamaLog.call, list[bool](), list[str]()
+
+    def call(log: es.LlamaLog, function: Any, *given: Any) -> Any:
+        if isinstance(given[-1], engine_module.llama_model_params):
+            seen.append(given[-1].use_extra_bufts)
+        return real(log, function, *given)
+
+    def note(*words: object, **more: object) -> None:
+        said.append(f"{words[0]} {words[-1]} {more}" * ("AMX" in str(words[-1])))
+
+    engine_module = es._llama_cpp()
+    monkeypatch.setattr(es.LlamaLog, "call", call)
+    monkeypatch.setattr(es, "cpu_features", lambda _: "AVX512,AMX_INT8")
+    monkeypatch.setattr(es, "why_no_tiles", lambda _: why)
+    log: Any = note
+    es.Engine(path, es.ModelSettings(), log).close()
+    assert seen == [not why]
+    told = "warning llama.cpp's AMX is built wrong and left out {'why': "
+    assert [line for line in said if line] == ([f"{told}{why!r}}}"] if why else [])
 
 
 COMPUTE = """

@@ -886,6 +886,43 @@ def test_haproxy_asks_for_weights_where_there_is_a_port_for_it(tmp_path: Path) -
     assert "agent" not in without["haproxy.cfg"]
 
 
+NUMBERS = [row for row in es.SETTING_ROWS if row.maximum is not None]
+
+
+@pytest.mark.parametrize("row", NUMBERS, ids=lambda row: row.name)
+def test_every_file_can_be_printed_for_the_least_and_the_most_of_a_setting(
+    row: es.Option, tmp_path: Path
+) -> None:
+    for number, value in enumerate((row.minimum, row.maximum)):
+        given = [f"{row.flag}={value}"]
+        code, _, err = emit("--output", str(tmp_path / str(number)), *given, "all")
+        assert code == 0 or "say which, 1 to 65535" in err
+
+
+def ms(text: str, name: str) -> float:
+    """A time of a proxy's file."""
+    (found,) = re.findall(rf"(?m)^ *{name} (\d+)(ms|s)", text)
+    return float(found[0]) * (1000 if found[1] == "s" else 1)
+
+
+@pytest.mark.parametrize("keep_alive_s", [0.01, 0.9, 1, 6, 95, 86400])
+def test_nginx_closes_a_connection_before_the_server_does(
+    keep_alive_s: float, tmp_path: Path
+) -> None:
+    flags = ["--keep-alive-s", str(keep_alive_s)]
+    kept_ms = ms(files(tmp_path, *flags, "nginx")["nginx.conf"], "keepalive_timeout")
+    assert 1 <= kept_ms < keep_alive_s * 1000
+
+
+@pytest.mark.parametrize("flag", ["--request-timeout-s", "--heartbeat-s"])
+def test_a_proxy_waits_longer_than_a_stream_is_silent(
+    flag: str, tmp_path: Path
+) -> None:
+    written = files(tmp_path, flag, "900.5", "nginx", "haproxy")
+    assert ms(written["nginx.conf"], "proxy_read_timeout") > 900_500
+    assert ms(written["haproxy.cfg"], "timeout server") > 900_500
+
+
 @EVERY_SET
 def test_haproxy_and_nginx_take_their_files(
     name: str, shop: Path, tmp_path: Path

@@ -7,10 +7,12 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,9 +286,17 @@ def test_without_a_buffer_all_is_written_too(
     assert "cannot write -: No space left on device" in desk.err
 
 
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "end", [interrupted, lambda: signal.raise_signal(signal.SIGTERM)]
+)
 def test_an_interrupt_is_130_and_tells_what_goes_on(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None]
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(es, "WINDOW_ROWS", 10)
     monkeypatch.setattr(
         sys, "orig_argv", ["python", "e.py", "embed", "--restart", "a b"]
@@ -297,7 +307,7 @@ def test_an_interrupt_is_130_and_tells_what_goes_on(
     def write(*given: Any) -> None:
         calls[0] += 1
         if calls[0] == 7:
-            raise KeyboardInterrupt
+            end()
         real(*given)
 
     monkeypatch.setattr(es.Bulk, "_write", write)
@@ -306,6 +316,7 @@ def test_an_interrupt_is_130_and_tells_what_goes_on(
     assert desk.embed(file, "--output", to, "--json") == 0
     assert json.loads(desk.out)["resumed_at_row"] == 60
     assert np.allclose(desk.array(), vectors(TEXTS), atol=1e-6)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("is_joined", [False, True])
@@ -374,6 +385,49 @@ def test_what_other_runs_did_does_not_make_this_one_faster() -> None:
     progress = es.Progress(100, 60, rows=600, first_row=500, begun_at=begun)
     # A sixth of 60 % in 10 s: 40 % take 40 s.
     assert "10/s, 0:00:40 left" in progress.line()
+
+
+def test_loading_the_model_does_not_make_the_rows_slower(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(kit.FakeEngine):
+        """An engine that takes an hour to load."""
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            now[0] += 3600
+
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    desk.engine = Slow
+    file = desk.put("a.txt", "a\nb\n")
+    assert desk.embed(file, "--output", desk.root / "v.npy", "--json") == 0
+    assert json.loads(desk.out)["seconds"] < 1
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(desk: Desk) -> None:
+    (disk := desk.root / "disk").mkdir()
+    to = desk.root / "v.npy"
+    to.symlink_to(disk / "real.npy")
+    file = desk.put("a.txt", "a\n")
+    assert desk.embed(file, "--output", to) == 0
+    assert desk.embed(file, "--output", to) == 2
+    assert "real.npy is there already: --restart replaces it" in desk.err
+    file.write_text("b\nc\n")
+    assert desk.embed(file, "--output", to, "--restart") == 0
+    assert to.is_symlink() and {path.name for path in disk.iterdir()} == {
+        "real.npy",
+        "real.npy.ids.jsonl",
+    }
+    assert np.allclose(desk.array(), vectors(["b", "c"]), atol=1e-6)
+
+
+def test_a_text_too_long_is_told_of_the_flag_that_cuts_it(desk: Desk) -> None:
+    file, to = desk.put("a.txt", "a " * 1000), desk.root / "v.npy"
+    assert desk.embed(file, "--output", to) == 1
+    assert "shorten or split it, or give --truncate" in desk.err
+    assert "--auto-truncate" not in desk.err
+    assert desk.embed(file, "--output", to, "--truncate") == 0
 
 
 # --- kill -9 ---

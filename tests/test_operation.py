@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,26 @@ async def test_what_is_no_order_changes_nothing(body: Any) -> None:
         reply = await running.ask("POST", "/admin/drain", body)
         assert reply.status == 400
         assert not (await drained(running))["is_withdrawn"]
+
+
+ORDERS = [
+    route
+    for route in es.ROUTES
+    if route.path.startswith("/admin/") and route.form is not None
+]
+
+
+@pytest.mark.parametrize("route", ORDERS, ids=lambda route: route.path)
+async def test_a_misspelled_order_is_refused_with_the_words_there_are(
+    route: es.Route,
+) -> None:
+    async with kit.running_service() as running:
+        body = {"model": "x", "of": True, "OFF": None}
+        reply = await running.ask("POST", route.path, body)
+        assert reply.status == 400
+        assert re.search(r"(of|OFF) is not known here: \w+.* are", reply.body.decode())
+        assert not (await drained(running))["is_withdrawn"]
+    assert route.form and es.schema_of(route.form)["additionalProperties"] is False
 
 
 async def test_a_server_that_loads_can_be_withdrawn_before_it_is_ready() -> None:

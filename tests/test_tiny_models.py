@@ -55,6 +55,7 @@ def opened(path: Path) -> Any:
     """A model, kept until the end of the process."""
     params = llama().llama_model_default_params()
     params.n_gpu_layers = 0
+    params.use_extra_bufts = not es.why_no_tiles(llama()._lib._name)  # as an engine has
     model = llama().llama_model_load_from_file(os.fsencode(path), params)
     assert model, f"llama.cpp cannot load {path}"
     return model
