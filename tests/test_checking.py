@@ -217,6 +217,7 @@ def test_each_warning_of_a_start_is_told(desk: Desk) -> None:
         (desk.root / name).write_text(json.dumps(content))
     assert desk.check(path, "--workers", 1, factory=es.Engine) == 0
     told = [line for line in desk.err.splitlines() if " warning " in line]
+    told = [line for line in told if "AMX" not in line]  # which depends on the compiler
     for words in (
         "--end-token",
         "pre-tokenizer",

@@ -285,11 +285,11 @@ def test_auto_takes_the_fastest_that_gives_the_same_vectors(
     shelf.findings = findings
     engine = shelf.engine("auto")
     assert engine.card.weights == chosen
-    assert shelf.measured == ["bf16", "q8_0"]
-    assert shelf.made() == ["bf16", "q8_0"], "each once"
+    assert shelf.measured == ["bf16", "f32", "q8_0"]
+    assert shelf.made() == ["bf16", "f32", "q8_0"], "each once"
     files = of_type(shelf, chosen) if chosen != "f16" else []
     assert shelf.kept() == sorted([*files, DECISION]), "losers are deleted"
-    for weights in ("bf16", "q8_0"):
+    for weights in ("bf16", "f32", "q8_0"):
         assert f"weights tried type={weights} " in shelf.log.getvalue()
 
 
@@ -297,8 +297,8 @@ def test_auto_takes_the_fastest_that_gives_the_same_vectors(
     ("own", "tried"),
     [
         ("f32", ["bf16", "f16", "q8_0"]),
-        ("f16", ["bf16", "q8_0"]),
-        ("bf16", ["f16", "q8_0"]),
+        ("f16", ["bf16", "f32", "q8_0"]),
+        ("bf16", ["f16", "f32", "q8_0"]),
         # Quantised files are somebody's choice: for size, even where bf16 is faster.
         *((own, []) for own in ("q8_0", "q4_k_m", "unknown", "")),
     ],
@@ -346,10 +346,10 @@ def test_another_cpu_or_llama_cpp_is_measured_anew(
     monkeypatch.setattr(es, "_here", lambda: "elsewhere")
     shelf.findings = {"q8_0": FASTER}
     assert shelf.engine("auto").card.weights == "q8_0"
-    assert shelf.measured == ["bf16", "q8_0"] * 2
+    assert shelf.measured == ["bf16", "f32", "q8_0"] * 2
     assert shelf.kept() == sorted([*of_type(shelf, "q8_0"), DECISION])
     shelf.engine("auto")
-    assert len(shelf.measured) == 4, "and this is remembered"
+    assert len(shelf.measured) == 6, "and this is remembered"
 
 
 class Another:
@@ -387,7 +387,7 @@ def test_another_content_of_the_file_is_measured_anew(shelf: Shelf) -> None:
     shelf.findings = {"bf16": FASTER}
     shelf.engine("auto")
     assert shelf.engine("auto", "6" * 64).path == str(shelf.target("bf16", "6" * 64))
-    assert shelf.measured == ["bf16", "q8_0"] * 2
+    assert shelf.measured == ["bf16", "f32", "q8_0"] * 2
 
 
 HERE = es._here()
@@ -414,9 +414,9 @@ def test_a_decision_that_makes_no_sense_is_made_again(content: bytes) -> None:
         shelf.folder.mkdir(parents=True)
         (shelf.folder / DECISION).write_bytes(content)
         assert shelf.engine("auto").path == str(shelf.file)
-        assert shelf.measured == ["bf16", "q8_0"]
+        assert shelf.measured == ["bf16", "f32", "q8_0"]
         shelf.engine("auto")
-        assert len(shelf.measured) == 2, "and this time it is remembered"
+        assert len(shelf.measured) == 3, "and this time it is remembered"
 
 
 # --- where there is no room ---
@@ -472,7 +472,7 @@ def test_auto_serves_the_files_own_weights_then_and_warns(
     assert not shelf.measured
 
 
-@pytest.mark.parametrize("weights", ["bf16", "q8_0"])
+@pytest.mark.parametrize("weights", ["bf16", "f32", "q8_0"])
 def test_auto_serves_the_file_when_what_was_made_of_it_cannot_be_loaded(
     shelf: Shelf, weights: str
 ) -> None:
