@@ -23444,8 +23444,9 @@ def _moment(service: Service, now: float) -> dict[str, float]:
 
 
 async def status_figures(context: RequestContext) -> Response:
-    """Figures of now and of the last five minutes, the models, and what happened last."""
+    """Figures of now and of the last five minutes, or since ?since=TIME_S; models; events."""
     service, telemetry = context.service, context.service.telemetry
+    since = _since(context.head.query)
     begun_at = telemetry.value("process_start_time_seconds")
     present = _moment(service, time.monotonic())
     shown = {
@@ -23454,7 +23455,10 @@ async def status_figures(context: RequestContext) -> Response:
         "problem": service.why_unready(),
         "uptime_s": round(time.time() - begun_at, 1),
         "fields": [*present],
-        "moments": [*service.moments, [*present.values()]],
+        "moments": [
+            *(kept for kept in service.moments if kept[0] > since),
+            [*present.values()],
+        ],
         "limits": _limits(service),
         "histograms": {
             name: dict(zip(("bounds", "hits"), telemetry.buckets(*which), strict=True))
@@ -23478,6 +23482,18 @@ async def status_figures(context: RequestContext) -> Response:
         ],
     }
     return Response(200, json_codec().dumps(shown), is_compressible=True)
+
+
+def _since(query: str) -> float:
+    """Return which moment the reader has already. Raises InvalidValue.
+
+    All that are kept are ten times the rest of a reply, and 50 pages ask 25 times a second.
+    """
+    text = dict(urllib.parse.parse_qsl(query)).get("since", "-inf")
+    try:
+        return float(text)
+    except ValueError:
+        raise invalid("since", f"is {text!r:.80}, which is no time_s") from None
 
 
 def _limits(service: Service) -> dict[str, float]:
@@ -23875,8 +23891,9 @@ circle { fill: var(--line) } text { fill: currentColor; font-size: 9px }
   min-height: 4rem; max-height: 30rem; overflow: auto }
 :focus-visible { outline: 3px solid var(--line); outline-offset: 2px }
 """
-_PAGE_SCRIPT: Final = r"""
-"use strict";
+_PAGE_SCRIPT: Final = (
+    f'\n"use strict";\nconst MOST_KEPT = {MAX_MOMENTS};'
+    + r"""
 const POLL_MS = 2000, MAX_POLL_MS = 30000, WINDOW_S = 30, MAX_TEXTS = 64;
 const base = location.origin + location.pathname.replace(/\/*$/, "/");
 const $ = (id) => document.getElementById(id);
@@ -23900,8 +23917,7 @@ async function call(path, body, signal) {
   if ($("key").value) headers.authorization = `Bearer ${$("key").value}`;
   const response = await fetch(base + path, {
     method: body ? "POST" : "GET", body: body && JSON.stringify(body), headers, signal,
-    cache: "no-store", credentials: "omit",
-  });
+    cache: "no-store", credentials: "omit" });
   if (response.ok) return response;
   const said = await response.json().catch(() => ({}));
   throw new Error(said.error?.message ?? `status ${response.status}`);
@@ -23944,10 +23960,8 @@ const FIGURES = [
 ];
 const TIMES = [["Request", "request_s"], ["Wait", "wait_s"], ["First token", "first_token_s"]];
 
-function card(title, value, notes, line) {
-  const shown = make("dd", {}, value, make("small", { textContent: notes }), ...line);
-  return make("div", {}, make("dt", { textContent: title }), shown);
-}
+const card = (title, value, notes, line) => make("div", {}, make("dt", { textContent: title }),
+  make("dd", {}, value, make("small", { textContent: notes }), ...line));
 
 function figure([title, of, show, limit], moments, limits) {
   const values = moments.slice(1).map((now, n) => of(now, moments[n]));
@@ -23975,7 +23989,7 @@ function quantile(part, bounds, hits) {
   return seconds(low + (bounds[at] - low) * (1 + left / hits[at]));
 }
 
-let replies = [];
+let replies = [], kept = []; // kept: moments, as the server has them
 
 function times([title, name]) {
   const now = replies.at(-1).histograms[name], old = replies[0].histograms[name];
@@ -23987,16 +24001,16 @@ function times([title, name]) {
   return card(title, half, `95 %: ${most}, 99 %: ${nearly}; ${since}`, []);
 }
 
-function row(cells) {
-  return make("tr", {}, ...cells.map((cell) => make("td", { textContent: cell })));
-}
+const row = (cells) =>
+  make("tr", {}, ...cells.map((cell) => make("td", { textContent: cell })));
 
 function draw(reply) {
-  const moments = reply.moments.map((values) =>
-    Object.fromEntries(reply.fields.map((name, n) => [name, values[n]])));
   // Of another process than the last reply: nothing can be subtracted.
-  if (replies.length && reply.uptime_s < replies.at(-1).uptime_s) replies = [];
+  if (replies.length && reply.uptime_s < replies.at(-1).uptime_s) replies = [], kept = [];
   replies.push(reply);
+  kept = [...kept, ...reply.moments.slice(0, -1)].slice(-MOST_KEPT);
+  const moments = [...kept, reply.moments.at(-1)].map((values) =>
+    Object.fromEntries(reply.fields.map((name, n) => [name, values[n]])));
   while (moments.at(-1).time_s - replies[0].moments.at(-1)[0] > WINDOW_S) replies.shift();
   $("figures").replaceChildren(...FIGURES.map((one) => figure(one, moments, reply.limits)),
     ...TIMES.map(times));
@@ -24037,7 +24051,8 @@ async function poll() {
   clearTimeout(timer);
   if (document.hidden) return;
   try {
-    const reply = await (await call("status", null, AbortSignal.timeout(3000))).json();
+    const path = `status?since=${kept.at(-1)?.[0] ?? -1}`;
+    const reply = await (await call(path, null, AbortSignal.timeout(3000))).json();
     [pause_ms, heard] = [POLL_MS, Date.now()];
     document.body.classList.remove("stale");
     document.title = "embellama_server";
@@ -24224,6 +24239,7 @@ $("anew").addEventListener("click", () => {
 });
 poll();
 """
+)
 _SAMPLE_TEXTS: Final = (
     "The cat sleeps on the sofa.\nA kitten naps on the couch.\nDogs love long walks.\n"
     "The market fell by two percent.\nShares lost value on Monday.\nBread needs flour and "

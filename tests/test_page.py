@@ -164,6 +164,26 @@ async def test_moments_are_kept_for_five_minutes(
     assert {round(b - a, 1) for a, b in itertools.pairwise(times)} == {2.0}
 
 
+async def test_who_has_the_moments_until_one_is_told_of_those_after_it() -> None:
+    async with kit.running_service() as running:
+        kept = running.service.moments
+        kept[:] = [(float(n), *kept[0][1:]) for n in range(10)]
+        whole = (await figures(running))["moments"]
+        assert [one["time_s"] for one in whole[:-1]] == list(range(10))
+        for since, later in (
+            (-1, range(10)),
+            (6, (7, 8, 9)),
+            (6.5, (7, 8, 9)),
+            (9, ()),
+        ):
+            reply = await running.ask("GET", f"/status?since={since}")
+            *told, present = json.loads(reply.body)["moments"]
+            assert [row[0] for row in told] == [*later]
+            assert present[0] >= whole[-1]["time_s"]
+        bad = await running.ask("GET", "/status?since=now")
+        assert bad.status == 400 and b"since is 'now', which is no time_s" in bad.body
+
+
 async def test_events_are_told_without_what_may_hold_paths() -> None:
     async with kit.running_service() as running:
         running.server.log("warning", "file is gone", path="/home/somebody/secret")
@@ -534,7 +554,7 @@ def test_a_tab_that_is_hidden_asks_nothing_until_it_is_shown(browser: Any) -> No
         assert 4 <= polls(10) <= 6
         page.evaluate("hide(true)")
         assert polls(10) == 0
-        with page.expect_request("**/status"):
+        with page.expect_request("**/status?*"):
             page.evaluate("hide(false)")
         assert 4 <= polls(10) <= 6
         page.close()
