@@ -17317,7 +17317,9 @@ Counts = TypeVar("Counts", CacheCounts, PromptCacheCounts)
 
 
 def _sum_of(counts: Sequence[Counts]) -> Counts:
-    numbers = zip(*map(dataclasses.astuple, counts), strict=True)
+    # astuple() copies deeply, which took a third of a reply of /status.
+    names = [row.name for row in dataclasses.fields(counts[0])]
+    numbers = ([getattr(one, name) for one in counts] for name in names)
     return type(counts[0])(*map(sum, numbers))
 
 

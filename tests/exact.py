@@ -1,7 +1,8 @@
 """How exact vectors are: against f32, and whatever shares their call.
 
     python -m tests.exact                                   # all-MiniLM-L6-v2
-    python -m tests.exact --model-path m.gguf --pooling last --weights keep q8_0
+    python -m tests.exact --model-path m.gguf --pooling last --weights keep q8_0 --texts 40
+    python -m tests.exact --words 150 300                   # long ones
 
 The same texts through one model with its weights in several types. What is compared with
 is the same file re-encoded to f32, each text alone and on one thread: so what the file's
@@ -27,7 +28,6 @@ from tests import kit
 from tests.bench import machine, markdown
 from tests.words import WORDS
 
-TEXTS, SHORTEST, LONGEST = 200, 5, 60  # words
 BATCH_TOKENS = 256
 HEADS = [
     *("weights", "cosine to f32", "neighbours move it by", "int8 changes"),
@@ -107,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--weights", nargs="+", default=["f32", "f16", "bf16", "q8_0"], metavar="TYPE"
     )
+    made.add_argument("--texts", type=int, default=200)
+    made.add_argument("--words", type=int, nargs=2, default=[5, 60], help="in a text")
     return made
 
 
@@ -114,7 +116,7 @@ def main() -> None:
     """Measure and print."""
     given = parser().parse_args()
     chance = random.Random(1)
-    lengths = [chance.randint(SHORTEST, LONGEST) for _ in range(TEXTS)]
+    lengths = [chance.randint(*given.words) for _ in range(given.texts)]
     texts = [" ".join(chance.choices(WORDS, k=length)) for length in lengths]
     with tempfile.TemporaryDirectory() as folder:
         settings = es.Settings(
@@ -130,10 +132,11 @@ def main() -> None:
         for name in given.weights:
             with contextlib.closing(cache.engine(name)) as engine:
                 rows.append(row(engine.card.weights, measured(engine, texts), exact))
+    words = " to ".join(map(str, given.words))
     print(
-        f"{machine()}; {Path(file.path).name}; {TEXTS} texts of {SHORTEST} to ", end=""
+        f"{machine()}; {Path(file.path).name}; {given.texts} texts of {words} words; "
     )
-    print(f"{LONGEST} words; calls of {BATCH_TOKENS} tokens\n")
+    print(f"calls of {BATCH_TOKENS} tokens\n")
     print(markdown(HEADS, rows))
 
 

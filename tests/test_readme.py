@@ -28,7 +28,7 @@ def test_readme_names_every_settings_flag_only_as_it_is() -> None:
         *("--bert-base", "--peer-cmd", "--list-cells", "--cached", "--health"),  # bench
         "--requests",  # of the soak test
         *("--servers", "--token-us", "--real", "--memory"),  # of benches
-        *("--texts", "--verb", "--llama-server"),
+        *("--texts", "--verb", "--llama-server", "--torch"),
         "--additional-suffix",  # split's
         "--count",  # of the mutants
         *("--same-text", "--cells"),  # of the chats'
