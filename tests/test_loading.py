@@ -449,7 +449,9 @@ def test_a_file_that_names_no_pre_tokenizer_is_warned_of_once(
     assert loaded.card.pre_tokenizer == (pre or "default")
     assert loaded.free()
     lines = bench.stream.getvalue().splitlines()
-    warnings = [line for line in lines if " warning " in line and "--end" not in line]
+    others = ("--end", "AMX")  # of AMX by some compilers' builds
+    warnings = [line for line in lines if " warning " in line]
+    warnings = [line for line in warnings if not any(w in line for w in others)]
     assert len(warnings) == (pre != "qwen2")
     assert all("tokenizer.ggml.pre" in line for line in warnings)
 
