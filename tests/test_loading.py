@@ -330,7 +330,8 @@ def test_a_server_is_no_larger_after_many_loads(
         assert failed_after - failed_before < 10
         maps = Path(f"/proc/{server.process.pid}/maps").read_text().splitlines()
         assert sum(line.endswith(str(path)) for line in maps) <= 1, "that of a"
-        assert "SIG" not in "".join(server.log)
+        ends = [line for line in server.log if "SIG" in line]
+        assert all("AMX" in line for line in ends), "of whoever tries that"
 
 
 # --- no room for all threads ---
