@@ -24003,15 +24003,15 @@ function times([title, name]) {
   return card(title, half, `95 %: ${most}, 99 %: ${nearly}; ${since}`, []);
 }
 
-const row = (cells) =>
-  make("tr", {}, ...cells.map((cell) => make("td", { textContent: cell })));
+const row = (cells) => make("tr", {}, ...cells.map((cell) => make("td", { textContent: cell })));
 
 function draw(reply) {
   // Of another process than the last reply: nothing can be subtracted.
   if (replies.length && reply.uptime_s < replies.at(-1).uptime_s) replies = [], kept = [];
   replies.push(reply);
   kept = [...kept, ...reply.moments.slice(0, -1)].slice(-MOST_KEPT);
-  const moments = [...kept, reply.moments.at(-1)].map((values) =>
+  const now = reply.moments.at(-1), isOld = (one) => one[0] < now[0] - 1; // rates need a second
+  const moments = [...kept.filter(isOld), now].map((values) =>
     Object.fromEntries(reply.fields.map((name, n) => [name, values[n]])));
   while (moments.at(-1).time_s - replies[0].moments.at(-1)[0] > WINDOW_S) replies.shift();
   $("figures").replaceChildren(...FIGURES.map((one) => figure(one, moments, reply.limits)),
