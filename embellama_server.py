@@ -734,6 +734,14 @@ def cpu_name(root: Path = Path("/")) -> str:
     return f"{name} ({digest[:12]})"
 
 
+def end_of_process(code: int) -> str:
+    """Return how a process ended: an exit code, or below zero a signal."""
+    if code >= 0:
+        return f"exit code {code}"
+    names = {int(each): each.name for each in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
+
+
 # ==============================================================================
 # 2. MEMORY - how much there is, and what is given back
 # ==============================================================================
@@ -6768,7 +6776,7 @@ def why_no_tiles(library: str, kind: str = "AMX") -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{error}"
     if done.returncode < 0:
-        return f"killed by {signal.Signals(-done.returncode).name}"
+        return end_of_process(done.returncode)
     said = done.stderr.decode("utf-8", "replace").strip()
     return said.rpartition("\n")[2] if done.returncode else ""
 
@@ -7054,9 +7062,8 @@ class Engine:
             # large batches there although all weights are on the CPU.
             params.split_mode = llama.LLAMA_SPLIT_MODE_NONE
             params.main_gpu = -1
-        if "AMX_INT8" in cpu_features(llama) and (
-            why := why_no_tiles(llama._lib._name)
-        ):
+        has_tiles = "AMX_INT8" in cpu_features(llama)
+        if has_tiles and (why := why_no_tiles(llama._lib._name)):
             log("warning", "llama.cpp's AMX is built wrong and left out", why=why)
             params.use_extra_bufts = False
         raw = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
@@ -7219,7 +7226,7 @@ class Engine:
 # Files and results are kept in the cache directory under the original file's checksum; a
 # new CPU or llama.cpp measures again.
 # Mixed files (large matrices quantised, the others bf16) are not tried: of those within
-# 0.9999 none is faster than bf16 on that CPU. README has the table.
+# 0.9999 none is faster than bf16 on AMD's. README has the table.
 
 MIN_SPEEDUP: Final = 1.10
 MIN_COSINE: Final = 0.9999
@@ -17317,7 +17324,7 @@ Counts = TypeVar("Counts", CacheCounts, PromptCacheCounts)
 
 
 def _sum_of(counts: Sequence[Counts]) -> Counts:
-    # astuple() copies deeply, which took a third of a reply of /status.
+    # Not by astuple(), which copies deeply: a fifth of a reply of /status.
     names = [row.name for row in dataclasses.fields(counts[0])]
     numbers = ([getattr(one, name) for one in counts] for name in names)
     return type(counts[0])(*map(sum, numbers))
@@ -17414,8 +17421,9 @@ def parse_form(form: type[T], body: Mapping[str, object], prefix: str = "") -> T
     rows = _rows_of(typing.cast(Any, form))
     if getattr(form, "is_strict", False):
         known = [name for name, _ in rows]
-        for name in body.keys() - known:
-            raise invalid(prefix + name, f"is not known here: {', '.join(known)} are")
+        if others := [name for name in body if name not in known]:
+            problem = f"is not known here: {', '.join(known)} are"
+            raise invalid(f"{prefix}{others[0]:.80}", problem)
     for name, row in rows:
         value = body.get(name)
         if value is not None:
@@ -24967,14 +24975,6 @@ module.try_to_load()
 """
 
 
-def end_of_process(code: int) -> str:
-    """Return how a process ended: an exit code, or below zero a signal."""
-    if code >= 0:
-        return f"exit code {code}"
-    names = {int(each): each.name for each in signal.Signals}
-    return f"killed by {names.get(-code, f'signal {-code}')}"
-
-
 class Trial:
     """Loads models in a process that may die of it."""
 
@@ -28906,7 +28906,7 @@ class _ParquetReader(RowReader):
 
 
 def _values_of(column: Any) -> list[object]:
-    """Return what a column holds; a BadRow in place of what is no text or time."""
+    """Return what a column holds; a BadRow in place of what Python cannot read."""
     try:
         return list(column.to_pylist())
     except ValueError:

@@ -28,7 +28,14 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -702,6 +709,11 @@ def pool(
     backlog = es.Backlog(limit, settings.workers)
     queue = es.BatchQueue(engine.card, settings, backlog, cache)
     return es.Pool(engine, queue, es.BatchWorkers(engine, queue, told), told)
+
+
+def without_amx(lines: Iterable[str]) -> list[str]:
+    """Lines of a log but the one that depends on the compiler of llama.cpp."""
+    return [line for line in lines if "AMX is built wrong and left out" not in line]
 
 
 def quiet_log() -> es.Log:

@@ -559,7 +559,7 @@ def test_the_parent_goes_by_what_its_child_goes_by_now(
         begun = time.monotonic()
         os.write(parent._wakeup, bytes([signal.SIGTERM]))
         parent._wait(0)
-    stop_s = es.stop_s(now)
+    stop_s = now.drain_grace_s + now.drain_timeout_s + 10
     assert stop_s <= child.kill_at - begun < stop_s + 5
     assert parent._watchdog_s == now.watchdog_s
     parent._log("error", "event")
