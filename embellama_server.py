@@ -11941,9 +11941,9 @@ class ReplyText:
     def __init__(self, stop: Sequence[str] = (), *, drops_space: bool = False) -> None:
         """``drops_space``: a space at the very start is the tokenizer's, not the text's."""
         self.stopped_by: str | None = None
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drops_space = drops_space
-        self._held = ""
+        self._held = self._cut = ""  # what may be a stop string, and what is one
         # Sorted, so that a search by halves finds what begins like the text, and backwards
         # what ends like it: a character costs the same with 4,096 stop strings as with 16.
         self._stops = sorted({*stop} - {""})
@@ -11961,13 +11961,19 @@ class ReplyText:
         """Whether a stop string was found: nothing more comes."""
         return self.stopped_by is not None
 
+    @property
+    def unshown_bytes(self) -> int:
+        """How many of all bytes so far are kept back, or cut off with a stop string."""
+        half_a_character, _ = self._decoder.getstate()
+        return len(half_a_character) + len((self._held + self._cut).encode())
+
     def feed(self, piece: bytes) -> str:
         """Take a token's bytes; return what may be sent now."""
-        return self._read(self._decode(piece))
+        return self._read(self._decoder.decode(piece))
 
     def end(self) -> str:
         """Return what was kept back: the reply ended, and not by a stop string."""
-        text = self._read(self._decode(b"", True)) + self._held
+        text = self._read(self._decoder.decode(b"", True)) + self._held
         self._held = ""
         return text
 
@@ -11980,7 +11986,7 @@ class ReplyText:
         text = self._held + new
         for end in range(len(self._held) + 1, len(text) + 1):
             if text[end - 1] in self._last_chars and self._is_stop(text, end):
-                return self._stop(text[:end])
+                return self._stop(text, end)
         begin = self._held_from(text)
         self._held = text[begin:]
         return text[:begin]
@@ -11991,11 +11997,12 @@ class ReplyText:
         index = bisect.bisect_right(self._backwards, backwards) - 1
         return index >= 0 and backwards.startswith(self._backwards[index])
 
-    def _stop(self, text: str) -> str:
-        """Return what is before the stop string at the end of ``text``."""
-        self.stopped_by = max(filter(text.endswith, self._stops), key=len)
-        self._held = ""
-        return text.removesuffix(self.stopped_by)
+    def _stop(self, text: str, end: int) -> str:
+        """Return what is before the stop string that ends at ``end``."""
+        self.stopped_by = max(filter(text[:end].endswith, self._stops), key=len)
+        begin = end - len(self.stopped_by)
+        self._held, self._cut = "", text[begin:]
+        return text[:begin]
 
     def _held_from(self, text: str) -> int:
         """Return where the longest end of ``text`` begins that a stop string begins with."""
@@ -13143,6 +13150,12 @@ class Reply(StepWork):
     next_token: int = 0  # chosen, and not yet computed
     lookup: PromptLookup | None = None  # None: nothing is tried ahead
     lost_ids: TokenIds | None = None  # what it had in memory, and is to be read again
+    # If asked for: how likely the tokens were whose text does not show yet, each with how
+    # many bytes came before it.
+    unshown: collections.deque[tuple[int, TokenLogprob]] = field(
+        default_factory=collections.deque
+    )
+    fed_bytes: int = 0
     undecided_tokens: int = 0  # that may belong to thoughts
 
     def __post_init__(self) -> None:
@@ -13207,12 +13220,14 @@ class Reply(StepWork):
         if token in vocabulary.end_tokens and not request.sampling.ignore_eos:
             delta.text, delta.finish_reason = self.text.end(), "stop"
         else:
-            if request.top_logprobs is not None:
-                delta.logprobs = [logprobs(row, token, request.top_logprobs, piece)]
             text = piece(token)
             if request.markup is not None and not text:
                 marks = vocabulary.control_pieces(request.markup.marks)
                 text = marks.get(token, b"")
+            if request.top_logprobs is not None:
+                found = logprobs(row, token, request.top_logprobs, piece)
+                self.unshown.append((self.fed_bytes, found))
+            self.fed_bytes += len(text)
             delta.text = self.text.feed(text)
             if self.text.is_stopped:
                 delta.finish_reason = "stop"
@@ -13222,9 +13237,22 @@ class Reply(StepWork):
             elif self.tokens >= request.max_tokens:
                 delta.text += self.text.end()
                 delta.finish_reason = "length"
+        if self.unshown:
+            delta.logprobs = self._shown_logprobs()
         if self.reader is not None:
             self._read_markup(self.reader, delta)
         return delta
+
+    def _shown_logprobs(self) -> list[TokenLogprob]:
+        """Take those of tokens whose text shows: one of a stop string never does."""
+        shown_bytes, found = self.fed_bytes - self.text.unshown_bytes, []
+        while self.unshown:
+            begin, logprob = self.unshown[0]
+            if shown_bytes <= begin and shown_bytes < self.fed_bytes:
+                break
+            self.unshown.popleft()
+            found.append(logprob)
+        return found
 
     def _read_markup(self, reader: MarkupReader, delta: Delta) -> None:
         """Tell apart what the text of a delta is."""

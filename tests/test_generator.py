@@ -80,6 +80,28 @@ def test_a_reply_ends_before_a_stop_string_across_tokens() -> None:
         assert (kept.text(), kept.reason()) == (whole, "length"), "what was held back"
 
 
+def test_logprobs_are_of_tokens_whose_text_shows_and_come_with_it() -> None:
+    with generating(StepEngine()) as running:
+        ids = prompt(2)
+        pieces = [f"{piece}>" for piece in said_after(ids, 8).split(">")[:-1]]
+        ending = pieces[3][1:] + pieces[4] + pieces[5][:2]
+        for stop, shown in (
+            ((ending,), 4),  # of the fourth token one character
+            ((pieces[3] + pieces[4],), 3),
+            ((pieces[3] + pieces[4] + "and on",), 8),
+            ((), 8),
+        ):
+            one = running.ask(ids, 8, stop=stop, top_logprobs=0)
+            one.text()
+            told = text = ""
+            for delta in one.deltas:
+                text += delta.text
+                told += b"".join(each.text for each in delta.logprobs).decode()
+                assert told.startswith(text)
+                assert bool(delta.logprobs) == bool(delta.text)
+            assert told == "".join(pieces[:shown])
+
+
 def test_replies_to_one_prompt_share_its_reading_and_differ_by_their_seeds() -> None:
     with generating(StepEngine(cells=256)) as running:
         ids = prompt(3, 60)

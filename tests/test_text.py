@@ -62,6 +62,21 @@ def test_how_text_is_cut_into_tokens_makes_no_difference(
     assert reply.is_stopped == (stopped_by is not None)
 
 
+@given(TEXTS, STOPS, PLACES)
+def test_all_bytes_are_sent_or_kept_back_or_cut_off(
+    text: str, stop: list[str], places: list[int]
+) -> None:
+    reply, fed, sent = es.ReplyText(stop), 0, ""
+    for piece in cut(text.encode(), places):
+        fed += len(piece)
+        sent += reply.feed(piece)
+        assert len(sent.encode()) + reply.unshown_bytes == fed
+        if reply.is_stopped:
+            return
+    reply.end()
+    assert not reply.unshown_bytes
+
+
 @given(BROKEN, STOPS, PLACES)
 def test_bytes_that_are_no_text_are_replaced_as_python_does(
     data: bytes, stop: list[str], places: list[int]
