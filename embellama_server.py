@@ -1920,6 +1920,7 @@ class ApiError(Exception):
     code: ClassVar[str]
     type: ClassVar[str]
     is_transient: ClassVar[bool]  # the same request may succeed later
+    least_retry_s: ClassVar[float | None] = None  # if no other time is known
     default_headers: ClassVar[Headers] = ()
 
     def __init_subclass__(cls, status: int = 0, code: str = "", type: str = "") -> None:
@@ -1930,6 +1931,7 @@ class ApiError(Exception):
             cls.status, cls.code = status, code
             cls.type = "invalid_request_error" if is_callers else "server_error"
             cls.is_transient = status in (408, 429, 503, 504)
+            cls.least_retry_s = 1.0 if status in (429, 503) else None
         cls.type = type or cls.type
 
     def __init__(
@@ -1943,7 +1945,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = retry_after_s or self.least_retry_s
         self.headers = headers or self.default_headers
 
 
@@ -6331,7 +6333,7 @@ class StepContext(AbortableContext):
         )
         self._tokens = TokenBatch(llama, self.max_tokens)
         self._scattered: dict[int, int] = {}  # from which position on: see pack()
-        self._rows: dict[int, Any] = {}  # of logits, by address: one takes 20 us
+        self._views: dict[int, Any] = {}  # of logits, by address: one takes 20 us
         # Called for each token and very short, so they keep the interpreter lock: else the
         # event loop, woken for the token before, takes it, and the step begins 70 us later.
         kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
@@ -6400,9 +6402,9 @@ class StepContext(AbortableContext):
         address = self._logits_of(self._pointer, index)
         if not address:
             raise EngineError(f"llama.cpp kept no logits for token {index}")
-        if (row := self._rows.get(address)) is None:
+        if (row := self._views.get(address)) is None:
             array = (ctypes.c_float * self._n_vocab).from_address(address)
-            row = self._rows[address] = np.frombuffer(array, np.float32)
+            row = self._views[address] = np.frombuffer(array, np.float32)
         return row
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -11411,7 +11413,6 @@ _FIRST_REACH: Final = 8.0
 _MAX_REACH: Final = 256.0
 _MAX_PER_WANTED: Final = 8
 _SHORTER: Final = 0.8
-_NONE: Final = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11628,6 +11629,7 @@ class Sampler:
         biases = dict(sorted(biases.items()))
         self._biased = np.array([*biases], np.int64)
         self._biases = np.array([*biases.values()], np.float32)
+        self._unpenalized = np.empty(0, np.int64)
         self._constraint = constraint
         self._options = options = _effective(options)
         last_n = options.repeat_last_n
@@ -11729,7 +11731,9 @@ class Sampler:
         What a bias or penalty changes may end anywhere, so it is among them, and top_k
         tokens that nothing changes. ``counts``: how often the penalized ones came.
         """
-        penalized = np.array([*counts], np.int64) if counts else _NONE
+        penalized = self._unpenalized
+        if counts:
+            penalized = np.array([*counts], np.int64)
         wanted = max(1, self._options.top_k) + len(self._biased) + len(penalized)
         ids = self._likely(row, wanted, penalized)
         return ids, self._adjusted(row, ids, penalized, counts)
@@ -12886,6 +12890,12 @@ class RunningStep:
     is_stuck: bool = False  # and did not
 
 
+def _size_of(request: GenerationRequest) -> Size:
+    """Return what room is reserved for a prompt and the longest replies to it."""
+    tokens = len(request.ids) + request.n * request.max_tokens
+    return Size(1, tokens, _GENERATION_BYTES + _RESERVED_TOKEN_BYTES * tokens)
+
+
 class GenerationQueue(WorkQueue):
     """The queue of a model that generates: what waits for a place, and what runs.
 
@@ -12955,28 +12965,29 @@ class GenerationQueue(WorkQueue):
         """Requests that have no place yet; a guess without the lock."""
         return sum(not generation.started_at for generation in tuple(self._sizes))
 
-    def submit(self, generation: Generation, *, is_canary: bool = False) -> None:
-        """Admit a request. Raises Overloaded, EngineUnavailable or NotReady.
+    def submit(self, *generations: Generation, is_canary: bool = False) -> None:
+        """Admit a caller's requests, all or none: one by one an idle server would be full.
 
-        ``generation.changed`` is called whenever it has gained something, and when it is
-        over, unless cancelled.
+        Raises Overloaded, EngineUnavailable or NotReady. ``changed`` of each is called
+        whenever it has gained something, and when it is over, unless cancelled.
         """
         self._check_open()
         if self.stuck:
             raise EngineUnavailable(ENGINE_STUCK, retry_after_s=1.0)
-        request, now = generation.request, self.clock()
-        tokens = len(request.ids) + request.n * request.max_tokens
-        size = Size(1, tokens, _GENERATION_BYTES + _RESERVED_TOKEN_BYTES * tokens)
+        sizes = [_size_of(generation.request) for generation in generations]
+        size = Size(*map(sum, zip(*sizes, strict=True)))
+        client, timeout_s = generations[0].client, generations[0].timeout_s
+        now = self.clock()
         with self._lock:
             if not is_canary:
                 waiting = self.backlog.inputs
-                self._refuse_late(generation.timeout_s, tokens, lambda: waiting)
-            client = generation.client
+                self._refuse_late(timeout_s, size.tokens, lambda: waiting)
             if not self.backlog.try_reserve(size, client, is_forced=is_canary):
                 raise self.backlog.overloaded(now, client, size)
-            generation.arrived_at = now
-            self._sizes[generation] = size
-            self._waiting.push(generation)
+            for generation, own in zip(generations, sizes, strict=True):
+                generation.arrived_at = now
+                self._sizes[generation] = own
+                self._waiting.push(generation)
             self._work_ready[0].notify()
 
     def cancel(self, generation: Generation) -> None:
@@ -18386,11 +18397,12 @@ class Replies:
             undo.push(self.__exit__)
             self._hold.enter_context(self.loaded_model.hold())
             asker = self.client, self.priority, self.timeout_s
-            for index, request in enumerate(self.requests):
-                note = functools.partial(self._note, index)
-                generation = Generation(request, note, *asker)
-                self.loaded_model.generations.submit(generation)
-                self.generations.append(generation)
+            generations = [
+                Generation(request, functools.partial(self._note, index), *asker)
+                for index, request in enumerate(self.requests)
+            ]
+            self.loaded_model.generations.submit(*generations)
+            self.generations = generations
             undo.pop_all()
         return self
 

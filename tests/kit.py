@@ -512,8 +512,9 @@ class SpeakingQueue(es.GenerationQueue):
 
     speaker: Speaker
 
-    def submit(self, generation: es.Generation, *, is_canary: bool = False) -> None:
-        self.speaker.submit(generation)
+    def submit(self, *generations: es.Generation, is_canary: bool = False) -> None:
+        for generation in generations:
+            self.speaker.submit(generation)
 
     def cancel(self, generation: es.Generation) -> None:
         self.speaker.cancel(generation)

@@ -233,8 +233,14 @@ def test_an_error_s_text_is_its_message() -> None:
     assert str(es.InvalidValue("not that")) == "not that"
 
 
-def test_an_error_that_says_no_time_sends_no_header() -> None:
-    assert es.error_headers(es.Overloaded("full")) == [("x-should-retry", "true")]
+@every_error
+def test_each_429_and_503_says_when_to_come_back_and_others_only_if_they_know(
+    kind: type[es.ApiError],
+) -> None:
+    said = dict(es.error_headers(kind("no")))
+    assert said.get("retry-after") == ("1" if kind.status in (429, 503) else None)
+    said = dict(es.error_headers(kind("no", retry_after_s=7)))
+    assert said["retry-after"] == "7"
 
 
 @every_error

@@ -14,6 +14,7 @@ import embellama_server as es
 from tests import chat_models, kit
 from tests.fake_steps import (
     BOOM_TOKEN,
+    GREEDY,
     NAN_TOKEN,
     SHORT_TOKEN,
     Asked,
@@ -371,6 +372,25 @@ def test_what_is_reserved_decides_who_is_refused() -> None:
         for one in asked:
             one.wait()
         assert running.ask(prompt(3), 4).text() == said_after(prompt(3), 4)
+
+
+def test_the_prompts_of_one_request_come_in_together_or_not_at_all() -> None:
+    def of_one_request() -> list[Asked]:
+        wanted = [es.GenerationRequest(ids=prompt(n), max_tokens=9) for n in range(3)]
+        return [Asked(dataclasses.replace(one, sampling=GREEDY)) for one in wanted]
+
+    with generating() as running:
+        running.queue.backlog.limit = es.Size(2, 1 << 20, 1 << 30)
+        running.engine.block()
+        asked, more = of_one_request(), of_one_request()
+        running.queue.submit(*(one.generation for one in asked))  # nothing piles up
+        with pytest.raises(es.Overloaded, match="3 of 2 inputs"):
+            running.queue.submit(*(one.generation for one in more))
+        running.engine.release()
+        for n, one in enumerate(asked):
+            assert one.text() == said_after(prompt(n), 9)
+        assert not any(one.generation.is_over for one in more)
+        settled(running)
 
 
 def test_all_are_told_when_the_queue_is_abandoned() -> None:

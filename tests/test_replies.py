@@ -152,21 +152,12 @@ async def test_who_has_no_tokens_left_is_refused_before_anything_is_asked() -> N
     assert asked.model.holds == 0
 
 
-async def test_if_one_prompt_is_refused_all_are() -> None:
+async def test_a_request_that_is_refused_leaves_nothing_behind() -> None:
     asked = Asked("a", "b", "c")
-    submit, taken = asked.speaker.submit, list[es.Generation]()
-
-    def two(generation: es.Generation) -> None:
-        if len(taken) == 2:
-            raise es.Overloaded("full")
-        taken.append(generation)
-        submit(generation)
-
-    queue: Any = asked.model.pool.queue
-    queue.submit = two
+    asked.speaker.refusal = es.Overloaded("full")
     with pytest.raises(es.Overloaded), asked.replies:
         pass
-    assert asked.speaker.cancelled == taken
+    assert not (asked.speaker.generations or asked.replies.generations)
     assert asked.model.holds == 0
     assert asked.charged == [(3, False), (-3, True)]
 
