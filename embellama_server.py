@@ -17617,7 +17617,7 @@ MODEL_NAME: Final = short_text(512, ModelNotFound)
 def integer(at_least: int, at_most: int = 1 << 53) -> Kind:
     """A whole number within bounds."""
     bound = f"a whole number, at least {at_least}"
-    if at_most < 1 << 53:
+    if at_most != 1 << 53:
         bound = f"a whole number, {at_least} to {at_most}"
 
     def read(value: object, name: str) -> int:
@@ -19792,7 +19792,8 @@ class SamplingForm:
         _range("frequency_penalty"), "Off the logits of tokens, for each recent use."
     )
     seed: int | None = optional(
-        integer(-(1 << 53)), "The same seed makes the same choices; -1: none."
+        integer(-(1 << 63), (1 << 64) - 1),
+        "The same seed makes the same choices; -1: none.",
     )
     stop: tuple[str, ...] | None = optional(_STOPS, "End a reply before any of these.")
 
@@ -19899,7 +19900,9 @@ class CompletionForm(GenerateForm):
     )
     echo: bool = optional(FLAG, "Let the reply begin with the prompt.", False)
     best_of: int | None = optional(integer(1), "As n: none but these are made.")
-    suffix: None = optional(refused("no text can be put in between"), "Not here.")
+    suffix: None = optional(
+        refused("no text can be put in between", unless=""), "Not here."
+    )
 
 
 # --- from a form to what is asked of the model ---
@@ -20083,8 +20086,13 @@ class _Writer(ReplyWriter):
         raise NotImplementedError
 
     def _shown(self, index: int, logprobs: Sequence[TokenLogprob]) -> object:
-        """Return how likely the tokens of a reply were; there are some."""
+        """Return how likely the tokens of a reply were."""
         raise NotImplementedError
+
+    def _logprobs_of(self, reply: Delta) -> Sequence[TokenLogprob] | None:
+        """Return those of a whole reply, if asked for: one may have no token to show."""
+        is_asked = self.replies.requests[0].top_logprobs is not None
+        return reply.logprobs if is_asked else None
 
     def closing(self) -> bytes:
         if not self._ends_with_usage:
@@ -20100,11 +20108,11 @@ class _Writer(ReplyWriter):
         self,
         index: int,
         said: Mapping[str, object],
-        logprobs: Sequence[TokenLogprob] = (),
+        logprobs: Sequence[TokenLogprob] | None = None,
         finish_reason: str | None = None,
     ) -> dict[str, object]:
         """Return a reply, or what it has gained, as JSON would have it."""
-        likely = self._shown(index, logprobs) if logprobs else None
+        likely = None if logprobs is None else self._shown(index, logprobs)
         if finish_reason:
             self._ended.add(index)
         return {
@@ -20210,7 +20218,8 @@ class _ChatWriter(_Writer):
                 _begun_call(call.id, call.name, call.arguments) for call in reply.calls
             ]
         said = {"message": message}
-        return self._choice(reply.index, said, reply.logprobs, reply.finish_reason)
+        likely = self._logprobs_of(reply)
+        return self._choice(reply.index, said, likely, reply.finish_reason)
 
     def opening(self) -> bytes:
         said = {"delta": {"role": "assistant", "content": ""}}
@@ -20222,10 +20231,11 @@ class _ChatWriter(_Writer):
         index, logprobs = delta.index, delta.logprobs
         choices = []
         for gained in self._gains(delta):
-            choices.append(self._choice(index, {"delta": gained}, logprobs))
+            choices.append(self._choice(index, {"delta": gained}, logprobs or None))
             logprobs = []  # of all its tokens with the first of what they say
         if delta.finish_reason:
-            choices.append(self._choice(index, {"delta": {}}, (), delta.finish_reason))
+            end = self._choice(index, {"delta": {}}, None, delta.finish_reason)
+            choices.append(end)
         return b"".join(map(self._event, choices))
 
     def heartbeat(self) -> bytes:
@@ -20278,15 +20288,17 @@ class _CompletionWriter(_Writer):
     def choice(self, reply: Delta) -> dict[str, object]:
         self._echo(reply)
         said = {"text": reply.text}
-        return self._choice(reply.index, said, reply.logprobs, reply.finish_reason)
+        likely = self._logprobs_of(reply)
+        return self._choice(reply.index, said, likely, reply.finish_reason)
 
     def part(self, delta: Delta) -> bytes:
         self._echo(delta)
         index, said, choices = delta.index, {"text": delta.text}, []
         if delta.text or delta.logprobs:
-            choices.append(self._choice(index, said, delta.logprobs))
+            choices.append(self._choice(index, said, delta.logprobs or None))
         if delta.finish_reason:
-            choices.append(self._choice(index, {"text": ""}, (), delta.finish_reason))
+            end = self._choice(index, {"text": ""}, None, delta.finish_reason)
+            choices.append(end)
         return b"".join(map(self._event, choices))
 
     def heartbeat(self) -> bytes:

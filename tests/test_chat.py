@@ -489,6 +489,8 @@ SAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "presence": ({"presence_penalty": -2}, {"presence_penalty": -2.0}),
     "frequency": ({"frequency_penalty": 2}, {"frequency_penalty": 2.0}),
     "seed": ({"seed": 2**53}, {"seed": 2**53}),
+    "seed of 64 bits": ({"seed": 2**64 - 1}, {"seed": 2**64 - 1}),
+    "seed of 64 bits below 0": ({"seed": -(2**63)}, {"seed": -(2**63)}),
     "seed below 0": ({"seed": -7}, {"seed": -7}),
     "seed none": ({"seed": -1}, {"seed": None}),
     "ignore_eos": ({"ignore_eos": True}, {"ignore_eos": True}),
@@ -706,6 +708,7 @@ BAD: tuple[tuple[str, dict[str, Any], str, str, str], ...] = (
     (CHAT, {"n": 0}, "invalid_value", "n", "at least 1"),
     (CHAT, {"n": 5}, "invalid_value", "n", "at most 4 (--parallel)"),
     (CHAT, {"seed": 0.5}, "invalid_value", "seed", "whole"),
+    (CHAT, {"seed": "9" * 20}, "invalid_value", "seed", "-9223372036854775808 to"),
     (CHAT, {"stop": 1}, "invalid_value", "stop", "at most 64"),
     (CHAT, {"stop": ["x"] * 65}, "invalid_value", "stop", "at most 64"),
     (CHAT, {"stop": "x" * 1025}, "invalid_value", "stop", "1024"),
@@ -893,6 +896,20 @@ async def test_logprobs_of_chat_are_in_openai_s_shape_and_ride_on_their_text() -
             for one in (chunk["choices"][0]["logprobs"] or {}).get("content", ())
         ]
         assert shown == [("é", []), (" \U0001f600", [])]
+
+
+async def test_logprobs_that_were_asked_for_are_there_though_a_reply_is_empty() -> None:
+    async with chatting() as (running, speaker):
+        speaker.words = []
+        for path, more in ((CHAT, {"logprobs": True}), (COMPLETIONS, {"logprobs": 1})):
+            without = (await ask(running, path)).json["choices"][0]
+            assert without["logprobs"] is None
+            logprobs = (await ask(running, path, **more)).json["choices"][0]["logprobs"]
+            assert logprobs == (
+                {"content": [], "refusal": None}
+                if path == CHAT
+                else {key: [] for key in logprobs}
+            )
 
 
 async def test_a_token_that_is_half_a_character_shows_its_bytes() -> None:
