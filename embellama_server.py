@@ -3891,6 +3891,7 @@ _USUAL_PIECE_BYTES: Final = 64  # 379 words of Gemma have more than 32
 _MARGIN_TOKENS: Final = 1024
 # The pre-tokenizer that llama.cpp takes where a file names none.
 GUESSED: Final = "default"
+_MAX_GROUPS: Final = 32  # within another, for Python's parser of patterns is recursive
 _UNKNOWN_PRE: Final = re.compile(r"unknown pre-tokenizer type: ('[^']*')")
 
 
@@ -3902,6 +3903,25 @@ def why_not_loaded(said: str) -> str:
             "install a newer one, or convert the model again"
         )
     return f"llama.cpp cannot load it: {said}"
+
+
+def pattern_of_any(texts: Collection[str], depth: int = 0) -> str:
+    """Return a regular expression for any of the texts, the longest first.
+
+    As a tree, whose branches differ in their first character: an alternation of
+    thousands is tried one by one at every "<".
+    """
+    if depth == _MAX_GROUPS:
+        return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    branches = []
+    for _, group in itertools.groupby(sorted(texts), key=lambda text: text[:1]):
+        same = [*group]
+        stem = os.path.commonprefix(same)
+        rests = {text[len(stem) :] for text in same} - {""}
+        tail = f"(?:{pattern_of_any(rests, depth + 1)})" if rests else ""
+        is_whole = len(rests) < len(same)
+        branches.append(re.escape(stem) + tail + ("?" if tail and is_whole else ""))
+    return "|".join(branches)
 
 
 class PromptPart(NamedTuple):
@@ -5260,7 +5280,8 @@ def _with_written_results(turns: Sequence[Turn]) -> list[Turn]:
 # way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
 # Hugging Face's own renderer has it (CVE-2024-34359 and CVE-2026-5760: servers without).
 # Its output and its time are bounded, its memory is not: one operation may take much.
-# What it knows of tools is found by trying.
+# What it knows of tools is found by trying, and so is whose texts it shows only if they are
+# parts of a list: templates of models that also see often do.
 
 # It comes with llama-cpp-python, and nothing else needs it: a row of its own.
 _JINJA2: Final = Library(
@@ -5270,7 +5291,6 @@ _JINJA2: Final = Library(
 _MAX_TEMPLATE_CHARS: Final = 1 << 20  # the longest of 70 has 16,738
 _MAX_RENDER_S: Final = 5.0  # of the thread's time; less than 1 ms is usual
 _MAX_WORDS: Final = 512  # characters of what a template says of messages
-_MAX_GROUPS: Final = 32  # within another, for Python's parser of patterns is recursive
 # Unicode reserves these for use inside a program: a client's become U+FFFD. The first two
 # stand around each control token that somebody wrote, the third around the number of a
 # message. Templates may trim and split what they are given, but they pass these on.
@@ -5320,6 +5340,15 @@ def _calling(*ids: str, text: str = "") -> Sequence[Mapping[str, Any]]:
     ]
 
 
+# In each a template shows, or does not, what this role says.
+_TRIED_TALKS: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
+    "user": [_ASKS],
+    "system": [{"role": "system", "content": "TRIED-RULE"}, _ASKS],
+    "assistant": [_ASKS, {"role": "assistant", "content": "TRIED-ANSWER"}, _ASKS],
+    "tool": _calling(_TRIED_IDS[0]),
+}
+
+
 class RenderedPrompt(NamedTuple):
     """What a template made of messages."""
 
@@ -5360,11 +5389,34 @@ class ChatTemplate:
         self.source = source
         self.thoughts = thoughts_in(source)
         self.skills = TemplateSkills()
+        self.in_parts = frozenset[str]()  # the roles whose texts it reads only in parts
         self.names = {"bos_token": bos, "eos_token": eos}
-        self._control = re.compile(_any_of({*control_texts}) or "(?!)")
+        self._control = re.compile(pattern_of_any({*control_texts}) or "(?!)")
         self._max_render_s, self._is_tried = _MAX_TRY_S, False
+        self._try_parts()
         self._try_skills()
         self._max_render_s, self._is_tried = _MAX_RENDER_S, True
+
+    def _try_parts(self) -> None:
+        """Find out whose texts come out only if they are in parts, by trying."""
+        for role in _TRIED_TALKS:
+            forms = (self.in_parts, self.in_parts | {role})
+            shown = (form for form in forms if self._shows(role, form))
+            self.in_parts = next(shown, self.in_parts)
+
+    def _shows(self, role: str, in_parts: frozenset[str]) -> bool:
+        """Whether what this role says comes out, with nothing folded to make it so."""
+        turns = self._turns(normalized(_TRIED_TALKS[role]), (), self.skills)
+        said = {str(turn.index) for turn in turns if turn.role == role}
+        values = {"documents": None, "add_generation_prompt": True, **self.names}
+        for tools in (None, [_TRIED_TOOL]):  # some templates fail without any
+            given = {**values, "tools": tools}
+            run = _Run(self._template, given, in_parts, False, _MAX_TRIED_CHARS)
+            _until_s.set(time.thread_time() + self._max_render_s)
+            with contextlib.suppress(ApiError):
+                if said <= run.passed_on(turns):
+                    return True
+        return False
 
     def _try_skills(self) -> None:
         """Find out what of tools comes out, by trying."""
@@ -5428,7 +5480,7 @@ class ChatTemplate:
         if continues_last and not (turns and turns[-1].role == "assistant"):
             raise invalid("messages", "must end with the assistant's, to continue it")
         _until_s.set(time.thread_time() + self._max_render_s)
-        run = _Run(self._template, values, continues_last, max_chars)
+        run = _Run(self._template, values, self.in_parts, continues_last, max_chars)
         try:
             return RenderedPrompt(_parts_of(run.text(turns)))
         except TemplateRefused as error:
@@ -5474,6 +5526,7 @@ class _Run:
 
     template: jinja2.Template
     values: Mapping[str, Any]
+    in_parts: Collection[str]  # the roles that speak in parts
     continues_last: bool
     max_chars: int
 
@@ -5481,7 +5534,7 @@ class _Run:
         """Return the prompt of turns. Raises TemplateRefused if it lacks one of them."""
         text = self._text(turns, len(turns) - self.continues_last)
         # Once more, with marks: no other way tells the message "4" from other fours.
-        passed_on = {*_MARKED.findall(self._text(turns, 0))}
+        passed_on = self.passed_on(turns)
         said = [turn for turn in turns if turn.text.strip()]
         for turn in [*said, *turns[len(turns) - self.continues_last :]]:
             if str(turn.index) not in passed_on:
@@ -5498,6 +5551,10 @@ class _Run:
         *before, _ = _MARKED.split(text)[::2]
         return "".join(before)
 
+    def passed_on(self, turns: Sequence[Turn]) -> set[str]:
+        """Return the numbers of the messages and calls that come out."""
+        return {*_MARKED.findall(self._text(turns, 0))}
+
     def _text(self, turns: Sequence[Turn], unmarked: int) -> str:
         """Return the prompt, with marks where turns end, but for the first ``unmarked``."""
         messages, last = [], len(turns) - 1
@@ -5505,7 +5562,10 @@ class _Run:
             # Of two turns that were one, the mark of an empty one proves nothing.
             is_marked = number >= unmarked and (turn.text.strip() or number == last)
             mark = f"{_MARK}{turn.index}{_MARK}" if is_marked else ""
-            fixed = {"role": turn.role, "content": turn.text + mark}
+            content: Any = turn.text + mark
+            if turn.role in self.in_parts:  # an empty one too: some ask for the first
+                content = [{"type": "text", "text": content}]
+            fixed = {"role": turn.role, "content": content}
             others = _with_marked_calls(turn) if number >= unmarked else turn.others
             messages.append({**fixed, **others})
         marks = sum(1 + len(turn.others.get("tool_calls", ())) for turn in turns)
@@ -5554,25 +5614,6 @@ def _parts_of(text: str) -> list[PromptPart]:
     # is taken out, and still keeps its two sides from becoming one token.
     pieces = enumerate(_QUOTED.split(text))
     return [PromptPart(piece, n % 2 == 1) for n, piece in pieces if piece]
-
-
-def _any_of(texts: Collection[str], depth: int = 0) -> str:
-    """Return a regular expression for any of the texts, the longest first.
-
-    As a tree, whose branches differ in their first character: an alternation of
-    thousands is tried one by one at every "<".
-    """
-    if depth == _MAX_GROUPS:
-        return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
-    branches = []
-    for _, group in itertools.groupby(sorted(texts), key=lambda text: text[:1]):
-        same = [*group]
-        stem = os.path.commonprefix(same)
-        rests = {text[len(stem) :] for text in same} - {""}
-        tail = f"(?:{_any_of(rests, depth + 1)})" if rests else ""
-        is_whole = len(rests) < len(same)
-        branches.append(re.escape(stem) + tail + ("?" if tail and is_whole else ""))
-    return "|".join(branches)
 
 
 def _refused(words: str) -> TemplateRefused:

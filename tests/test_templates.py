@@ -606,13 +606,13 @@ def test_the_longest_text_is_found_first_as_by_plain_alternatives(
     plain = re.compile(
         "|".join(map(re.escape, sorted({*texts}, key=len)[::-1])) or "(?!)"
     )
-    tree = re.compile(es._any_of({*texts}) or "(?!)")
+    tree = re.compile(es.pattern_of_any({*texts}) or "(?!)")
     assert tree.findall(text) == plain.findall(text)
 
 
 def test_texts_that_begin_with_each_other_without_end_are_found_too() -> None:
-    texts = {"a" * length for length in range(1, 301)}
-    assert re.compile(es._any_of(texts)).findall("a" * 350) == ["a" * 300, "a" * 50]
+    pattern = es.pattern_of_any({"a" * length for length in range(1, 301)})
+    assert re.compile(pattern).findall("a" * 350) == ["a" * 300, "a" * 50]
 
 
 @pytest.mark.parametrize(
@@ -1051,3 +1051,146 @@ def test_what_is_refused_in_every_form_is_told_in_the_first_words() -> None:
     )
     words = refusal(source, [user("a"), SPOKEN, RAIN], variables={"v": "never"})
     assert words == "never"
+
+
+# --- texts in parts ---
+
+# What reads a content as SmolVLM's template does, LLaVA's, and Idefics'; of a string each
+# shows nothing, or fails.
+READS_PARTS = {
+    "a loop": (
+        "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}"
+        "{% elif p['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    ),
+    "the first": "{{ m['content'][0]['text'] }}",
+    "a filter": (
+        "{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text')"
+        " | join }}"
+    ),
+    "no string": "{% if m.content is string %}{{ raise_exception('parts!') }}{% endif %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}",
+}
+EITHER = (
+    "{% if m.content is string %}={{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+)
+EVERY_ROLE = [system("Be brief."), user("a b"), assistant("c"), tool("4"), user("d")]
+
+
+def of_parts(how: str, *roles: str, before: str = "", after: str = "") -> str:
+    """A template that reads what these roles say so, and of others a string."""
+    plain = "{{ '' + m.content }}"
+    content = READS_PARTS[how]
+    if roles:
+        content = (
+            f"{{% if m.role in {roles} %}}{content}{{% else %}}{plain}{{% endif %}}"
+        )
+    return f"{{% for m in messages %}}{before}<{{{{ m.role }}}}>{content}{after}{{% endfor %}}"
+
+
+@pytest.mark.parametrize("how", READS_PARTS)
+@pytest.mark.parametrize(
+    "roles", [(), *(("system", "user", "assistant", "tool")[n:] for n in range(4))]
+)
+def test_who_is_read_only_in_parts_speaks_in_parts(
+    how: str, roles: tuple[str, ...]
+) -> None:
+    template = es.ChatTemplate(of_parts(how, *roles))
+    assert template.in_parts == {*(roles or ("system", "user", "assistant", "tool"))}
+    prompt = template.render(EVERY_ROLE)
+    text = "<system>Be brief.<user>a b<assistant>c<tool>4<user>d"
+    assert prompt == ([es.PromptPart(text)], False)
+    one = [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]
+    assert template.render(one).parts == [es.PromptPart("<user>a\nb")]
+
+
+def test_who_is_read_either_way_goes_on_to_speak_in_strings() -> None:
+    template = es.ChatTemplate(f"{{% for m in messages %}}{EITHER}{{% endfor %}}")
+    assert template.in_parts == frozenset()
+    assert template.render(EVERY_ROLE).parts[0].text == "=Be brief.=a b=c=4=d"
+
+
+def test_a_template_that_shows_no_form_of_a_text_is_given_strings() -> None:
+    template = es.ChatTemplate("{% for m in messages %}{{ m.content + 1 }}{% endfor %}")
+    assert template.in_parts == frozenset()
+
+
+@pytest.mark.parametrize("how", READS_PARTS)
+def test_what_is_refused_in_parts_is_folded_and_merged_in_parts(how: str) -> None:
+    refuses = (
+        "{% if m.role == 'system' or loop.previtem and loop.previtem.role == m.role %}"
+    )
+    refuses += "{{ raise_exception('no') }}{% endif %}"
+    template = es.ChatTemplate(of_parts(how, before=refuses))
+    assert template.in_parts == {"user", "assistant", "tool"}
+    prompt = template.render([system("s"), user("a"), user("b"), assistant("c")])
+    assert prompt == ([es.PromptPart("<user>s\n\na\n\nb<assistant>c")], True)
+
+
+@pytest.mark.parametrize("how", READS_PARTS)
+def test_a_text_in_parts_that_is_left_out_is_named(how: str) -> None:
+    source = of_parts(how).replace("m in messages", "m in messages[1:]")
+    source = "{% if messages | length == 1 %}" + of_parts(how) + "{% endif %}" + source
+    assert refusal(source, [user("a"), assistant("a"), user("a")]) == (
+        "it leaves out the text of messages[0] (user)"
+    )
+
+
+@pytest.mark.parametrize("how", READS_PARTS)
+def test_control_tokens_in_parts_are_plain_text(how: str) -> None:
+    template = es.ChatTemplate(of_parts(how), control_texts=CONTROLS)
+    prompt = template.render([user("a</s>b")])
+    assert prompt.parts == [
+        es.PromptPart("<user>a"),
+        es.PromptPart("</s>", is_plain=True),
+        es.PromptPart("b"),
+    ]
+
+
+@pytest.mark.parametrize("how", READS_PARTS)
+def test_the_last_message_goes_on_in_parts(how: str) -> None:
+    source = of_parts(how, after="</s>")
+    for text in ("Once", ""):
+        said = rendered(source, [user("a"), assistant(text)], continues_last=True)
+        assert said == f"<user>a</s><assistant>{text}"
+
+
+KNOWS_CALLS = (
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("how", READS_PARTS)
+@pytest.mark.parametrize("roles", [(), ("tool",)])
+def test_tools_calls_and_results_stand_where_a_template_of_parts_has_them(
+    how: str, roles: tuple[str, ...]
+) -> None:
+    source = of_parts(how, *roles, after=KNOWS_CALLS)
+    template = es.ChatTemplate(
+        source + "{% for t in tools %}{{ t.function.description }}{% endfor %}"
+    )
+    assert template.skills == es.TemplateSkills()
+    silent = {**AGENT[1], "content": None}
+    prompt = template.render([AGENT[0], silent, *AGENT[2:]], tools=[WEATHER])
+    assert prompt == (
+        [
+            es.PromptPart(
+                '<user>Zurich? Rome?<assistant>weather{"n": 1}weather{"n": 2}'
+                "<tool>rain<tool>sunNow"
+            )
+        ],
+        False,
+    )
+
+
+@pytest.mark.parametrize("how", READS_PARTS)
+def test_a_template_of_parts_that_knows_no_tools_says_them_in_our_words(
+    how: str,
+) -> None:
+    prompts = [
+        es.ChatTemplate(source).render(AGENT, tools=[WEATHER])
+        for source in (of_parts(how), KNOWS_NONE.partition("{% if")[0])
+    ]
+    assert prompts[0] == prompts[1]
+    assert "<tool_response>\nrain\n" in prompts[0].parts[0].text

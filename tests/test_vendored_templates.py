@@ -346,6 +346,7 @@ def test_what_templates_know_of_tools_and_thoughts_is_found_out(
     found = {}
     for name, source in sources.items():
         template = es.ChatTemplate(source, bos=BOS, eos=EOS)
+        assert not template.in_parts, name  # all of these read strings
         lacks = [skill for skill, has in template.skills._asdict().items() if not has]
         thinks = any(one.closing in source for one in template.thoughts)
         thoughts = template.thoughts[1:] or template.thoughts[:thinks]
