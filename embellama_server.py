@@ -16723,10 +16723,33 @@ def template_source(settings: ModelSettings, own: str) -> str:
     if not settings.chat_template:
         return own
     try:
-        with open_plain(settings.chat_template) as file:
-            return file.read().decode("utf-8")
+        return _text_of(settings.chat_template)
     except (OSError, ValueError) as error:
         raise StartupError(f"chat_template cannot be read: {error}") from None
+
+
+def _text_of(path: str) -> str:
+    with open_plain(path) as file:
+        return file.read().decode("utf-8")
+
+
+def check_templates(loaded: LoadedSettings) -> None:
+    """Raise BadSetting if a chat template that the operator names cannot be used.
+
+    Before any model is loaded: some are only on request.
+    """
+    for path in dict.fromkeys(model.chat_template for model in loaded.models):
+        try:
+            if path:
+                ChatTemplate(_text_of(path))
+            continue
+        except OSError as error:
+            reason = error.strerror or "unreadable"
+        except (ValueError, UnusableTemplate) as error:
+            reason = str(error)
+        is_common = path == loaded.settings.chat_template
+        source = loaded.sources["chat_template"] if is_common else "models"
+        raise BadSetting(source, "chat_template", path, reason)
 
 
 def _logits_of(settings: ModelSettings, header: GgufHeader) -> str:
@@ -16776,6 +16799,7 @@ class LoadedModel:
     default_prompt_name: str = ""  # the model's own
     # of a model that generates
     template: ChatTemplate | None = None  # None: it completes texts, and cannot chat
+    template_fault: str = ""  # why it is none, if the file has one
     sampling: SamplingOptions = SamplingOptions()  # the file's, else ours
     holds: int = 0  # with blocks that use it, see hold()
 
@@ -16783,6 +16807,15 @@ class LoadedModel:
     def card(self) -> ModelCard:
         """Facts about the model."""
         return self.pool.engine.card
+
+    @property
+    def chat_lack(self) -> str:
+        """Why it cannot chat, as "model x ..."; empty if it can."""
+        if self.template is not None:
+            return ""
+        if fault := self.template_fault:
+            return f"has a chat template in its file that cannot be used ({fault})"
+        return "has no chat template"
 
     @property
     def batches(self) -> BatchQueue:
@@ -18190,11 +18223,11 @@ def check_reply_request(
     """
     card, parallel = loaded_model.card, loaded_model.settings.parallel
     check_kind(request.kind, entry, card)
-    if request.messages and loaded_model.template is None:
+    if request.messages and (lack := loaded_model.chat_lack):
         raise WrongKindOfModel(
-            f"model {entry.name} has no chat template, so it completes texts "
-            "(/v1/completions) and cannot chat: start the server with --chat-template "
-            "FILE if you know how it was trained",
+            f"model {entry.name} {lack}, so it completes texts (/v1/completions) and "
+            "cannot chat: start the server with --chat-template FILE if you know how it "
+            "was trained",
             param="model",
         )
     if request.n > parallel:
@@ -22546,19 +22579,18 @@ def _ollama_message(form: OllamaMessageForm) -> Message:
     return without_nulls(message)
 
 
-def ollama_generate_request(
-    form: OllamaGenerateForm, *, has_template: bool
-) -> ReplyRequest:
-    """Return what a form asks for. Raises InvalidValue."""
+def ollama_generate_request(form: OllamaGenerateForm, chat_lack: str) -> ReplyRequest:
+    """Return what a form asks for; see LoadedModel. Raises InvalidValue."""
     prompt = form.prompt or ""
-    if has_template and not form.raw:
+    if not (chat_lack or form.raw):
         said = (("system", form.system), ("user", prompt))
         messages = [{"role": role, "content": text} for role, text in said if text]
         return _ollama_request(form, messages=messages)
-    why = "raw leaves no place" if form.raw else "this model has no chat template"
+    why = "raw" if form.raw else f"this model {chat_lack}, which"
     for name in ("system", "think"):
         if getattr(form, name):
-            raise InvalidValue(f"{why} for {name}: leave it out", param=name)
+            words = f"{why} leaves no place for {name}: leave it out"
+            raise InvalidValue(words, param=name)
     return _ollama_request(form, prompts=[prompt])
 
 
@@ -22761,8 +22793,7 @@ async def ollama_generate(
         return await _load_or_let_go(context, form, _OllamaGenerateWriter.said())
     any_request = ReplyRequest(model=form.model)
     _, loaded_model = await resolve_model(context, any_request, any_request.kind)
-    has_template = loaded_model.template is not None
-    request = ollama_generate_request(form, has_template=has_template)
+    request = ollama_generate_request(form, loaded_model.chat_lack)
     return await _ollama_answer(context, form, request, _OllamaGenerateWriter)
 
 
@@ -25331,21 +25362,23 @@ def pool_settings(
 
 def chat_template(
     settings: Settings, queue: WorkQueue, source: str, log: Log
-) -> ChatTemplate | None:
+) -> tuple[ChatTemplate | None, str]:
     """Return the compiled template of the model that generates from this queue.
 
-    None, and a warning, if it cannot be used: the model then completes, but refuses chat.
+    Or none, why, and a warning, if the file's cannot be used: the model then completes,
+    but refuses chat. Raises StartupError if it is the operator's.
     """
     words = queue.vocabulary if isinstance(queue, GenerationQueue) else None
     if words is None or not source:
-        return None
+        return None, ""
+    names = {"bos": words.bos, "eos": words.eos}
     try:
-        return ChatTemplate(
-            source, bos=words.bos, eos=words.eos, control_texts=words.control_texts
-        )
+        return ChatTemplate(source, **names, control_texts=words.control_texts), ""
     except UnusableTemplate as error:
+        if path := settings.chat_template:
+            raise StartupError(f"chat_template = {path!r}: {error}") from None
         log("warning", "this model cannot chat", model=name_of(settings), reason=error)
-        return None
+        return None, str(error)
 
 
 def cpu_groups(settings: Settings) -> list[list[int]]:
@@ -25611,9 +25644,9 @@ class Loader:
                 chat_template=source,
             )
             created, sampling = int(time.time()), defaults_from(facts.metadata)
-            template = chat_template(settings, pool.queue, source, self._log)
+            chat = chat_template(settings, pool.queue, source, self._log)
             served = LoadedModel(
-                settings, facts, created, pool, prompts, default, template, sampling
+                settings, facts, created, pool, prompts, default, *chat, sampling
             )
             pool.start()  # last: what failed after it would leave its threads behind
             undo.pop_all()
@@ -26520,6 +26553,7 @@ class Server:
         changed = [r for r in rows if getattr(old, r.name) != getattr(new, r.name)]
         if fixed := [row.name for row in changed if row.reload == "never"]:
             raise StartupError(f"a change of {', '.join(fixed)} takes a restart")
+        await asyncio.to_thread(check_templates, read)
         Gate(new, self.log)  # would it do?
         maybe_tls_context(new)
         loaded = await service.models.replace(read.models)
@@ -30631,6 +30665,7 @@ def _cosine(text: str) -> float:
 def _check_models(call: Invocation) -> int:
     loaded = call.read_settings()
     call.check_libraries()
+    check_templates(loaded)
     path = call.own["reference"]
     reference = read_reference(path) if path else None
     if reference is not None and len(loaded.models) > 1:
@@ -30730,6 +30765,7 @@ def _serve(call: Invocation) -> int:
     if call.own["print_config"]:
         return _print(loaded.describe())
     call.check_libraries()
+    check_templates(loaded)
     settings = loaded.settings
     log = log_of(settings)
     inherited = inherited_sockets(os.environ)

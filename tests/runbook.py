@@ -88,7 +88,7 @@ LOG_LINES: dict[str, tuple[str, str]] = {
     "weights cannot be re-encoded in ...: ...": ("The file's own weights are served, more slowly perhaps.", "Make `--cache-dir` writable, or say `--weights keep`."),
     "--cpu-affinity is not done": ("The system forbids pinning.", "Allow `sched_setaffinity` (`SystemCallFilter=`), or leave the flag out."),
     "too few threads are allowed for --elastic": ("A lone call uses its worker's threads alone.", "Raise `ulimit -u` or `TasksMax=` to `needed`, or say `--no-elastic`."),
-    "this model cannot chat": ("Its chat template cannot be used; it completes, and refuses chat.", "Give one with `--chat-template`."),
+    "this model cannot chat": ("The chat template in its file cannot be used; it completes, and refuses chat.", "Give one with `--chat-template`."),
     "pooling is last and this file puts no token at the end of texts: if the model was trained with one, vectors are wrong without --end-token, e.g. ...": ("Perhaps the file was converted without its last token.", "Compare with `check --reference`; then `--end-token`, or convert it again."),
     "this file names no pre-tokenizer (tokenizer.ggml.pre), so texts are cut as llama.cpp guesses and may have other tokens than the model knows: convert it again": ("An old conversion.", "Convert it again; until then compare with `check --reference`."),
     "prompts not read": ("`config_sentence_transformers.json` beside the model cannot be read.", "`reason` says why; correct it, or remove it."),

@@ -855,9 +855,15 @@ async def test_without_a_template_a_model_completes_and_refuses_to_chat() -> Non
     async with chatting() as (running, _):
         running.served.template = None
         await ask(running, COMPLETIONS)
-        error = await refused(running, CHAT)
-        assert error["code"] == "wrong_kind_of_model"
-        assert "--chat-template" in error["message"]
+        for fault, words in (
+            ("", "has no chat template"),
+            ("no end (line 3)", "has a chat template in its file that cannot be used"),
+        ):
+            running.served.template_fault = fault
+            error = await refused(running, CHAT)
+            assert error["code"] == "wrong_kind_of_model"
+            assert words in error["message"] and fault in error["message"]
+            assert "--chat-template FILE" in error["message"]
 
 
 async def test_the_list_of_models_says_which_of_them_generate() -> None:

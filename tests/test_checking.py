@@ -28,7 +28,11 @@ class Desk:
 
     def check(self, *flags: object, factory: Any = kit.FakeEngine) -> int:
         """The exit code; sets out and err."""
-        given = ["check", "--cache-dir", str(self.root / "cache"), *map(str, flags)]
+        return self.run("check", *flags, factory=factory)
+
+    def run(self, verb: str, *flags: object, factory: Any = kit.FakeEngine) -> int:
+        """The same of another verb."""
+        given = [verb, "--cache-dir", str(self.root / "cache"), *map(str, flags)]
         try:
             code = es.main(given, engine_factory=factory)
         except SystemExit as end:
@@ -204,6 +208,38 @@ def test_each_kind_of_model_is_checked(desk: Desk, tmp_path: Path) -> None:
         (path,) = (tmp_path / kind).glob("*.gguf")
         assert desk.check(path, "--reference", file, factory=es.Engine) == 1
         assert f"is {is_it}" in desk.err
+
+
+BAD_TEMPLATES: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "No such file or directory"),
+    "not closed": (b"a\n{% for m in messages %}", "(line 2)"),
+    "an unknown filter": (b"{{ a | from_json }}", "No filter named 'from_json'"),
+    "not UTF-8": (b"\xff", "can't decode byte 0xff"),
+    "too long": (b"x" * ((1 << 20) + 1), "may have 1048576"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEMPLATES)
+@pytest.mark.parametrize("verb", ["check", "serve"])
+def test_a_named_chat_template_that_cannot_be_used_is_exit_2(
+    desk: Desk, verb: str, kind: str
+) -> None:
+    content, words = BAD_TEMPLATES[kind]
+    path = desk.root / "own.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    given = ("--model-path", desk.model(), "--chat-template", path, "--no-preload")
+    assert desk.run(verb, *given) == 2
+    assert desk.out == "" and len(desk.err.splitlines()) == 1
+    about = f"flag --chat-template: chat_template = '{path}' cannot be used: "
+    assert desk.err.startswith(f"embellama_server: {about}")
+    assert words in desk.err
+    table = f"[[models]]\npath = '{desk.model()}'\nchat_template = '{path}'\n"
+    config = desk.root / "c.toml"
+    config.write_text(table)
+    assert desk.run(verb, "--config", config) == 2
+    assert f"models: chat_template = '{path}' cannot be used: " in desk.err
+    assert words in desk.err
 
 
 def test_each_warning_of_a_start_is_told(desk: Desk) -> None:

@@ -463,6 +463,21 @@ async def test_a_certificate_that_is_no_use_refuses_the_reload(tmp_path: Path) -
         assert (await running.service.reload())["changed"] == ["queue_size"]
 
 
+async def test_a_chat_template_that_is_no_use_refuses_the_reload(
+    tmp_path: Path,
+) -> None:
+    async with kit.running_service() as running:
+        before = running.service.settings
+        template = tmp_path / "own.jinja"
+        changed(running, chat_template=str(template))
+        for text, words in ((None, "No such file"), ("{% if %}", r"\(line 1\)")):
+            if text is not None:
+                template.write_text(text)
+            with pytest.raises(es.ReloadRefused, match=words):
+                await running.service.reload()
+            assert running.service.settings is before
+
+
 async def test_many_reloads_under_load_lose_nothing() -> None:
     engines = [kit.FakeEngine() for _ in range(9)]
     async with kit.running_service(engines[0], later=engines[1:], workers=2) as running:

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import embellama_server as es
-from tests import kit, models
+from tests import chat_models, kit, models
 from tests.test_contexts import WIDE_LETTERS
 from tests.test_engine import bert, llama, run_python
 from tests.test_passes import add_wide
@@ -257,6 +257,42 @@ def test_a_load_that_fails_at_its_end_leaves_no_thread_behind(
     before = threading.active_count()
     assert "there is not enough memory" in bench.refusal()
     assert threading.active_count() == before
+
+
+BROKEN = "a\n{% for m in messages %}"
+
+
+def test_a_file_s_template_that_cannot_be_parsed_leaves_a_model_that_completes(
+    bench: Bench, tmp_path: Path
+) -> None:
+    path = chat_models.tiny_llama(tmp_path, template=BROKEN)
+    served = bench.loader.load(bench.settings(model_path=str(path)))
+    assert served.template is None
+    assert "(the chat template is not valid: Unexpected end" in served.chat_lack
+    assert "(line 2)" in served.chat_lack
+    assert bench.stream.getvalue().count("this model cannot chat") == 1
+    assert served.free()
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages[0].content }}")
+    changes = {"model_path": str(path), "chat_template": str(own)}
+    served = bench.loader.load(bench.settings(**changes))
+    assert served.template is not None and served.chat_lack == ""
+    assert served.free()
+
+
+def test_an_operator_s_template_that_cannot_be_parsed_is_refused_by_trial_and_load(
+    bench: Bench, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(BROKEN)
+    path = chat_models.tiny_llama(tmp_path)
+    for tries_first in (True, False):
+        bench.loader.tries_first = tries_first
+        said = bench.refusal(model_path=str(path), chat_template=str(own))
+        assert said.startswith(
+            f"chat_template = '{own}': the chat template is not valid"
+        )
+        assert said.endswith("(line 2)")
 
 
 def test_what_is_freed_does_not_wait_for_the_collector_of_cycles(bench: Bench) -> None:

@@ -388,8 +388,8 @@ async def test_what_is_asked_reaches_the_model() -> None:
 def test_a_format_is_a_schema_or_any_json(told: object, schema: object) -> None:
     body = {"prompt": "a", "format": told, "think": False}
     form = es.parse_form(es.OllamaGenerateForm, body)
-    for has_template in (True, False):
-        request = es.ollama_generate_request(form, has_template=has_template)
+    for chat_lack in ("", "has no chat template"):
+        request = es.ollama_generate_request(form, chat_lack)
         assert request.json_schema == schema
         assert request.schema_param == "format"
         assert request.variables == {"enable_thinking": False}
@@ -473,8 +473,15 @@ async def test_without_a_template_a_prompt_is_gone_on_from() -> None:
     engine.template = None  # type: ignore[assignment]
     async with chatting(engine=engine) as (running, _):
         assert said(await whole(running, GENERATE))["content"] == "hello my friend"
-        assert "has no chat template" in await refused(running, GENERATE, system="a")
+        words = await refused(running, GENERATE, system="a")
+        why = "this model has no chat template, which leaves no place for system"
+        assert words == f"{why}: leave it out"
         assert "has no chat template" in await refused(running, CHAT)
+        running.served.template_fault = "no end (line 3)"
+        for path, body in ((GENERATE, {"system": "a"}), (CHAT, {})):
+            assert "cannot be used (no end (line 3))" in await refused(
+                running, path, **body
+            )
 
 
 async def test_if_the_assistant_was_the_last_it_goes_on() -> None:
