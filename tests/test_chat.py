@@ -577,23 +577,26 @@ async def test_messages_reach_the_template_without_nulls_and_unknown_fields() ->
         ]
 
 
-TOOL = {"type": "function", "function": {"name": "f", "odd": 1, "parameters": {}}}
+EMPTY = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": "f", "odd": 1, "parameters": EMPTY}}
+BARE = {"type": "function", "function": {"name": "f", "odd": 1}}
 GOES_ON = [*HELLO, {"role": "assistant", "content": "well"}]
 # Fields of the body, and what the template is told.
 RENDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nothing": (
         {},
         {
-            "tools": (),
+            "tools": [],
             "variables": {},
             "add_generation_prompt": True,
             "continues_last": False,
         },
     ),
     "tools, as they came": ({"tools": [TOOL]}, {"tools": [TOOL]}),
-    "no tools": ({"tools": []}, {"tools": ()}),
+    "a tool without arguments": ({"tools": [BARE]}, {"tools": [TOOL]}),
+    "no tools": ({"tools": []}, {"tools": []}),
     "auto": ({"tools": [TOOL], "tool_choice": "auto"}, {"tools": [TOOL]}),
-    "none": ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ()}),
+    "none": ({"tools": [TOOL], "tool_choice": "none"}, {"tools": []}),
     "required": ({"tools": [TOOL], "tool_choice": "required"}, {"tools": [TOOL]}),
     "parallel": ({"tools": [TOOL], "parallel_tool_calls": True}, {"tools": [TOOL]}),
     "format": ({"response_format": {"type": "text"}}, {}),

@@ -521,6 +521,16 @@ def test_a_call_that_is_demanded_is_valid_whatever_the_model_would_say(
             )
             (streamed_call,) = put_together(choices)["tool_calls"]
             assert streamed_call["function"] == made["function"]
+        # A function without arguments gets none, however that is said.
+        empty = {"type": "object", "properties": {}}
+        for said in ({}, {"parameters": None}, {"parameters": empty}):
+            tools = [{"type": "function", "function": {"name": "now", **said}}]
+            asks = {"messages": HELLO, "tools": tools, "tool_choice": "required"}
+            asks |= {"parallel_tool_calls": False, "temperature": 2} | ends_soon
+            (made,) = client.post(CHAT, asks).json["choices"][0]["message"][
+                "tool_calls"
+            ]
+            assert made["function"] == {"name": "now", "arguments": "{}"}
         # Asked for JSON, it may call a tool instead.
         answer = {"type": "json_schema", "json_schema": {"schema": CITIES}}
         asks = {"messages": HELLO, "tools": FUNCTIONS, "response_format": answer}

@@ -287,6 +287,45 @@ def test_a_grammar_takes_as_long_as_its_schema_is_large(name: str) -> None:
     kit.assert_linear(convert, 1_200)
 
 
+ANY_TEXTS = {"type": "object", "additionalProperties": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken", "refused"),
+    [
+        ({}, ["{}"], ["{ }", '{"a":1}', "null", "[]"]),
+        (OBJECT, ["{}"], ['{"a":1}']),
+        ({"properties": {}, "required": [], "title": "Now"}, ["{}"], ['{"a":1}']),
+        ({"additionalProperties": False}, ["{}"], ['{"a":1}']),
+        ({"$ref": "#/$defs/E", "$defs": {"E": OBJECT}}, ["{}"], ['{"a":1}']),
+        ({"allOf": [OBJECT, {"properties": {}}]}, ["{}"], ['{"a":1}']),
+        ({"additionalProperties": True}, ["{}", '{"a":1}'], []),
+        ({"additionalProperties": {}}, ["{}", '{"a":1}'], []),
+        (ANY_TEXTS, ["{}", '{"a":"b"}'], ['{"a":1}']),
+        ({"minProperties": 1}, ['{"a":1}'], ["{}"]),
+        ({"required": ["a"]}, ['{"a":1}'], ["{}"]),
+        ({"properties": {"a": OBJECT}}, ["{}", '{"a":{"b":1}}'], ['{"b":1}']),
+        ({"anyOf": [{"properties": {"a": TEXT}}]}, ['{"a":"b"}'], ['{"a":1}']),
+    ],
+)
+def test_a_function_whose_schema_says_nothing_of_arguments_has_none(
+    wanted: dict[str, Any], taken: list[str], refused: list[str]
+) -> None:
+    rules = es.GrammarRules()
+    text = rules.text(es.arguments_rule(rules, wanted, "tools.f.parameters"))
+    grammar = es.Grammar(text, "tools")
+    assert [accepts(grammar, one) for one in taken] == [True] * len(taken)
+    assert [accepts(grammar, one) for one in refused] == [False] * len(refused)
+
+
+@pytest.mark.parametrize("wanted", [OBJECT, {**OBJECT, "properties": {}}])
+def test_an_object_that_is_no_function_s_arguments_may_have_any_properties(
+    wanted: dict[str, Any],
+) -> None:
+    grammar, _ = grammar_of(wanted)
+    assert accepts(grammar, '{"a":1}')
+
+
 def test_what_many_schemas_take_is_counted_together() -> None:
     # As the schemas of tools: each for itself would be let through.
     rules = es.GrammarRules()

@@ -356,6 +356,27 @@ def test_what_templates_know_of_tools_and_thoughts_is_found_out(
     assert found == SKILLS
 
 
+@pytest.mark.parametrize(
+    "parameters", [{}, {"parameters": {}}, {"parameters": {"type": "object"}}], ids=str
+)
+def test_a_function_without_arguments_is_shown_as_one_whose_parameters_are_empty(
+    sources: Mapping[str, str], parameters: dict[str, Any]
+) -> None:
+    def prompt(template: es.ChatTemplate, function: dict[str, Any]) -> str:
+        shown = es.with_parameters({"type": "function", "function": function})
+        try:
+            return text_of(template.render([user("Hi")], tools=[shown]))
+        except es.TemplateRefused as error:
+            return error.message
+
+    said = {"name": "now", "description": "The time."}
+    empty = {"type": "object", "properties": {}}
+    for source in sources.values():
+        template = es.ChatTemplate(source, bos=BOS, eos=EOS)
+        wanted = prompt(template, said | {"parameters": empty})
+        assert prompt(template, said | parameters) == wanted
+
+
 def test_prompts_that_go_on_with_the_last_message_are_hugging_face_s(
     sources: Mapping[str, str], reference: Callable[..., str]
 ) -> None:
