@@ -4435,6 +4435,7 @@ CALL_MARKS: Final[Mapping[str, Sequence[str]]] = {
     "```tool_call": ("```",),
     "```json": ("```",),
 }
+TEXT_MARKS: Final = ("```json",)  # as often as calls, they begin other JSON
 # These also begin what is read as the call.
 ELEMENT_MARKS: Final = ("<function=", "<function name=", "<invoke name=")
 _DEEPSEEKS: Final = "<\uff5ctool\u2581sep\uff5c>"
@@ -4823,6 +4824,7 @@ class MarkupReader:
         # Of these and the call: text if it turns out to be none.
         self._refused_chars = 0
         self._closings: list[str] = []
+        self._is_marked = False  # that mark begins nothing but calls
         self._is_first = self._is_closed = False  # no call was read yet; all were
         self._scan: CallScan | None = None  # of the call that is being written
         self._sent_chars = -1  # of its arguments; -1: not even its name
@@ -4853,15 +4855,29 @@ class MarkupReader:
     def end(self, *, is_cut: bool = False) -> MarkedText:
         """Return what was kept back. ``is_cut``: the reply would have gone on.
 
-        What is known of a call then comes out, though it is not complete.
+        What is known of a call then comes out, though it is not complete; the rest of it
+        is no text.
         """
         found = MarkedText()
+        # A grammar ends nothing within a call: a stop text did.
+        is_cut = is_cut or self._markup.is_constrained
+        is_nobodys = is_cut and self._holds_call
         if is_cut and self._scan is not None and self._scan.begun is not None:
             self._send_begun(found, self._scan)
             self._held = ""
         while self._held and self._read(found, True):
             pass
+        if is_nobodys:
+            found.text = ""
         return found
+
+    @property
+    def _holds_call(self) -> bool:
+        """Whether what is not decided yet is of a call, for all that is known."""
+        if self._markup.is_constrained:
+            return True
+        is_sure = self._is_marked or not self._is_first
+        return self._read == self._read_calls and is_sure
 
     # --- each is tried on what is held; True: the next one may be ---
 
@@ -4876,7 +4892,7 @@ class MarkupReader:
             self._held, self._skips_blanks = text[len(mark) :], True
             return True
         marks = (*self._openings, *self._silent, *self._marks)
-        if not is_last and any(mark.startswith(text) for mark in marks):
+        if not is_last and any(m.startswith(text) and m != text for m in marks):
             return False
         if self._skips_blanks:
             self._held = text
@@ -4927,6 +4943,7 @@ class MarkupReader:
         if is_before := bool(mark) and mark not in ELEMENT_MARKS:
             self._skipped += len(mark)
         self._refused_chars = self._skipped + (not is_before)
+        self._is_marked = bool(mark) and mark not in TEXT_MARKS
         self._is_first, self._is_closed, self._scan = True, False, None
 
     def _read_calls(self, found: MarkedText, is_last: bool) -> bool:
@@ -4952,6 +4969,7 @@ class MarkupReader:
             self._skipped = len(self._held) - len(text) + len(mark)
             self._refused_chars = self._skipped
             self._closings += CALL_MARKS[mark]
+            self._is_marked = self._is_marked or mark not in TEXT_MARKS
 
     def _read_call(self, found: MarkedText, text: str, is_last: bool) -> bool:
         scan = self._scan = self._scan or CallScan(self._markup.tools)

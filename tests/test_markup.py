@@ -55,7 +55,7 @@ class Read:
                     self.written[-1].add(part)
         ids = [part.id for part in self.written]
         assert len({*ids}) == len(ids)
-        assert reader.calls == len(ids) or is_cut
+        assert reader.calls == len(ids) or is_cut or markup.is_constrained
 
     @property
     def calls(self) -> list[Call]:
@@ -407,7 +407,8 @@ def test_how_a_reply_is_cut_makes_no_difference(
     assert Read(text, is_cut=is_cut).all == whole.all
     if not is_cut:
         assert all(isinstance(arguments, dict) for _, arguments in whole.calls)
-    if not (whole.written or whole.reasoning or "think>" in text):
+    is_all_shown = not (is_cut or whole.written or whole.reasoning)
+    if is_all_shown and "think>" not in text:
         assert whole.text == text
 
 
@@ -465,7 +466,59 @@ def test_a_reply_that_is_cut_in_a_call_has_what_there_is_of_it() -> None:
     for pieces in splits(written):
         read = Read(pieces, is_cut=True)
         assert read.all == ("", "", [("weather", '{"city": "Z')])
-    assert Read(["<tool_call>{"], is_cut=True).all == ("<tool_call>{", "", [])
+
+
+HERMES, _, _ = FORMS["hermes"]
+SECOND = '\n<tool_call>\n{"name": "write-file", "arguments": {"text": "a'
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("<tool_call>", ""),
+        ("<tool_call>{", ""),
+        ('<tool_call>\n{"name', ""),
+        ("So.\n<tool_call>\n<function=wea", "So."),
+        ("<tool_call>weather\n<arg_key>city</arg_key>\n<arg_val", ""),
+        ("[TOOL_CALLS]weath", ""),
+        ("<|tool_call>call:weather{city:", ""),
+        ("```tool_code\nprint(weather(", ""),
+    ],
+)
+def test_of_a_call_that_is_cut_after_its_mark_nothing_is_text(
+    written: str, text: str
+) -> None:
+    for pieces in splits(written):
+        assert Read(pieces, is_cut=True).all == (text, "", [])
+
+
+@pytest.mark.parametrize("text", ["<tool_", "So <tool_", "{", '{"name', "[", "```js"])
+def test_what_only_might_have_become_a_call_is_text_where_it_is_cut(text: str) -> None:
+    for pieces in splits(text):
+        assert Read(pieces, is_cut=True).all == (text, "", [])
+    fence = '```json\n{"name": "Ada", "ar'
+    assert Read([fence], is_cut=True).all == (fence, "", [])
+
+
+@pytest.mark.parametrize("is_constrained", [False, True])
+def test_wherever_calls_are_cut_no_mark_of_them_is_text(is_constrained: bool) -> None:
+    markup = es.Markup(tools=TOOLS, is_constrained=is_constrained)
+    written, marked = HERMES + SECOND, len("<tool_call>")
+    for end in range(len(written)):
+        for pieces in ([written[:end]], written[:end]):
+            read = Read(pieces, markup, is_cut=True)
+            is_text = not is_constrained and end < marked
+            assert read.text == (written[:end] if is_text else "")
+            assert len(read.written) <= (2 if end > len(HERMES) + marked else 1)
+
+
+@pytest.mark.parametrize("end", range(0, len(HERMES), 5))
+def test_a_call_under_a_grammar_that_a_stop_text_ends_is_not_said_again_as_text(
+    end: int,
+) -> None:
+    markup = es.Markup(tools=TOOLS, is_constrained=True)
+    for pieces in ([HERMES[:end]], HERMES[:end]):
+        assert Read(pieces, markup).text == ""
 
 
 def test_only_so_many_calls_are_read_and_nothing_after_them() -> None:
