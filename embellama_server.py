@@ -12908,6 +12908,19 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""  # in its last one: stop, length, or tool_calls
 
+    @property
+    def kinds(self) -> tuple[bool, bool, bool]:
+        """Which of thoughts, text and calls it has."""
+        return bool(self.reasoning), bool(self.text), bool(self.calls)
+
+    def may_add(self, later: Delta) -> bool:
+        """Whether add() keeps the order of what shows, and whose likelihoods are whose."""
+        if not any(self.kinds):
+            return True
+        if not any(later.kinds):
+            return not later.logprobs
+        return self.kinds == later.kinds and sum(self.kinds) == 1
+
     def add(self, later: Delta) -> None:
         """Take in what the same reply gained later."""
         self.text += later.text
@@ -12955,16 +12968,20 @@ class Generation:
         self._deltas.append(delta)
 
     def take(self) -> list[Delta]:
-        """Return what was not taken yet, one delta for each reply that has any.
+        """Return what was not taken yet, by replies.
 
-        The event loop. What piled up is merged: a slow reader gets larger deltas.
+        The event loop. What piled up is merged where it says the same: a slow reader gets
+        larger deltas.
         """
-        merged: dict[int, Delta] = {}
+        merged: dict[int, list[Delta]] = {}
         while self._deltas:
             delta = self._deltas.popleft()
-            if (into := merged.setdefault(delta.index, delta)) is not delta:
-                into.add(delta)
-        return list(merged.values())
+            own = merged.setdefault(delta.index, [])
+            if own and own[-1].may_add(delta):
+                own[-1].add(delta)
+            else:
+                own.append(delta)
+        return [*itertools.chain.from_iterable(merged.values())]
 
 
 @dataclass(slots=True)
@@ -19182,8 +19199,14 @@ class ReplyWriter:
     def __init__(self, replies: Replies) -> None:
         self.replies = replies
 
+    def note(self, delta: Delta) -> None:
+        """Take in, in turn, what a reply that is not streamed has gained."""
+
     def whole(self, replies: Sequence[Delta]) -> bytes:
-        """Return the body of a reply that is not streamed; of each all it gained."""
+        """Return the body of a reply that is not streamed; of each all it gained.
+
+        Merged, these no longer tell in which order it came.
+        """
         raise NotImplementedError
 
     def opening(self) -> bytes:
@@ -19249,6 +19272,7 @@ async def answer(
     with growing(context, replies):
         while deltas := await replies.more():
             for delta in deltas:
+                writer.note(delta)
                 grown[delta.index].add(delta)
     return Response(200, writer.whole(grown), headers=headers, is_compressible=True)
 
@@ -20927,9 +20951,20 @@ class _OutputItem:
         more = self._more(logprobs)
         return [self._event("delta", delta=text, **more)] if text or logprobs else []
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there can be no more of it, wherever the reply ends."""
+        return False
+
+    def cut(self) -> None:
+        """Note that the reply ends here."""
+        self.status = "completed" if self.is_whole else "incomplete"
+
     def end(self, status: str) -> list[Event]:
-        """Return the events by which it ends."""
+        """Return the events by which it ends; ``status``: of the reply."""
         self.status = status
+        if status == "incomplete":
+            self.cut()
         return [*self._last(), self._framing("done")]
 
     def _more(self, logprobs: Sequence[TokenLogprob]) -> Event:
@@ -21014,6 +21049,12 @@ class _Call(_OutputItem):
         super().__init__(index)
         self._begun: dict[str, object] = {"call_id": part.id, "name": part.name}
 
+    @property
+    def is_whole(self) -> bool:
+        with contextlib.suppress(NoValue):
+            return bool(checked_object(self.text))
+        return False
+
     def shown(self) -> dict[str, object]:
         begun = {"id": self.id, "type": "function_call", "status": self.status}
         return begun | self._begun | {"arguments": self.text}
@@ -21044,7 +21085,7 @@ class ResponseOutput:
         gains += ((part.index, part.arguments, part) for part in delta.calls)
         # Those of thoughts, calls and half a character, too: they begin no message.
         self._logprobs += delta.logprobs
-        # What was piled up and merged goes on with what was there before.
+        # What a token ends goes on with what was there before.
         for what, text, part in sorted(gains, key=lambda gain: gain[0] != self._open):
             if what != self._open:
                 yield from self._next(what, part)
@@ -21061,7 +21102,7 @@ class ResponseOutput:
     def cut(self) -> None:
         """Note that it ends here, without an event."""
         if self._open is not None:
-            self._items[-1].status = "incomplete"
+            self._items[-1].cut()
 
     def _grow(self, text: str) -> list[Event]:
         logprobs: list[TokenLogprob] = []
@@ -21102,9 +21143,15 @@ class ResponseWriter(ReplyWriter):
         return self._lifecycle("in_progress")
 
     def part(self, delta: Delta) -> bytes:
+        return b"".join(map(self._event, self._gained(delta)))
+
+    def note(self, delta: Delta) -> None:
+        collections.deque(self._gained(delta), maxlen=0)
+
+    def _gained(self, delta: Delta) -> Iterator[Event]:
         if delta.finish_reason == "length":
             self._status = "incomplete"
-        return b"".join(map(self._event, self._output.add(delta)))
+        return self._output.add(delta)
 
     def closing(self) -> bytes:
         last = b"".join(map(self._event, self._output.end(self._status)))
@@ -21122,8 +21169,6 @@ class ResponseWriter(ReplyWriter):
         return said + self._lifecycle("failed", error=failed)
 
     def whole(self, replies: Sequence[Delta]) -> bytes:
-        (reply,) = replies
-        self.part(reply)
         self.closing()
         return json_codec().dumps(self._snapshot(self._status))
 

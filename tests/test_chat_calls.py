@@ -526,7 +526,7 @@ def test_a_call_that_is_demanded_is_valid_whatever_the_model_would_say(
         for said in ({}, {"parameters": None}, {"parameters": empty}):
             tools = [{"type": "function", "function": {"name": "now", **said}}]
             asks = {"messages": HELLO, "tools": tools, "tool_choice": "required"}
-            asks |= {"parallel_tool_calls": False, "temperature": 2} | ends_soon
+            asks |= ends_soon | {"parallel_tool_calls": False, "temperature": 2}
             (made,) = client.post(CHAT, asks).json["choices"][0]["message"][
                 "tool_calls"
             ]

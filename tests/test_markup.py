@@ -468,7 +468,7 @@ def test_a_reply_that_is_cut_in_a_call_has_what_there_is_of_it() -> None:
         assert read.all == ("", "", [("weather", '{"city": "Z')])
 
 
-HERMES, _, _ = FORMS["hermes"]
+HERMES = FORMS["hermes"][0]
 SECOND = '\n<tool_call>\n{"name": "write-file", "arguments": {"text": "a'
 
 

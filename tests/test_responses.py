@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embellama_server as es
-from tests import kit
+from tests import kit, test_markup
 from tests.test_chat import Stream as ChatStream
 from tests.test_chat import chatting
 
@@ -433,12 +433,26 @@ def test_a_reply_has_an_item_for_its_thoughts_its_text_and_each_call() -> None:
         "arguments": '{"a": 1}',
     }
     assert (second["call_id"], second["name"]) == ("call1", "g")
-    assert [one["status"] for one in grown(WHOLE, "incomplete")] == [
-        *("completed",) * 3,
-        "incomplete",
-    ]
     (nothing,) = grown([])
     assert nothing["content"][0]["text"] == ""
+
+
+@pytest.mark.parametrize(
+    ("last", "status"),
+    [
+        (es.Delta(0, text="So"), "incomplete"),
+        (es.Delta(0, reasoning="Hm"), "incomplete"),
+        (es.Delta(0, calls=[call(2, "", "h")]), "incomplete"),
+        (es.Delta(0, calls=[call(2, '{"a": {}', "h")]), "incomplete"),
+        (es.Delta(0, calls=[call(2, '{"a": {}}', "h")]), "completed"),
+    ],
+)
+def test_of_a_reply_that_is_cut_the_last_item_is_incomplete_unless_it_is_a_whole_call(
+    last: es.Delta, status: str
+) -> None:
+    *before, item = grown([*WHOLE, last], "incomplete")
+    assert {one["status"] for one in before} == {"completed"}
+    assert item["status"] == status
 
 
 def in_letters() -> list[es.Delta]:
@@ -519,6 +533,90 @@ def test_nothing_a_reply_gains_is_lost_in_whatever_order_it_comes(
     assert said["message"] == "".join(delta.text for delta in merged)
     ids = [one["call_id"] for one in items if one["type"] == "function_call"]
     assert ids == [f"call{n}" for n in range(calls)]
+
+
+# --- whole and streamed, the same ---
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "b"}}\n</tool_call>'
+TALKS = {
+    "two calls": f"{CALL}\n{CALL}",
+    "text between calls": f"Let me see.\n{CALL}\nAnd again.\n{CALL}\nSo.",
+    "thoughts, a call and text": f"<think>Hm.</think>{CALL}\nSo <tool_",
+}
+
+
+def talk(text: str, length: int, *, is_constrained: bool = False) -> list[es.Delta]:
+    """What a model gains by so many characters of a text, a token each."""
+    tools: Any = {"f": {"properties": {"a": {"type": "string"}}}}
+    markup = es.Markup(tools=tools, is_constrained=is_constrained)
+    script = test_markup.Script(*text)
+    return script.deltas(markup=markup, max_tokens=length)
+
+
+def numbered(found: Any) -> Any:
+    """A response's items, status and counts; ids are numbers."""
+    items = [item | {"id": n} for n, item in enumerate(found["output"])]
+    return items, found["status"], found["incomplete_details"], found["usage"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_constrained"),
+    [*((name, False) for name in TALKS), ("two calls", True)],
+)
+async def test_wherever_it_is_cut_a_whole_response_is_what_its_stream_ends_with(
+    name: str, is_constrained: bool
+) -> None:
+    text = TALKS[name]
+    async with chatting() as (running, speaker):
+        for length in range(1, len(text) + 2):
+            gains = talk(text, length, is_constrained=is_constrained)
+            speaker.gains = [dataclasses.replace(one, tokens=0) for one in gains]
+            likely = {"top_logprobs": 1} if length % 2 else {}
+            whole = await ask(running, **likely)
+            found = read_events(await streamed(running, **likely))
+            assert numbered(whole) == numbered(found)
+
+
+async def test_a_second_call_that_is_cut_is_the_last_item_and_alone_incomplete() -> (
+    None
+):
+    text = TALKS["two calls"]
+    async with chatting() as (running, speaker):
+        for cut, statuses in (
+            ("<tool_", ["completed"]),
+            ('"arguments": {"a"', ["completed", "incomplete"]),
+        ):
+            length = text.rindex(cut) + len(cut)
+            gains = talk(text, length, is_constrained=True)
+            speaker.gains = [dataclasses.replace(one, tokens=0) for one in gains]
+            found = await ask(running)
+            assert found["status"] == "incomplete"
+            assert [item["status"] for item in found["output"]] == statuses
+            assert {item["type"] for item in found["output"]} == {"function_call"}
+
+
+@given(st.sets(st.integers(1, 200)), st.booleans())
+def test_what_piles_up_keeps_its_order_and_likelihoods(
+    cuts: set[int], is_likely: bool
+) -> None:
+    request = es.GenerationRequest(ids=[1], max_tokens=1)
+    at_once, piled = list[es.Delta](), list[es.Delta]()
+    generation = es.Generation(request, lambda: None)
+    for number, delta in enumerate(talk(TALKS["text between calls"], 500)):
+        if is_likely:
+            delta.logprobs = [es.TokenLogprob(number, b"x", -float(number))]
+        at_once.append(copy.deepcopy(delta))
+        generation.put(delta)
+        if number in cuts:
+            piled += generation.take()
+    piled += generation.take()
+    ids = {"call_id": ""}
+    wanted, found = ([one | ids for one in grown(d)] for d in (at_once, piled))
+    assert found == wanted
+    assert [one["type"] for one in found] == [
+        *("message", "function_call") * 2,
+        "message",
+    ]
 
 
 # --- what is not kept ---
