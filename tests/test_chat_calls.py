@@ -284,6 +284,7 @@ class FakeReplies:
     """What a writer asks of replies."""
 
     count, name = 1, "fake"
+    requests = (es.GenerationRequest(ids=[], max_tokens=1),)
 
 
 def writer(form: str = "auto") -> Any:
