@@ -19938,7 +19938,8 @@ class SamplingForm:
         _range("frequency_penalty"), "Off the logits of tokens, for each recent use."
     )
     seed: int | None = optional(
-        integer(-(1 << 63), (1 << 64) - 1),
+        # orjson rounds what is below -2^63, to that: it would pass.
+        integer(1 - (1 << 63), (1 << 64) - 1),
         "The same seed makes the same choices; -1: none.",
     )
     stop: tuple[str, ...] | None = optional(_STOPS, "End a reply before any of these.")
