@@ -8679,7 +8679,7 @@ class WorkQueue:
 
     def _check_open(self) -> None:
         if self.is_stopping:
-            raise NotReady("the model was just unloaded: try again", retry_after_s=1.0)
+            raise NotReady("the model was just unloaded: try again")
 
     def _refuse_late(
         self, timeout_s: float, tokens: int, ahead: Callable[[], int]
@@ -9032,7 +9032,7 @@ class BatchQueue(JobQueue):
             items = itertools.chain.from_iterable(call.items for call in stuck)
             over = {job for item in items for job, _ in item.owners}
             for job in over:
-                self._end(job, EngineUnavailable(ENGINE_STUCK, retry_after_s=1.0))
+                self._end(job, EngineUnavailable(ENGINE_STUCK))
         for job in over:
             job.finished()
         return stuck
@@ -13081,7 +13081,7 @@ class GenerationQueue(WorkQueue):
         """
         self._check_open()
         if self.stuck:
-            raise EngineUnavailable(ENGINE_STUCK, retry_after_s=1.0)
+            raise EngineUnavailable(ENGINE_STUCK)
         sizes = [_size_of(generation.request) for generation in generations]
         size = Size(*map(sum, zip(*sizes, strict=True)))
         client, timeout_s = generations[0].client, generations[0].timeout_s
@@ -13155,7 +13155,7 @@ class GenerationQueue(WorkQueue):
                 self.stuck = 1
                 over = [*self._sizes]  # nobody else computes those that wait
         for generation in over:
-            self.end(generation, EngineUnavailable(ENGINE_STUCK, retry_after_s=1.0))
+            self.end(generation, EngineUnavailable(ENGINE_STUCK))
             generation.changed()
         return [step] if over else ()
 
@@ -17257,7 +17257,7 @@ class ModelRegistry:
         except (StartupError, EngineError):
             _refuse_if_just_failed(entry)
             reason = "the model has changed: ask again"
-            raise NotReady(reason, retry_after_s=1.0) from None
+            raise NotReady(reason) from None
 
     def give_up(self) -> None:
         """Wake all requests that wait for loads, as the server stops."""
@@ -18803,7 +18803,7 @@ class Service:
         """Raise NotReady, with the reason, if no new work is taken."""
         if self.phase not in (Phase.READY, Phase.LEAVING):
             kind = StillLoading if self.phase is Phase.LOADING else NotReady
-            raise kind(self.why_unready(), retry_after_s=1.0)
+            raise kind(self.why_unready())
 
     def why_unready(self) -> str:
         """Return why load balancers should send no requests; empty if they may."""
@@ -19938,7 +19938,7 @@ class SamplingForm:
         _range("frequency_penalty"), "Off the logits of tokens, for each recent use."
     )
     seed: int | None = optional(
-        # orjson rounds what is below -2^63, to that: it would pass.
+        # Not -2^63: whatever is below it, orjson rounds to it.
         integer(1 - (1 << 63), (1 << 64) - 1),
         "The same seed makes the same choices; -1: none.",
     )
@@ -22201,7 +22201,7 @@ async def slots(context: RequestContext) -> Response:
             shown += [_busy_slot(generation)] * generation.request.n
     free = max(0, entry.settings.parallel - len(shown))
     if not free and _asked(context).get("fail_on_no_slot"):
-        raise Overloaded("no slot available", retry_after_s=1.0)
+        raise Overloaded("no slot available")
     shown += [{"is_processing": False}] * free
     fixed = {"n_ctx": length, "speculative": entry.settings.draft_tokens > 0}
     rows = [{"id": number, **fixed, **one} for number, one in enumerate(shown)]
@@ -23230,7 +23230,7 @@ async def health(context: RequestContext) -> Response:
 async def ready(context: RequestContext) -> Response:
     """Readiness; 503 with the reason while loading, draining, broken or stuck."""
     if reason := context.service.why_unready():
-        raise NotReady(reason, retry_after_s=1.0)
+        raise NotReady(reason)
     shown = {"status": "ready", "ready": True, "engine_connected": True}
     return Response(200, json_codec().dumps(shown))
 
