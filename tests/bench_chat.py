@@ -335,7 +335,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model-path", type=Path, help="default: Gemma 3 270M, fetched once")
     add("--rounds", type=int, default=5)
     add("--same-text", action="store_true", help="only compare greedy texts")
-    add("--cells", type=int, default=256, help="of --same-text; from 257 on bits move")
+    # Not "cells": that is the list of what to measure, which took its place.
+    about = "of --same-text; from 257 on bits move"
+    add("--cells", type=int, default=256, dest="kv_cells", help=about)
     add("--json", type=Path, metavar="FILE", help="where to put the raw figures")
     return made
 
@@ -354,7 +356,7 @@ def main() -> None:
         program, _, flags = subject.command.replace("{usual}", USUAL).partition(" ")
         print(f"{subject.name}: {os.path.basename(program)} {flags}")
     if given.same_text:
-        raise SystemExit(same_texts(subjects, model, given.cells) > 0)
+        raise SystemExit(same_texts(subjects, model, given.kv_cells) > 0)
     found: Rounds = {}
     usual = [cell for name, cell in CELLS.items() if name in names]
     tight = [overcommit] * ("overcommit" in names)

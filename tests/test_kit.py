@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import embellama_server as es
-from tests import kit
+from tests import bench_chat, kit
 
 
 def ids_of(engine: kit.FakeEngine, text: str) -> list[int]:
@@ -81,3 +81,9 @@ def test_a_server_that_ends_badly_shows_its_log(
     said = capsys.readouterr().out
     assert "exit code -9:" in said
     assert " ready " in said
+
+
+def test_the_bench_tells_what_it_measures_from_how_many_cells_there_are() -> None:
+    given = bench_chat.parser().parse_args(["--same-text", "--cells", "512", "rates"])
+    assert (given.cells, given.kv_cells) == (["rates"], 512)
+    assert bench_chat.parser().parse_args([]).kv_cells == 256
