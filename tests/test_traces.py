@@ -1,4 +1,4 @@
-"""Spans (TELEMETRY): what a collector is sent, and what it cannot do to us.
+"""Spans (TRACES): what a collector is sent, and what it cannot do to us.
 
 The collectors are small HTTP servers of the standard library, on ports the kernel
 chooses. What they are sent is read by OpenTelemetry's own messages as well, where the

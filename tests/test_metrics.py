@@ -1,4 +1,4 @@
-"""Metrics (TELEMETRY) and log lines (ERRORS): what a scraper and a log reader get.
+"""Metrics (METRICS) and log lines (ERRORS): what a scraper and a log reader get.
 
 The exposition is read by a parser of its own, stricter than Prometheus': a page that
 Prometheus merely tolerates is a bug here.
