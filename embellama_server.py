@@ -57,8 +57,8 @@ The life of a reply: 1 to 7 as above, then
                  that they fit
     CONSTRAINTS  a schema, or the tools of which one must be called, become a grammar
  9. GENERATIONS  submit(): room is reserved for the prompt and the longest reply, or 503
-10. SEQUENCES    KV cells for both, or it waits; what it shares with another prompt is
-                 not read again
+10. SEQUENCES    KV cells for both, or it waits
+    PROMPT CACHE what it shares with another prompt is not read again
 11. STEPS        each step, all replies grow by a token and prompts are read in the rest
                  of --step-ms; DRAFTS: one alone by more, if it says again what was said
 12. DECODING     one llama.cpp call a step
@@ -12571,7 +12571,8 @@ class PrefixStore:
             return False  # dropped meanwhile
         part = ids[begin:end].copy()
         for other in [*self._next.get(before, ())]:
-            if common_prefix(other.ids, part) == len(other.ids):
+            is_part = common_prefix(other.ids, part) == len(other.ids)
+            if is_part and other.is_whole <= is_whole:
                 self._forget(other)
         block = CellBlock(name, before, part, state, is_whole)
         self._blocks[name] = block
@@ -12637,10 +12638,9 @@ class PrefixStore:
 # looked at. One too large for that, or with a recurrent state, stays in its cells until it
 # has cost as much as to read it again: 1,500 us a token.
 
-MAX_UNUSED_TOKENS: Final = (
-    64  # computed since a sequence was used that can be copied out
-)
-MAX_KEPT_TOKENS: Final = 4096  # the same of one that cannot
+# Computed since a sequence was used that can be copied out, and one that cannot.
+MAX_UNUSED_TOKENS: Final = 64
+MAX_KEPT_TOKENS: Final = 4096
 
 
 class PromptCache:
@@ -12727,23 +12727,24 @@ class PromptCache:
                 return
         self.is_behind = False
 
-    def move_out(self, upcoming: int = 0, limit_s: float = math.inf) -> None:
-        """Free the cells of what nobody has used of late.
+    def move_out(self, upcoming: int = 0, limit_s: float = math.inf) -> bool:
+        """Free the cells of what nobody has used of late. False: nothing has changed.
 
         ``upcoming``: how many tokens will be computed soon. ``limit_s``: after that long
         the rest is left for the next time.
         """
         ends_at = time.monotonic() + limit_s
+        before = len(self._table.sequences)
         for sequence in self._table.unused(MAX_UNUSED_TOKENS - upcoming):
             if self._can_store(sequence.length):
                 if not self._copy_out(sequence.id, sequence.held, ends_at):
-                    return
+                    return True
                 self.drop(sequence)
-        for sequence in self._table.unused(MAX_KEPT_TOKENS):
-            if not self._can_store(sequence.length):
+            elif self._computed_tokens - sequence.used_at >= MAX_KEPT_TOKENS:
                 self._execute([self._table.evict(sequence)])
         if not any(sequence.length for sequence in self._table.sequences):
             self._context.clear(wipes=False)
+        return len(self._table.sequences) < before
 
     def empty_cells(self) -> None:
         """Leave nothing in cells but a sequence that has none yet: it gets the first."""
@@ -14017,7 +14018,8 @@ class GenerationWorker(Workers):
         grows = any(not reply.left_tokens for reply in self._replies)
         # While replies grow, for a short part of the longest step.
         limit_s = self._queue.settings.step_ms / 10_000 if grows else math.inf
-        self._cache.move_out(unread, limit_s)
+        if self._cache.move_out(unread, limit_s):
+            self._count()
 
     # --- a step ---
 
