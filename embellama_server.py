@@ -12434,7 +12434,7 @@ class SequenceTable:
         """Forget the idle sequence that was unused for longest; None: there is none."""
         return self.evict(idle[0]) if (idle := self.idle) else None
 
-    def unused(self, tokens: int) -> list[CachedSequence]:
+    def unused(self, tokens: float) -> list[CachedSequence]:
         """Return the idle sequences unused since so many tokens were computed."""
         at = self._clock() - tokens
         return [sequence for sequence in self.idle if sequence.used_at <= at]
@@ -12528,7 +12528,7 @@ class PrefixStore:
 
     def fits(self, tokens: int) -> bool:
         """Whether a prefix of so many tokens can be kept."""
-        return tokens * self._token_bytes <= self._max_bytes
+        return 0 < self._max_bytes >= tokens * self._token_bytes
 
     def find(self, prompt: TokenIds) -> list[tuple[CellBlock, int]]:
         """Return the blocks that a prompt can begin with, and how many tokens of each."""
@@ -12728,11 +12728,11 @@ class PromptCache:
                 return
         self.is_behind = False
 
-    def move_out(self, upcoming: int = 0, limit_s: float = math.inf) -> bool:
+    def move_out(self, upcoming: float = math.inf, limit_s: float = math.inf) -> bool:
         """Free the cells of what nobody has used of late. False: nothing has changed.
 
-        ``upcoming``: how many tokens will be computed soon. ``limit_s``: after that long
-        the rest is left for the next time.
+        ``upcoming``: how many tokens will be computed soon; by default that of all idle
+        sequences. ``limit_s``: after that long the rest is left for the next time.
         """
         ends_at = time.monotonic() + limit_s
         before = len(self._table.sequences)
@@ -14018,11 +14018,13 @@ class GenerationWorker(Workers):
             self._count()
         if not (self._replies and self._cache.has_idle):
             return
-        unread = sum(reply.left_tokens for reply in self._replies)
-        grows = any(not reply.left_tokens for reply in self._replies)
-        # While replies grow, for a short part of the longest step.
-        limit_s = self._queue.settings.step_ms / 10_000 if grows else math.inf
-        if self._cache.move_out(unread, limit_s):
+        unread = [reply.left_tokens for reply in self._replies]
+        if all(unread):  # those who find nothing beside them say the same each time
+            has_moved = self._cache.move_out()
+        else:  # in a short part of the longest step
+            limit_s = self._queue.settings.step_ms / 10_000
+            has_moved = self._cache.move_out(sum(unread), limit_s)
+        if has_moved:
             self._count()
 
     # --- a step ---

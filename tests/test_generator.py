@@ -441,15 +441,13 @@ def test_one_failure_is_no_reply_s_end() -> None:
 
 
 def test_a_step_that_finds_no_cell_makes_room_and_goes_on() -> None:
-    with generating() as running:
+    with generating(prompt_cache_mb=0) as running:
         for n in range(4):
             running.ask(prompt(n, 40), 2).wait()
         running.engine.lies_about_room = 2
         assert running.ask(prompt(8), 5).text() == said_after(prompt(8), 5)
+        assert running.queue.prompt_cache.evictions == 2
         assert len(running.engine.contexts) == 1
-        again = running.ask(prompt(0, 40), 2)
-        assert again.text() == said_after(prompt(0, 40), 2)
-        assert again.generation.cached_tokens == 39, "it was copied first"
 
 
 def test_prefixes_are_copied_while_nobody_waits_and_moved_before_a_prompt() -> None:

@@ -126,10 +126,10 @@ def test_what_nobody_has_used_is_moved_out_and_comes_back_for_who_begins_so() ->
     context = MemoryContext(1000, 4)
     cache = new_cache(context)
     left(context, cache, ONE)
-    cache.move_out()
+    assert not cache.move_out(upcoming=0)
     assert cache.counts.idle_cells == 150, "used a moment ago"
     cache.computed(es.MAX_UNUSED_TOKENS)
-    cache.move_out()
+    assert cache.move_out(upcoming=0)
     assert (cache.counts.idle_cells, context.memory.tokens(0)) == (0, [])
     assert cache.counts.stored_bytes == 150 * CELL_BYTES
     sequence = begun(cache, [*ONE, 7])
