@@ -12174,6 +12174,7 @@ class CachedSequence:
     length: int  # tokens in memory, whether computed or shared
     ids: TokenIds = field(init=False)  # the prompt, then room for the reply
     is_running: bool = True  # else idle: only a prefix for prompts to come
+    is_copied: bool = False  # outside the cells, too, or that cannot be
     used: int = 0  # the larger, the later
     used_at: int = 0  # by the table's clock
     forks: list[CachedSequence] = field(default_factory=list)  # of the other replies
@@ -12412,7 +12413,7 @@ class SequenceTable:
         self._holders[sequence.cells[sequence.length :]] -= 1
         sequence.cells = sequence.cells[: sequence.length].copy()
         sequence.ids = sequence.held.copy()
-        sequence.is_running = False
+        sequence.is_running = sequence.is_copied = False
         self._use(sequence)
         useless = [other for other in self.idle if self._is_useless(other, sequence)]
         return [self.drop(other) for other in useless]
@@ -12475,7 +12476,9 @@ class SequenceTable:
 # Pure. Tokens are kept in blocks, each with a copy of its cells. A block is named by all
 # tokens up to its end, so conversations that begin alike have blocks in common, whoever
 # they are, and none is kept twice (vLLM names its blocks so, too). The last of a prefix may
-# be shorter; a prompt may go on from any token of a block.
+# be shorter; a prompt may go on from any token of a block. Of a model with a sliding window
+# only blocks are kept that have all their cells: from others beside them llama.cpp would
+# make a sequence with a hole, which it takes for whole.
 
 BLOCK_TOKENS: Final = 64
 _ROOT: Final = b""  # what comes before the first block
@@ -12489,7 +12492,6 @@ class CellBlock:
     before: bytes  # the block before it
     ids: TokenIds
     state: CellState
-    is_whole: bool  # else what a sliding window had left is not in it
 
 
 class MissingBlock(NamedTuple):
@@ -12499,7 +12501,6 @@ class MissingBlock(NamedTuple):
     before: bytes
     begin: int
     end: int
-    is_whole: bool
 
 
 def _name_of(before: bytes, ids: TokenIds) -> bytes:
@@ -12517,7 +12518,6 @@ class PrefixStore:
         self.dropped = 0  # blocks, for newer ones
         self._max_bytes = max_bytes
         self._token_bytes = token_bytes
-        self._window = window
         # llama.cpp leaves out what is a window before the last position of a copy.
         self._block_tokens = min(BLOCK_TOKENS, window or BLOCK_TOKENS)
         # The next to be dropped first. No block was used later than the one before it.
@@ -12544,37 +12544,35 @@ class PrefixStore:
                 break
         if found:
             self._use(found[-1][0].name)
-        return self._with_window(found, at)
+        return found
 
-    def missing(self, ids: TokenIds, first: int = 0) -> list[MissingBlock]:
-        """Return what is to be copied to keep a prefix, in order.
+    def missing(self, ids: TokenIds, first: int = 0) -> list[MissingBlock] | None:
+        """Return what is to be copied to keep a prefix, in order; None: it cannot be kept.
 
-        ``first``: the first position whose cells are whole (llama_memory_seq_pos_min).
+        ``first``: from which position on its cells are there (llama_memory_seq_pos_min).
         """
         found = list[MissingBlock]()
         before = _ROOT
         for begin in range(0, len(ids), self._block_tokens):
             part = ids[begin:][: self._block_tokens]
-            block, shared = self._longest(before, part)
-            is_whole = first <= begin
             name = _name_of(before, part)
-            if block is None or shared < len(part) or (is_whole and not block.is_whole):
-                end = begin + len(part)
-                found.append(MissingBlock(name, before, begin, end, is_whole))
+            if self._longest(before, part)[1] < len(part):
+                if begin < first:
+                    return None
+                found.append(MissingBlock(name, before, begin, begin + len(part)))
             before = name
         return found
 
     def put(self, missing: MissingBlock, ids: TokenIds, state: CellState) -> bool:
         """Keep a block of a prefix with these ids. False: there is no room for it."""
-        name, before, begin, end, is_whole = missing
+        name, before, begin, end = missing
         if before != _ROOT and before not in self._blocks:
             return False  # dropped meanwhile
         part = ids[begin:end].copy()
         for other in [*self._next.get(before, ())]:
-            is_part = common_prefix(other.ids, part) == len(other.ids)
-            if is_part and other.is_whole <= is_whole:
+            if common_prefix(other.ids, part) == len(other.ids):
                 self._forget(other)
-        block = CellBlock(name, before, part, state, is_whole)
+        block = CellBlock(name, before, part, state)
         self._blocks[name] = block
         self._next.setdefault(before, []).append(block)
         self.bytes += len(state)
@@ -12599,18 +12597,6 @@ class PrefixStore:
             if (shared := common_prefix(block.ids, part)) > best[1]:
                 best = block, shared
         return best
-
-    def _with_window(
-        self, found: list[tuple[CellBlock, int]], end: int
-    ) -> list[tuple[CellBlock, int]]:
-        """Return as much of them as has all cells of the window before its end."""
-        for number in reversed(range(len(found))):
-            begin = number * self._block_tokens
-            if begin + self._block_tokens <= end - self._window + 1:
-                break  # the token at position ``end`` does not look at those
-            if not found[number][0].is_whole:
-                found, end = found[:number], begin
-        return found
 
     def _use(self, name: bytes) -> None:
         """Note that a block is used, and all before it: those are dropped later."""
@@ -12723,8 +12709,12 @@ class PromptCache:
     def copy_ahead(self) -> None:
         """Copy a block out while nobody waits. The cells stay for a chat that goes on."""
         for sequence in self._table.idle:
-            is_done = not self._can_store(sequence.length)
-            if not (is_done or self._copy_out(sequence.id, sequence.held, -math.inf)):
+            if (
+                not sequence.is_copied
+            ):  # it is tried once: what fits alone may not all fit
+                blocks = self._missing(sequence.id, sequence.held) or []
+                copied = self._copy_out(sequence.id, sequence.held, blocks[:1])
+                sequence.is_copied = copied in (0, len(blocks))
                 return
         self.is_behind = False
 
@@ -12737,8 +12727,10 @@ class PromptCache:
         ends_at = time.monotonic() + limit_s
         before = len(self._table.sequences)
         for sequence in self._table.unused(MAX_UNUSED_TOKENS - upcoming):
-            if self._can_store(sequence.length):
-                if not self._copy_out(sequence.id, sequence.held, ends_at):
+            blocks = self._missing(sequence.id, sequence.held)
+            if blocks is not None:
+                self._copy_out(sequence.id, sequence.held, blocks, ends_at)
+                if time.monotonic() > ends_at:
                     return True
                 self.drop(sequence)
             elif self._computed_tokens - sequence.used_at >= MAX_KEPT_TOKENS:
@@ -12775,33 +12767,38 @@ class PromptCache:
                 self._context.copy(*operation)
                 continue
             if (lost := operation.lost) is not None:
-                if self._can_store(len(lost)):
-                    self._copy_out(operation.sequence, lost)
-                else:
-                    self._counted.evictions += 1
+                blocks = self._missing(operation.sequence, lost)
+                self._copy_out(operation.sequence, lost, blocks or [])
+                self._counted.evictions += blocks is None
             self._context.trim(operation.sequence, operation.begin)
 
-    def _can_store(self, tokens: int) -> bool:
-        return self._context.can_trim and self._store.fits(tokens)
+    def _missing(self, sequence: int, ids: TokenIds) -> list[MissingBlock] | None:
+        """Return what of a sequence is only in cells; None: it can be nowhere else."""
+        if not (self._context.can_trim and self._store.fits(len(ids))):
+            return None
+        return self._store.missing(ids, self._context.first_position(sequence))
 
     def _copy_out(
-        self, sequence: int, ids: TokenIds, ends_at: float = math.inf
-    ) -> bool:
-        """Keep a copy of a sequence outside the cells. False: time is up first."""
-        store, dropped = self._store, self._store.dropped
-        first = self._context.first_position(sequence)
+        self,
+        sequence: int,
+        ids: TokenIds,
+        blocks: Sequence[MissingBlock],
+        ends_at: float = math.inf,
+    ) -> int:
+        """Keep copies of blocks, the first ones if time is up. Return how many."""
+        store, dropped, copied = self._store, self._store.dropped, 0
         try:
-            for block in store.missing(ids, first):
+            for block in blocks:
                 state = self._context.copy_out(sequence, block.begin, block.end)
                 if not store.put(block, ids, state):
                     break
+                copied += 1
                 if time.monotonic() > ends_at:
-                    return False
+                    break
         except (MemoryError, EngineError):
             store.clear()  # others need the memory more; it is read again
-        finally:
-            self._counted.evictions += store.dropped - dropped
-        return True
+        self._counted.evictions += store.dropped - dropped
+        return copied
 
     def _copy_in(self, sequence: CachedSequence, prompt: TokenIds) -> None:
         """Let a sequence begin with what was copied out, if that is more than it has."""

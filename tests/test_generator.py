@@ -705,8 +705,7 @@ def test_a_deterministic_reply_is_the_same_whatever_was_in_memory_before(
         for one in before:
             one.wait()
         assert [likely(drawn(drawing, 1, length)) for length in (20, 200)] == first
-    counts = drawing.queue.prompt_cache
-    assert (counts.evictions, counts.stored_bytes > 0) == (0, True), "none was lost"
+    assert drawing.queue.prompt_cache.stored_bytes, "what was before is kept"
 
 
 def test_deterministic_replies_are_the_same_beside_others_that_begin_with_them(

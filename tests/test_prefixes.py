@@ -29,8 +29,10 @@ def new_store(blocks: int = 100, window: int = 0) -> es.PrefixStore:
 
 
 def keep(store: es.PrefixStore, ids: es.TokenIds, first: int = 0) -> int:
-    """Put what is missing of a prefix; how many blocks that were."""
+    """Put what is missing of a prefix; how many blocks that were, -1: it cannot be."""
     blocks = store.missing(ids, first)
+    if blocks is None:
+        return -1
     for block in blocks:
         if not store.put(block, ids, np.zeros(STATE_BYTES, np.uint8)):
             break
@@ -102,29 +104,32 @@ def test_a_prefix_larger_than_the_store_says_so_and_leaves_no_orphans() -> None:
 def test_a_block_whose_beginning_was_dropped_meanwhile_is_not_kept() -> None:
     store = new_store()
     ids = prompt((0, 2 * BLOCK))
-    first, second = store.missing(ids)
+    blocks = store.missing(ids)
+    assert blocks is not None
+    first, second = blocks
     store.put(first, ids, np.zeros(1, np.uint8))
     store.clear()
     assert not store.put(second, ids, np.zeros(1, np.uint8))
     assert (store.bytes, store.find(ids)) == (0, [])
 
 
-@pytest.mark.parametrize(
-    ("first", "begins_with"),
-    [
-        pytest.param(0, 3 * BLOCK, id="all is whole"),
-        pytest.param(2 * BLOCK, 3 * BLOCK, id="whatever the next token looks at"),
-        pytest.param(2 * BLOCK + 1, 0, id="one position too few"),
-    ],
-)
-def test_a_prefix_needs_the_window_before_its_end(first: int, begins_with: int) -> None:
+def test_a_prefix_of_which_a_window_has_left_some_is_kept_only_where_the_rest_is() -> (
+    None
+):
     store, past = new_store(window=BLOCK + 1), prompt((0, 3 * BLOCK))
-    keep(store, past, first)
-    assert found(store, prompt((0, 3 * BLOCK), (9000, 5))) == begins_with
-    assert keep(store, past, first) == 0, "what is lost is not missing again"
-    assert keep(store, past) == -(-first // BLOCK), "but what is there now is"
+    assert keep(store, past, first=1) == -1
+    assert store.bytes == 0
+    keep(store, past[: 2 * BLOCK])
+    assert keep(store, past, first=2 * BLOCK + 1) == -1
+    assert keep(store, past, first=2 * BLOCK) == 1
+    assert keep(store, past, first=2 * BLOCK + 1) == 0
     assert found(store, past) == 3 * BLOCK
-    assert store.bytes == 3 * STATE_BYTES
+
+
+def test_blocks_are_no_longer_than_the_window() -> None:
+    store, past = new_store(window=10), prompt((0, 25))
+    assert keep(store, past) == 3
+    assert found(store, past) == 25
 
 
 # Of two tokens in blocks of three, prompts that have much in common.

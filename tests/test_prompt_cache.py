@@ -70,20 +70,18 @@ class MemoryContext:
         self.copied_out += 1
         tokens = self.memory.tokens(sequence)[begin:end]
         assert len(tokens) == end - begin
-        first = min(self.first_position(sequence), end)
+        assert begin >= self.first_position(sequence), "it has a hole"
         state = np.zeros((end - begin) * CELL_BYTES, np.uint8)
-        state[: len(tokens) + 2] = [begin, max(begin, first), *tokens]
+        state[: len(tokens) + 1] = [begin, *tokens]
         return state
 
     def copy_in(self, sequence: int, state: es.CellState, begin: int, end: int) -> bool:
         if not self.has_room:
             return False
-        at, first = int(state[0]), int(state[1])
+        at = int(state[0])
         assert len(self.memory.tokens(sequence)) == begin
-        tokens = state[2 + begin - at : 2 + end - at].tolist()
+        tokens = state[1 + begin - at : 1 + end - at].tolist()
         self.memory.compute(sequence, tokens)
-        if first > begin:  # what lies between is not there
-            self.memory.first[sequence] = first
         return True
 
 
@@ -180,6 +178,34 @@ def test_while_nobody_waits_copies_are_made_and_the_cells_stay() -> None:
     assert (context.copied_out, cache.counts.idle_cells) == (4, 0)
 
 
+def test_what_fits_alone_and_not_together_is_copied_once_and_not_in_turn() -> None:
+    context = MemoryContext(1000, 4)
+    cache = new_cache(context, max_bytes=150 * CELL_BYTES)
+    left(context, cache, ONE)
+    left(context, cache, ids_of((100, 150)))
+    turns = 0
+    while cache.is_behind:
+        cache.copy_ahead()
+        turns += 1
+    assert turns < 9, "else an idle server never rests"
+    assert cache.counts.stored_bytes <= 150 * CELL_BYTES
+
+
+def test_what_a_window_has_left_stays_in_its_cells() -> None:
+    context = MemoryContext(1000, 4, window=64)
+    cache = new_cache(context)
+    left(context, cache, ONE)
+    context.memory.first[cache._table.idle[0].id] = 50
+    cache.copy_ahead()
+    cache.copy_ahead()
+    assert not cache.is_behind
+    cache.move_out()
+    assert (context.copied_out, cache.counts.idle_cells) == (0, 150)
+    cache.computed(es.MAX_KEPT_TOKENS)
+    cache.move_out()
+    assert (cache.counts.evictions, cache.counts.idle_cells) == (1, 0)
+
+
 def test_what_others_need_the_cells_of_is_copied_first() -> None:
     context = MemoryContext(200, 4)
     cache = new_cache(context)
@@ -195,6 +221,7 @@ def test_what_does_not_fit_stays_in_its_cells_until_it_has_cost_as_much() -> Non
     cache = new_cache(context, max_bytes=149 * CELL_BYTES)
     left(context, cache, ONE)
     cache.move_out(upcoming=LARGE)
+    cache.copy_ahead()
     cache.copy_ahead()
     assert not cache.is_behind
     assert (cache.counts.idle_cells, cache.counts.stored_bytes) == (150, 0)
@@ -332,11 +359,12 @@ class Requests(RuleBasedStateMachine):
     def forget(self, how: str) -> None:
         getattr(self.cache, how)()
 
-    @precondition(lambda self: self.context.window and self.running)
+    @precondition(lambda self: self.context.window and self.cache._table.sequences)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
         """What lies before the window of a sequence's end is overwritten."""
-        sequence, window = self.draw(data), self.context.window
+        order = sorted(self.cache._table.sequences, key=lambda sequence: sequence.id)
+        sequence, window = data.draw(st.sampled_from(order)), self.context.window
         lost = data.draw(st.integers(0, max(0, sequence.length - window + 1)))
         first = self.context.memory.first
         first[sequence.id] = max(lost, first.get(sequence.id, 0))
@@ -496,13 +524,33 @@ class Reused:
 def test_what_is_reused_gives_the_logits_of_a_prompt_read_alone(
     kind: str, stored_bytes: int, tmp_path: Path
 ) -> None:
-    # Logits deviate by 3; other orders of cells move them by 0.15 at most, in half
-    # precision. Without a look at its window gemma's are off by 0.5 to 0.9.
     path = chat_models.GENERATING[kind](tmp_path)
-    context, dice = Reused(path, random.Random(4), stored_bytes), random.Random(5)
-    off = 0.0
+    counts = reused(path, 4, stored_bytes)
+    is_recurrent = kind in ("mamba", "jamba")
+    assert counts.hits > (1 if is_recurrent else 30)
+    assert bool(counts.restored_tokens) == bool(stored_bytes and not is_recurrent)
+    if kind != "gemma3":  # some of whose windows are gone before they are copied
+        assert bool(counts.evictions) == (is_recurrent or stored_bytes < LARGE)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stored_bytes", [60_000, 200_000, LARGE])
+def test_what_is_reused_of_a_sliding_window_has_no_holes(
+    stored_bytes: int, tmp_path: Path
+) -> None:
+    # A sequence made of whole blocks and one that had lost its window's beginning had
+    # one, which llama_memory_seq_pos_min does not tell: in two of three such runs.
+    path = chat_models.GENERATING["gemma3"](tmp_path)
+    for seed in range(12):
+        reused(path, seed, stored_bytes)
+
+
+def reused(path: Path, seed: int, stored_bytes: int) -> es.PromptCacheCounts:
+    """Many requests, side by side, each compared with itself alone."""
+    context = Reused(path, random.Random(seed), stored_bytes)
+    off, dice = 0.0, random.Random(seed + 1)
     with contextlib.closing(context):
-        for _ in range(120):
+        for _ in range(150):
             if context.running and dice.random() < 0.5:
                 context.end()
             else:
@@ -513,8 +561,7 @@ def test_what_is_reused_gives_the_logits_of_a_prompt_read_alone(
             for sequence in context.running:
                 last = context.shared.last_position(sequence.id)
                 assert last == sequence.length - 1
-        counts, can_trim = context.cache.counts, context.shared.can_trim
-    assert counts.hits > (30 if can_trim else 1)
-    assert bool(counts.restored_tokens) == bool(can_trim and stored_bytes)
-    assert bool(counts.evictions) == (not can_trim or stored_bytes < LARGE)
+    # Logits deviate by 3; other orders of cells move them by 0.15 at most, in half
+    # precision. Without a look at its window gemma's are off by 0.5 to 0.9.
     assert off < 0.3
+    return context.cache.counts
