@@ -6329,6 +6329,7 @@ STEP_TOKENS: Final = 512  # most in a step
 # Reading 2,048 tokens of Gemma 3 270M took 4.13 s in parts of 512, 4.18 of 256, 4.42 of 128
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
+NOWHERE: Final = 1 << 31  # beyond every position
 _MIN_OUTPUTS: Final = 16  # rows of logits: a reply's, and the most of --draft-tokens
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 _PAIRED_TOKENS: Final = range(3, 16)  # one and one took no longer than two
@@ -6538,8 +6539,12 @@ class StepContext(AbortableContext):
         return kept
 
     def first_position(self, sequence: int) -> int:
-        """Return the first position that is still in memory; -1 if none is."""
-        return int(self._llama.llama_memory_seq_pos_min(self._memory, sequence))
+        """Return from which position on all layers have a sequence in memory.
+
+        NOWHERE if a window has nothing of it any more: after a step that was aborted, say.
+        """
+        first = int(self._llama.llama_memory_seq_pos_min(self._memory, sequence))
+        return first if first >= 0 else NOWHERE
 
     def last_position(self, sequence: int) -> int:
         """Return the last position; -1 if it is empty."""
