@@ -12807,28 +12807,42 @@ class PromptCache:
 
     def _copy_in(self, sequence: CachedSequence, prompt: TokenIds) -> None:
         """Let a sequence begin with what was copied out, if that is more than it has."""
-        context, begin, at = self._context, sequence.length, 0
+        begin, at = sequence.length, 0
         found = self._store.find(prompt[:-1])
         end = sum(tokens for _, tokens in found)
+        if found:  # for a moment its last block is in cells as a whole
+            block, tokens = found[-1]
+            room = len(sequence.ids) - end + self._table.usage.free
+            if len(block.ids) - tokens > room:
+                found, end = found[:-1], end - tokens
         if end < begin + MIN_PREFIX_TOKENS:
             return
         for block, tokens in found:
             at += tokens
-            has_it = at <= begin or context.copy_in(
+            has_it = at <= begin or self._context.copy_in(
                 sequence.id, block.state, max(begin, at - tokens), at
             )
             if not has_it:
                 break
+        sequence.length = end
+        if self._has_window(sequence):
+            self._counted.restored_tokens += end - begin
+            return
+        # Without room, against our numbers. Of what it had before, cells that are out of
+        # sight from further on may be others' by now.
+        for sequence.length in (begin, 0):
+            self._context.trim(sequence.id, sequence.length)
+            if self._has_window(sequence):
+                break
+
+    def _has_window(self, sequence: CachedSequence) -> bool:
+        """Whether all is in memory that a sequence's next token looks at."""
+        context, end = self._context, sequence.length
         seen_from = max(0, end - context.window + 1) if context.window else 0
-        is_whole = (
+        return not end or (
             context.last_position(sequence.id) == end - 1
             and context.first_position(sequence.id) <= seen_from
         )
-        if not is_whole:
-            context.trim(sequence.id, begin)
-            return
-        self._counted.restored_tokens += end - begin
-        sequence.length = end
 
 
 # ==============================================================================

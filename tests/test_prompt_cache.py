@@ -43,6 +43,7 @@ class MemoryContext:
         self.memory = Memory()
         self.copied_out = 0
         self.has_room = True
+        self.blocks_until_full = LARGE
         self.is_short_of_memory = False
         self.clears = 0
 
@@ -78,6 +79,12 @@ class MemoryContext:
     def copy_in(self, sequence: int, state: es.CellState, begin: int, end: int) -> bool:
         if not self.has_room:
             return False
+        if not self.blocks_until_full:
+            # What is out of sight from where the sequence ends now was overwritten.
+            last = max(0, begin - self.window + 1) if self.window else 0
+            self.memory.first[sequence] = max(last, self.first_position(sequence))
+            return False
+        self.blocks_until_full -= 1
         at = int(state[0])
         assert len(self.memory.tokens(sequence)) == begin
         tokens = state[1 + begin - at : 1 + end - at].tolist()
@@ -212,8 +219,8 @@ def test_what_others_need_the_cells_of_is_copied_first() -> None:
     left(context, cache, ONE)
     begun(cache, ids_of((100, 90)))
     assert (cache.counts.idle_cells, cache.counts.evictions) == (0, 0)
-    found = begun(cache, ONE[:80])
-    assert context.memory.tokens(found.id) == ONE[:79]
+    found = begun(cache, ONE[:65])
+    assert context.memory.tokens(found.id) == ONE[:64]
 
 
 def test_what_does_not_fit_stays_in_its_cells_until_it_has_cost_as_much() -> None:
@@ -253,6 +260,34 @@ def test_without_room_for_a_copy_the_prompt_is_read(lacks: str) -> None:
     sequence = begun(cache, [*ONE, 7])
     assert (sequence.length, context.memory.tokens(sequence.id)) == (0, [])
     assert (cache.counts.hits, cache.counts.restored_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(("window", "kept"), [(0, 70), (300, 70), (64, 0)])
+def test_when_room_ends_halfway_a_sequence_has_what_its_next_token_sees(
+    window: int, kept: int
+) -> None:
+    context = MemoryContext(1000, 4, window=window)
+    cache = new_cache(context)
+    left(context, cache, ids_of((0, 200)))
+    cache.move_out()
+    running = begun(cache, [*range(70), 250])
+    context.blocks_until_full = 1
+    sequence = begun(cache, ids_of((0, 201)))
+    assert sequence.length == len(context.memory.tokens(sequence.id)) == kept
+    assert running.length == 70
+    assert cache.counts.restored_tokens == 70, "of the first"
+
+
+@pytest.mark.parametrize(("others", "length"), [(75, 96), (76, 64)])
+def test_a_block_of_which_little_is_needed_takes_no_room_of_others(
+    others: int, length: int
+) -> None:
+    context = MemoryContext(200, 4)
+    cache = new_cache(context)
+    left(context, cache, ids_of((0, 124)))
+    cache.move_out()
+    begun(cache, [201], others)
+    assert begun(cache, [*range(96), 200], 2).length == length
 
 
 def test_who_asks_for_no_reuse_gets_nothing_back() -> None:
