@@ -325,9 +325,7 @@ if TYPE_CHECKING:
     Vectors = npt.NDArray[np.float32]  # (inputs, n_embd), rows of Euclidean length 1
     TokenIds = npt.NDArray[np.int32]  # (tokens,)
     Cells = npt.NDArray[np.intp]  # numbers of KV cells, (tokens,)
-    CellState = npt.NDArray[
-        np.uint8
-    ]  # what cells held, (bytes,), as llama.cpp writes it
+    CellState = npt.NDArray[np.uint8]  # what cells held: llama.cpp's bytes of it
 else:
 
     class _Numpy:
@@ -6390,9 +6388,7 @@ class StepContext(AbortableContext):
         params.n_batch = min(STEP_TOKENS, options.cells)
         # It computes a step in parts of so many tokens, each with a mask of all cells.
         params.n_ubatch = min(_PART_TOKENS, options.cells)
-        self._spare = (
-            options.sequences
-        )  # empty but in decode() and while cells are copied
+        self._spare = options.sequences  # empty but for moments: a token more, copies
         params.n_seq_max = options.sequences + 1
         params.kv_unified = True
         # By default llama.cpp keeps room for logits of every token of a step: 512 MiB at
