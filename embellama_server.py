@@ -12710,9 +12710,7 @@ class PromptCache:
     def copy_ahead(self) -> None:
         """Copy a block out while nobody waits. The cells stay for a chat that goes on."""
         for sequence in self._table.idle:
-            if (
-                not sequence.is_copied
-            ):  # it is tried once: what fits alone may not all fit
+            if not sequence.is_copied:  # once: what fits alone may not fit together
                 blocks = self._missing(sequence.id, sequence.held) or []
                 copied = self._copy_out(sequence.id, sequence.held, blocks[:1])
                 sequence.is_copied = copied in (0, len(blocks))
@@ -12730,8 +12728,8 @@ class PromptCache:
         for sequence in self._table.unused(MAX_UNUSED_TOKENS - upcoming):
             blocks = self._missing(sequence.id, sequence.held)
             if blocks is not None:
-                self._copy_out(sequence.id, sequence.held, blocks, ends_at)
-                if time.monotonic() > ends_at:
+                copied = self._copy_out(sequence.id, sequence.held, blocks, ends_at)
+                if 0 < copied < len(blocks) and time.monotonic() > ends_at:
                     return True
                 self.drop(sequence)
             elif self._computed_tokens - sequence.used_at >= MAX_KEPT_TOKENS:

@@ -170,6 +170,19 @@ def test_out_of_time_it_goes_on_the_next_time_and_the_cells_stay_till_then() -> 
     assert context.copied_out == 2, "somebody goes on from it"
 
 
+def test_with_no_time_at_all_it_comes_to_an_end() -> None:
+    context = MemoryContext(1000, 4)
+    cache = new_cache(context, max_bytes=150 * CELL_BYTES)
+    for ids in (ONE, TWO, ids_of((100, 150))):
+        left(context, cache, ids)
+    turns = 0
+    while cache.has_idle:
+        cache.move_out(limit_s=-math.inf)
+        turns += 1
+    assert turns <= 9, "a block each time, or one that finds no room"
+    assert cache.counts.idle_cells == 0
+
+
 def test_while_nobody_waits_copies_are_made_and_the_cells_stay() -> None:
     context = MemoryContext(1000, 4)
     cache = new_cache(context)
