@@ -4,8 +4,10 @@
 
 Chats whole and streamed, some read slowly, some left in the middle, beside embeddings.
 Greedy replies must be what the model says alone, until two tokens are as good as equally
-likely: then the last bits decide, and these depend on what else shares a step. Vectors
-must be those that came first. At the end no sequence runs or waits, no cell is in use,
+likely: then the last bits decide, and these depend on what else shares a step. (Of two
+such tokens neither may begin as the other does: a reply that went on from the other one
+would be found wrong only later, where it has no excuse.) Vectors must be those that came
+first. At the end no sequence runs or waits, no cell is in use,
 and memory has not grown.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import itertools
 import json
 import random
 import re
@@ -58,6 +61,26 @@ def raw_request(path: str, **fields: Any) -> bytes:
     return head.encode() + b"content-type: application/json\r\n\r\n" + body
 
 
+def lead_of(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """By how much a token is likelier than another."""
+    lead: float = one["logprob"] - other["logprob"]
+    return lead
+
+
+def begins_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether one token's text begins with the other's."""
+    shorter, longer = sorted((one["token"], other["token"]), key=len)
+    return bool(longer.startswith(shorter))
+
+
+def hides_a_tie(likeliest: dict[str, Any], *others: dict[str, Any]) -> bool:
+    """Whether a reply's text may not show that it went on with another token."""
+    return any(
+        lead_of(likeliest, other) < TIE and begins_alike(likeliest, other)
+        for other in others
+    )
+
+
 class ChatSoak:
     """The load on one server, and what is seen of its process meanwhile."""
 
@@ -70,17 +93,21 @@ class ChatSoak:
         self._url, self._chance = url, random.Random(seed)
         self._vectors: dict[str, list[float]] = {}
         self._replies: dict[str, list[tuple[str, float]]] = {}  # tokens, their leads
-        begins = [" ".join(self._chance.choices(WORDS, k=30)) for _ in range(4)]
-        self._prompts = [
-            f"{self._chance.choice(begins)} {self._chance.choice(WORDS)} {n}"
-            for n in range(PROMPTS)
-        ]
+        self._begins = [" ".join(self._chance.choices(WORDS, k=30)) for _ in range(4)]
+        self._prompts: list[str] = []
 
     async def run(self, seconds: float) -> None:
         """Each prompt alone, whose reply is thought right; then all at once."""
         client = Client(self._url)
+        for number in itertools.count():
+            word = self._chance.choice(WORDS)
+            await self._learn(
+                client, f"{self._chance.choice(self._begins)} {word} {number}"
+            )
+            if len(self._replies) == PROMPTS:
+                break
+        self._prompts = [*self._replies]
         for prompt in self._prompts:
-            await self._learn(client, prompt)
             await self._embeddings(client, prompt)
         client.close()
         ends_at = time.monotonic() + seconds
@@ -106,16 +133,17 @@ class ChatSoak:
         client.close()
 
     async def _learn(self, client: Client, prompt: str) -> None:
-        asked = self._chat(prompt, deterministic=True, logprobs=True, top_logprobs=2)
+        asked = self._chat(prompt, deterministic=True, logprobs=True, top_logprobs=5)
         _, _, body = await client.exchange(asked)
-        tokens = json.loads(body)["choices"][0]["logprobs"]["content"]
-        self._replies[prompt] = [
-            (
-                one["token"],
-                one["top_logprobs"][0]["logprob"] - one["top_logprobs"][1]["logprob"],
-            )
-            for one in tokens
-        ]
+        choice = json.loads(body)["choices"][0]
+        tokens = choice["logprobs"]["content"]
+        is_text = (
+            "".join(one["token"] for one in tokens) == choice["message"]["content"]
+        )
+        if is_text and not any(hides_a_tie(*one["top_logprobs"]) for one in tokens):
+            self._replies[prompt] = [
+                (one["token"], lead_of(*one["top_logprobs"][:2])) for one in tokens
+            ]
 
     async def _whole(self, client: Client, prompt: str) -> None:
         status, _, body = await client.exchange(self._chat(prompt))
