@@ -57,8 +57,8 @@ The life of a reply: 1 to 7 as above, then
                  that they fit
     CONSTRAINTS  a schema, or the tools of which one must be called, become a grammar
  9. GENERATIONS  submit(): room is reserved for the prompt and the longest reply, or 503
-10. SEQUENCES    KV cells for both, or it waits; what it shares with another prompt is
-                 not read again
+10. SEQUENCES    KV cells for both, or it waits
+    PROMPT CACHE what it shares with another prompt is not read again
 11. STEPS        each step, all replies grow by a token and prompts are read in the rest
                  of --step-ms; DRAFTS: one alone by more, if it says again what was said
 12. DECODING     one llama.cpp call a step
@@ -156,74 +156,76 @@ hall speaks to both. `grep -n '^# [0-9]*[.] ' embellama_server.py` prints this l
 40. SAMPLING - which token comes next
 41. TEXT - tokens to the text that a client may see
 42. SEQUENCES - what of past prompts is still in memory
-43. DRAFTS - how a reply may go on, tried ahead
-44. STEPS - which tokens share the next call
-45. GENERATIONS - requests for text: what each has gained, and which wait
-46. GROWING - what a reply's next token adds to it
-47. GENERATOR - the thread that generates
+43. PREFIXES - what of past prompts was copied out of the KV cells
+44. PROMPT CACHE - what is in memory of a model's prompts, in cells and outside
+45. DRAFTS - how a reply may go on, tried ahead
+46. STEPS - which tokens share the next call
+47. GENERATIONS - requests for text: what each has gained, and which wait
+48. GROWING - what a reply's next token adds to it
+49. GENERATOR - the thread that generates
 --- network wing ---
-48. MESSAGES - requests and responses, and the bytes of a response
-49. REQUESTS - bytes to requests
-50. CODINGS - compressed bodies, JSON, and what a client takes
-51. PROXIES - which client one speaks for
-52. KEYS - who is asking, and how much each may ask for
-53. SOCKETS - how many, how much is held for them, how each ends
-54. CONNECTIONS - requests of one client, in order; back-pressure
-55. LISTENERS - where connections come from
+50. MESSAGES - requests and responses, and the bytes of a response
+51. REQUESTS - bytes to requests
+52. CODINGS - compressed bodies, JSON, and what a client takes
+53. PROXIES - which client one speaks for
+54. KEYS - who is asking, and how much each may ask for
+55. SOCKETS - how many, how much is held for them, how each ends
+56. CONNECTIONS - requests of one client, in order; back-pressure
+57. LISTENERS - where connections come from
 --- hall ---
-56. GATE - who is let in
-57. MODELS - what is configured, what is in memory, and what a name means
-58. REGISTRY - when each model is in memory
-59. FORMS - what is asked and answered, declared once
-60. COMPUTE - from an EmbedRequest to its EmbedResult
-61. REPLIES - from messages to the text of a reply, as it grows
-62. CONSTRAINTS - which grammar the replies to a request follow
-63. HANDLING - what handlers work with: the service, and a request over HTTP
-64. ANSWERS - replies on their way: whole, or part by part
-65. VECTORS - numbers of a reply, in the types that clients ask for
-66. OPENAI - its shapes
-67. TOOLS - which functions a model may call, and which it must
-68. CHAT FORMS - what may be asked of a model that generates
-69. CHAT - OpenAI's chat and completions, whole and streamed
-70. ITEMS - what may be asked on OpenAI's /v1/responses
-71. RESPONSES - OpenAI's newer route: items, whole and streamed
-72. COHERE - its vectors and scores, Jina's scores, and vLLM's
-73. TEI - the shapes of text-embeddings-inference
-74. TOKENS - texts as the tokens that a model reads, and back
-75. LLAMA SERVER - routes of its own that clients look at
-76. OLLAMA - its models and its embeddings
-77. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
-78. OLLAMA CHAT - its chat and generate, whole and streamed
-79. SEEDS - what infer-server and LMServ promise
-80. ADMIN - health, readiness, metrics, models
-81. OPERATION - what the workers do, which settings hold, and draining
-82. STATUS - figures of this moment and of the last five minutes
-83. DESCRIPTION - the routes as an OpenAPI document, and as a page
-84. PAGE - what a browser shows at /
-85. ROUTES - the table, and everything derived from it
-86. DISPATCH - from a request to its response
-87. TRIALS - a model loaded in another process first
-88. FOLDER - what a model's authors wrote beside its file
-89. LOADING - a model's way into memory
-90. SUPERVISOR - a small parent that outlives the server
-91. SERVER - builds every object; loading, ready, draining, stopped
-92. EMBEDDER - the engine without a server, for programs and workers of a cluster
-93. TUNING - the settings that are fastest on this box
-94. CHECKING - what a model is and gives, before it is served
-95. DEPLOYMENT - what the printed files have in common
-96. UNITS - the server under systemd
-97. CONTAINERS - the server in images, with Compose, in Kubernetes
-98. FRONTS - HAProxy or nginx before several servers
-99. WATCHING - what scrapes, alerts and scales
-100. BOARD - one dashboard for Grafana
-101. COLLECTION - the routes as a Postman collection
-102. ROWS - what files hold: lines, records, rows of tables
-103. CORPUS - texts in files, in windows that are computed and written together
-104. VECTOR FILES - where vectors of a corpus are put
-105. JOBS - what `embed` is told, and how far it is
-106. BULK - a corpus to vectors, as a job that can be killed
-107. REMOTE - a running server instead of the engine
-108. COMMAND LINE - flags in, exit code out
+58. GATE - who is let in
+59. MODELS - what is configured, what is in memory, and what a name means
+60. REGISTRY - when each model is in memory
+61. FORMS - what is asked and answered, declared once
+62. COMPUTE - from an EmbedRequest to its EmbedResult
+63. REPLIES - from messages to the text of a reply, as it grows
+64. CONSTRAINTS - which grammar the replies to a request follow
+65. HANDLING - what handlers work with: the service, and a request over HTTP
+66. ANSWERS - replies on their way: whole, or part by part
+67. VECTORS - numbers of a reply, in the types that clients ask for
+68. OPENAI - its shapes
+69. TOOLS - which functions a model may call, and which it must
+70. CHAT FORMS - what may be asked of a model that generates
+71. CHAT - OpenAI's chat and completions, whole and streamed
+72. ITEMS - what may be asked on OpenAI's /v1/responses
+73. RESPONSES - OpenAI's newer route: items, whole and streamed
+74. COHERE - its vectors and scores, Jina's scores, and vLLM's
+75. TEI - the shapes of text-embeddings-inference
+76. TOKENS - texts as the tokens that a model reads, and back
+77. LLAMA SERVER - routes of its own that clients look at
+78. OLLAMA - its models and its embeddings
+79. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+80. OLLAMA CHAT - its chat and generate, whole and streamed
+81. SEEDS - what infer-server and LMServ promise
+82. ADMIN - health, readiness, metrics, models
+83. OPERATION - what the workers do, which settings hold, and draining
+84. STATUS - figures of this moment and of the last five minutes
+85. DESCRIPTION - the routes as an OpenAPI document, and as a page
+86. PAGE - what a browser shows at /
+87. ROUTES - the table, and everything derived from it
+88. DISPATCH - from a request to its response
+89. TRIALS - a model loaded in another process first
+90. FOLDER - what a model's authors wrote beside its file
+91. LOADING - a model's way into memory
+92. SUPERVISOR - a small parent that outlives the server
+93. SERVER - builds every object; loading, ready, draining, stopped
+94. EMBEDDER - the engine without a server, for programs and workers of a cluster
+95. TUNING - the settings that are fastest on this box
+96. CHECKING - what a model is and gives, before it is served
+97. DEPLOYMENT - what the printed files have in common
+98. UNITS - the server under systemd
+99. CONTAINERS - the server in images, with Compose, in Kubernetes
+100. FRONTS - HAProxy or nginx before several servers
+101. WATCHING - what scrapes, alerts and scales
+102. BOARD - one dashboard for Grafana
+103. COLLECTION - the routes as a Postman collection
+104. ROWS - what files hold: lines, records, rows of tables
+105. CORPUS - texts in files, in windows that are computed and written together
+106. VECTOR FILES - where vectors of a corpus are put
+107. JOBS - what `embed` is told, and how far it is
+108. BULK - a corpus to vectors, as a job that can be killed
+109. REMOTE - a running server instead of the engine
+110. COMMAND LINE - flags in, exit code out
 """
 
 from __future__ import annotations
@@ -323,6 +325,7 @@ if TYPE_CHECKING:
     Vectors = npt.NDArray[np.float32]  # (inputs, n_embd), rows of Euclidean length 1
     TokenIds = npt.NDArray[np.int32]  # (tokens,)
     Cells = npt.NDArray[np.intp]  # numbers of KV cells, (tokens,)
+    CellState = npt.NDArray[np.uint8]  # what cells held: llama.cpp's bytes of it
 else:
 
     class _Numpy:
@@ -856,6 +859,7 @@ SETTING_ALIASES: Final = {
     "max_batch_tokens": "batch_tokens",  # text-embeddings-inference
     "max_concurrent_requests": "queue_size",  # text-embeddings-inference
     "api_prefix": "root_path",  # llama-server
+    "cache_ram": "prompt_cache_mb",  # llama-server
 }
 # LMServ's variables; its LLM_BIN_PATH means nothing here. A chat model's sequences are what
 # its persistent workers were.
@@ -1134,6 +1138,9 @@ class ModelSettings:
     parallel: int = model_option(4,
         "Most sequences that a chat model computes at once; further requests wait.",
         1, 64)
+    prompt_cache_mb: int = model_option(256,
+        "Memory for prefixes of past prompts outside the KV cells, in MiB; 0: none.",
+        0, 1 << 20)
     max_tokens: int = option(1024,
         "Most tokens of a reply whose request does not say; it ends with length.",
         1, 1 << 20)
@@ -2348,7 +2355,9 @@ METRICS: Final = (
     Metric("embellama_decode_seconds", "histogram", "From the first token of a reply to the last.", buckets=_SECONDS),
     Metric("embellama_sequences", "gauge", "Replies that grow, requests that wait for a place, and prefixes kept for prompts to come.", "state", ("running", "waiting", "idle")),
     Metric("embellama_prompt_cache_lookups_total", "counter", "Prompts of which a beginning was in memory, or not.", "result", ("hit", "miss")),
-    Metric("embellama_prompt_cache_evictions_total", "counter", "Prefixes dropped to make room."),
+    Metric("embellama_prompt_cache_restored_tokens_total", "counter", "Tokens found in the prompt cache outside the KV cells, and copied back."),
+    Metric("embellama_prompt_cache_evictions_total", "counter", "Prefixes, or blocks of 64 tokens of them outside the cells, dropped to make room."),
+    Metric("embellama_prompt_cache_bytes", "gauge", "Prefixes outside the KV cells."),
     Metric("embellama_prompt_cache_cells", "gauge", "KV cells: of replies that grow (those reserved included), of prefixes only, free.", "state", ("running", "idle", "free")),
     Metric("embellama_queue_inputs", "gauge", "Inputs waiting or running."),
     Metric("embellama_queue_tokens", "gauge", "Tokens waiting or running."),
@@ -6318,8 +6327,7 @@ STEP_TOKENS: Final = 512  # most in a step
 # Reading 2,048 tokens of Gemma 3 270M took 4.13 s in parts of 512, 4.18 of 256, 4.42 of 128
 # (means of 6), and with 16,384 cells 35, 18 and 9 MiB.
 _PART_TOKENS: Final = 256
-# That pack() holds; 38 MB took 45 ms. What is larger stays as it is, only slower to pass.
-_MAX_PACKED_BYTES: Final = 64 << 20
+NOWHERE: Final = 1 << 31  # beyond every position
 _MIN_OUTPUTS: Final = 16  # rows of logits: a reply's, and the most of --draft-tokens
 _NO_ROOM_CODE: Final = 1  # of llama_decode(): nothing has changed
 _PAIRED_TOKENS: Final = range(3, 16)  # one and one took no longer than two
@@ -6380,7 +6388,7 @@ class StepContext(AbortableContext):
         params.n_batch = min(STEP_TOKENS, options.cells)
         # It computes a step in parts of so many tokens, each with a mask of all cells.
         params.n_ubatch = min(_PART_TOKENS, options.cells)
-        self._spare = options.sequences  # empty but in decode() and pack()
+        self._spare = options.sequences  # empty but for moments: a token more, copies
         params.n_seq_max = options.sequences + 1
         params.kv_unified = True
         # By default llama.cpp keeps room for logits of every token of a step: 512 MiB at
@@ -6405,7 +6413,6 @@ class StepContext(AbortableContext):
             options.pairs_tokens and not options.on_gpu and self.can_trim
         )
         self._tokens = TokenBatch(llama, self.max_tokens)
-        self._scattered: dict[int, int] = {}  # from which position on: see pack()
         self._views: dict[int, Any] = {}  # of logits, by address: one takes 20 us
         # Called for each token and very short, so they keep the interpreter lock: else the
         # event loop, woken for the token before, takes it, and the step begins 70 us later.
@@ -6441,9 +6448,6 @@ class StepContext(AbortableContext):
         if code == _NO_ROOM_CODE:
             raise NoCells(f"no cells for a step of {batch.n_tokens} tokens")
         self._check(code, f"a step of {batch.n_tokens} tokens")
-        for row in rows if len(rows) > 1 else ():
-            if len(row.ids) == row.outputs:  # of a reply
-                self._scattered.setdefault(row.sequence, row.begin)
         if self._options.on_gpu:
             # Wait here, where the interpreter is free.
             llama.llama_synchronize(self._pointer)
@@ -6484,56 +6488,59 @@ class StepContext(AbortableContext):
         """Let the empty sequence ``target`` begin as ``source`` does. Takes no cells."""
         self._check_sequences(source, target)
         self._llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
-        if self._scattered.get(source, length) < length:
-            self._scattered[target] = self._scattered[source]
 
-    def pack(self, parts: Iterable[tuple[int, int]]) -> None:
-        """Bring the cells of replies together; ``parts``: sequences, and from where on.
+    def copy_out(self, sequence: int, begin: int, end: int) -> CellState:
+        """Return a copy of a sequence's cells from position ``begin`` to before ``end``.
 
-        Replies that grow in the same steps lie in turn, cell by cell. Once some are gone,
-        prompts are put into such holes, and flash attention looks at whole blocks of
-        cells, few of which are then the prompt's: after 48 replies of 128 tokens, 16 at a
-        time, to read 390 tokens took 1.5 s instead of 0.7 (Gemma 3 270M). So they are all
-        written out and read in again: 3.3 ms for 128 tokens. One by one they would only
-        fill each other's holes. Raises EngineError: what is in memory is lost.
+        64 tokens of Gemma 3 270M are 1.2 MB, and take 0.6 ms. Raises MemoryError, or
+        EngineError.
         """
+        self._check_sequences(sequence)
         llama, memory, spare = self._llama, self._memory, self._spare
-        saved = list[tuple[int, int, Any]]()
-        left_bytes = _MAX_PACKED_BYTES
-        for sequence, begin in parts if self.can_trim else ():
-            end = self.last_position(sequence) + 1
-            begin = max(begin, self._scattered.pop(sequence, end))
-            if begin >= end:
-                continue
-            llama.llama_memory_seq_cp(memory, sequence, spare, begin, end)
+        llama.llama_memory_seq_cp(memory, sequence, spare, begin, end)
+        try:
             size = llama.llama_state_seq_get_size(self._pointer, spare)
-            if size <= left_bytes:
-                left_bytes -= size
-                state = (ctypes.c_uint8 * size)()
-                llama.llama_state_seq_get_data(self._pointer, state, size, spare)
-                llama.llama_memory_seq_rm(memory, sequence, begin, end)
-                saved.append((sequence, begin, state))
-            elif size <= _MAX_PACKED_BYTES:
-                self._scattered[sequence] = begin  # the next time there is room for it
+            state: CellState = np.empty(size, np.uint8)
+            data: Any = state
+            into = (ctypes.c_uint8 * size).from_buffer(data)
+            if llama.llama_state_seq_get_data(self._pointer, into, size, spare) != size:
+                raise EngineError("llama.cpp did not give a sequence's cells")
+        finally:
             llama.llama_memory_seq_rm(memory, spare, -1, -1)
-        for sequence, begin, state in saved:
-            size = len(state)
-            if not llama.llama_state_seq_set_data(self._pointer, state, size, spare):
-                raise EngineError("llama.cpp did not take a sequence's cells back")
-            llama.llama_memory_seq_cp(memory, spare, sequence, begin, -1)
+        return state
+
+    def copy_in(self, sequence: int, state: CellState, begin: int, end: int) -> bool:
+        """Let a sequence go on with what copy_out() gave. False if there is no room.
+
+        Of the positions in ``state`` those from ``begin`` to before ``end`` are taken; the
+        sequence ends before ``begin``.
+        """
+        self._check_sequences(sequence)
+        llama, memory, spare = self._llama, self._memory, self._spare
+        data: Any = state
+        size = len(state)
+        source = (ctypes.c_uint8 * size).from_buffer(data)
+        try:
+            if not llama.llama_state_seq_set_data(self._pointer, source, size, spare):
+                return False
+            llama.llama_memory_seq_cp(memory, spare, sequence, begin, end)
+        finally:
             llama.llama_memory_seq_rm(memory, spare, -1, -1)
+        return True
 
     def trim(self, sequence: int, length: int) -> bool:
         """Keep the first ``length`` tokens of a sequence. False if that is impossible."""
         self._check_sequences(sequence)
-        if self._scattered.get(sequence, -1) >= length:
-            del self._scattered[sequence]
         kept: bool = self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1)
         return kept
 
     def first_position(self, sequence: int) -> int:
-        """Return the first position that is still in memory; -1 if none is."""
-        return int(self._llama.llama_memory_seq_pos_min(self._memory, sequence))
+        """Return from which position on all layers have a sequence in memory.
+
+        NOWHERE if a window has nothing of it any more: after a step that was aborted, say.
+        """
+        first = int(self._llama.llama_memory_seq_pos_min(self._memory, sequence))
+        return first if first >= 0 else NOWHERE
 
     def last_position(self, sequence: int) -> int:
         """Return the last position; -1 if it is empty."""
@@ -6548,7 +6555,6 @@ class StepContext(AbortableContext):
         quantised model had other tokens.
         """
         self._llama.llama_memory_clear(self._memory, wipes)
-        self._scattered.clear()
 
     def close(self) -> None:
         """Free its memory."""
@@ -12127,8 +12133,8 @@ class ReplyText:
 # Pure: the generating thread does what is decided here, in order. A llama_context has
 # cells, each the keys and values of a token at a position, and sequence ids. Sequences
 # that begin alike may hold the same cells: seq_cp copies nothing. One that is over stays
-# as a prefix for prompts to come until its id or its cells are needed; the one unused for
-# longest goes first.
+# as a prefix for prompts to come until it costs too much, or its id or its cells are
+# needed; the one unused for longest goes first.
 # A request gets its cells when it is admitted, those of its replies included: none ever
 # ends because others took its room (llama.cpp#23652). Our numbers of cells stand for
 # amounts; llama.cpp places a token where it likes.
@@ -12137,11 +12143,6 @@ class ReplyText:
 # Fewer is what a template writes before every message: a hit would save nothing, and keep
 # the wrong sequence in memory.
 MIN_PREFIX_TOKENS: Final = 16
-# Every step looks at all cells that are in use, and passes over those of others: 1,000 idle
-# ones made steps 4 to 5 % longer (Gemma 3 270M, 1 and 16 rows). To read 1,000 tokens again
-# takes 1.5 s. So after half a minute of steps an idle sequence has cost as much as it can
-# save; while nothing is computed it costs nothing, and stays.
-MAX_IDLE_S: Final = 30.0
 
 
 class CopyCells(NamedTuple):
@@ -12152,11 +12153,14 @@ class CopyCells(NamedTuple):
     end: int
 
 
-class RemoveCells(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RemoveCells:
     """llama_memory_seq_rm: a sequence holds nothing from position ``begin`` on."""
 
     sequence: int
     begin: int = 0
+    # All its tokens until then, if what goes might be of use to prompts to come.
+    lost: TokenIds | None = field(default=None, compare=False)
 
 
 MemoryOperation = CopyCells | RemoveCells
@@ -12171,8 +12175,9 @@ class CachedSequence:
     length: int  # tokens in memory, whether computed or shared
     ids: TokenIds = field(init=False)  # the prompt, then room for the reply
     is_running: bool = True  # else idle: only a prefix for prompts to come
+    is_copied: bool = False  # outside the cells, too, or that cannot be
     used: int = 0  # the larger, the later
-    used_at_s: float = 0.0  # by the table's clock
+    used_at: int = 0  # by the table's clock
     forks: list[CachedSequence] = field(default_factory=list)  # of the other replies
 
     @property
@@ -12191,6 +12196,8 @@ class Admission(NamedTuple):
 
     sequence: CachedSequence  # its ``length`` first tokens need not be computed
     operations: list[MemoryOperation]
+    prompt: TokenIds
+    reuses: bool  # whether it may go on from what others have computed
 
 
 class CellUsage(NamedTuple):
@@ -12210,20 +12217,22 @@ def common_prefix(one: TokenIds, other: TokenIds) -> int:
 
 @dataclass(slots=True)
 class PromptCacheCounts:
-    """What is in a model's KV cells, and what was found there since the start."""
+    """What is in memory of a model's prompts, and what was found there since the start."""
 
     hits: int = 0  # prompts of which a beginning was in memory
     misses: int = 0
     hit_tokens: int = 0
-    evictions: int = 0
-    sequences: int = 0  # running, or kept as prefixes
+    restored_tokens: int = 0  # of them those that were copied back into cells
+    evictions: int = 0  # of sequences, or of parts of them outside the cells
+    sequences: int = 0  # running, or kept in cells as prefixes
     running_cells: int = 0  # those reserved for tokens to come included
     idle_cells: int = 0
     cells: int = 0
+    stored_bytes: int = 0  # of prefixes outside the cells
 
     def without_cells(self) -> PromptCacheCounts:
         """Return what stays once the cells are freed."""
-        return PromptCacheCounts(*dataclasses.astuple(self)[:4])
+        return PromptCacheCounts(*dataclasses.astuple(self)[:5])
 
 
 class SequenceTable:
@@ -12232,6 +12241,7 @@ class SequenceTable:
     ``window``: llama_model_n_swa, 0 for none. What lies before the window may be gone;
     ``first_position`` (llama_memory_seq_pos_min) tells what a sequence still has.
     ``can_trim``: False for models with a recurrent state, which goes on from its end only.
+    ``clock``: how many tokens were computed so far.
     """
 
     def __init__(
@@ -12242,7 +12252,7 @@ class SequenceTable:
         window: int = 0,
         can_trim: bool = True,
         first_position: Callable[[int], int] = lambda _: 0,
-        clock: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], int] = lambda: 0,
     ) -> None:
         self.cells = cells
         self.counted = PromptCacheCounts()  # so far; another table may go on with them
@@ -12306,13 +12316,16 @@ class SequenceTable:
             return None
         if n > len(self._free_ids) + len(self.idle):
             return None
-        self.counted.hits += bool(shared)
-        self.counted.misses += not shared
-        self.counted.hit_tokens += shared
         sequence, operations = self._begin(source, shared, n)
         operations += self._make_room(n - 1, needed)
         self._reserve(sequence, prompt, max_tokens, n)
-        return Admission(sequence, operations)
+        return Admission(sequence, operations, prompt, reuse)
+
+    def count_lookup(self, shared: int) -> None:
+        """Count a prompt of which so many tokens were in memory."""
+        self.counted.hits += bool(shared)
+        self.counted.misses += not shared
+        self.counted.hit_tokens += shared
 
     def _longest_prefix(self, prompt: TokenIds) -> tuple[CachedSequence | None, int]:
         """Return which sequence a prompt can go on from, and after how many tokens."""
@@ -12329,11 +12342,13 @@ class SequenceTable:
                 return sequence, shared
         return None, 0
 
-    def _begin(self, source: CachedSequence | None, shared: int, n: int) -> Admission:
+    def _begin(
+        self, source: CachedSequence | None, shared: int, n: int
+    ) -> tuple[CachedSequence, list[MemoryOperation]]:
         """Return a running sequence that holds what is shared, and nothing else."""
         if source is None:
             operations = self._make_room(n, 0)
-            return Admission(self._new(self._no_cells), operations)
+            return self._new(self._no_cells), operations
         self._use(source)  # the last one to be evicted
         others = len(self._free_ids) + sum(s is not source for s in self.idle)
         # A chat that goes on takes its sequence over. Otherwise what follows in the source
@@ -12343,11 +12358,11 @@ class SequenceTable:
             source.cells = source.cells[:shared]
             is_cut, source.length = source.length > shared, shared
             source.is_running = True
-            return Admission(source, [RemoveCells(source.id, shared)] * is_cut)
+            return source, [RemoveCells(source.id, shared, source.ids)] * is_cut
         operations = self._make_room(n, 0)
         sequence = self._new(source.cells[:shared])
         operations.append(CopyCells(source.id, sequence.id, shared))
-        return Admission(sequence, operations)
+        return sequence, operations
 
     def _new(self, borrowed: Cells) -> CachedSequence:
         """Return a sequence that holds cells of another one too."""
@@ -12399,23 +12414,12 @@ class SequenceTable:
         self._holders[sequence.cells[sequence.length :]] -= 1
         sequence.cells = sequence.cells[: sequence.length].copy()
         sequence.ids = sequence.held.copy()
-        sequence.is_running = False
+        sequence.is_running = sequence.is_copied = False
         self._use(sequence)
         useless = [other for other in self.idle if self._is_useless(other, sequence)]
         return [self.drop(other) for other in useless]
 
-    def own_parts(self) -> list[tuple[int, int]]:
-        """Return from which position on each idle sequence is held by no other.
-
-        The one that was used last comes first.
-        """
-        found = []
-        for sequence in reversed(self.idle):
-            (shared,) = (self._holders[sequence.cells] > 1).nonzero()
-            found.append((sequence.id, int(shared[-1]) + 1 if len(shared) else 0))
-        return found
-
-    def drop(self, sequence: CachedSequence) -> MemoryOperation:
+    def drop(self, sequence: CachedSequence) -> RemoveCells:
         """Forget a sequence, running or not."""
         for fork in sequence.forks:
             self.drop(fork)
@@ -12424,22 +12428,21 @@ class SequenceTable:
         self._free_ids.append(sequence.id)
         return RemoveCells(sequence.id)
 
-    def evict_unused(self, for_s: float = MAX_IDLE_S) -> list[MemoryOperation]:
-        """Drop sequences that were idle for longer: see MAX_IDLE_S."""
-        before_s = self._clock() - for_s
-        unused = [one for one in self.idle if one.used_at_s < before_s]
-        self.counted.evictions += len(unused)
-        return [self.drop(one) for one in unused]
+    def evict(self, sequence: CachedSequence) -> RemoveCells:
+        """Forget an idle sequence that prompts to come might have gone on from."""
+        return dataclasses.replace(self.drop(sequence), lost=sequence.held)
+
+    def evict_one(self) -> RemoveCells | None:
+        """Forget the idle sequence that was unused for longest; None: there is none."""
+        return self.evict(idle[0]) if (idle := self.idle) else None
+
+    def unused(self, tokens: float) -> list[CachedSequence]:
+        """Return the idle sequences unused since so many tokens were computed."""
+        at = self._clock() - tokens
+        return [sequence for sequence in self.idle if sequence.used_at <= at]
 
     def _use(self, sequence: CachedSequence) -> None:
-        sequence.used, sequence.used_at_s = next(self._uses), self._clock()
-
-    def evict_one(self) -> MemoryOperation | None:
-        """Drop the idle sequence that was unused for longest; None: there is none."""
-        if not (idle := self.idle):
-            return None
-        self.counted.evictions += 1
-        return self.drop(idle[0])
+        sequence.used, sequence.used_at = next(self._uses), self._clock()
 
     def _is_useless(self, other: CachedSequence, newest: CachedSequence) -> bool:
         """Whether whatever could go on from an idle sequence can from the newest one."""
@@ -12453,9 +12456,9 @@ class SequenceTable:
         """Evict idle sequences until that many ids and cells are free."""
         operations = list[MemoryOperation]()
         while len(self._free_ids) < ids or self._free_cells < cells:
-            evicted = self.evict_one()
-            assert evicted is not None, "there was room a moment ago"
-            operations.append(evicted)
+            operation = self.evict_one()
+            assert operation is not None, "there was room a moment ago"
+            operations.append(operation)
         return operations
 
     def _protected(self, borrowed: Cells) -> int:
@@ -12469,7 +12472,375 @@ class SequenceTable:
 
 
 # ==============================================================================
-# 43. DRAFTS - how a reply may go on, tried ahead
+# 43. PREFIXES - what of past prompts was copied out of the KV cells
+# ==============================================================================
+# Pure. Tokens are kept in blocks, each with a copy of its cells. A block is named by all
+# tokens up to its end, so conversations that begin alike have blocks in common, whoever
+# they are, and none is kept twice (vLLM names its blocks so, too). The last of a prefix may
+# be shorter; a prompt may go on from any token of a block. Of a model with a sliding window
+# only blocks are kept that have all their cells: from others beside them llama.cpp would
+# make a sequence with a hole, which it takes for whole.
+
+BLOCK_TOKENS: Final = 64
+_ROOT: Final = b""  # what comes before the first block
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CellBlock:
+    """Some tokens of a prefix, and what their cells held."""
+
+    name: bytes
+    before: bytes  # the block before it
+    ids: TokenIds
+    state: CellState
+
+
+class MissingBlock(NamedTuple):
+    """Which tokens of a prefix are not kept yet."""
+
+    name: bytes
+    before: bytes
+    begin: int
+    end: int
+
+
+def _name_of(before: bytes, ids: TokenIds) -> bytes:
+    return hashlib.blake2b(before + ids.tobytes(), digest_size=16).digest()
+
+
+class PrefixStore:
+    """The blocks that were used last, in so many bytes. One thread; no locks.
+
+    ``window``: as a SequenceTable has it.
+    """
+
+    def __init__(self, max_bytes: int, *, token_bytes: int, window: int = 0) -> None:
+        self.bytes = 0
+        self.dropped = 0  # blocks, for newer ones
+        self._max_bytes = max_bytes
+        self._token_bytes = token_bytes
+        # llama.cpp leaves out what is a window before the last position of a copy.
+        self._block_tokens = min(BLOCK_TOKENS, window or BLOCK_TOKENS)
+        # The next to be dropped first. No block was used later than the one before it.
+        self._blocks: collections.OrderedDict[bytes, CellBlock] = (
+            collections.OrderedDict()
+        )
+        self._next: dict[bytes, list[CellBlock]] = {}  # by the name of the one before
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a prefix of so many tokens can be kept."""
+        return 0 < self._max_bytes >= tokens * self._token_bytes
+
+    def find(self, prompt: TokenIds) -> list[tuple[CellBlock, int]]:
+        """Return the blocks that a prompt can begin with, and how many tokens of each."""
+        found = list[tuple[CellBlock, int]]()
+        before, at = _ROOT, 0
+        while at < len(prompt):
+            block, shared = self._longest(before, prompt[at:][: self._block_tokens])
+            if block is None or not shared:
+                break
+            found.append((block, shared))
+            before, at = block.name, at + shared
+            if shared < self._block_tokens:
+                break
+        if found:
+            self._use(found[-1][0].name)
+        return found
+
+    def missing(self, ids: TokenIds, first: int = 0) -> list[MissingBlock] | None:
+        """Return what is to be copied to keep a prefix, in order; None: it cannot be kept.
+
+        ``first``: from which position on its cells are there (llama_memory_seq_pos_min).
+        """
+        found = list[MissingBlock]()
+        before = _ROOT
+        for begin in range(0, len(ids), self._block_tokens):
+            part = ids[begin:][: self._block_tokens]
+            name = _name_of(before, part)
+            if self._longest(before, part)[1] < len(part):
+                if begin < first:
+                    return None
+                found.append(MissingBlock(name, before, begin, begin + len(part)))
+            before = name
+        return found
+
+    def put(self, missing: MissingBlock, ids: TokenIds, state: CellState) -> bool:
+        """Keep a block of a prefix with these ids. False: there is no room for it."""
+        name, before, begin, end = missing
+        if before != _ROOT and before not in self._blocks:
+            return False  # dropped meanwhile
+        part = ids[begin:end].copy()
+        for other in [*self._next.get(before, ())]:
+            if common_prefix(other.ids, part) == len(other.ids):
+                self._forget(other)
+        block = CellBlock(name, before, part, state)
+        self._blocks[name] = block
+        self._next.setdefault(before, []).append(block)
+        self.bytes += len(state)
+        self._use(name)
+        while self.bytes > self._max_bytes:
+            self._forget(next(iter(self._blocks.values())))
+            self.dropped += 1
+        return name in self._blocks
+
+    def clear(self) -> None:
+        """Forget all blocks."""
+        self._blocks.clear()
+        self._next.clear()
+        self.bytes = 0
+
+    def _longest(self, before: bytes, part: TokenIds) -> tuple[CellBlock | None, int]:
+        """Return which block after another has most of some ids, and how many."""
+        if block := self._blocks.get(_name_of(before, part)):
+            return block, len(part)
+        best: tuple[CellBlock | None, int] = None, 0
+        for block in self._next.get(before, ()):
+            if (shared := common_prefix(block.ids, part)) > best[1]:
+                best = block, shared
+        return best
+
+    def _use(self, name: bytes) -> None:
+        """Note that a block is used, and all before it: those are dropped later."""
+        while block := self._blocks.get(name):
+            self._blocks.move_to_end(name)
+            name = block.before
+
+    def _forget(self, block: CellBlock) -> None:
+        del self._blocks[block.name]
+        others = self._next[block.before]
+        others.remove(block)
+        if not others:
+            del self._next[block.before]
+        self.bytes -= len(block.state)
+
+
+# ==============================================================================
+# 44. PROMPT CACHE - what is in memory of a model's prompts, in cells and outside
+# ==============================================================================
+# Every step looks at all cells that are in use, and passes over those of others: 3,000 idle
+# ones made steps of a token 10 % longer, and the reading of 512 tokens 20 to 40 % (Gemma 3
+# 270M). For each token computed an idle cell takes 0.15 to 0.4 us; to copy it out and back
+# takes 15. So sequences that nobody uses are copied out soon, and always before a prompt is
+# read: what is then left in the cells lies close together, too, in the order in which it is
+# looked at. One too large for that, or with a recurrent state, stays in its cells until it
+# has cost as much as to read it again: 1,500 us a token.
+
+# Computed since a sequence was used that can be copied out, and one that cannot.
+MAX_UNUSED_TOKENS: Final = 64
+MAX_KEPT_TOKENS: Final = 4096
+
+
+class PromptCache:
+    """What a context has of past prompts. The generating thread's alone.
+
+    A request's sequence is admitted at once, and then begun: that may take some
+    milliseconds, for what is copied out of cells and into them. ``counted``: so far.
+    """
+
+    def __init__(
+        self, context: StepContext, store: PrefixStore, counted: PromptCacheCounts
+    ) -> None:
+        self._context = context
+        self._store = store
+        self._computed_tokens = 0
+        self._table = SequenceTable(
+            context.cells,
+            context.max_sequences,
+            window=context.window,
+            can_trim=context.can_trim,
+            first_position=context.first_position,
+            clock=lambda: self._computed_tokens,
+        )
+        self._counted = self._table.counted = dataclasses.replace(counted)
+        self.is_behind = False  # there may be something for copy_ahead()
+        self.has_idle = True  # and for move_out(): cold, its calls take 40 us of a step
+
+    @property
+    def counts(self) -> PromptCacheCounts:
+        """What is in memory, and was found there."""
+        return dataclasses.replace(self._table.counts, stored_bytes=self._store.bytes)
+
+    # --- a request ---
+
+    def try_admit(
+        self,
+        ids: Sequence[int] | TokenIds,
+        max_tokens: int,
+        n: int = 1,
+        *,
+        reuse: bool = True,
+    ) -> Admission | None:
+        """Reserve what a request for ``n`` replies needs; None: it must wait."""
+        return self._table.try_admit(ids, max_tokens, n, reuse=reuse)
+
+    def begin(self, admission: Admission) -> CachedSequence:
+        """Return a sequence whose ``length`` first tokens need not be computed."""
+        sequence = admission.sequence
+        self._execute(admission.operations)
+        if admission.reuses:
+            self._copy_in(sequence, admission.prompt)
+        self._table.count_lookup(sequence.length)
+        return sequence
+
+    def fork(self, sequence: CachedSequence) -> list[CachedSequence]:
+        """Return the sequences of its other replies, once its prompt has been read."""
+        forks, operations = self._table.fork(sequence)
+        self._execute(operations)
+        return forks
+
+    def trim(self, sequence: CachedSequence) -> None:
+        """Forget what was computed of a sequence after its ``length`` tokens."""
+        self._context.trim(sequence.id, sequence.length)
+
+    def finish(self, sequence: CachedSequence) -> None:
+        """Keep a sequence as a prefix, without what it has reserved and not used."""
+        self._execute(self._table.finish(sequence))
+        self.is_behind = self.has_idle = True
+
+    def drop(self, sequence: CachedSequence) -> None:
+        """Forget a sequence."""
+        self._execute([self._table.drop(sequence)])
+
+    # --- what nobody uses ---
+
+    def computed(self, tokens: int) -> None:
+        """Note that a step has computed so many."""
+        self._computed_tokens += tokens
+
+    def copy_ahead(self) -> None:
+        """Copy a block out while nobody waits. The cells stay for a chat that goes on."""
+        for sequence in self._table.idle:
+            if not sequence.is_copied:  # once: what fits alone may not fit together
+                blocks = self._missing(sequence.id, sequence.held) or []
+                copied = self._copy_out(sequence.id, sequence.held, blocks[:1])
+                sequence.is_copied = copied in (0, len(blocks))
+                return
+        self.is_behind = False
+
+    def move_out(self, upcoming: float = math.inf, limit_s: float = math.inf) -> bool:
+        """Free the cells of what nobody has used of late. False: nothing has changed.
+
+        ``upcoming``: how many tokens will be computed soon; by default that of all idle
+        sequences. ``limit_s``: after that long the rest is left for the next time.
+        """
+        ends_at = time.monotonic() + limit_s
+        before = len(self._table.sequences)
+        for sequence in self._table.unused(MAX_UNUSED_TOKENS - upcoming):
+            blocks = self._missing(sequence.id, sequence.held)
+            if blocks is not None:
+                copied = self._copy_out(sequence.id, sequence.held, blocks, ends_at)
+                if 0 < copied < len(blocks) and time.monotonic() > ends_at:
+                    return True
+                self.drop(sequence)
+            elif self._computed_tokens - sequence.used_at >= MAX_KEPT_TOKENS:
+                self._execute([self._table.evict(sequence)])
+        if not any(sequence.length for sequence in self._table.sequences):
+            self._context.clear(wipes=False)
+        self.has_idle = bool(self._table.idle)
+        return len(self._table.sequences) < before
+
+    def empty_cells(self) -> None:
+        """Leave nothing in cells but a sequence that has none yet: it gets the first."""
+        while self.evict_one():
+            pass
+        self._context.clear(wipes=False)
+
+    def evict_one(self) -> bool:
+        """Free the cells of the sequence that was unused for longest. False: of none."""
+        operation = self._table.evict_one()
+        self._execute([operation] if operation else [])
+        return operation is not None
+
+    def clear_idle(self) -> None:
+        """Forget all that no reply uses."""
+        for sequence in self._table.idle:
+            self.drop(sequence)
+        self._store.clear()
+        self.has_idle = True
+
+    # --- done in the context ---
+
+    def _execute(self, operations: Iterable[MemoryOperation]) -> None:
+        for operation in operations:
+            if isinstance(operation, CopyCells):
+                self._context.copy(*operation)
+                continue
+            if (lost := operation.lost) is not None:
+                blocks = self._missing(operation.sequence, lost)
+                self._copy_out(operation.sequence, lost, blocks or [])
+                self._counted.evictions += blocks is None
+            self._context.trim(operation.sequence, operation.begin)
+
+    def _missing(self, sequence: int, ids: TokenIds) -> list[MissingBlock] | None:
+        """Return what of a sequence is only in cells; None: it can be nowhere else."""
+        if not (self._context.can_trim and self._store.fits(len(ids))):
+            return None
+        return self._store.missing(ids, self._context.first_position(sequence))
+
+    def _copy_out(
+        self,
+        sequence: int,
+        ids: TokenIds,
+        blocks: Sequence[MissingBlock],
+        ends_at: float = math.inf,
+    ) -> int:
+        """Keep copies of blocks, the first ones if time is up. Return how many."""
+        store, dropped, copied = self._store, self._store.dropped, 0
+        try:
+            for block in blocks:
+                state = self._context.copy_out(sequence, block.begin, block.end)
+                if not store.put(block, ids, state):
+                    break
+                copied += 1
+                if time.monotonic() > ends_at:
+                    break
+        except (MemoryError, EngineError):
+            store.clear()  # others need the memory more; it is read again
+        self._counted.evictions += store.dropped - dropped
+        return copied
+
+    def _copy_in(self, sequence: CachedSequence, prompt: TokenIds) -> None:
+        """Let a sequence begin with what was copied out, if that is more than it has."""
+        begin, at = sequence.length, 0
+        found = self._store.find(prompt[:-1])
+        end = sum(tokens for _, tokens in found)
+        if found:  # for a moment its last block is in cells as a whole
+            block, tokens = found[-1]
+            room = len(sequence.ids) - end + self._table.usage.free
+            if len(block.ids) - tokens > room:
+                found, end = found[:-1], end - tokens
+        if end < begin + MIN_PREFIX_TOKENS:
+            return
+        for block, tokens in found:
+            at += tokens
+            has_it = at <= begin or self._context.copy_in(
+                sequence.id, block.state, max(begin, at - tokens), at
+            )
+            if not has_it:
+                break
+        sequence.length = end
+        if self._has_window(sequence):
+            self._counted.restored_tokens += end - begin
+            return
+        # Without room, against our numbers. Of what it had before, cells that are out of
+        # sight from further on may be others' by now.
+        for sequence.length in (begin, 0):
+            self._context.trim(sequence.id, sequence.length)
+            if self._has_window(sequence):
+                break
+
+    def _has_window(self, sequence: CachedSequence) -> bool:
+        """Whether all is in memory that a sequence's next token looks at."""
+        context, end = self._context, sequence.length
+        seen_from = max(0, end - context.window + 1) if context.window else 0
+        return not end or (
+            context.last_position(sequence.id) == end - 1
+            and context.first_position(sequence.id) <= seen_from
+        )
+
+
+# ==============================================================================
+# 45. DRAFTS - how a reply may go on, tried ahead
 # ==============================================================================
 # Pure. A reply that quotes, edits code or loops says again what its prompt or itself said
 # before. So what followed the last time is added to the step, behind the reply's next token,
@@ -12593,7 +12964,7 @@ def draft_length(
 
 
 # ==============================================================================
-# 44. STEPS - which tokens share the next call
+# 46. STEPS - which tokens share the next call
 # ==============================================================================
 # Pure. Running replies go on in every step; prompts are read in what time is left. Else
 # every stream would stop for as long as somebody's prompt takes (llama.cpp#29175).
@@ -12875,7 +13246,7 @@ class StepPlanner:
 
 
 # ==============================================================================
-# 45. GENERATIONS - requests for text: what each has gained, and which wait
+# 47. GENERATIONS - requests for text: what each has gained, and which wait
 # ==============================================================================
 # What is asked for, what has become of it so far, and who waits for a place.
 
@@ -13140,7 +13511,7 @@ class GenerationQueue(WorkQueue):
             self.is_to_forget = True  # the generating thread does it
             self._work_ready[0].notify()
         counts = self.prompt_cache
-        size = counts.idle_cells * self.card.cell_bytes
+        size = counts.idle_cells * self.card.cell_bytes + counts.stored_bytes
         return CacheCounts(counts.sequences - self.replies, size)
 
     def end_overdue(self) -> Sequence[object]:
@@ -13262,7 +13633,7 @@ _RESERVED_TOKEN_BYTES: Final = 40  # an int in a list, and 4 in the sequence's a
 
 
 # ==============================================================================
-# 46. GROWING - what a reply's next token adds to it
+# 48. GROWING - what a reply's next token adds to it
 # ==============================================================================
 # A row of logits becomes a token, its bytes text, and the text what a client may see. The
 # generating thread's.
@@ -13449,7 +13820,7 @@ def report_of(step: Step[Reply], grown: int, seconds: float) -> StepReport:
 
 
 # ==============================================================================
-# 47. GENERATOR - the thread that generates
+# 49. GENERATOR - the thread that generates
 # ==============================================================================
 # One thread owns a model's context, its sequences and the samplers of its replies. In turn
 # it lets in who waits, computes a step, and tells the event loop whose replies have grown.
@@ -13485,7 +13856,6 @@ class GenerationWorker(Workers):
         self._report: StepReport | None = None  # not yet told
         self._has_nan = False  # some cells hold what is no number
         self._speed = StepSpeed()
-        self._busy_s = 0.0  # all steps so far
 
     def run(self, number: int, started: Future[None]) -> None:
         try:
@@ -13494,7 +13864,7 @@ class GenerationWorker(Workers):
             started.set_exception(error)
             return
         started.set_result(None)
-        while self._queue.wait(is_busy=bool(self._replies or self._displaced)):
+        while self._queue.wait(is_busy=self._has_work):
             try:
                 self._go_on()
             except Exception as error:
@@ -13502,7 +13872,6 @@ class GenerationWorker(Workers):
                 self._hooks.log("error", "bug", trace=trace)
                 self._fail_all(InternalError(_BUG))
             self._tell()
-            self._tidy()
 
     def close(self) -> None:
         for reply in (*self._replies, *self._displaced):
@@ -13513,14 +13882,21 @@ class GenerationWorker(Workers):
 
     # --- one turn of the loop ---
 
+    @property
+    def _has_work(self) -> bool:
+        is_behind = self._context is not None and self._cache.is_behind
+        return bool(self._replies or self._displaced or is_behind)
+
     def _go_on(self) -> None:
         if self._context is None and not self._try_to_renew():
             return
         self._drop_those_over()
         if self._queue.is_to_forget:
             self._queue.is_to_forget = False
-            self._execute(self._table.evict_unused(-1.0))
+            self._cache.clear_idle()
+            self._count()
         self._admit()
+        self._make_way()
         on_trial = [one for one in self._replies if one in [*self._suspects][:1]]
         work, is_trial = on_trial or self._replies, bool(on_trial)
         if step := self._planner.plan(work, is_trial=is_trial):
@@ -13532,16 +13908,13 @@ class GenerationWorker(Workers):
         self._forget_all(self._context)
 
     def _forget_all(self, context: StepContext) -> None:
-        """Begin with empty sequences."""
-        self._table = SequenceTable(
-            context.cells,
-            context.max_sequences,
+        """Begin with nothing of past prompts."""
+        store = PrefixStore(
+            self._queue.settings.prompt_cache_mb << 20,
+            token_bytes=self._queue.card.cell_bytes,
             window=context.window,
-            can_trim=context.can_trim,
-            first_position=context.first_position,
-            clock=lambda: self._busy_s,
         )
-        self._table.counted = dataclasses.replace(self._queue.prompt_cache)
+        self._cache = PromptCache(context, store, self._queue.prompt_cache)
         self._planner = StepPlanner(
             self._speed,
             step_s=self._queue.settings.step_ms / 1000,
@@ -13594,17 +13967,15 @@ class GenerationWorker(Workers):
     def _maybe_admission(self, request: GenerationRequest) -> Admission | None:
         if self._places + request.n > self._queue.settings.parallel:
             return None
-        if request.is_deterministic and not self._replies and self._context:
-            self._execute(self._table.evict_unused(-1.0))
-            self._context.clear(wipes=False)  # its bits depend on it: see there
         needs_all = request.is_deterministic or request.echoes_logprobs
         reuse = request.reuses_cells and not needs_all
         room = request.ids, request.max_tokens, request.n
-        return self._table.try_admit(*room, reuse=reuse)
+        return self._cache.try_admit(*room, reuse=reuse)
 
     def _start(self, generation: Generation, admission: Admission) -> None:
-        self._execute([*admission.operations, *self._table.evict_unused()])
-        sequence = admission.sequence
+        sequence = self._cache.begin(admission)
+        if generation.request.is_deterministic and not self._replies:
+            self._cache.empty_cells()  # its bits depend on it
         generation.started_at = self._queue.clock()
         generation.cached_tokens = sequence.length
         self._replies.append(self._new_reply(generation, 0, sequence))
@@ -13618,7 +13989,7 @@ class GenerationWorker(Workers):
     def _count(self) -> None:
         """Note what is in memory, for metrics."""
         self._queue.replies = self._places
-        self._queue.prompt_cache = self._table.counts
+        self._queue.prompt_cache = self._cache.counts
 
     def _new_reply(
         self, generation: Generation, index: int, sequence: CachedSequence
@@ -13650,13 +14021,21 @@ class GenerationWorker(Workers):
             text=ReplyText(request.stop, drops_space=drops_space),
         )
 
-    def _execute(self, operations: Iterable[MemoryOperation]) -> None:
-        assert self._context is not None
-        for operation in operations:
-            if isinstance(operation, CopyCells):
-                self._context.copy(*operation)
-            else:
-                self._context.trim(*operation)
+    def _make_way(self) -> None:
+        """Free the cells of prefixes before they slow down what is to be computed."""
+        if not self._replies:
+            self._cache.copy_ahead()
+            self._count()
+        if not (self._replies and self._cache.has_idle):
+            return
+        unread = [reply.left_tokens for reply in self._replies]
+        if all(unread):  # those who find nothing beside them say the same each time
+            has_moved = self._cache.move_out()
+        else:  # in a short part of the longest step
+            limit_s = self._queue.settings.step_ms / 10_000
+            has_moved = self._cache.move_out(sum(unread), limit_s)
+        if has_moved:
+            self._count()
 
     # --- a step ---
 
@@ -13675,13 +14054,13 @@ class GenerationWorker(Workers):
         seconds = self._queue.end_step(running, error)
         if isinstance(error, CallAborted) and not running.is_overdue:
             for reply in replies:  # all have left; parts of the step may be in memory
-                context.trim(reply.sequence.id, reply.sequence.length)
+                self._cache.trim(reply.sequence)
             return
         if error is not None:
             self._recover(replies, error, is_overdue=running.is_overdue)
             return
         self._planner.done(step, seconds)
-        self._busy_s += seconds
+        self._cache.computed(step.tokens)
         grown = self._read_results(context, step)
         self._queue.count_tokens(step.prompt_tokens + grown, seconds)
         self._report = report_of(step, grown, seconds)
@@ -13700,9 +14079,8 @@ class GenerationWorker(Workers):
                 context.decode(rows, threads, is_deterministic=step.is_deterministic)
                 return
             except NoCells:  # by our numbers there are
-                if (operation := self._table.evict_one()) is None:
+                if not self._cache.evict_one():
                     raise
-                self._execute([operation])
 
     def _read_results(self, context: StepContext, step: Step[Reply]) -> int:
         """Let replies grow by what was computed. Return by how many tokens."""
@@ -13739,15 +14117,14 @@ class GenerationWorker(Workers):
                 break
             sequence.append(reply.next_token)
         if draft and grown <= len(draft):
-            context.trim(sequence.id, sequence.length)
+            self._cache.trim(sequence)
         reply.generation.draft_tokens += len(draft)
         reply.generation.accepted_tokens += max(0, grown - 1)
         return grown
 
     def _fork(self, reply: Reply) -> list[Reply]:
         """Return the other replies of a request whose prompt has just been read."""
-        sequences, operations = self._table.fork(reply.sequence)
-        self._execute(operations)
+        sequences = self._cache.fork(reply.sequence)
         replies = [
             self._new_reply(reply.generation, index, sequence)
             for index, sequence in enumerate(sequences, 1)
@@ -13790,18 +14167,8 @@ class GenerationWorker(Workers):
         """Give a reply's place to others; its sequence stays as a prefix."""
         reply.sampler.close()
         self._replies.remove(reply)
-        self._execute(self._table.finish(reply.sequence))
+        self._cache.finish(reply.sequence)
         self._count()
-
-    def _tidy(self) -> None:
-        """While no reply grows, put in order what they have left in memory."""
-        if self._replies or self._displaced or self._context is None:
-            return
-        try:
-            self._context.pack(self._table.own_parts())
-        except Exception as error:  # nobody waits for it
-            self._hooks.log("error", "prefixes lost", reason=error)
-            self._drop_context()
 
     def _end(self, generation: Generation, error: ApiError | None = None) -> None:
         if self._queue.end(generation, error):
@@ -13813,7 +14180,7 @@ class GenerationWorker(Workers):
         for reply in [one for one in self._replies if one.generation is generation]:
             reply.sampler.close()
             self._replies.remove(reply)
-            self._execute([self._table.drop(reply.sequence)])
+            self._cache.drop(reply.sequence)
         self._count()
 
     def _fail_for_nan(self, generation: Generation, error: NonFiniteLogits) -> None:
@@ -13870,11 +14237,10 @@ class GenerationWorker(Workers):
         request = reply.generation.request
         n, left = 1 if reply.tokens else request.n, request.max_tokens - reply.tokens
         reuse = not request.is_deterministic
-        admission = self._table.try_admit(reply.lost_ids, left, n, reuse=reuse)
+        admission = self._cache.try_admit(reply.lost_ids, left, n, reuse=reuse)
         if admission is None:
             return False
-        self._execute(admission.operations)
-        reply.begin_again(admission.sequence)
+        reply.begin_again(self._cache.begin(admission))
         self._replies.append(reply)
         self._count()
         return True
@@ -13899,7 +14265,7 @@ class GenerationWorker(Workers):
 
 # ==============================================================================
 # --- network wing ---
-# 48. MESSAGES - requests and responses, and the bytes of a response
+# 50. MESSAGES - requests and responses, and the bytes of a response
 # ==============================================================================
 # Pure. A response's header is never trusted to be one line: what a handler puts into it
 # may come from a client (uvicorn CVE-2020-7695).
@@ -14090,7 +14456,7 @@ def chunk_of(part: bytes | bytearray, minor_version: int) -> bytes | bytearray:
 
 
 # ==============================================================================
-# 49. REQUESTS - bytes to requests
+# 51. REQUESTS - bytes to requests
 # ==============================================================================
 # Pure: RFC 9112 without a socket. Small and strict: an odd request gets an error and its
 # connection is closed, because requests are smuggled where two parsers read it in
@@ -14444,7 +14810,7 @@ class RequestParser:
 
 
 # ==============================================================================
-# 50. CODINGS - compressed bodies, JSON, and what a client takes
+# 52. CODINGS - compressed bodies, JSON, and what a client takes
 # ==============================================================================
 # Pure: RFC 9110, sections 8.4 and 12.5. Replies are compressed for clients that ask,
 # requests decompressed up to a limit: 32 KiB of gzip, 1 of zstd, may hold 32 MiB.
@@ -14805,7 +15171,7 @@ def is_unchanged(head: Head, etag: str) -> bool:
 
 
 # ==============================================================================
-# 51. PROXIES - which client one speaks for
+# 53. PROXIES - which client one speaks for
 # ==============================================================================
 # Pure. Any client can write any header, so these are read only where the other end of the
 # connection is listed (--trusted-proxy). Each proxy adds on the right whom it saw: from
@@ -14930,7 +15296,7 @@ def _networks(trusted: tuple[str, ...]) -> tuple[Network, ...]:
 
 
 # ==============================================================================
-# 52. KEYS - who is asking, and how much each may ask for
+# 54. KEYS - who is asking, and how much each may ask for
 # ==============================================================================
 # Only the SHA-256 of a key is kept, and is looked up by a digest with a secret of the
 # process: how long that takes reveals nothing about any key. Plain SHA-256 is enough for
@@ -15333,7 +15699,7 @@ _KEY_OPTIONS: Final[dict[str, tuple[str, str, Callable[[str], object]]]] = {
 
 
 # ==============================================================================
-# 53. SOCKETS - how many, how much is held for them, how each ends
+# 55. SOCKETS - how many, how much is held for them, how each ends
 # ==============================================================================
 # A socket takes a place from accept() until it is closed, handshake and lingering
 # included. Bytes held for clients, in and out, are counted over all connections.
@@ -15698,7 +16064,7 @@ class ClientSocket(asyncio.Protocol):
 
 
 # ==============================================================================
-# 54. CONNECTIONS - requests of one client, in order; back-pressure
+# 56. CONNECTIONS - requests of one client, in order; back-pressure
 # ==============================================================================
 # One Connection per socket, event-loop thread only. One request at a time: while it is
 # being answered the bytes of the next ones wait unparsed, and reading stops once a few have
@@ -16144,7 +16510,7 @@ class Connection(ClientSocket):
 
 
 # ==============================================================================
-# 55. LISTENERS - where connections come from
+# 57. LISTENERS - where connections come from
 # ==============================================================================
 # Sockets are bound before anything else is built, by the process that stays: a parent
 # hands them to the child that serves, as systemd does (sd_listen_fds(3)), so connections
@@ -16494,7 +16860,7 @@ class Acceptor:
 
 # ==============================================================================
 # --- hall ---
-# 56. GATE - who is let in
+# 58. GATE - who is let in
 # ==============================================================================
 # The gate decides on a request by its head, before the body is read. With keys it admits
 # requests that carry a key or are signed with one. Without keys it admits all, except those
@@ -16726,7 +17092,7 @@ def _bare_host(host: str) -> str:
 
 
 # ==============================================================================
-# 57. MODELS - what is configured, what is in memory, and what a name means
+# 59. MODELS - what is configured, what is in memory, and what a name means
 # ==============================================================================
 # A name has one or more versions; a request without a version gets the default one, or
 # one by shares. Other spellings of a name are accepted (see _spellings) while only one
@@ -17132,7 +17498,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 
 # ==============================================================================
-# 58. REGISTRY - when each model is in memory
+# 60. REGISTRY - when each model is in memory
 # ==============================================================================
 # Event-loop thread only; loading, freeing and reading files happen in a thread. Requests
 # for a model share one load, and loads run one at a time: each needs much memory for a
@@ -17564,7 +17930,7 @@ def loaded_with(settings: Settings) -> tuple[object, ...]:
 
 
 # ==============================================================================
-# 59. FORMS - what is asked and answered, declared once
+# 61. FORMS - what is asked and answered, declared once
 # ==============================================================================
 # The body of a request is a dataclass whose fields say what they may hold. From it come
 # the parser, which turns JSON into the dataclass or raises an error that names the field,
@@ -18009,7 +18375,7 @@ def split_errors(
 
 
 # ==============================================================================
-# 60. COMPUTE - from an EmbedRequest to its EmbedResult
+# 62. COMPUTE - from an EmbedRequest to its EmbedResult
 # ==============================================================================
 # Free of HTTP, so that whatever has inputs can use it.
 
@@ -18220,7 +18586,7 @@ async def run_on_tokenizer(
 
 
 # ==============================================================================
-# 61. REPLIES - from messages to the text of a reply, as it grows
+# 63. REPLIES - from messages to the text of a reply, as it grows
 # ==============================================================================
 # Free of HTTP, as COMPUTE is. A request has messages, from which its one prompt is
 # rendered, or prompts as they are; each prompt gets n replies. Nothing is ever cut from a
@@ -18669,7 +19035,7 @@ class Replies:
 
 
 # ==============================================================================
-# 62. CONSTRAINTS - which grammar the replies to a request follow
+# 64. CONSTRAINTS - which grammar the replies to a request follow
 # ==============================================================================
 # A schema, or GBNF, as the request has it, is read on a tokenizer thread.
 
@@ -18739,7 +19105,7 @@ def _calls_body(rules: GrammarRules, request: ReplyRequest) -> str:
 
 
 # ==============================================================================
-# 63. HANDLING - what handlers work with: the service, and a request over HTTP
+# 65. HANDLING - what handlers work with: the service, and a request over HTTP
 # ==============================================================================
 # What a request over HTTP has besides COMPUTE: a body to read, a key, a deadline, room in
 # memory and a log line.
@@ -19186,7 +19552,7 @@ def _record_replies(
 
 
 # ==============================================================================
-# 64. ANSWERS - replies on their way: whole, or part by part
+# 66. ANSWERS - replies on their way: whole, or part by part
 # ==============================================================================
 # What is the same in every dialect: when the first part goes out, what is sent in a long
 # silence (wherever it is: proxies and clients give up on one), and what ends the wait for
@@ -19308,7 +19674,7 @@ async def _parts(
 
 
 # ==============================================================================
-# 65. VECTORS - numbers of a reply, in the types that clients ask for
+# 67. VECTORS - numbers of a reply, in the types that clients ask for
 # ==============================================================================
 # The numbers of a vector of length 1 are between -1 and 1: the small types rely on it.
 # int8: 127 x, rounded. uint8: 127.5 x + 127.5, rounded. binary and ubinary: a bit for each
@@ -19433,7 +19799,7 @@ async def json_reply(
 
 
 # ==============================================================================
-# 66. OPENAI - its shapes
+# 68. OPENAI - its shapes
 # ==============================================================================
 # Reference: OpenAI's API, "Create embeddings" and "List models". What we add is opt-in
 # per request, under the names that text-embeddings-inference, Cohere and vLLM use.
@@ -19564,7 +19930,7 @@ def _model_object(name: str, entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 67. TOOLS - which functions a model may call, and which it must
+# 69. TOOLS - which functions a model may call, and which it must
 # ==============================================================================
 # The functions are the client's: the model writes a call, the client makes it and says in
 # a later message what came of it. Reference: OpenAI's API, "Function calling".
@@ -19750,7 +20116,7 @@ TOOL_CHOICE: Final = Kind(
 
 
 # ==============================================================================
-# 68. CHAT FORMS - what may be asked of a model that generates
+# 70. CHAT FORMS - what may be asked of a model that generates
 # ==============================================================================
 # Reference: OpenAI's API, "Create chat completion" and the older "Create completion".
 # Fields that mean nothing here are ignored; those that would change a reply are refused.
@@ -20185,7 +20551,7 @@ def completion_request(form: CompletionForm) -> ReplyRequest:
 
 
 # ==============================================================================
-# 69. CHAT - OpenAI's chat and completions, whole and streamed
+# 71. CHAT - OpenAI's chat and completions, whole and streamed
 # ==============================================================================
 # Clients disagree on what a stream may hold, so it has the one shape that all can read:
 # the role once, in the first chunk; nothing empty but heartbeats, and these only where
@@ -20561,7 +20927,7 @@ async def completions(context: RequestContext, form: CompletionForm) -> Response
 
 
 # ==============================================================================
-# 70. ITEMS - what may be asked on OpenAI's /v1/responses
+# 72. ITEMS - what may be asked on OpenAI's /v1/responses
 # ==============================================================================
 # Reference: OpenAI's API, "Create a model response". Nothing is kept here between two
 # requests, so what refers to an earlier one is refused. A conversation is a list of items
@@ -20913,7 +21279,7 @@ def _json_schema(form: ResponsesForm) -> Mapping[str, object] | None:
 
 
 # ==============================================================================
-# 71. RESPONSES - OpenAI's newer route: items, whole and streamed
+# 73. RESPONSES - OpenAI's newer route: items, whole and streamed
 # ==============================================================================
 # A reply is a list of items here: what the model thought, said and called. In a stream
 # each is begun, grows and is done before the next one begins, as Codex knows no other
@@ -21293,7 +21659,7 @@ async def responses(context: RequestContext, form: ResponsesForm) -> Response:
 
 
 # ==============================================================================
-# 72. COHERE - its vectors and scores, Jina's scores, and vLLM's
+# 74. COHERE - its vectors and scores, Jina's scores, and vLLM's
 # ==============================================================================
 # Reference: Cohere's API, "Embed v2", "Embed v1" (a bare list of lists unless types are
 # given) and "Rerank v2"; Jina's /v1/rerank. Scores go through a sigmoid, as theirs do,
@@ -21593,7 +21959,7 @@ async def score(context: RequestContext, form: ScoreForm) -> Response:
 
 
 # ==============================================================================
-# 73. TEI - the shapes of text-embeddings-inference
+# 75. TEI - the shapes of text-embeddings-inference
 # ==============================================================================
 # Reference: its router at 1.9 (src/http/server.rs, types.rs). Statuses and error bodies
 # are in ERRORS. The AI Embedding Inference Server's POST /api/v1/embed derives from it.
@@ -21842,7 +22208,7 @@ async def info(context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 74. TOKENS - texts as the tokens that a model reads, and back
+# 76. TOKENS - texts as the tokens that a model reads, and back
 # ==============================================================================
 # As text-embeddings-inference answers. On a tokenizer thread, whose stack fits any text;
 # no model call.
@@ -22148,7 +22514,7 @@ async def _decoded(
 
 
 # ==============================================================================
-# 75. LLAMA SERVER - routes of its own that clients look at
+# 77. LLAMA SERVER - routes of its own that clients look at
 # ==============================================================================
 # Reference: llama.cpp's tools/server. What it tells of a place in memory ("slot") is told
 # without the texts, and of a model without its path.
@@ -22260,7 +22626,7 @@ async def apply_template(context: RequestContext, form: ChatForm) -> Response:
 
 
 # ==============================================================================
-# 76. OLLAMA - its models and its embeddings
+# 78. OLLAMA - its models and its embeddings
 # ==============================================================================
 # Reference: Ollama's docs/api.md. With embeddings, keep_alive and options are accepted and
 # change nothing: when a model leaves memory is the operator's affair here.
@@ -22505,7 +22871,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 77. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
+# 79. OLLAMA FORMS - what may be asked of a model that generates, in Ollama's words
 # ==============================================================================
 # Reference: Ollama's api/types.go and server/routes.go. What it does without a word is
 # refused with one here: to cut what is too long, to have less context than was asked for.
@@ -22713,7 +23079,7 @@ def _ollama_request(form: OllamaReplyForm, **more: Any) -> ReplyRequest:
 
 
 # ==============================================================================
-# 78. OLLAMA CHAT - its chat and generate, whole and streamed
+# 80. OLLAMA CHAT - its chat and generate, whole and streamed
 # ==============================================================================
 # Lines of JSON: none is blank, for clients read each, and the last one says `done`.
 
@@ -22947,7 +23313,7 @@ async def _ollama_answer(
 
 
 # ==============================================================================
-# 79. SEEDS - what infer-server and LMServ promise
+# 81. SEEDS - what infer-server and LMServ promise
 # ==============================================================================
 # Two systems whose documents we keep, except where one asks for what OpenAI's do: those
 # requests are answered there. Their words in other replies stand beside ours.
@@ -23158,7 +23524,7 @@ def _cache_figures(counts: PromptCacheCounts) -> dict[str, float]:
 
 
 # ==============================================================================
-# 80. ADMIN - health, readiness, metrics, models
+# 82. ADMIN - health, readiness, metrics, models
 # ==============================================================================
 # /health is liveness: it says only that the event loop runs, so that a busy or loading
 # server is not restarted. /ready says whether work is accepted, and if not, why. A full
@@ -23293,7 +23659,9 @@ def _prompt_cache_gauges(models: ModelRegistry) -> Iterator[tuple[str, float, st
     yield "embellama_prompt_tokens_total", counts.hit_tokens, "cached"
     yield "embellama_prompt_cache_lookups_total", counts.hits, "hit"
     yield "embellama_prompt_cache_lookups_total", counts.misses, "miss"
+    yield "embellama_prompt_cache_restored_tokens_total", counts.restored_tokens, ""
     yield "embellama_prompt_cache_evictions_total", counts.evictions, ""
+    yield "embellama_prompt_cache_bytes", counts.stored_bytes, ""
     free = counts.cells - counts.running_cells - counts.idle_cells
     yield "embellama_prompt_cache_cells", counts.running_cells, "running"
     yield "embellama_prompt_cache_cells", counts.idle_cells, "idle"
@@ -23392,7 +23760,7 @@ def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
 
 
 # ==============================================================================
-# 81. OPERATION - what the workers do, which settings hold, and draining
+# 83. OPERATION - what the workers do, which settings hold, and draining
 # ==============================================================================
 # For an administrator, who is shown neither texts nor secrets: what is secret is declared
 # with the setting.
@@ -23569,7 +23937,7 @@ async def drain(context: RequestContext, form: DrainForm) -> Response:
 
 
 # ==============================================================================
-# 82. STATUS - figures of this moment and of the last five minutes
+# 84. STATUS - figures of this moment and of the last five minutes
 # ==============================================================================
 # What the page at / draws. Counters are given as they are, with the server's own time:
 # who reads them takes the difference of two moments. So two readers, curl and Prometheus
@@ -23774,7 +24142,7 @@ def _shown_model(entry: ModelEntry, service: Service) -> dict[str, object]:
 
 
 # ==============================================================================
-# 83. DESCRIPTION - the routes as an OpenAPI document, and as a page
+# 85. DESCRIPTION - the routes as an OpenAPI document, and as a page
 # ==============================================================================
 # Built from the rows by which requests are routed and parsed, so it cannot differ from what
 # the server does. Reference: OpenAPI 3.1.
@@ -24096,7 +24464,7 @@ DOCS_POLICY: Final = page_policy(_SCRIPT, _STYLE)
 
 
 # ==============================================================================
-# 84. PAGE - what a browser shows at /
+# 86. PAGE - what a browser shows at /
 # ==============================================================================
 # One text without any other file, for a box that has no network. It asks /status every two
 # seconds (no stream: those hold one of a browser's few connections, and a drain), and the
@@ -24546,7 +24914,7 @@ PAGE_POLICY: Final = page_policy(_PAGE_SCRIPT, _PAGE_STYLE)
 
 
 # ==============================================================================
-# 85. ROUTES - the table, and everything derived from it
+# 87. ROUTES - the table, and everything derived from it
 # ==============================================================================
 # One row per handler, with all its paths. From the rows come 404, 405 with Allow, HEAD,
 # OPTIONS, what is refused before a body is read, the OpenAPI document, README's table.
@@ -24758,7 +25126,7 @@ def allowed_methods(routes: Iterable[Route]) -> str:
 
 
 # ==============================================================================
-# 86. DISPATCH - from a request to its response
+# 88. DISPATCH - from a request to its response
 # ==============================================================================
 # The one place where errors become responses, where replies are compressed, and where
 # every reply gets its request id, its log line and its audit line: a stream at its end,
@@ -25185,7 +25553,7 @@ def _cached(response: Response, context: RequestContext) -> Response:
 
 
 # ==============================================================================
-# 87. TRIALS - a model loaded in another process first
+# 89. TRIALS - a model loaded in another process first
 # ==============================================================================
 # llama.cpp has some 2,000 assertions, and each aborts the process. While models are being
 # served, a file not yet loaded with these settings is first loaded in another process: if
@@ -25257,7 +25625,7 @@ class Trial:
 
 
 # ==============================================================================
-# 88. FOLDER - what a model's authors wrote beside its file
+# 90. FOLDER - what a model's authors wrote beside its file
 # ==============================================================================
 # sentence-transformers' own files. Their prompts are used; for the rest the GGUF and the
 # settings count, and where those differ one line says so, as vectors then differ too.
@@ -25373,7 +25741,7 @@ def _other_reading(told: Mapping[str, Any], engine: Engine) -> list[str]:
 
 
 # ==============================================================================
-# 89. LOADING - a model's way into memory
+# 91. LOADING - a model's way into memory
 # ==============================================================================
 # From settings to a file, an engine, and a pool whose threads run. If llama.cpp aborts in
 # the first load, the parent reports it; later ones are tried first (TRIALS).
@@ -25515,7 +25883,8 @@ def needed_bytes(settings: Settings, facts: ModelFacts) -> int:
     longest = settings.max_input_tokens or settings.context_size or trained
     if facts.kind == "generate":
         cells = settings.context_size or trained
-        return facts.size_bytes + _GENERATING_BYTES + cells * facts.cell_bytes
+        prompts = cells * facts.cell_bytes + (settings.prompt_cache_mb << 20)
+        return facts.size_bytes + _GENERATING_BYTES + prompts
     common = max(settings.batch_tokens, min(longest, settings.common_tokens))
     inputs = min(settings.batch_tokens, CausalContext.MAX_INPUTS) + 1
     shared = facts.size_bytes + _PROCESS_BYTES + _WORD_BYTES * facts.n_vocab
@@ -25552,9 +25921,12 @@ def check_memory(settings: Settings, facts: ModelFacts) -> None:
     """Raise NoRoom if loading a model might end with the kernel killing us."""
     needed, free = needed_bytes(settings, facts) >> 20, free_memory_bytes()
     if needed > free / (1 << 20):
+        generates = facts.kind == "generate"
+        less = "--context-size or --prompt-cache-mb"
         raise NoRoom(
             f"it may take {needed} MiB of memory and {int(free) >> 20} MiB are free: "
-            "unload another model, or give this one fewer --workers or --cache-mb"
+            "unload another model, or give this one "
+            + (f"a smaller {less}" if generates else "fewer --workers or --cache-mb")
         )
     used, ceiling = resident_bytes() >> 20, settings.max_memory_mb
     if ceiling and used + needed > ceiling:
@@ -25799,7 +26171,7 @@ class Loader:
 
 
 # ==============================================================================
-# 90. SUPERVISOR - a small parent that outlives the server
+# 92. SUPERVISOR - a small parent that outlives the server
 # ==============================================================================
 # Native code can crash or hang a process. So a parent holds the listening sockets and
 # starts the server as its child: when that dies another one takes its place, and clients
@@ -26240,7 +26612,7 @@ def open_standard_streams() -> None:
 
 
 # ==============================================================================
-# 91. SERVER - builds every object; loading, ready, draining, stopped
+# 93. SERVER - builds every object; loading, ready, draining, stopped
 # ==============================================================================
 # The sockets listen before the model loads, so that /health answers during a slow load;
 # the successor of a process that died lets clients wait instead, at most for a while.
@@ -26681,7 +27053,7 @@ class Server:
 
 
 # ==============================================================================
-# 92. EMBEDDER - the engine without a server, for programs and workers of a cluster
+# 94. EMBEDDER - the engine without a server, for programs and workers of a cluster
 # ==============================================================================
 # The server's prompts, truncation, queue and vectors, for a caller that has a corpus and no
 # event loop. It refuses nothing for lack of room: it takes the next window when there is
@@ -27012,7 +27384,7 @@ def _vector(vector: Any, request: EmbedRequest, card: ModelCard) -> Any:
 
 
 # ==============================================================================
-# 93. TUNING - the settings that are fastest on this box
+# 95. TUNING - the settings that are fastest on this box
 # ==============================================================================
 # `tune` measures what the defaults only assume: full batches in a loop, as a busy server
 # computes them, for three lengths of text. It first varies workers and threads, then the
@@ -27155,7 +27527,7 @@ def tune_profile(best: Layout, given: Mapping[str, object]) -> str:
 
 
 # ==============================================================================
-# 94. CHECKING - what a model is and gives, before it is served
+# 96. CHECKING - what a model is and gives, before it is served
 # ==============================================================================
 # `check` loads a model as the server would, says what is in force, and compares its vectors
 # with those of another program: the one that an index was made with, or the authors' own.
@@ -27284,7 +27656,7 @@ def _told(value: object) -> str:
 
 
 # ==============================================================================
-# 95. DEPLOYMENT - what the printed files have in common
+# 97. DEPLOYMENT - what the printed files have in common
 # ==============================================================================
 # `emit` prints the files that run, watch and front this server. They are templates, filled
 # in from the settings in force and the tables above, so they name no metric, route or port
@@ -27498,7 +27870,7 @@ def _is_yaml_block(text: str) -> bool:
 
 
 # ==============================================================================
-# 96. UNITS - the server under systemd
+# 98. UNITS - the server under systemd
 # ==============================================================================
 # Closed as far as the server still works, tried switch by switch: `systemd-analyze
 # security` says 1.4. Not ProcSubset=pid, which hides /proc/meminfo and with it how much
@@ -27709,7 +28081,7 @@ def _unit_streams(settings: Settings) -> list[str]:
 
 
 # ==============================================================================
-# 97. CONTAINERS - the server in images, with Compose, in Kubernetes
+# 99. CONTAINERS - the server in images, with Compose, in Kubernetes
 # ==============================================================================
 # One image for every model and setting: the settings come as a file, models are mounted, and
 # nothing else is written but /tmp and /cache. Health is asked over the unix socket, for which
@@ -28127,7 +28499,7 @@ def _pod_volumes(deployment: Deployment) -> tuple[list[object], list[object]]:
 
 
 # ==============================================================================
-# 98. FRONTS - HAProxy or nginx before several servers
+# 100. FRONTS - HAProxy or nginx before several servers
 # ==============================================================================
 # Tried with servers that are killed, drained and full: no request failed behind HAProxy,
 # which also queues. nginx has no queue: its clients see the 503s of full servers. Neither
@@ -28271,7 +28643,7 @@ def _kept_ms(settings: Settings) -> str:
 
 
 # ==============================================================================
-# 99. WATCHING - what scrapes, alerts and scales
+# 101. WATCHING - what scrapes, alerts and scales
 # ==============================================================================
 # Alerts are for what somebody must do something about: not CPU, not 4xx, not one failure.
 # Windows and factors: SRE workbook, chapter 5, for an objective of 99.5 %. A window with
@@ -28526,7 +28898,7 @@ def _rule_groups() -> dict[str, object]:
 
 
 # ==============================================================================
-# 100. BOARD - one dashboard for Grafana
+# 102. BOARD - one dashboard for Grafana
 # ==============================================================================
 # The classic model, which every Grafana from 9 on imports and provisions; a V2 one is refused
 # by some. No __inputs: only the import page resolves them. Each expression is of the jobs and
@@ -28728,7 +29100,7 @@ def _drawn_panel(
 
 
 # ==============================================================================
-# 101. COLLECTION - the routes as a Postman collection
+# 103. COLLECTION - the routes as a Postman collection
 # ==============================================================================
 # From the rows that route requests, with the examples of their forms. What is checked is what
 # holds whichever model is served: the status, and that a reply has the fields it always has.
@@ -28856,7 +29228,7 @@ def write_files(
 
 
 # ==============================================================================
-# 102. ROWS - what files hold: lines, records, rows of tables
+# 104. ROWS - what files hold: lines, records, rows of tables
 # ==============================================================================
 # Files are read as they go, so that one of any size takes the same memory. Every byte
 # that was read is counted and hashed: that is how a later run knows where to go on, and
@@ -29181,7 +29553,7 @@ def parquet_library(path: str) -> Any:
 
 
 # ==============================================================================
-# 103. CORPUS - texts in files, in windows that are computed and written together
+# 105. CORPUS - texts in files, in windows that are computed and written together
 # ==============================================================================
 
 INPUT_FORMATS: Final = tuple(READERS)
@@ -29411,7 +29783,7 @@ def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
 
 
 # ==============================================================================
-# 104. VECTOR FILES - where vectors of a corpus are put
+# 106. VECTOR FILES - where vectors of a corpus are put
 # ==============================================================================
 # A file grows as NAME.part and gets its name when it is whole. What may grow by appending
 # alone does: a run that was killed goes on by cutting off what it had not yet noted. Parquet
@@ -29777,7 +30149,7 @@ VECTOR_FILES: Final[Mapping[str, type[VectorFile]]] = {
 
 
 # ==============================================================================
-# 105. JOBS - what `embed` is told, and how far it is
+# 107. JOBS - what `embed` is told, and how far it is
 # ==============================================================================
 
 ON_ERROR: Final = ("stop", "skip", "null")
@@ -29950,7 +30322,7 @@ class ProgressLine:
 
 
 # ==============================================================================
-# 106. BULK - a corpus to vectors, as a job that can be killed
+# 108. BULK - a corpus to vectors, as a job that can be killed
 # ==============================================================================
 # Beside the output a state file notes what is written and where the next row begins. It is
 # replaced at once and only after what it tells of is on the disk, so whenever the job is
@@ -30376,7 +30748,7 @@ def _unwritable(error: OSError, output: str) -> BulkError:
 
 
 # ==============================================================================
-# 107. REMOTE - a running server instead of the engine
+# 109. REMOTE - a running server instead of the engine
 # ==============================================================================
 # For a box whose server has the model in memory already. Requests are of low priority, so
 # that whoever else asks goes first, and what the server has no room for is sent again when
@@ -30606,7 +30978,7 @@ def embedder_for(
 
 
 # ==============================================================================
-# 108. COMMAND LINE - flags in, exit code out
+# 110. COMMAND LINE - flags in, exit code out
 # ==============================================================================
 # Exit codes: 0 stopped as asked, 1 cannot run here, 2 a setting is wrong, 130 interrupted.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,10 +56,8 @@ class StepEngine(kit.FakeEngine):
         self.failures = {NAN_TOKEN: 10**9, BOOM_TOKEN: 10**9}
         self.vocab = None
         self.lies_about_room = 0  # how many steps find no cell
-        self.packed: list[
-            list[tuple[int, int]]
-        ] = []  # what was put in order, each time
-        self.fails_to_pack = 0  # how many times
+        self.copies: list[list[tuple[int, object]]] = []  # what was copied out
+        self.fails_to_copy = 0  # how many times
 
     def llama_vocab_get_suppress_tokens(self, *_: object) -> None:
         return None
@@ -157,15 +155,26 @@ class FakeStepContext(es.StepContext):
         del self.sequences[sequence][length:]
         return True
 
-    def pack(self, parts: Iterable[tuple[int, int]]) -> None:
+    def copy_out(self, sequence: int, begin: int, end: int) -> es.CellState:
         self._check_thread()
         engine = self._engine
-        engine.packed.append([*parts])
-        for sequence, begin in engine.packed[-1]:
-            assert 0 <= begin <= len(self.sequences[sequence])
-        if engine.fails_to_pack:
-            engine.fails_to_pack -= 1
+        if engine.fails_to_copy:
+            engine.fails_to_copy -= 1
             raise es.EngineError("as asked")
+        part = [(token, object()) for token, _ in self.sequences[sequence][begin:end]]
+        assert len(part) == end - begin
+        engine.copies.append(part)
+        number = np.array([len(engine.copies) - 1, begin])
+        return np.concatenate([number.view(np.uint8), np.zeros(len(part), np.uint8)])
+
+    def copy_in(self, sequence: int, state: es.CellState, begin: int, end: int) -> bool:
+        self._check_thread()
+        number, at = state[:16].view(np.int64)
+        held, part = self.sequences[sequence], self._engine.copies[number]
+        assert len(held) == begin >= at
+        held += part[begin - at : end - at]
+        assert len(held) == end
+        return True
 
     def first_position(self, sequence: int) -> int:
         return 0 if self.sequences[sequence] else -1

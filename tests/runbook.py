@@ -105,7 +105,6 @@ LOG_LINES: dict[str, tuple[str, str]] = {
     "a step took far too long": ("As `a call took far too long`, where replies grow.", "As there."),
     "a model gave no numbers": ("Its logits were not finite; that reply ended with a 500.", "Once: perhaps the prompt. Often: damaged weights, compare the checksum (`check`)."),
     "no context to generate with": ("No memory for the KV cells; replies get 503 until there is.", "[Memory](#procedures), or a smaller `--context-size`."),
-    "prefixes lost": ("What was kept of past prompts could not be put in order; they are read again.", "Nothing."),
 }
 # fmt: on
 

@@ -47,6 +47,7 @@ cache_mb = 1
 [[models]]
 path = "{chat}"
 aliases = ["chat"]
+prompt_cache_mb = 1
 context_size = 2048
 [[models]]
 path = "{bert}"

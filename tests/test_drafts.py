@@ -381,8 +381,8 @@ def test_what_fails_within_a_draft_harms_no_neighbour(token: int) -> None:
 @pytest.mark.usefixtures("daring")
 def test_a_step_without_cells_or_one_that_fails_once_loses_no_token() -> None:
     engine = StepEngine()
-    with drafting(engine) as running:
-        for n in range(4):
+    with drafting(engine, prompt_cache_mb=0) as running:
+        for n in range(7):
             running.ask(prompt(n, 40), 2).wait()
         for n in range(3):
             one = running.ask(quoting(n), 60)

@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import numpy as np
@@ -29,6 +29,13 @@ from tests.test_tiny_models import llama, opened
 SYSTEM = list(range(100, 140))  # how prompts begin, longer than MIN_PREFIX_TOKENS
 
 
+class Admitted(NamedTuple):
+    """A request's sequence, and what is to be done before its first step."""
+
+    sequence: es.CachedSequence
+    operations: list[es.MemoryOperation]
+
+
 def admitted(
     table: es.SequenceTable,
     ids: list[int],
@@ -36,11 +43,13 @@ def admitted(
     n: int = 1,
     *,
     reuse: bool = True,
-) -> es.Admission:
+) -> Admitted:
     """A request that has room."""
     admission = table.try_admit(ids, max_tokens, n, reuse=reuse)
     assert admission is not None
-    return admission
+    assert (admission.prompt.tolist(), admission.reuses) == (ids, reuse)
+    table.count_lookup(admission.sequence.length)
+    return Admitted(admission.sequence, admission.operations)
 
 
 def fits(table: es.SequenceTable, prompt: int, max_tokens: int, n: int = 1) -> bool:
@@ -222,7 +231,10 @@ def test_the_sequence_that_was_unused_for_longest_goes_first() -> None:
     _, operations = admitted(table, list(range(80)), 10)
     assert dropped(operations) == [two.id]
     assert set(table.idle) == {one, three}
-    assert table.counts.evictions == 1
+    (evicted,) = operations
+    assert isinstance(evicted, es.RemoveCells)
+    assert evicted.lost is not None
+    assert evicted.lost.tolist() == [*prompts[1], 1], "for who can keep it"
 
 
 def test_what_a_request_goes_on_from_outlives_its_own_eviction() -> None:
@@ -305,7 +317,6 @@ def test_an_idle_sequence_that_the_newest_one_begins_with_is_dropped() -> None:
     computed(same, 40, 1)
     assert table.finish(same) == [es.RemoveCells(half.id)]
     assert set(table.idle) == {other, same}
-    assert table.counts.evictions == 0
 
 
 def test_with_a_window_only_an_equal_sequence_is_of_no_more_use() -> None:
@@ -437,7 +448,7 @@ class Requests(RuleBasedStateMachine):
         if admission is None:
             assert self.running, "what fits an empty context is let in"
             return
-        sequence, operations = admission
+        sequence, operations, *_ = admission
         shared = sequence.length
         self.memory.do(operations)
         assert self.memory.tokens(sequence.id) == prompt[:shared]
@@ -562,131 +573,6 @@ def test_a_prompt_is_found_among_many_sequences() -> None:
 # --- against llama.cpp's own ---
 
 
-class Context:
-    """A tiny model's sequences, filled and reused as the table says."""
-
-    def __init__(self, path: Path, dice: random.Random) -> None:
-        room = es.StepOptions(cells=512, sequences=6)
-        self.shared, self.alone = (
-            es.StepContext(llama(), opened(path), room) for _ in range(2)
-        )
-        self.table = es.SequenceTable(
-            self.shared.cells,
-            self.shared.max_sequences,
-            window=self.shared.window,
-            can_trim=self.shared.can_trim,
-            first_position=self.shared.first_position,
-        )
-        self.dice = dice
-        self.running: list[es.CachedSequence] = []
-        self.said = [self.words(120), self.words(120)]  # what prompts go on from
-
-    def close(self) -> None:
-        self.shared.close()
-        self.alone.close()
-
-    def words(self, count: int) -> list[int]:
-        """Random tokens."""
-        return [self.dice.randrange(300, 400) for _ in range(count)]
-
-    def do(self, operations: Iterable[es.MemoryOperation]) -> None:
-        """Carry out what the table says."""
-        for one in operations:
-            if isinstance(one, es.CopyCells):
-                self.shared.copy(*one)
-            else:
-                assert self.shared.trim(*one)
-
-    def compute(self, sequence: es.CachedSequence, tokens: int) -> None:
-        """Compute the next tokens of a sequence."""
-        ids = sequence.ids[sequence.length :][:tokens]
-        row = es.StepRow(sequence.id, sequence.length, ids, outputs=1)
-        self.shared.decode([row], 1)
-        sequence.length += tokens
-
-    def begin(self) -> float:
-        """Read a prompt. Return how far its logits are from those of one read alone."""
-        base = self.dice.choice(self.said)
-        cut = self.dice.choice([0, 0, 0, 3, self.dice.randrange(len(base))])
-        prompt = base[: len(base) - cut] + self.words(self.dice.randrange(1, 9))
-        if not fits(self.table, len(prompt), 60):
-            return 0.0
-        admission = self.table.try_admit(prompt, self.dice.choice([2, 20, 60]))
-        if admission is None:
-            return 0.0
-        sequence, operations = admission
-        self.do(operations)
-        while left := len(prompt) - sequence.length:
-            tokens = min(left, self.dice.choice([5, 64, 200]))
-            self.compute(sequence, tokens)
-        self.running.append(sequence)
-        found = self.shared.logits(tokens - 1)
-        self.alone.clear()
-        self.alone.decode([es.StepRow(0, 0, prompt, outputs=1)], 1)
-        return float(abs(found - self.alone.logits(len(prompt) - 1)).max())
-
-    def end(self) -> None:
-        """Let a sequence reply, and stay as a prefix."""
-        sequence = self.running.pop(self.dice.randrange(len(self.running)))
-        while sequence.length < len(sequence.ids) and self.dice.random() < 0.97:
-            sequence.ids[sequence.length] = self.words(1)[0]
-            self.compute(sequence, 1)
-        self.said.append(sequence.held.tolist())
-        self.do(self.table.finish(sequence))
-
-
-class Counting:
-    """llama.cpp's functions, and how many sequences it was told to take back."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def __getattr__(self, name: str) -> Any:
-        self.taken += name == "llama_state_seq_set_data"
-        return getattr(llama(), name)
-
-
-@pytest.mark.parametrize("has_room", [True, False])
-@pytest.mark.parametrize("kind", chat_models.GENERATING)
-def test_replies_that_grew_together_are_packed_and_say_the_same(
-    kind: str, has_room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = chat_models.GENERATING[kind](tmp_path)
-    counting, dice = Counting(), random.Random(7)
-    shared = [dice.randrange(300, 400) for _ in range(40)]
-    replies = [[dice.randrange(300, 400) for _ in range(110)] for _ in range(3)]
-    room = es.StepOptions(cells=512, sequences=3)
-    packed = es.StepContext(counting, opened(path), room)
-    alone = es.StepContext(llama(), opened(path), room)
-    with contextlib.closing(packed), contextlib.closing(alone):
-        packed.decode([es.StepRow(0, 0, shared)], 1)
-        for each in (1, 2):
-            packed.copy(0, each, 40)
-        for at in range(100):
-            rows = [
-                es.StepRow(n, 40 + at, replies[n][at : at + 1], 1) for n in range(3)
-            ]
-            packed.decode(rows, 1)
-        lengths = [100, 20 if packed.can_trim else 100, 100]
-        packed.trim(1, 40 + lengths[1])
-        if not has_room:  # for the third one beside the others
-            size = llama().llama_state_seq_get_size(packed._pointer, 0)
-            monkeypatch.setattr(es, "_MAX_PACKED_BYTES", size)
-        for _ in range(3):  # once there is nothing more to do
-            packed.pack([(n, 40) for n in range(3)])
-        ends = [packed.last_position(n) for n in range(3)]
-        assert ends == [39 + length for length in lengths]
-        assert counting.taken == (3 if packed.can_trim else 0)
-        for n, length in enumerate(lengths):
-            rest = replies[n][length:][:10]
-            packed.decode([es.StepRow(n, 40 + length, rest, outputs=1)], 1)
-            alone.clear()
-            whole = [*shared, *replies[n][:length], *rest]
-            alone.decode([es.StepRow(0, 0, whole, outputs=1)], 1)
-            found = packed.logits(len(rest) - 1)
-            assert abs(found - alone.logits(len(whole) - 1)).max() < 0.2
-
-
 class Watching:
     """llama.cpp's functions, and how many tokens each of its steps had."""
 
@@ -794,51 +680,27 @@ def test_tokens_are_paired_where_quantised_weights_are_shared_by_all(
     assert es.pairs_tokens(header, weights) is pairs
 
 
-def test_own_parts_begin_after_what_others_hold_and_the_last_used_comes_first() -> None:
-    table = es.SequenceTable(1000, 8)
-    first = left(table, [*SYSTEM, 1, 2], 3, 4)
-    second = left(table, [*SYSTEM, 5], 6)
-    other = left(table, list(range(500, 530)), 7)
-    admitted(table, [*range(500, 520), 8])  # runs: it has no part in this
-    assert table.own_parts() == [(other.id, 20), (second.id, 40), (first.id, 40)]
-
-
-@pytest.mark.parametrize("kind", chat_models.GENERATING)
-def test_what_is_reused_gives_the_logits_of_a_prompt_read_alone(
-    kind: str, tmp_path: Path
-) -> None:
-    # Logits deviate by 3; other orders of cells move them by 0.15 at most, in half
-    # precision. Without a look at its window gemma's are off by 0.5 to 0.9.
-    path = chat_models.GENERATING[kind](tmp_path)
-    context, dice = Context(path, random.Random(4)), random.Random(5)
-    off, table = 0.0, context.table
-    with contextlib.closing(context):
-        for _ in range(120):
-            if context.running and dice.random() < 0.5:
-                context.end()
-            else:
-                off = max(off, context.begin())
-            for sequence in table.sequences:
-                last = context.shared.last_position(sequence.id)
-                assert last == sequence.length - 1
-    assert table.counts.hits > (30 if context.shared.can_trim else 2)
-    assert table.counts.evictions > 5
-    assert off < 0.3
-
-
-def test_what_nobody_has_used_for_long_is_dropped_and_the_rest_stays() -> None:
-    now = [0.0]
+def test_what_is_unused_is_told_by_how_many_tokens_were_computed_since() -> None:
+    now = [0]
     table = es.SequenceTable(512, 8, clock=lambda: now[0])
-    for at, first in ((0.0, 1), (20.0, 100)):
-        now[0] = at
-        sequence = admitted(table, [*range(first, first + 30)]).sequence
-        sequence.length = 30
-        table.finish(sequence)
-    now[0] = es.MAX_IDLE_S + 10
+    found = []
+    for now[0], first in ((0, 1), (20, 100)):
+        found.append(left(table, [*range(first, first + 30)]))
     running = admitted(table, [*range(200, 230)]).sequence
-    assert [type(one) for one in table.evict_unused()] == [es.RemoveCells]
-    assert (table.counts.sequences, table.counts.evictions) == (2, 1)
-    assert admitted(table, [*range(100, 131)]).sequence.length == 30, "the later one"
+    now[0] = 30
+    assert table.unused(31) == []
+    assert table.unused(30) == found[:1]
+    assert table.unused(10) == table.unused(-100) == found, "unused for longest first"
+    admitted(table, [*range(1, 31), 9])
+    assert table.unused(0) == found[1:], "those that run are not idle"
     assert running.is_running
-    now[0] = 1000.0
-    assert table.evict_unused() == [], "those that run are not idle"
+
+
+def test_a_sequence_that_is_cut_for_want_of_ids_says_what_is_lost() -> None:
+    table = es.SequenceTable(1000, 1)
+    before = left(table, [*SYSTEM, 1], 2)
+    _, (cut,) = admitted(table, [*SYSTEM, 3])
+    assert isinstance(cut, es.RemoveCells)
+    assert (cut.sequence, cut.begin) == (before.id, 40)
+    assert cut.lost is not None
+    assert cut.lost.tolist() == [*SYSTEM, 1, 2]
