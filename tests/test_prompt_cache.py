@@ -549,6 +549,8 @@ class Reused:
             return 0.0
         sequence = self.cache.begin(admission)
         while left := len(prompt) - sequence.length:
+            if self.shared.can_trim and self.dice.random() < 0.05:
+                return self.leave(sequence)
             tokens = min(left, self.dice.choice([5, 64, 200]))
             self.compute(sequence, tokens)
         self.running.append(sequence)
@@ -556,6 +558,15 @@ class Reused:
         self.alone.clear()
         self.alone.decode([es.StepRow(0, 0, prompt, outputs=1)], 1)
         return float(abs(found - self.alone.logits(len(prompt) - 1)).max())
+
+    def leave(self, sequence: es.CachedSequence) -> float:
+        """End in the middle of a step: some of its tokens are in memory. Return 0."""
+        ids = sequence.ids[sequence.length :][:30]
+        self.shared.decode([es.StepRow(sequence.id, sequence.length, ids)], 1)
+        self.cache.trim(sequence)
+        self.said.append(sequence.held.tolist() or self.words(20))
+        self.cache.finish(sequence)
+        return 0.0
 
     def end(self) -> None:
         """Let a sequence reply, and stay as a prefix."""
