@@ -295,6 +295,27 @@ def test_an_operator_s_template_that_cannot_be_parsed_is_refused_by_trial_and_lo
         assert said.endswith("(line 2)")
 
 
+@pytest.mark.parametrize(
+    ("workers", "threads", "in_steps"), [(2, 1, 2), (1, 3, 3), (2, 2, 4), (8, 8, 4)]
+)
+def test_a_chat_model_s_steps_have_all_threads_but_no_more_than_cores(
+    bench: Bench,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    threads: int,
+    in_steps: int,
+) -> None:
+    monkeypatch.setattr(es, "usable_cores", lambda: 4)
+    path = chat_models.tiny_llama(tmp_path)
+    changes: dict[str, Any] = {"workers": workers, "threads": threads}
+    bench.loader.tries_first = False
+    served = bench.loader.load(bench.settings(model_path=str(path), **changes))
+    assert served.pool.settings.threads == in_steps
+    assert served.pool.settings.workers == 1
+    assert served.free()
+
+
 def test_what_is_freed_does_not_wait_for_the_collector_of_cycles(bench: Bench) -> None:
     # It comes when it likes: the vocabulary and the cache are many megabytes.
     gc.collect()
