@@ -12882,23 +12882,30 @@ def longest_match(ids: TokenIds) -> tuple[int, int]:
     """Return where an end of ``ids`` that came before went on, and the end's length.
 
     The longest end, or of those of 8 tokens and more the latest. (0, 0) if the last token
-    is new. 30 us at 8,192 tokens: no table needs to be kept for each reply.
+    is new. Looked for as bytes: after a step the caches are cold, and the same with numpy
+    took 250 us of 200 tokens. No table needs to be kept for each reply.
     """
-    last = len(ids) - 1
-    (places,) = (ids[:last] == ids[last]).nonzero()
-    length = 1
-    while len(places) > 1 and length < _CLOSE_MATCH_TOKENS:
-        before = places[places >= length] - length
-        longer = before[ids[before] == ids[last - length]] + length
-        if not len(longer):
+    last, data = len(ids) - 1, ids.tobytes()
+    end, length = last, 0
+    while length < min(_CLOSE_MATCH_TOKENS, last):
+        part = data[-(length + 1) * ids.itemsize :]
+        if not (found := _last_end(data, part, end)):
             break
-        places, length = longer, length + 1
-    if not len(places):
-        return 0, 0
-    end = int(places[-1]) + 1
+        end, length = found, length + 1
+    if length < _CLOSE_MATCH_TOKENS:
+        return (end, length) if length else (0, 0)
     longest = min(end, _MAX_MATCH_TOKENS)
     differ = ids[end - longest : end][::-1] != ids[last + 1 - longest :][::-1]
     return end, int(np.argmax(differ)) if differ.any() else longest
+
+
+def _last_end(data: bytes, part: bytes, most: int) -> int:
+    """Return where some ids came last among the first ``most``, and ended; 0: nowhere."""
+    size = np.dtype(np.int32).itemsize
+    at = data.rfind(part, 0, most * size)
+    while at > 0 and at % size:  # in the middle of one
+        at = data.rfind(part, 0, at + len(part) - 1)
+    return (at + len(part)) // size if at >= 0 else 0
 
 
 class PromptLookup:
@@ -12915,8 +12922,10 @@ class PromptLookup:
     def guess(self, ids: TokenIds, most: int) -> Guess:
         """Return at most ``most`` tokens that may follow ``ids``."""
         end, self._length = longest_match(ids)
-        # A loop goes on in what is guessed.
-        found = np.resize(ids[end:], min(most, self._max_tokens) if end else 0).tolist()
+        count = min(most, self._max_tokens) if end else 0
+        found = ids[end : end + count].tolist()
+        if len(found) < count:  # a loop goes on in what is guessed
+            found = np.resize(found, count).tolist()
         self._due = found[::-1]
         lengths = range(self._length, self._length + len(found))
         return Guess(found, [self._odds(length) for length in lengths])
