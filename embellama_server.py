@@ -20337,7 +20337,9 @@ class GenerateForm(SamplingForm):
         _range("repeat_penalty"), "The same, as vLLM calls it."
     )
     logit_bias: tuple[tuple[int, float], ...] | None = optional(
-        _BIASES, "Token ids, and -100 (never) to 100 to add to their logits."
+        _BIASES,
+        "Token ids, and -100 (never) to 100 to add to their logits. In vocabularies with "
+        "bytes (Llama 2, Gemma) a character such as ! is two tokens.",
     )
     ignore_eos: bool = optional(FLAG, "Go on where the model would end.", False)
     n: int = optional(integer(1), "How many replies, at most --parallel.", 1)
