@@ -296,6 +296,7 @@ import types
 import typing
 import unicodedata
 import urllib.parse
+import weakref
 import zipfile
 import zlib
 from collections.abc import (
@@ -12731,9 +12732,12 @@ class PromptCache:
             blocks = self._missing(sequence.id, sequence.held)
             if blocks is not None:
                 copied = self._copy_out(sequence.id, sequence.held, blocks, ends_at)
-                if 0 < copied < len(blocks) and time.monotonic() > ends_at:
+                is_late = time.monotonic() > ends_at
+                if is_late and 0 < copied < len(blocks):
                     return True
                 self.drop(sequence)
+                if is_late:
+                    break
             elif self._computed_tokens - sequence.used_at >= MAX_KEPT_TOKENS:
                 self._execute([self._table.evict(sequence)])
         if not any(sequence.length for sequence in self._table.sequences):
@@ -12758,6 +12762,7 @@ class PromptCache:
         for sequence in self._table.idle:
             self.drop(sequence)
         self._store.clear()
+        trim_memory()  # smaller blocks than glibc maps for themselves stay with it
         self.has_idle = True
 
     # --- done in the context ---
@@ -13934,6 +13939,7 @@ class GenerationWorker(Workers):
             draft_tokens=self._queue.settings.draft_tokens if context.can_trim else 0,
             max_alike=max_alike_rows(self._queue.card.weights),
         )
+        self._count()
 
     def _try_to_renew(self) -> bool:
         try:
@@ -17233,7 +17239,7 @@ def facts_with(path: str, **known: Any) -> ModelFacts:
     )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class LoadedModel:
     """A model in memory."""
 
@@ -17248,6 +17254,7 @@ class LoadedModel:
     template_fault: str = ""  # why it is none, if the file has one
     sampling: SamplingOptions = SamplingOptions()  # the file's, else ours
     holds: int = 0  # with blocks that use it, see hold()
+    is_freed: bool = False
 
     @property
     def card(self) -> ModelCard:
@@ -17287,6 +17294,7 @@ class LoadedModel:
         if ended:
             self.pool.engine.close()
             trim_memory()
+            self.is_freed = True
         return ended
 
     @contextlib.contextmanager
@@ -26042,6 +26050,7 @@ class Loader:
         self._trial = Trial()
         # What has loaded well: stamps of files, and the settings.
         self._proven: collections.deque[object] = collections.deque(maxlen=256)
+        self._served: list[weakref.ref[LoadedModel]] = []
         self._log = hooks.log
         self._engine_factory = engine_factory
         self._hooks = hooks
@@ -26082,8 +26091,9 @@ class Loader:
         begun = time.monotonic()
         stamp = file_stamp(*part_paths(settings.model_path))
         file = model_file(settings, self._fetch)
-        # The first model is what the box is for; mapped weights need not be resident.
-        if self._proven or settings.max_memory_mb:
+        # One alone is what the box is for, also when it comes back after --idle-unload-s;
+        # mapped weights need not be resident.
+        if self._has_others or settings.max_memory_mb:
             check_memory(settings, facts_of(settings, file.path))
         proof = stamp, loaded_with(settings)
         # The default model is known to the byte; a test has its own engine.
@@ -26133,8 +26143,17 @@ class Loader:
             undo.pop_all()
         trim_memory()
         self._proven.append(proof)
+        self._served.append(weakref.ref(served))
         self._log_loaded(served, file, begun)
         return served
+
+    @property
+    def _has_others(self) -> bool:
+        """Whether models are in memory."""
+        self._served = [
+            one for one in self._served if (it := one()) and not it.is_freed
+        ]
+        return bool(self._served)
 
     def _log_loaded(self, loaded: LoadedModel, file: ModelFile, begun: float) -> None:
         settings, card, used = loaded.settings, loaded.card, loaded.pool.settings

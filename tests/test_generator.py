@@ -428,6 +428,15 @@ def test_a_prompt_that_no_step_works_with_harms_no_neighbour(
         assert running.queue.prompt_cache.misses >= 8, "counted from the start"
 
 
+@pytest.mark.parametrize("token", [BOOM_TOKEN, NAN_TOKEN])
+def test_what_is_forgotten_with_a_failed_step_is_no_longer_counted(token: int) -> None:
+    with generating() as running:
+        running.ask(prompt(1, 60), 3).wait()
+        until(lambda: running.queue.prompt_cache.stored_bytes, "a copy")
+        assert running.ask([*prompt(50), token], 3).wait().error is not None
+        until(lambda: not running.queue.prompt_cache.stored_bytes, "what is true")
+
+
 def test_one_failure_is_no_reply_s_end() -> None:
     engine = StepEngine()
     engine.failures[BOOM_TOKEN] = 1

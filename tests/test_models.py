@@ -1525,6 +1525,17 @@ async def test_the_first_model_is_what_the_box_is_for_unless_a_ceiling_is_set(
             pass
 
 
+async def test_a_model_comes_back_to_a_box_that_it_has_alone(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(es, "free_memory_bytes", lambda: 0.0)
+
+    async with serving(row(files("a"))) as running:
+        await running.admin("unload", model="a")
+        await running.freed(running.engines.last("a"))
+        assert await running.answering() == "a@1"
+
+
 def test_what_a_model_may_take_grows_with_its_workers_and_its_cache(
     files: Callable[[str], str],
 ) -> None:

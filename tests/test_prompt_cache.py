@@ -170,6 +170,18 @@ def test_out_of_time_it_goes_on_the_next_time_and_the_cells_stay_till_then() -> 
     assert context.copied_out == 2, "somebody goes on from it"
 
 
+def test_out_of_time_one_sequence_is_moved_and_not_the_next() -> None:
+    context = MemoryContext(1000, 8)
+    cache = new_cache(context)
+    for n in range(6):
+        left(context, cache, ids_of((n * 20, 20)))
+    for turn in range(1, 7):
+        assert cache.has_idle
+        cache.move_out(limit_s=-math.inf)
+        assert (context.copied_out, cache.counts.idle_cells) == (turn, 120 - 20 * turn)
+    assert not cache.has_idle
+
+
 def test_with_no_time_at_all_it_comes_to_an_end() -> None:
     context = MemoryContext(1000, 4)
     cache = new_cache(context, max_bytes=150 * CELL_BYTES)
@@ -312,15 +324,23 @@ def test_who_asks_for_no_reuse_gets_nothing_back() -> None:
     assert begun(cache, [*ONE, 7]).length == 150
 
 
-def test_clearing_forgets_what_is_idle_and_what_was_copied() -> None:
+def test_clearing_forgets_what_is_idle_and_what_was_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     context = MemoryContext(1000, 4)
-    cache = new_cache(context)
+    cache, trimmed = new_cache(context), list[int]()
+
+    def trim() -> None:
+        trimmed.append(cache.counts.stored_bytes)
+
+    monkeypatch.setattr(es, "trim_memory", trim)
     left(context, cache, ONE)
     running = begun(cache, ids_of((200, 50)))
     cache.copy_ahead()
     cache.clear_idle()
     counts = cache.counts
     assert (counts.idle_cells, counts.stored_bytes, counts.sequences) == (0, 0, 1)
+    assert trimmed == [0], "and then their memory goes back to the system"
     assert running.is_running
     again = new_cache(context, counted=counts)
     assert again.counts.misses == 2, "counters go on"
