@@ -12218,6 +12218,11 @@ def common_prefix(one: TokenIds, other: TokenIds) -> int:
     return int(differ[0]) if len(differ) else shorter
 
 
+def first_seen(position: int, window: int) -> int:
+    """Return the first position that a token looks at, in a window unless that is 0."""
+    return max(0, position - window + 1) if window else 0
+
+
 @dataclass(slots=True)
 class PromptCacheCounts:
     """What is in memory of a model's prompts, and what was found there since the start."""
@@ -12339,8 +12344,7 @@ class SequenceTable:
             if shared >= MIN_PREFIX_TOKENS and (is_whole or self._can_trim):
                 found.append((shared, is_whole, sequence.used, sequence))
         for shared, _, _, sequence in sorted(found, key=lambda row: row[:3])[::-1]:
-            # A token at position n looks at those after n - window.
-            seen_from = max(0, shared - self._window + 1)
+            seen_from = first_seen(shared, self._window)
             if not self._window or self._first_position(sequence.id) <= seen_from:
                 return sequence, shared
         return None, 0
@@ -12839,10 +12843,9 @@ class PromptCache:
     def _has_window(self, sequence: CachedSequence) -> bool:
         """Whether all is in memory that a sequence's next token looks at."""
         context, end = self._context, sequence.length
-        seen_from = max(0, end - context.window + 1) if context.window else 0
         return not end or (
             context.last_position(sequence.id) == end - 1
-            and context.first_position(sequence.id) <= seen_from
+            and context.first_position(sequence.id) <= first_seen(end, context.window)
         )
 
 
@@ -26050,7 +26053,7 @@ class Loader:
         self._trial = Trial()
         # What has loaded well: stamps of files, and the settings.
         self._proven: collections.deque[object] = collections.deque(maxlen=256)
-        self._served: list[weakref.ref[LoadedModel]] = []
+        self._loaded: weakref.WeakSet[LoadedModel] = weakref.WeakSet()
         self._log = hooks.log
         self._engine_factory = engine_factory
         self._hooks = hooks
@@ -26093,7 +26096,8 @@ class Loader:
         file = model_file(settings, self._fetch)
         # One alone is what the box is for, also when it comes back after --idle-unload-s;
         # mapped weights need not be resident.
-        if self._has_others or settings.max_memory_mb:
+        is_alone = all(one.is_freed for one in self._loaded)
+        if not is_alone or settings.max_memory_mb:
             check_memory(settings, facts_of(settings, file.path))
         proof = stamp, loaded_with(settings)
         # The default model is known to the byte; a test has its own engine.
@@ -26143,17 +26147,9 @@ class Loader:
             undo.pop_all()
         trim_memory()
         self._proven.append(proof)
-        self._served.append(weakref.ref(served))
+        self._loaded.add(served)
         self._log_loaded(served, file, begun)
         return served
-
-    @property
-    def _has_others(self) -> bool:
-        """Whether models are in memory."""
-        self._served = [
-            one for one in self._served if (it := one()) and not it.is_freed
-        ]
-        return bool(self._served)
 
     def _log_loaded(self, loaded: LoadedModel, file: ModelFile, begun: float) -> None:
         settings, card, used = loaded.settings, loaded.card, loaded.pool.settings

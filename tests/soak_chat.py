@@ -7,8 +7,7 @@ Greedy replies must be what the model says alone, until two tokens are as good a
 likely: then the last bits decide, and these depend on what else shares a step. (Of two
 such tokens neither may begin as the other does: a reply that went on from the other one
 would be found wrong only later, where it has no excuse.) Vectors must be those that came
-first. At the end no sequence runs or waits, no cell is in use,
-and memory has not grown.
+first. At the end no sequence runs or waits, no cell is in use, and memory has not grown.
 """
 
 from __future__ import annotations
