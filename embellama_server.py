@@ -17727,6 +17727,12 @@ class ModelRegistry:
             self.retiring.append(entry.loaded)
             entry.known, entry.loaded = entry.loaded.facts, None
             self._telemetry.set("embellama_model_loaded", 0, entry.label)
+            self._forget_failures()  # a load waits until this one is freed, if it is idle
+
+    def _forget_failures(self) -> None:
+        """Let what had no room be tried again: there may be some now."""
+        for entry in self.entries:
+            entry.failed = None
 
     def sweep(self, idle_s: float) -> None:
         """Unload models that were idle for ``idle_s`` (0: none), free retired ones."""
@@ -17771,8 +17777,7 @@ class ModelRegistry:
     async def _free(self, loaded: LoadedModel, wait_s: float) -> None:
         ended = await asyncio.to_thread(loaded.free, wait_s)
         self.is_clean = self.is_clean and ended
-        for entry in self.entries:
-            entry.failed = None  # there may be room for it now
+        self._forget_failures()
 
     async def _all_freed(self) -> None:
         """Wait until nothing is being freed."""
@@ -26207,7 +26212,7 @@ class Loader:
 # that connect meanwhile wait in the backlog instead of being refused (16 clients lost the
 # 16 requests that were being answered, and 2,668 without the parent).
 # The parent replaces the process that was started (so its pid is the one to signal). It
-# runs _PARENT_USES alone, in a Python without site-packages: 13 MB, where reading this
+# runs _PARENT_USES alone, in a Python without site-packages: 12 MB, where reading this
 # whole file takes 55. So these use the imports of _LAUNCHER and each other, no more.
 
 _PARENT_USES: Final = (
@@ -26223,6 +26228,7 @@ for name in names.split():
     block = re.search(rf"(?m)^(class |def )?{name}\\b.*\\n([ )].*\\n|\\n)*", text)
     lines = "\\n" * text.count("\\n", 0, block.start()) + block[0]
     exec(compile(lines, path, "exec", __future__.annotations.compiler_flag))
+del text, block, lines  # the whole file, for as long as the parent lives
 sys.exit(Parent(command, **json.loads(given)).run())
 """
 

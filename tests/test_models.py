@@ -220,11 +220,14 @@ class Several(kit.RunningService):
         self.models.sweep(0)
 
     async def freed(self, engine: kit.FakeEngine) -> None:
-        """Wait until an engine is out of memory; the server's own tick takes longer."""
+        """Wait until an engine is out of memory; the server's own tick takes longer.
+
+        And until the registry knows: a thread frees it, and trims memory after that.
+        """
 
         def is_freed() -> bool:
             self.sweep()
-            return engine.is_closed
+            return engine.is_closed and not self.models._freeing
 
         await until(is_freed, "freed")
 
@@ -1506,8 +1509,21 @@ async def test_a_load_that_this_box_has_no_memory_for_is_refused_with_both_numbe
         assert await running.answering("a") == "a@1"
         monkeypatch.setattr(es, "free_memory_bytes", lambda: 1e12)
         await running.admin("unload", model="a")
-        await running.freed(running.engines.last("a"))
         assert await running.answering("b") == "b@1", "at once"
+
+
+async def test_a_model_that_had_no_room_is_tried_again_once_another_has_done_its_work(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        monkeypatch.setattr(es, "free_memory_bytes", lambda: 0.0)
+        a = running.engines.last("a")
+        with running.loaded_of("a@1").hold():
+            await running.admin("unload", model="a")
+            assert (await running.embed("b")).status == 503
+            assert (await running.embed("b")).headers["retry-after"] == "10"
+        await running.freed(a)
+        assert (await running.embed("b")).status == 200
 
 
 async def test_the_first_model_is_what_the_box_is_for_unless_a_ceiling_is_set(
