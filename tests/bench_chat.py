@@ -35,12 +35,14 @@ from tests.chat_load import (
     CELLS,
     DEFAULT_CHAIN,
     GREEDY,
+    STREAMS_BESIDE,
     TIGHT_CONTEXT,
     TIGHT_PARALLEL,
     Cell,
     Figures,
     Stream,
     Texts,
+    beside,
     lookup,
     overcommit,
 )
@@ -70,7 +72,7 @@ PROMPTS = [" ".join(pair) for pair in itertools.product(OPENINGS, TOPICS)]
 MB = 1e6
 SETTLE_S = 0.5
 IDLE_SHARE = 0.02  # of a core: more of it while the other is asked, and it disturbs
-OTHERS = ("overcommit", "memory", "lookup")  # with servers of their own
+OTHERS = ("overcommit", "memory", "lookup", "beside")  # with servers of their own
 DRAFTING = "--draft-tokens 15 --draft-greedy"
 PLAIN = "--draft-tokens 0"  # what drafts are compared with: this server without
 
@@ -117,6 +119,10 @@ BARS = {
     "8 behind 4,000 tokens: first token p95, ms": Bar(0.25),
     "after one has left: first token later, ms": Bar(120, of_peer=False),  # a step + 20
     "twice the cells: lost": Bar(0, of_peer=False),
+    **{
+        f"embeddings, {many} at a time: p50, of alone": Bar(2, of_peer=False)
+        for many in (1, 8)
+    },
     **{f"quoting, {how}": Bar(1.5, at_least=True) for how in ("greedy", "sampled")},
     "editing, greedy": Bar(1.5, at_least=True),
     **{
@@ -233,6 +239,20 @@ def measure_lookup(subject: Subject, model: Path, rounds: int) -> Rounds:
         ]
         measure(servers, [lookup], rounds, found)
     print(f"\ntokens/s, {rounds} rounds, medians:\n\n{table(found, PLAIN)}\n")
+    return found
+
+
+def measure_beside(subject: Subject, model: Path, rounds: int) -> Rounds:
+    """What streams cost the embeddings of another model, and print that."""
+    found: Rounds = {}
+    log = es.Log("warning", "text", sys.stderr)
+    embeds = es.ModelFetch(es.default_cache_dir(), log, es.DEFAULT_MODEL).path()
+    # Given so, --context-size would be for both, and one was trained for 512 tokens.
+    command = subject.command.replace("--context-size {context}", "--model-path {also}")
+    both = Subject(OURS, command.replace("{also}", str(embeds)))
+    with both.serving(model, STREAMS_BESIDE, CONTEXT) as server:
+        measure([server], [beside], rounds, found)
+    print(f"\n{embeds.name}, {rounds} rounds, medians:\n\n{table(found)}\n")
     return found
 
 
@@ -374,6 +394,8 @@ def main() -> None:
         print(f"\n{given.rounds} rounds, medians:\n\n{table(found)}\n")
     if "lookup" in names:
         found |= measure_lookup(subjects[0], model, given.rounds)
+    if "beside" in names:
+        found |= measure_beside(subjects[0], model, given.rounds)
     if "memory" in names:
         print(memory_table(subjects, model))
     if given.json:

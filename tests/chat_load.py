@@ -14,6 +14,7 @@ from urllib.request import urlopen
 
 from tests import kit
 from tests.bench import quantile_ms
+from tests.load import Load, body
 from tests.words import WORDS
 
 TIGHT_PARALLEL, TIGHT_CONTEXT = 4, 2048
@@ -21,6 +22,8 @@ DEFAULT_CHAIN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 GREEDY = {"temperature": 0}
 LOOKUP_TOKENS = 64
 RUNNING_TOKENS = 1000  # more than a stream says while it is watched
+STREAMS_BESIDE = 4
+EMBEDDED_S, EMBEDDED_TEXTS = 3.0, 8000  # more than are answered
 
 
 class Stream:
@@ -278,6 +281,41 @@ async def overcommit(url: str, texts: Texts) -> Figures:
     for stream in asked:
         await stream.reading
     return {"twice the cells: lost": sum(s.tokens < s.wanted for s in asked)}
+
+
+async def beside(url: str, texts: Texts) -> Figures:
+    """Embeddings of single texts by another model, alone and while streams run."""
+    found: Figures = {}
+    for connections in (1, 8):
+        alone = await _embedding_ms(url, texts, connections)
+        running = [
+            Stream(url, texts.words(16), RUNNING_TOKENS, **DEFAULT_CHAIN)
+            for _ in range(STREAMS_BESIDE)
+        ]
+        for stream in running:
+            await stream.begun.wait()
+        begun = time.perf_counter()
+        among = await _embedding_ms(url, texts, connections)
+        said = sum(at > begun for stream in running for at in stream.arrivals)
+        rate = said / (time.perf_counter() - begun)
+        for stream in running:
+            assert not stream.reading.done(), "it ended too early"
+            await stream.leave()
+        name = f"embeddings, {connections} at a time"
+        found |= {
+            f"{name}: p50 alone, ms": alone,
+            f"{name}: p50, of alone": among / alone,
+            f"{name}: of {STREAMS_BESIDE} streams, texts/s": rate,
+        }
+    return found
+
+
+async def _embedding_ms(url: str, texts: Texts, connections: int) -> float:
+    """The p50 of a few seconds; no text comes twice, or a cache would answer."""
+    bodies = [body([texts.words(20)]) for _ in range(EMBEDDED_TEXTS)]
+    load = Load(url, bodies, connections, EMBEDDED_S)
+    await asyncio.to_thread(load.run)
+    return quantile_ms(load.latencies, 0.5)
 
 
 Cell = Callable[[str, Texts], Awaitable[Figures]]
