@@ -661,6 +661,11 @@ class FaultyContext(FakeContext):
         self._aborted.set()
 
 
+def threads_since(before: set[threading.Thread]) -> set[str]:
+    """The names of threads that came after. Not their number: older ones may end."""
+    return {thread.name for thread in set(threading.enumerate()) - before}
+
+
 def wait(event: threading.Event) -> None:
     """Wait for an event, but not for ever."""
     assert event.wait(DEADLINE_S), "nobody set the event"

@@ -44,11 +44,6 @@ def made(engine: kit.FakeEngine | None = None, **wanted: Any) -> Iterator[es.Emb
         embedder.close()
 
 
-def threads() -> set[str]:
-    """The names of all threads but this one."""
-    return {each.name for each in threading.enumerate()} - {"MainThread"}
-
-
 def queue_of(embedder: es.Embedder) -> es.BatchQueue:
     """What an embedder has under way."""
     assert embedder._loaded is not None
@@ -259,12 +254,12 @@ def test_an_option_that_cannot_be_used_is_one_sentence(
 def test_what_the_model_lacks_is_an_error_and_leaves_nothing(
     options: dict[str, Any], kind: type[Exception]
 ) -> None:
-    before = threads()
+    before = set(threading.enumerate())
     with made(engine := kit.FakeEngine(), **options) as embedder:
         for _ in range(2):  # nothing is half loaded
             with pytest.raises(kind):
                 next(embedder.embed([["a"]]))
-        assert threads() == before
+        assert not kit.threads_since(before)
     assert engine.times_closed == 2
 
 
@@ -332,14 +327,14 @@ def test_an_identity_differs_where_vectors_do(tmp_path: Path) -> None:
 
 
 def test_closing_ends_its_threads_and_frees_the_model() -> None:
-    before = threads()
+    before = set(threading.enumerate())
     with made(engine := kit.FakeEngine()) as embedder:
-        assert threads() == before, "it has loaded before it was used"
+        assert not kit.threads_since(before), "it has loaded before it was used"
         for times in (1, 2):  # it may be used again
             assert len(next(embedder.embed([["a"]]))) == 1
-            assert threads() > before
+            assert kit.threads_since(before)
             embedder.close()
-            assert threads() == before
+            assert not kit.threads_since(before)
             assert engine.times_closed == times
         embedder.close()
     assert engine.times_closed == 2

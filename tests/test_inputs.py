@@ -658,10 +658,10 @@ def task(work: Callable[[], object]) -> es.TokenizerTask:
 def test_there_are_as_many_tokenizers_as_one_says() -> None:
     before = set(threading.enumerate())
     with desk(Engine(), tokenization_workers=3, workers=2):
-        started = {t.name for t in set(threading.enumerate()) - before}
+        started = kit.threads_since(before)
     names = [f"tokenizer-{n}" for n in range(3)] + ["worker-0", "worker-1"]
     assert started == set(names)
-    assert set(threading.enumerate()) <= before
+    assert not kit.threads_since(before)
 
 
 def test_a_text_that_takes_long_to_tokenize_holds_up_one_tokenizer() -> None:

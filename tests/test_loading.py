@@ -216,7 +216,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
 def test_loads_that_fail_and_rounds_of_loading_leave_nothing_behind(
     bench: Bench, engines: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, threads = bench.loader.load, threading.active_count()
+    load, threads = bench.loader.load, set(threading.enumerate())
     files = len(os.listdir("/proc/self/fd"))
 
     def fails(*_: object, **__: object) -> None:
@@ -242,7 +242,7 @@ def test_loads_that_fail_and_rounds_of_loading_leave_nothing_behind(
         del served
     assert bench.mappings() == 0
     assert engines() == 0
-    assert threading.active_count() == threads
+    assert not kit.threads_since(threads)
     assert len(os.listdir("/proc/self/fd")) == files
 
 
@@ -254,9 +254,9 @@ def test_a_load_that_fails_at_its_end_leaves_no_thread_behind(
 
     bench.loader.tries_first = False
     monkeypatch.setattr(es, "chat_template", fail)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     assert "there is not enough memory" in bench.refusal()
-    assert threading.active_count() == before
+    assert not kit.threads_since(before)
 
 
 BROKEN = "a\n{% for m in messages %}"

@@ -32,6 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embellama_server as es
+from tests import kit
 
 DEADLINE_S = 60.0  # kit.DEADLINE_S
 FOREVER_S = 3600.0
@@ -522,12 +523,12 @@ def test_credentials_in_the_url_are_sent_and_never_logged(
     ],
 )
 def test_what_is_no_such_url_is_refused_without_being_repeated(url: str) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(es.StartupError, match="otlp_endpoint") as caught:
         es.Tracer(url, "embeddings", "1", es.Log("debug", "json", io.StringIO()))
     assert "s3cret" not in str(caught.value)
     assert caught.value.__cause__ is None and caught.value.__context__ is None
-    assert threading.active_count() == before
+    assert not kit.threads_since(before)
 
 
 def test_proxies_of_the_environment_are_not_used(

@@ -1406,7 +1406,7 @@ def test_a_context_that_cannot_be_made_fails_the_start_and_ends_the_rest() -> No
     with pytest.raises(es.StartupError, match="no room"), desk(engine, workers=3):
         pytest.fail("started")
     assert engine.contexts_open == 0
-    assert set(threading.enumerate()) <= threads
+    assert not kit.threads_since(threads)
 
 
 # Some are too long, some for the long-input context, some for a batch; many are equal.
