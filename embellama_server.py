@@ -5887,7 +5887,8 @@ def context_and_input_tokens(
     if context > trained and not is_scaled and kind != "generate":
         raise StartupError(
             f"context_size = {context} is more than {path} was trained for "
-            f"({trained} tokens): lower it, or leave it out, or scale its positions with "
+            f"({trained} tokens): lower it, leave it out, set it for other models alone "
+            "in their tables of --config, or scale this one's positions with "
             "--rope-scaling if its authors say how"
         )
     most = context if is_scaled else min(context, trained)
