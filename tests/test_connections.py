@@ -968,7 +968,8 @@ def closed(client: Client) -> None:
 
 def reset(client: Client) -> None:
     sock = client.writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if sock.fileno() >= 0:  # else the server has closed it, and we have noticed
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.writer.transport.abort()
 
 
