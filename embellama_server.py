@@ -7711,6 +7711,15 @@ class Size(NamedTuple):
 
 
 LEAST: Final = Size(1, 1)  # of any job
+# An import of 20,000 texts, all of which a client sends at once, and room for others.
+_QUEUED_INPUTS: Final = 1 << 16
+
+
+def queue_limit(settings: Settings) -> Size:
+    """Return what may wait or run at once."""
+    most = max(_QUEUED_INPUTS, 8 * settings.max_client_batch_size)
+    inputs = settings.queue_size or most
+    return Size(inputs, settings.queue_tokens, settings.queue_mb << 20)
 
 
 @dataclass(slots=True)
@@ -13156,7 +13165,7 @@ class StepPlanner:
         self.speed = speed
         self._max_alike = max_alike
         self._draft_tokens = draft_tokens  # in a step
-        self._step_s = step_s
+        self.step_s = step_s
         self._batch_tokens = batch_tokens
         self._max_outputs = max_outputs  # rows of logits in a step
         self._rows = 0  # so far
@@ -13255,7 +13264,7 @@ class StepPlanner:
     def _room(self, rows: int, *, is_growing: bool) -> int:
         """Return how many tokens of prompts there is time for."""
         rows_s = self.speed.decode_s(rows)
-        limit_s = self._step_s if is_growing else _READING_STEP_S
+        limit_s = self.step_s if is_growing else _READING_STEP_S
         # A third of a step even where the replies alone take too long: prompts wait, too.
         left_s = max(limit_s - rows_s, rows_s / 2)
         is_alone = self._kind > 0 or not is_growing
@@ -13415,6 +13424,7 @@ class GenerationQueue(WorkQueue):
         super().__init__(card, settings, backlog)
         self.workers[0].contexts = 1
         self.vocabulary = vocabulary
+        self.step_s = settings.step_ms / 1000  # may change while it runs
         # guarded by _lock; the next two may be read without it
         self.prompt_cache = PromptCacheCounts(cells=card.cells)
         self.replies = 0  # that have a place
@@ -13919,6 +13929,7 @@ class GenerationWorker(Workers):
         self._make_way()
         on_trial = [one for one in self._replies if one in [*self._suspects][:1]]
         work, is_trial = on_trial or self._replies, bool(on_trial)
+        self._planner.step_s = self._queue.step_s
         if step := self._planner.plan(work, is_trial=is_trial):
             self._compute(step)
 
@@ -13937,7 +13948,7 @@ class GenerationWorker(Workers):
         self._cache = PromptCache(context, store, self._queue.prompt_cache)
         self._planner = StepPlanner(
             self._speed,
-            step_s=self._queue.settings.step_ms / 1000,
+            step_s=self._queue.step_s,
             batch_tokens=context.max_tokens,
             max_outputs=context.max_outputs,
             draft_tokens=self._queue.settings.draft_tokens if context.can_trim else 0,
@@ -14053,7 +14064,7 @@ class GenerationWorker(Workers):
         if all(unread):  # those who find nothing beside them say the same each time
             has_moved = self._cache.move_out()
         else:  # in a short part of the longest step
-            limit_s = self._queue.settings.step_ms / 10_000
+            limit_s = self._queue.step_s / 10
             has_moved = self._cache.move_out(sum(unread), limit_s)
         if has_moved:
             self._count()
@@ -17157,7 +17168,7 @@ def facts_of(settings: Settings, path: str) -> ModelFacts:
     template = template_source(settings, header.chat_template) if is_generating else ""
     return facts_with(
         path,
-        stamp=file_stamp(*part_paths(settings.model_path)),
+        stamp=stamp_of(settings),
         architecture=header.architecture,
         kind=kind,
         n_embd=header.number("embedding_length"),
@@ -17243,6 +17254,17 @@ def facts_with(path: str, **known: Any) -> ModelFacts:
     )
 
 
+def loaded_with(settings: Settings) -> tuple[object, ...]:
+    """Return the settings that a model is loaded with, besides its files."""
+    rows = (row for row in MODEL_ROWS if row.reload == "with the model")
+    return tuple(getattr(settings, row.name) for row in rows)
+
+
+def stamp_of(settings: Settings) -> tuple[int, ...]:
+    """Return a stamp of the files that a model is loaded from, see file_stamp()."""
+    return file_stamp(*part_paths(settings.model_path), settings.chat_template)
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class LoadedModel:
     """A model in memory."""
@@ -17292,6 +17314,12 @@ class LoadedModel:
         queue = self.pool.queue
         return not (self.holds or queue.backlog.inputs or queue.busy)
 
+    def obey(self, settings: Settings) -> None:
+        """Take what changes at once: how much may wait, how long a step may take."""
+        self.pool.queue.backlog.limit = queue_limit(settings)
+        if isinstance(self.pool.queue, GenerationQueue):
+            self.pool.queue.step_s = settings.step_ms / 1000
+
     def free(self, wait_s: float = FREE_S) -> bool:
         """End its threads and free it. False if a thread does not end in time."""
         ended = self.pool.stop(wait_s)
@@ -17311,6 +17339,12 @@ class LoadedModel:
             self.holds -= 1
 
 
+def generation_queues(loaded_models: Iterable[LoadedModel]) -> list[GenerationQueue]:
+    """Return the queues of those models that generate."""
+    queues = (loaded.pool.queue for loaded in loaded_models)
+    return [queue for queue in queues if isinstance(queue, GenerationQueue)]
+
+
 @dataclass(frozen=True, slots=True)
 class FailedLoad:
     """Why a model could not be loaded, and when loading is tried again."""
@@ -17327,12 +17361,13 @@ class ModelEntry:
     def __init__(self, settings: Settings) -> None:
         self.loaded: LoadedModel | None = None
         self.known: ModelFacts | None = None  # its facts while it is unloaded
-        self.used_at = 0.0  # seconds, time.monotonic()
+        self.used_at = 0.0  # seconds, time.monotonic(); 0: never
         self.clients: set[str] = set()  # since it was loaded; two of them are enough
         self.loading: asyncio.Task[LoadedModel] | None = None
         self.failed: FailedLoad | None = None  # the last load, if it failed
         self.is_added = False  # by an administrator: a reload leaves it alone
         self.is_chosen = False  # by an administrator: the default version of its name
+        self.settings = settings
         self.renew(settings)
 
     def note_client(self, client: str) -> None:
@@ -17341,7 +17376,11 @@ class ModelEntry:
             self.clients.add(client)
 
     def renew(self, settings: Settings) -> None:
-        """Take new settings, leaving the loaded model alone."""
+        """Take new settings. The loaded model takes those that change at once."""
+        if self.loaded:
+            self.loaded.obey(settings)
+        if self.known and loaded_with(settings) != loaded_with(self.settings):
+            self.known = dataclasses.replace(self.known, stamp=())  # to be looked at
         self.settings = settings
         self.failed = None  # the new settings may help
         self.name = name_of(settings) or DEFAULT_MODEL.name
@@ -17426,13 +17465,18 @@ class ModelNames:
                     raise StartupError(f"{name} would be the name of two models")
 
     def find(
-        self, asked: str | None, client: str, *, any_model: bool = False, kind: str = ""
+        self,
+        asked: str | None,
+        client: str | None,
+        *,
+        any_model: bool = False,
+        kind: str = "",
     ) -> ModelEntry:
         """Return the model for a request: by name, alias or name@version.
 
         Without a name it is the first of this kind, if one is asked for; with
         ``any_model`` also for an unknown name. ``client`` keeps the version it gets
-        where shares decide. Raises ModelNotFound.
+        where shares decide; None gets the default one. Raises ModelNotFound.
         """
         meant = self._meanings(asked) if asked else []
         if len(meant) == 1:
@@ -17493,12 +17537,12 @@ def _default_of(group: Versions) -> ModelEntry:
     return max(group, key=lambda entry: (entry.is_chosen, entry.version))
 
 
-def _version_for(client: str, group: Versions) -> ModelEntry:
+def _version_for(client: str | None, group: Versions) -> ModelEntry:
     """Return a client's version, which stays the same while the shares do."""
     if len(group) == 1:
         return group[0]
     total = sum(entry.settings.model_share for entry in group)
-    if not total or any(entry.is_chosen for entry in group):
+    if client is None or not total or any(entry.is_chosen for entry in group):
         return _default_of(group)
     digest = hashlib.blake2b(f"{group[0].name}\0{client}".encode(), digest_size=8)
     left = int.from_bytes(digest.digest(), "big") / 2**64 * total
@@ -17535,6 +17579,7 @@ def _spellings(name: str) -> tuple[str, str, str]:
 
 FIRST_PAUSE_S: Final = 10.0  # after a failed load; doubles up to MAX_PAUSE_S
 MAX_PAUSE_S: Final = 60.0
+_FOR_ALL: Final = {row.name for row in SETTING_ROWS} - {row.name for row in MODEL_ROWS}
 _HAND_OVER_S: Final = 0.25  # by then all requests that waited for a load hold the model
 
 
@@ -17604,7 +17649,7 @@ class ModelRegistry:
 
     async def _learn(self, *, with_sha256: bool) -> None:
         for entry in self.entries:
-            stamp = file_stamp(*part_paths(entry.settings.model_path))
+            stamp = stamp_of(entry.settings)
             is_known = entry.known is not None and entry.known.stamp == stamp
             if entry.loaded or (is_known and (entry.facts.sha256 or not with_sha256)):
                 continue
@@ -17635,20 +17680,25 @@ class ModelRegistry:
         if entry.loading is None:
             _refuse_if_just_failed(entry)
             entry.loading = asyncio.create_task(self._load_current(entry))
-            # Retrieved, or asyncio would log a failed load that no request waits for.
-            entry.loading.add_done_callback(lambda t: t.cancelled() or t.exception())
-        loading = entry.loading
-        # A client that leaves does not cancel the load: others may wait too.
-        waited_for: set[asyncio.Future[Any]] = {loading, self._ended}
-        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-        if not loading.done():
-            raise NotReady("the server stopped before the model was loaded")
         try:
-            return loading.result()
+            return await self.until_done(entry.loading)
         except (StartupError, EngineError):
             _refuse_if_just_failed(entry)
             reason = "the model has changed: ask again"
             raise NotReady(reason) from None
+
+    async def until_done(self, task: asyncio.Task[T]) -> T:
+        """Wait for a task that loads. Raises NotReady if the server stops before.
+
+        A client that leaves does not cancel it: others may wait too.
+        """
+        # Retrieved, or asyncio would log a failed load that no request waits for.
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())
+        waited_for: set[asyncio.Future[Any]] = {task, self._ended}
+        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise NotReady("the server stopped before the model was loaded")
+        return task.result()
 
     def give_up(self) -> None:
         """Wake all requests that wait for loads, as the server stops."""
@@ -17701,6 +17751,7 @@ class ModelRegistry:
     def put(self, entry: ModelEntry, loaded: LoadedModel) -> None:
         """Serve a model that was loaded, replacing the old one."""
         self._retire(entry)
+        loaded.obey(entry.settings)  # it may have changed while the model was loaded
         entry.loaded, entry.used_at = loaded, time.monotonic()
         entry.clients.clear()
         entry.failed = None
@@ -17726,7 +17777,10 @@ class ModelRegistry:
     def _retire(self, entry: ModelEntry) -> None:
         if entry.loaded is not None:
             self.retiring.append(entry.loaded)
-            entry.known, entry.loaded = entry.loaded.facts, None
+            entry.known, old = entry.loaded.facts, entry.loaded.settings
+            if loaded_with(old) != loaded_with(entry.settings):
+                entry.known = dataclasses.replace(entry.known, stamp=())
+            entry.loaded = None
             self._telemetry.set("embellama_model_loaded", 0, entry.label)
             self._forget_failures()  # a load waits until this one is freed, if it is idle
 
@@ -17792,7 +17846,7 @@ class ModelRegistry:
 
         Goes on if its caller is cancelled.
         """
-        return await asyncio.shield(asyncio.create_task(self._add(settings)))
+        return await self.until_done(asyncio.create_task(self._add(settings)))
 
     async def _add(self, settings: Settings) -> ModelEntry:
         entry = ModelEntry(settings)
@@ -17845,7 +17899,7 @@ class ModelRegistry:
         loaded: dict[str, LoadedModel] = {}
         try:
             for new in new_entries:
-                if self._has_to_be_loaded(new):
+                if await self._has_to_be_loaded(new):
                     loaded[new.label] = await self._load_alone(new.settings)
             self._change_to(new_entries)
         except BaseException:
@@ -17859,14 +17913,21 @@ class ModelRegistry:
         await self._learn(with_sha256=False)  # which kinds they are
         return sorted(loaded)
 
-    def _has_to_be_loaded(self, new: ModelEntry) -> bool:
+    async def _has_to_be_loaded(self, new: ModelEntry) -> bool:
         """Raises StartupError for a prompt that a model staying in memory lacks."""
         labels = {entry.label: entry for entry in self.entries}
         old = labels.get(new.label)
-        if old and old.loading:
-            return False  # _load_current() uses the new settings
-        if old is None or old.loaded is None:
+        if old is None or not old.used_at:
             return new.settings.preload
+        is_changed = loaded_with(old.settings) != loaded_with(new.settings)
+        if (
+            is_changed and old.loading
+        ):  # one that will not do is refused, as if it were there
+            await asyncio.wait([old.loading])
+        if old.loaded is None:
+            return (
+                False  # what was unloaded, or is only being loaded, is not our affair
+            )
         if not _can_stay(old.loaded, new.settings):
             return True
         if old.loaded.card.kind == "embed":
@@ -17882,6 +17943,9 @@ class ModelRegistry:
         for entry, new in zip(kept, new_entries, strict=True):
             entry.renew(new.settings)
             entry.is_added = False
+        for entry in added:  # its own settings stay; those for all are everybody's
+            common = {name: getattr(new_entries[0].settings, name) for name in _FOR_ALL}
+            entry.renew(dataclasses.replace(entry.settings, **common))
         for entry in old.values():
             if not entry.is_added:
                 self._retire(entry)
@@ -17903,8 +17967,8 @@ def _refuse_if_just_failed(entry: ModelEntry) -> None:
 
 
 def _stamp_of_causes(settings: Settings) -> tuple[int, ...]:
-    path = settings.model_path
-    return file_stamp(*part_paths(path), str(Path(path).parent / "SHA256SUMS"))
+    sums = Path(settings.model_path).parent / "SHA256SUMS"
+    return stamp_of(settings) + file_stamp(str(sums))
 
 
 Counts = TypeVar("Counts", CacheCounts, PromptCacheCounts)
@@ -17915,12 +17979,6 @@ def _sum_of(counts: Sequence[Counts]) -> Counts:
     names = [row.name for row in dataclasses.fields(counts[0])]
     numbers = ([getattr(one, name) for one in counts] for name in names)
     return type(counts[0])(*map(sum, numbers))
-
-
-def generation_queues(loaded_models: Iterable[LoadedModel]) -> list[GenerationQueue]:
-    """Return the queues of those models that generate."""
-    queues = (loaded.pool.queue for loaded in loaded_models)
-    return [queue for queue in queues if isinstance(queue, GenerationQueue)]
 
 
 def check_prompts(
@@ -17948,13 +18006,7 @@ def _can_stay(loaded: LoadedModel, settings: Settings) -> bool:
     """Whether loading with these settings would give the same model."""
     if loaded_with(loaded.settings) != loaded_with(settings):
         return False
-    return file_stamp(*part_paths(settings.model_path)) == loaded.facts.stamp
-
-
-def loaded_with(settings: Settings) -> tuple[object, ...]:
-    """Return the settings that a model is loaded with, besides its file."""
-    rows = (row for row in MODEL_ROWS if row.reload == "with the model")
-    return tuple(getattr(settings, row.name) for row in rows)
+    return stamp_of(settings) == loaded.facts.stamp
 
 
 # ==============================================================================
@@ -19464,6 +19516,7 @@ async def replies_for(
     priority = priority_of(context, request.priority)
     entry, loaded_model = await resolve_model(context, request, request.kind)
     check_reply_request(request, entry, loaded_model, settings)
+    most_tokens = entry.settings.max_tokens
     begun_at = time.monotonic()
     prompts = await read_prompts(request, loaded_model, client, priority)
     grammar = await read_grammar(request, loaded_model, client, priority)
@@ -19471,7 +19524,7 @@ async def replies_for(
     context.log_fields["folded"] = request.is_folded or None
     return Replies(
         requests=[
-            generation_request(request, ids, loaded_model, settings.max_tokens, grammar)
+            generation_request(request, ids, loaded_model, most_tokens, grammar)
             for ids in prompts
         ],
         entry=entry,
@@ -22203,8 +22256,9 @@ async def info(context: RequestContext) -> Response:
     service.check_open()
     names, client = service.models.names, context.caller.client
     first = names.find(None, client)
-    if first.facts.kind == "generate":  # which TEI's routes do not
-        first = names.find(None, client, kind="embed")
+    for kind_asked in ("embed", "rank"):
+        if first.facts.kind == "generate":  # which TEI's routes do not
+            first = names.find(None, client, kind=kind_asked)
     loaded_model = await loaded(context, first)
     card, settings = loaded_model.card, service.settings
     dtypes = {"f16": "float16", "f32": "float32"}
@@ -22569,18 +22623,21 @@ async def props(context: RequestContext) -> Response:
     entry = _shown_entry(context)
     loaded_model, settings = entry.loaded, entry.settings
     sampling, template, length = SamplingOptions(), None, 0
+    source = entry.facts.chat_template
     if loaded_model is not None:
         sampling, template = loaded_model.sampling, loaded_model.template
-        length = loaded_model.card.max_input_tokens
+        length, source = loaded_model.card.max_input_tokens, ""
+    elif trained := entry.facts.trained_tokens:
+        length = settings.context_size or default_context_tokens(settings, trained)
     names = template.names if template else {"bos_token": "", "eos_token": ""}
-    params = _params(sampling, context.service.settings.max_tokens)
+    params = _params(sampling, settings.max_tokens)
     shown = {
         "default_generation_settings": {"params": params, "n_ctx": length},
         "total_slots": settings.parallel,
         "model_alias": entry.name,
         "model_path": entry.name,
         "modalities": dict.fromkeys(("vision", "audio", "video"), False),
-        "chat_template": template.source if template else "",
+        "chat_template": template.source if template else source,
         **names,
         "build_info": f"embellama_{__version__}",
         "is_sleeping": loaded_model is None,
@@ -23730,13 +23787,15 @@ async def load_model(context: RequestContext, form: LoadForm) -> Response:
     if ("path" in given) == ("model" in given):
         raise InvalidValue("give either model or path", param="model")
     if form.model is not None:
+        for other in given.keys() - {"model"}:
+            raise invalid(other, "goes with path: a known model has its settings")
         entry = _known(service, form.model)
         entry.failed = None  # so it is tried now
         await loaded(context, entry)
     else:
         context.stage = "the model was being loaded, which goes on"
         try:
-            settings = service.read_settings().with_model(given)
+            settings = service.given.with_model(given)
         except BadSetting as error:
             raise InvalidValue(str(error)) from None
         entry = await service.models.add(settings)
@@ -23765,7 +23824,7 @@ async def default_model(context: RequestContext, form: ModelForm) -> Response:
 def _known(service: Service, name: str) -> ModelEntry:
     if not name:
         raise invalid("model", "is empty: name one")
-    return service.models.names.find(name, "")
+    return service.models.names.find(name, None)
 
 
 def _state_of(entry: ModelEntry, models: ModelRegistry) -> dict[str, object]:
@@ -25820,17 +25879,6 @@ def weights_cache(
     return WeightsCache(folder, file.path, file.sha256, load, log)
 
 
-# An import of 20,000 texts, all of which a client sends at once, and room for others.
-_QUEUED_INPUTS: Final = 1 << 16
-
-
-def queue_limit(settings: Settings) -> Size:
-    """Return what may wait or run at once."""
-    most = max(_QUEUED_INPUTS, 8 * settings.max_client_batch_size)
-    inputs = settings.queue_size or most
-    return Size(inputs, settings.queue_tokens, settings.queue_mb << 20)
-
-
 def pool_settings(
     settings: Settings, log: Log
 ) -> tuple[ModelSettings, list[list[int]]]:
@@ -26082,7 +26130,7 @@ class Loader:
             if with_sha256:
                 sha256 = sha256 or sha256_of(*map(Path, part_paths(path)))
         except (StartupError, OSError):
-            facts = ModelFacts(stamp=file_stamp(*part_paths(settings.model_path)))
+            facts = ModelFacts(stamp=stamp_of(settings))
         return dataclasses.replace(facts, sha256=sha256)
 
     def load(self, settings: Settings) -> LoadedModel:
@@ -26098,7 +26146,7 @@ class Loader:
 
     def _load(self, settings: Settings) -> LoadedModel:
         begun = time.monotonic()
-        stamp = file_stamp(*part_paths(settings.model_path))
+        stamp = stamp_of(settings)
         file = model_file(settings, self._fetch)
         # One alone is what the box is for, also when it comes back after --idle-unload-s;
         # mapped weights need not be resident.
@@ -27002,7 +27050,7 @@ class Server:
         if self._reloading or self.service.phase is not Phase.READY:
             why = "the server is loading, reloading or stopping; try later"
             raise ReloadRefused(why)
-        return await asyncio.shield(self._start_reload())
+        return await self.service.models.until_done(self._start_reload())
 
     def _on_hangup(self) -> None:
         """On SIGHUP: reload as soon as possible, once for several signals."""
@@ -27078,8 +27126,6 @@ class Server:
         service.gate.offer_admin_key(self._listeners)
         connections.limits = connection_limits(settings, self._max_files)
         self.log.set_level(settings.log_level)
-        for loaded in service.models.in_memory:
-            loaded.pool.queue.backlog.limit = queue_limit(settings)
 
     def _reopen_files(self) -> None:
         """Reopen files that may have been moved away, even if the reload fails."""

@@ -295,8 +295,13 @@ class Generating:
         words: Any = Words()
         if not isinstance(engine, StepEngine):
             words = es.Vocabulary(engine.tokenizer, "")
-        worker = es.GenerationWorker(engine, self.queue, words, told)
-        self.pool = es.Pool(engine, self.queue, worker, told)
+        self._worker = es.GenerationWorker(engine, self.queue, words, told)
+        self.pool = es.Pool(engine, self.queue, self._worker, told)
+
+    @property
+    def planner(self) -> es.StepPlanner:
+        """What decides its steps; another one after a step that failed."""
+        return self._worker._planner
 
     def ask(self, ids: Sequence[int], max_tokens: int = 8, **more: Any) -> Asked:
         """Ask for a reply; greedy unless told otherwise."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import math
 import socket
@@ -513,6 +514,17 @@ async def test_a_field_reaches_the_model(path: str, name: str) -> None:
         request = speaker.generations[0].request
         found: Any = request.sampling if name in SAMPLES else request
         assert {field: getattr(found, field) for field in wanted} == wanted
+
+
+async def test_max_tokens_has_a_default_of_the_model_s_own() -> None:
+    engine = kit.FakeChatEngine(max_input_tokens=4096, cells=8192)
+    async with chatting(engine=engine, max_tokens=77) as (running, speaker):
+        (entry,) = running.service.models.entries
+        entry.renew(dataclasses.replace(entry.settings, max_tokens=5))
+        await ask(running, CHAT)
+        assert speaker.generations[-1].request.max_tokens == 5
+        said = (await running.ask("GET", "/props")).json
+        assert said["default_generation_settings"]["params"]["max_tokens"] == 5
 
 
 async def test_max_tokens_has_a_default_which_is_openai_s_for_completions() -> None:

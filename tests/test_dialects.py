@@ -1326,6 +1326,18 @@ def test_info_of_a_reranker_has_labels(ranker: both.Client) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+async def test_info_is_of_the_model_that_tei_s_routes_go_to(kind: str) -> None:
+    ranker = kit.FakeEngine(n_scores=1, pair_separator=(5,), pair_suffix=(6,))
+    other = kit.FakeEngine() if kind == "embedding" else ranker
+    async with kit.running_service(
+        kit.FakeChatEngine(), beside={"other": other}
+    ) as running:
+        info = (await running.ask("GET", "/info")).json
+        assert info["model_id"] == "other"
+        assert list(info["model_type"]) == [kind]
+
+
 def test_limits_are_shown_as_they_are_set(tmp_path: Path) -> None:
     flags = (
         *("--max-client-batch-size", "3", "--max-batch-tokens", "512"),

@@ -496,6 +496,13 @@ def test_while_replies_grow_prefixes_are_moved_a_block_at_a_time() -> None:
         assert running.queue.prompt_cache.idle_cells == len(prompt(9)) + 199
 
 
+def test_how_long_a_step_may_take_can_change_while_it_runs() -> None:
+    with generating(step_ms=1) as running:
+        running.queue.step_s = 5.0
+        running.ask(prompt(1), 1).wait()
+        assert running.planner.step_s == 5.0
+
+
 def test_a_step_that_takes_far_too_long_ends_who_was_alone_in_it() -> None:
     with generating(stuck_after_s=0.1) as running:
         running.engine.block()

@@ -34,7 +34,7 @@ from typing import Any, cast
 import pytest
 
 import embellama_server as es
-from tests import kit, models
+from tests import chat_models, kit, models
 from tests.faults import until as until_so
 
 SCRIPT = str(kit.ROOT / "embellama_server.py")
@@ -149,7 +149,11 @@ class Written(kit.Configuration):
     def read(self) -> es.LoadedSettings:
         if isinstance(self.now, Exception):
             raise self.now
-        given = {"workers": es.Given("test", 1, 1)}
+        limit = self.common.queue_size
+        given = {
+            "workers": es.Given("test", 1, 1),
+            "queue_size": es.Given("test", limit, limit),
+        }
         return es.LoadedSettings(self.common, {}, self.rows, common=given)
 
 
@@ -1219,6 +1223,42 @@ async def test_an_administrator_adds_a_file_as_another_version_and_makes_it_the_
         assert await running.answering() == "a@2"
 
 
+async def test_a_file_is_added_whatever_the_configuration_file_says_meanwhile(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a"))) as running:
+        running.written.now = es.BadSetting(
+            "m.toml", "model_path", "gone", "is not there"
+        )
+        assert (await running.admin("load", path=files("b"))).status == 200
+        assert await running.answering("b") == "b@1"
+
+
+async def test_a_known_model_is_not_loaded_with_other_settings(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a"))) as running:
+        for field, value in (("version", 9), ("workers", 3), ("name", "b")):
+            reply = await running.admin("load", model="a", **{field: value})
+            assert (reply.status, reply.error["param"]) == (400, field)
+            assert "goes with path" in reply.error["message"]
+
+
+async def test_an_administrator_s_bare_name_means_the_default_version(
+    files: Callable[[str], str],
+) -> None:
+    names = [f"n{n}" for n in range(8)]  # shares would choose the first of some
+    rows = [
+        row(files("a"), name=name, version=version, share=1, preload=version == 2)
+        for name in names
+        for version in (1, 2)
+    ]
+    async with serving(*rows) as running:
+        for name in names:
+            said = (await running.admin("unload", model=name)).json
+            assert (said["model"], said["is_default"]) == (f"{name}@2", True)
+
+
 async def test_a_file_without_a_name_is_added_under_its_own(
     files: Callable[[str], str],
 ) -> None:
@@ -1734,6 +1774,107 @@ async def test_a_reload_loads_a_file_that_has_changed(
         new.replace(files("a"))
         assert (await reloaded(running, *rows))["loaded"] == ["a@1"]
         assert running.engines.loads == ["a", "a"]
+
+
+async def test_a_reload_loads_a_model_whose_chat_template_has_changed(
+    files: Callable[[str], str], tmp_path: Path
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[0].content }}")
+    rows = (row(files("a"), chat_template=str(template)), row(files("b")))
+    async with serving(*rows) as running:
+        assert (await reloaded(running, *rows))["loaded"] == []
+        template.write_text("{{ messages[-1].content }}!")
+        assert (await reloaded(running, *rows))["loaded"] == ["a@1"]
+
+
+@pytest.mark.parametrize("how", ["by hand", "as it was idle"])
+async def test_a_reload_leaves_out_of_memory_what_was_unloaded(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    rows = (row(files("a")), row(files("b")))
+    async with serving(*rows) as running:
+        if how == "by hand":
+            await running.admin("unload", model="b")
+        else:
+            running.model("b@1").used_at -= 1000
+            running.models.sweep(500)
+        await running.freed(running.engines.last("b"))
+        monkeypatch.setattr(es, "free_memory_bytes", lambda: 0.0)
+        said = await reloaded(running, *rows, log_level="warning")
+        assert (said["changed"], said["loaded"]) == (["log_level"], [])
+        monkeypatch.undo()
+        assert running.engines.loads == ["a", "b"]
+        assert await running.answering("b") == "b@1"
+
+
+async def test_a_reload_loads_what_is_now_to_be_there_from_the_start(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        assert (await reloaded(running, row(files("a")), row(files("b"))))[
+            "loaded"
+        ] == ["b@1"]
+
+
+async def test_a_model_that_is_loading_is_judged_by_a_reload_as_if_it_were_there(
+    files: Callable[[str], str],
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        running.written.rows = (
+            rows[0],
+            row(files("b"), preload=False, sha256="0" * 64),
+        )
+        reload = asyncio.create_task(running.ask("POST", "/admin/reload"))
+        await until(lambda: running.server._reloading, "it has begun")
+        running.engines.let_go()
+        assert (await ask).status == 200
+        assert (await reload).status == 409
+        assert await running.answering("b") == "b@1"
+        said = await reloaded(running, rows[0], row(files("b"), workers=2))
+        assert said["loaded"] == ["b@1"]
+        assert running.loaded_of("b@1").pool.settings.workers == 2
+
+
+async def test_a_model_that_is_not_in_memory_has_the_kind_of_its_new_settings(
+    files: Callable[[str], str],
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        assert (await running.states())["b@1"]["kind"] == "embed"
+        await reloaded(running, rows[0], row(files("b"), preload=False, pooling="rank"))
+        assert (await running.states())["b@1"]["kind"] == "rank"
+        await reloaded(running, *rows)
+        assert (await running.states())["b@1"]["kind"] == "embed"
+
+
+async def test_limits_that_change_at_once_are_those_of_every_model(
+    files: Callable[[str], str],
+) -> None:
+    async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        await running.engines.loading()
+        running.engines.hold("b")
+        ask = asyncio.create_task(running.embed("b"))
+        await running.engines.loading()
+        rows = [row(files(stem), queue_size=10) for stem in "ab"]
+        await reloaded(running, *rows, queue_size=10)
+        running.engines.let_go()
+        assert (await ask).status == 200
+        assert (await running.admin("load", path=files("c"))).status == 200
+        assert await running.metric("embellama_queue_limit_inputs") == 30
+        rows = [row(files(stem), queue_size=7) for stem in "ab"]
+        await reloaded(running, *rows, queue_size=7)
+        assert await running.metric("embellama_queue_limit_inputs") == 21
+        await running.admin("unload", model="c")
+        assert (
+            await running.answering("c") == "c@1"
+        )  # it is loaded with what is in force
+        assert await running.metric("embellama_queue_limit_inputs") == 21
 
 
 async def test_after_a_reload_metrics_say_what_is_in_memory(
@@ -2356,14 +2497,22 @@ async def test_a_stop_waits_for_a_load_that_somebody_waits_for(
             assert running.engines.alive(stem) == 0
 
 
+@pytest.mark.parametrize("what", ["request", "added", "reload"])
 async def test_who_waits_for_a_load_that_outlives_the_drain_is_told(
-    files: Callable[[str], str],
+    files: Callable[[str], str], what: str
 ) -> None:
     rows = (row(files("a")), row(files("b"), preload=False))
     async with serving(*rows, drain_timeout_s=0.1) as running:
         await running.engines.loading()
         running.engines.hold("b")
-        ask = asyncio.create_task(running.embed("b"))
+        running.engines.hold("c")
+        asked: dict[str, Callable[[], Coroutine[Any, Any, kit.Reply]]] = {
+            "request": lambda: running.embed("b"),
+            "added": lambda: running.admin("load", path=files("c")),
+            "reload": lambda: running.ask("POST", "/admin/reload"),
+        }
+        running.written.rows = (*rows, row(files("c")))
+        ask = asyncio.create_task(asked[what]())
         await running.engines.loading()
         running.server.stop()
         try:
@@ -2494,6 +2643,21 @@ def test_the_program_serves_files_that_were_named_by_flags(
         status, _, state = ask(server, "/admin/models/load", body)
         assert (status, state["model"], state["state"]) == (200, "c@7", "loaded")
         assert [vector(server, name) for name in ("b", "c@7")] == [both[1]] * 2
+        assert server.stop() == 0
+
+
+def test_props_of_a_chat_model_that_is_not_in_memory_are_what_its_file_says(
+    tmp_path: Path,
+) -> None:
+    flags = ("--model-path", f"c={chat_models.tiny_llama(tmp_path)}")
+    with kit.started(*flags, module=(SCRIPT,)) as server:
+        there = ask(server, "/props")[2]
+        assert ask(server, "/admin/models/unload", {"model": "c"})[0] == 200
+        gone = ask(server, "/props")[2]
+        assert gone["is_sleeping"]
+        assert gone["chat_template"] == there["chat_template"] != ""
+        length = there["default_generation_settings"]["n_ctx"]
+        assert gone["default_generation_settings"]["n_ctx"] == length
         assert server.stop() == 0
 
 
