@@ -4538,11 +4538,13 @@ class CallScan:
         if isinstance(inner := value.get("function"), dict):
             value = inner
         if len(value) == 1 and (name := next(iter(value))) in self._tools:
-            return WrittenCall(name, dumped_object(value[name]))
+            return WrittenCall(name, dumped_object(value[name] or {}))
         names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
         name = self._known(names[0] if names else "")
-        found = [value[key] for key in _ARGUMENTS if key in value]
-        return WrittenCall(name, dumped_object(found[0] if found else {}))
+        found = [value[key] for key in _ARGUMENTS if value.get(key)]
+        return WrittenCall(
+            name, dumped_object(found[0] if found else {})
+        )  # or null, ""
 
     # --- a name, and arguments after it ---
 
@@ -10729,7 +10731,7 @@ class FlatSchemas:
         self._rules = rules
         self._root = root
         self._param = param
-        if _depth_of(root) > _MAX_JSON_DEPTH:
+        if depth_of(root, _MAX_JSON_DEPTH) > _MAX_JSON_DEPTH:
             self.fail(param, f"is nested more than {_MAX_JSON_DEPTH} deep")
         if len(json.dumps(root)) > _MAX_SCHEMA_CHARS:
             self.fail(param, f"has more than {_MAX_SCHEMA_CHARS} characters of JSON")
@@ -10931,10 +10933,10 @@ class FlatSchemas:
         )
 
 
-def _depth_of(value: object) -> int:
-    """Return how deep a JSON value is nested, at most a bit more than is allowed."""
+def depth_of(value: object, most: int) -> int:
+    """Return how deep a JSON value is nested; no deeper than ``most`` + 1 is looked."""
     depth, level = 0, [value]
-    while level and depth <= _MAX_JSON_DEPTH:
+    while level and depth <= most:
         inner: list[object] = []
         for one in level:
             if isinstance(one, Mapping):
@@ -11061,7 +11063,7 @@ _FORMATS: Final[Mapping[str, str]] = {
     "hostname": rf"^{_LABEL}(\.{_LABEL}){{0,3}}$",
     "ipv4": rf"^{_BYTE}(\.{_BYTE}){{3}}$",
     "ipv6": "^[0-9a-f]{1,4}(:[0-9a-f]{1,4}){7}$",
-    "uri": rf"^https?://({_LABEL}\.){{1,3}}[a-zA-Z]{{2,10}}(:[1-9][0-9]{{1,3}})?(/[a-zA-Z0-9_.~%=&?+-]*)*$",
+    "uri": rf"^https?://({_LABEL}\.){{1,3}}[a-zA-Z]{{2,10}}(:[1-9][0-9]{{1,3}})?(/[a-zA-Z0-9_.~%=&?+-]{{0,150}}){{0,12}}$",
 }
 _SPACE_RULE: Final = '(" " | "\\n" [ \\t]{0,20})?'
 _CHAR_RULE: Final = (
@@ -11092,7 +11094,10 @@ def arguments_rule(rules: GrammarRules, schema: JsonSchema, param: str) -> str:
     One that says nothing of properties is of a function without arguments: elsewhere
     it allows any object, and here a model would invent some. Raises InvalidValue.
     """
-    schema = {"type": "object"} | dict(schema)
+    kinds = schema.get("type", "object")
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        raise invalid(f"{param}.type", "must be object: arguments are one")
+    schema = {**schema, "type": "object", "nullable": False}
     rule = schema_rule(rules, schema, param)  # so what cannot be read is refused
     flat = FlatSchemas(rules, schema, param).flat(schema, param)
     names_some = flat.get("properties") or flat.get("required")
@@ -12044,6 +12049,10 @@ class Vocabulary:
         piece = self._tokenizer.piece(token, is_shown=token in self._hidden_words)
         self._pieces[token] = piece
         return piece
+
+    def written(self, token: int) -> bytes:
+        """Return how a token is written in a prompt, also if it is a control token."""
+        return self.piece(token) or self._control_texts.get(token, "").encode()
 
     def control_pieces(self, marks: frozenset[str]) -> Mapping[int, bytes]:
         """Return the bytes of control tokens that are one of these marks, or in one."""
@@ -17309,6 +17318,12 @@ class LoadedModel:
         return self.pool.queue
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """What its tokens say, if it generates."""
+        assert self.generations.vocabulary is not None, "only tests do without"
+        return self.generations.vocabulary
+
+    @property
     def is_idle(self) -> bool:
         """Whether it may be freed: it is not held and has no work."""
         queue = self.pool.queue
@@ -18855,23 +18870,15 @@ def _ids(prompt: Prompt, loaded_model: LoadedModel) -> Sequence[int]:
     return loaded_model.pool.engine.tokenizer.encode_prompt(parts)
 
 
-class PromptText(NamedTuple):
-    """A prompt as text."""
-
-    text: str
-    first: str  # of its first token; empty if that is a special one
-
-
-async def prompt_texts(replies: Replies, prompts: Sequence[Prompt]) -> list[PromptText]:
+async def prompt_texts(replies: Replies, prompts: Sequence[Prompt]) -> list[str]:
     """Return the texts of prompts, some of which may be token ids."""
     decode = replies.loaded_model.pool.engine.tokenizer.decode
 
-    def work() -> list[PromptText]:
+    def work() -> list[str]:
         found = []
         for prompt, request in zip(prompts, replies.requests, strict=True):
             text = prompt if isinstance(prompt, str) else ""
-            text = text or decode(request.ids, with_special=True)
-            found.append(PromptText(text, decode(request.ids[:1], with_special=False)))
+            found.append(text or decode(request.ids, with_special=True))
         return found
 
     who = replies.loaded_model, replies.client, replies.priority
@@ -19132,8 +19139,7 @@ async def read_grammar(
         return None
 
     def work() -> Grammar:
-        vocabulary = loaded_model.generations.vocabulary
-        assert vocabulary is not None, "it is a model that generates"
+        vocabulary = loaded_model.vocabulary
         text, param = _grammar_text(request, vocabulary)
         grammar = vocabulary.grammar(text, param)
         _ = vocabulary.texts  # takes 0.5 s once: not the generating thread's
@@ -19678,7 +19684,8 @@ class ReplyWriter:
 def timings_of(replies: Replies) -> dict[str, object]:
     """Return the times of replies as llama-server tells them."""
     times, cached = replies.times, replies.cached_tokens
-    read, steps = replies.prompt_tokens - cached, replies.tokens - replies.count
+    read = replies.prompt_tokens - cached
+    steps = max(0, replies.tokens - replies.count)
     shown: dict[str, object] = {"cache_n": cached}
     # The first token of a reply comes with its prompt.
     for name, count, each, taken_s in (
@@ -20872,7 +20879,7 @@ class _CompletionWriter(_Writer):
         self,
         replies: Replies,
         options: StreamOptionsForm | None,
-        echoed: Sequence[PromptText],
+        echoed: Sequence[str],
     ) -> None:
         """``echoed``: the prompts, if replies are to begin with them."""
         super().__init__(replies, options)
@@ -20882,6 +20889,7 @@ class _CompletionWriter(_Writer):
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoders = [decoder("replace") for _ in range(replies.count)]
         self._offsets = [0] * replies.count  # characters that came before, by reply
+        self._places: dict[int, list[int]] = {}  # of a prompt's tokens, by reply
 
     def choice(self, reply: Delta) -> dict[str, object]:
         self._echo(reply)
@@ -20907,31 +20915,68 @@ class _CompletionWriter(_Writer):
         if delta.index not in self._echoed:
             return
         prompt = self._echoed.pop(delta.index)
-        delta.text = prompt.text + delta.text
+        delta.text = prompt + delta.text
         generation = self.replies.generations[delta.index // self.replies.n]
-        request, likely = generation.request, generation.prompt_logprobs
-        if request.echoes_logprobs:
-            # Nothing comes before the first by which it could be likely.
-            first = TokenLogprob(request.ids[0], prompt.first.encode(), math.nan)
-            tokens = [first, *likely]
-            # SentencePiece has read a space that stands in front of no text.
-            read = b"".join(token.text for token in tokens).decode("utf-8", "replace")
-            self._offsets[delta.index] = min(0, len(prompt.text) - len(read))
+        if generation.request.echoes_logprobs:
+            tokens = self._prompt_tokens(prompt, generation)
             delta.logprobs = [*tokens, *delta.logprobs]
+            places = text_offsets([token.text for token in tokens], prompt)
+            self._places[delta.index], self._offsets[delta.index] = places, len(prompt)
+
+    def _prompt_tokens(self, prompt: str, generation: Generation) -> list[TokenLogprob]:
+        """Return a prompt's tokens as they are written in it, control tokens too."""
+        words, ids = self.replies.loaded_model.vocabulary, generation.request.ids
+        texts = [*map(words.written, ids)]
+        if not (words.piece(ids[0]) or prompt.startswith(texts[0].decode())):
+            texts[0] = b""  # the tokenizer put it there
+        # Nothing comes before the first by which it could be likely.
+        first = TokenLogprob(ids[0], b"", math.nan)
+        tokens = zip([first, *generation.prompt_logprobs], texts, strict=True)
+        return [dataclasses.replace(token, text=text) for token, text in tokens]
 
     def _shown(self, index: int, logprobs: Sequence[TokenLogprob]) -> object:
-        offsets = []
-        for one in logprobs:
-            offsets.append(max(0, self._offsets[index]))
+        offsets = self._places.pop(index, [])
+        for one in logprobs[len(offsets) :]:
+            offsets.append(self._offsets[index])
             self._offsets[index] += len(self._decoders[index].decode(one.text))
         known = [None if math.isnan(one.logprob) else one for one in logprobs]
-        tops = [one and {_legacy_token(t): p for t, p in one.top} for one in known]
+        tops = [one and _by_text(one.top) for one in known]
         return {
             "tokens": [_legacy_token(one.text) for one in logprobs],
             "token_logprobs": [one and one.logprob for one in known],
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+def text_offsets(tokens: Sequence[bytes], prompt: str) -> list[int]:
+    """Return where each token begins in the text that was read, in characters.
+
+    A tokenizer may put a space before one, or leave out those beside a control token.
+    """
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    raw, at, characters, found = prompt.encode(), 0, 0, list[int]()
+    for text in tokens:
+        begin, end, word = at, at + len(text), text.removeprefix(b" ")
+        if not raw.startswith(text, at):
+            rest = (n for n in range(at, len(raw)) if not raw[n : n + 1].isspace())
+            if raw.startswith(word, first := next(rest, len(raw))):
+                begin, end = first, first + len(word)
+                if begin > at and raw.startswith(text, begin - 1):
+                    begin -= 1  # its own space
+        characters += len(decode(raw[at:begin]))
+        found.append(characters)
+        characters += len(decode(raw[begin:end]))
+        at = end
+    return found
+
+
+def _by_text(top: Sequence[tuple[bytes, float]]) -> dict[str, float]:
+    """Return how likely texts are; of tokens with one text the likeliest, the first."""
+    found: dict[str, float] = {}
+    for text, logprob in top:
+        found.setdefault(_legacy_token(text), logprob)
+    return found
 
 
 def _legacy_token(text: bytes) -> str:
@@ -21125,10 +21170,22 @@ _METADATA: Final[Schema] = {
 }
 
 
+def _check_depth(value: Mapping[str, object], name: str) -> Mapping[str, object]:
+    if depth_of(value, _MAX_REPEATED_DEPTH) > _MAX_REPEATED_DEPTH:
+        raise invalid(name, f"is nested more than {_MAX_REPEATED_DEPTH} deep")
+    return value
+
+
+# A response repeats it, and orjson writes 254 levels where it reads 1,024.
+_MAX_REPEATED_DEPTH: Final = 240
+_REPEATED_OBJECT: Final = then(OBJECT, _check_depth)
+
+
 @dataclass(slots=True, kw_only=True)
 class FlatToolForm(FunctionForm):
     """A function that the model may call."""
 
+    parameters: Mapping[str, object] | None = optional(_REPEATED_OBJECT, "JSON Schema.")
     type: str = required(one_of("function"), "The only kind of tool there is.")
 
 
@@ -21181,7 +21238,7 @@ class FormatForm:
     type: str = required(one_of("text", "json_object", "json_schema"), "Text, or JSON.")
     name: str | None = optional(NAME, "Of the schema.")
     description: str | None = optional(TEXT, "Of the schema.")
-    schema: Mapping[str, object] | None = optional(OBJECT, "JSON Schema.")
+    schema: Mapping[str, object] | None = optional(_REPEATED_OBJECT, "JSON Schema.")
     strict: bool | None = optional(FLAG, "It must fit the schema; it always does.")
 
 

@@ -499,8 +499,14 @@ class NoWords(es.Vocabulary):
 
     texts = None  # type: ignore[assignment]
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, engine: FakeChatEngine) -> None:
+        self._engine = engine
+
+    def piece(self, token: int) -> bytes:
+        """A word."""
+        return self._engine.word(token).encode()
+
+    written = piece
 
     def grammar(self, text: str, param: str) -> es.Grammar:
         """The grammar."""
@@ -549,7 +555,7 @@ def speaking_pool(
 ) -> es.Pool[es.GenerationQueue]:
     """A pool in which the engine's speaker replies, not yet started."""
     chosen = dataclasses.replace(settings or es.ModelSettings(), workers=1)
-    queue = SpeakingQueue(engine.card, chosen, es.Backlog(LIMIT), NoWords())
+    queue = SpeakingQueue(engine.card, chosen, es.Backlog(LIMIT), NoWords(engine))
     queue.speaker = engine.speaker
     return es.Pool(engine, queue, NoWorkers(queue), hooks())
 

@@ -993,7 +993,7 @@ async def test_echo_puts_the_prompt_before_the_reply_and_before_its_logprobs() -
             "tokens": ["a", "bc"],
             "token_logprobs": [None, -0.25],  # nothing comes before the first
             "top_logprobs": [None, {"bc": -0.25}],
-            "text_offset": [0, 1],
+            "text_offset": [0, 2],
         }
         ids = [[*one.request.ids] for one in speaker.generations[-2:]]
         found = (await ask(running, COMPLETIONS, **(body | {"prompt": ids}))).json
@@ -1457,6 +1457,44 @@ def test_a_real_model_scores_a_prompt(real: both.Client) -> None:
     assert found["token_logprobs"][0] is None
     assert all(-100 < value < 0 for value in found["token_logprobs"][1:])
     assert [len(top or ()) for top in found["top_logprobs"]] == [0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("prompt", ["the <|eot_id|>time </s> was", "<s>the time"])
+def test_a_prompt_s_control_tokens_are_where_they_are_written(
+    real: both.Client, prompt: str
+) -> None:
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 3}
+    (choice,) = asked_of(real, COMPLETIONS, **body)["choices"]
+    found = choice["logprobs"]
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        place = choice["text"][offset:]
+        # SentencePiece puts a space after them.
+        assert place.startswith((token, token.removeprefix(" ")))
+    assert len(prompt) in found["text_offset"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "places"),
+    [
+        (["", " the", " time"], "the time", [0, 0, 3]),
+        (["<u>", "\n", "hi", "<e>"], "<u>\nhi<e>", [0, 3, 4, 6]),
+        (["<u>", " hi", "<e>", " ho"], "<u>hi<e>ho", [0, 3, 5, 8]),
+        (["<u>", "hi", "<e>", "<a>"], "<u>\nhi<e>\n<a>", [0, 4, 6, 10]),
+        (["<u>", " hi", "<a>"], "<u> \n hi <a>", [0, 5, 9]),
+        ([b"\xf0\x9f", b"\x99\x82", "é", "!"], "🙂é!", [0, 0, 1, 2]),
+        (["a", "other", "b"], "a b", [0, 1, 3]),  # of another text: none of ours
+    ],
+)
+def test_tokens_are_found_where_they_were_read(
+    tokens: list[str | bytes], prompt: str, places: list[int]
+) -> None:
+    texts = [one if isinstance(one, bytes) else one.encode() for one in tokens]
+    assert es.text_offsets(texts, prompt) == places
+
+
+def test_of_two_tokens_with_one_text_the_likelier_is_told() -> None:
+    top = ((b"4", -0.1), (b"5", -2.0), (b"4", -6.0))
+    assert es._by_text(top) == {"4": -0.1, "5": -2.0}
 
 
 def test_a_template_that_takes_no_system_gets_it_folded_in(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ CASES: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "string", "pattern": "^[a-c]+$", "maxLength": 3}, ['"abc"'], ['"abcd"', '""']),
     ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2023-02-29"', '"2024-13-01"']),
     ({"type": "string", "format": "time"}, ['"23:59:59Z"', '"00:00:00.5+01:00"'], ['"24:00:00Z"']),
+    ({"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083},  # Pydantic's
+     ['"https://a.bc/d?e=f"', '"http://a.bc"'], ['"a.bc"', '""']),
     ({"type": "string", "format": "uuid"},
      ['"01234567-89ab-cdef-0123-456789abcdef"'], ['"01234567"']),
     ({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, ["0", "0.5"], ["1", "-0.5", "1.0"]),
@@ -316,6 +318,52 @@ def test_a_function_whose_schema_says_nothing_of_arguments_has_none(
     grammar = es.Grammar(text, "tools")
     assert [accepts(grammar, one) for one in taken] == [True] * len(taken)
     assert [accepts(grammar, one) for one in refused] == [False] * len(refused)
+
+
+NULL = {"type": "null"}
+SOME = {"type": "object", "properties": {"a": TEXT}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        SOME | {"type": ["object", "null"]},
+        SOME | {"nullable": True},
+        {"enum": [None, {"a": "b"}, 1]},
+        {"allOf": [SOME, {"type": ["object", "array"]}]},
+    ],
+    ids=str,
+)
+def test_arguments_are_an_object_whatever_else_their_schema_allows(
+    wanted: dict[str, Any],
+) -> None:
+    rules = es.GrammarRules()
+    text = rules.text(es.arguments_rule(rules, wanted, "tools.f.parameters"))
+    grammar = es.Grammar(text, "tools")
+    assert accepts(grammar, '{"a":"b"}')
+    for other in ("null", "1", "[]", '"a"'):
+        assert not accepts(grammar, other)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "array", "items": TEXT},
+        {"type": "string"},
+        {"type": ["array", "null"]},
+        {"const": 1},
+        {"enum": [1, None]},
+        {"anyOf": [NULL, SOME]},  # a branch that allows nothing is told, not left out
+        {"anyOf": [NULL, {"type": "array"}]},
+        {"$ref": "#/$defs/A", "$defs": {"A": {"type": "array"}}},
+    ],
+    ids=str,
+)
+def test_a_schema_that_allows_no_object_is_no_function_s(
+    wanted: dict[str, Any],
+) -> None:
+    with pytest.raises(es.InvalidValue, match="parameters"):
+        es.arguments_rule(es.GrammarRules(), wanted, "tools.f.parameters")
 
 
 @pytest.mark.parametrize("wanted", [OBJECT, {**OBJECT, "properties": {}}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -169,3 +170,14 @@ async def test_timings_are_told_if_asked_for(path: str) -> None:
         assert last["timings"]["predicted_n"] == last["usage"]["completion_tokens"] == 4
         plain = await streamed(running, path)
         assert all("timings" not in chunk for chunk in plain)
+
+
+async def test_no_rate_is_negative_while_replies_have_not_begun() -> None:
+    async with chatting() as (running, _):
+        for body in ({"max_tokens": 0}, {"prompt": ["a"] * 4, "stream": True}):
+            reply = await running.ask(
+                "POST", COMPLETIONS, {"prompt": "a", "timings_per_token": True} | body
+            )
+            assert reply.status == 200
+            rates = re.findall(rb'"predicted_per_second": ?(-?[0-9.]+)', reply.body)
+            assert rates and min(map(float, rates)) >= 0

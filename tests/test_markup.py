@@ -109,6 +109,14 @@ FORMS: Mapping[str, tuple[str, str, Sequence[Call]]] = {
         '<tool_call>{"name": "weather_map"}</tool_call>',
         *("", [("weather_map", {})]),
     ),
+    "hermes, null for no arguments": (
+        '<tool_call>{"name": "weather_map", "arguments": null}</tool_call>',
+        *("", [("weather_map", {})]),
+    ),
+    "hermes, an empty text for no arguments": (
+        '<tool_call>{"name": "weather_map", "arguments": ""}</tool_call>',
+        *("", [("weather_map", {})]),
+    ),
     "openai's own": (
         '<tool_call>{"type": "function", "function": {"name": "weather", "arguments": '
         + ARGS
@@ -249,6 +257,10 @@ FORMS: Mapping[str, tuple[str, str, Sequence[Call]]] = {
         ),
     ),
     "apertus": ('<|tools_prefix|>[{"weather": ' + ARGS + "}]<|tools_suffix|>", "", ONE),
+    "apertus, no arguments": (
+        '<|tools_prefix|>[{"weather_map": null}]<|tools_suffix|>',
+        *("", [("weather_map", {})]),
+    ),
     "command r": (
         '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", '
         '"parameters": ' + ARGS + "}\n]<|END_ACTION|>",

@@ -168,6 +168,36 @@ def read_growth(
     return grown
 
 
+# --- what is repeated ---
+
+
+def nested(depth: int) -> Any:
+    """JSON of that depth; an object on the outside."""
+    value: Any = 1
+    for _ in range(depth - 1):
+        value = [value]
+    return {"x": value}
+
+
+@pytest.mark.parametrize("is_tool", [True, False], ids=["parameters", "schema"])
+@pytest.mark.parametrize("depth", [100, 220, 235, 250, 300, 500])
+async def test_what_is_too_deep_to_be_repeated_is_refused(
+    depth: int, is_tool: bool
+) -> None:
+    deep = {"type": "object", "default": nested(depth)}
+    wanted = {"type": "json_schema", "name": "n", "schema": deep}
+    body: dict[str, Any] = {"text": {"format": wanted}}
+    if is_tool:
+        tool = {"type": "function", "name": "f", "parameters": deep}
+        body = {"tools": [tool], "tool_choice": "none"}
+    async with chatting() as (running, _):
+        raw = json.dumps({"input": HELLO} | body).encode()
+        reply = await running.ask("POST", PATH, raw)
+        assert reply.status == (200 if depth < 238 else 400), reply.body
+        if reply.status == 400:
+            assert "nested more than" in reply.error["message"]
+
+
 # --- whole responses ---
 
 
