@@ -23021,7 +23021,7 @@ def _details(entry: ModelEntry) -> dict[str, object]:
 # refused with one here: to cut what is too long, to have less context than was asked for.
 
 _THINK_LEVELS: Final = ("low", "medium", "high", "max")
-_NUMBER_TEXT: Final = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"
+_NUMBER_TEXT: Final = r"(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})"
 _UNITS: Final = "ns|us|\u00b5s|ms|s|m|h"
 # Go's, and plain seconds.
 _DURATION: Final = rf"^[+-]?({_NUMBER_TEXT}|({_NUMBER_TEXT}({_UNITS})){{1,6}})$"

@@ -501,7 +501,7 @@ async def test_if_the_assistant_was_the_last_it_goes_on() -> None:
 async def test_who_says_nothing_only_loads_the_model(path: str, stream: bool) -> None:
     nothing: Any = {"messages": []} if path == CHAT else {"prompt": ""}
     async with chatting() as (running, speaker):
-        for keep_alive in (None, "5m", -1, "-1m", "1h30m", 300, 0.5, "500ms"):
+        for keep_alive in (None, "5m", -1, "-1m", "1h30m", 300, 0.5, "500ms", ".5s"):
             reply = await ask(
                 running, path, **nothing, stream=stream, keep_alive=keep_alive
             )
@@ -515,7 +515,7 @@ async def test_who_says_nothing_only_loads_the_model(path: str, stream: bool) ->
         assert not speaker.generations
 
 
-@pytest.mark.parametrize("keep_alive", [0, "0", "0s", 0.0, "-0", "0h0m0s"])
+@pytest.mark.parametrize("keep_alive", [0, "0", "0s", 0.0, "-0", "0h0m0s", ".0s"])
 def test_no_time_at_all_has_many_spellings(keep_alive: object) -> None:
     form = es.parse_form(es.OllamaChatForm, {"keep_alive": keep_alive})
     assert form.keep_alive is False
