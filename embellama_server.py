@@ -4541,10 +4541,9 @@ class CallScan:
             return WrittenCall(name, dumped_object(value[name] or {}))
         names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
         name = self._known(names[0] if names else "")
-        found = [value[key] for key in _ARGUMENTS if value.get(key)]
-        return WrittenCall(
-            name, dumped_object(found[0] if found else {})
-        )  # or null, ""
+        # None of them, as some write null or an empty text for no arguments.
+        found = next((value[key] for key in _ARGUMENTS if value.get(key)), {})
+        return WrittenCall(name, dumped_object(found))
 
     # --- a name, and arguments after it ---
 
@@ -17935,14 +17934,10 @@ class ModelRegistry:
         if old is None or not old.used_at:
             return new.settings.preload
         is_changed = loaded_with(old.settings) != loaded_with(new.settings)
-        if (
-            is_changed and old.loading
-        ):  # one that will not do is refused, as if it were there
+        if is_changed and old.loading:  # then judged as if it had been there
             await asyncio.wait([old.loading])
-        if old.loaded is None:
-            return (
-                False  # what was unloaded, or is only being loaded, is not our affair
-            )
+        if old.loaded is None:  # it was unloaded, or somebody's request loads it
+            return False
         if not _can_stay(old.loaded, new.settings):
             return True
         if old.loaded.card.kind == "embed":
@@ -20949,6 +20944,9 @@ class _CompletionWriter(_Writer):
         }
 
 
+_MAX_LEFT_OUT: Final = 64  # bytes of space, looked through for each token
+
+
 def text_offsets(tokens: Sequence[bytes], prompt: str) -> list[int]:
     """Return where each token begins in the text that was read, in characters.
 
@@ -20959,8 +20957,9 @@ def text_offsets(tokens: Sequence[bytes], prompt: str) -> list[int]:
     for text in tokens:
         begin, end, word = at, at + len(text), text.removeprefix(b" ")
         if not raw.startswith(text, at):
-            rest = (n for n in range(at, len(raw)) if not raw[n : n + 1].isspace())
-            if raw.startswith(word, first := next(rest, len(raw))):
+            near = range(at, min(at + _MAX_LEFT_OUT, len(raw)))
+            first = next((n for n in near if not raw[n : n + 1].isspace()), at)
+            if raw.startswith(word, first):
                 begin, end = first, first + len(word)
                 if begin > at and raw.startswith(text, begin - 1):
                     begin -= 1  # its own space
