@@ -4542,7 +4542,7 @@ class CallScan:
         names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
         name = self._known(names[0] if names else "")
         # None of them, as some write null or an empty text for no arguments.
-        found = next((value[key] for key in _ARGUMENTS if value.get(key)), {})
+        found: Any = next((value[key] for key in _ARGUMENTS if value.get(key)), {})
         return WrittenCall(name, dumped_object(found))
 
     # --- a name, and arguments after it ---
