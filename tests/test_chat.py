@@ -1492,6 +1492,13 @@ def test_tokens_are_found_where_they_were_read(
     assert es.text_offsets(texts, prompt) == places
 
 
+def test_how_long_it_takes_to_find_tokens_grows_with_their_number() -> None:
+    def find(size: int) -> None:  # of a text that is none of theirs
+        es.text_offsets([b"x"] * size, " " * 100 * size)
+
+    kit.assert_linear(find, 4000)
+
+
 def test_of_two_tokens_with_one_text_the_likelier_is_told() -> None:
     top = ((b"4", -0.1), (b"5", -2.0), (b"4", -6.0))
     assert es._by_text(top) == {"4": -0.1, "5": -2.0}
