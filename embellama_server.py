@@ -7960,8 +7960,7 @@ class EmbedRequest:
     max_text_tokens: int = sys.maxsize  # a pair's text is cut to this
     max_tokens: int = sys.maxsize  # of all inputs together
     allows_partial: bool = False  # an input that fails does not fail the others
-    # by index: inputs that could not be read, if partial
-    bad: dict[int, ApiError] = field(default_factory=dict)
+    bad: dict[int, ApiError] = field(default_factory=dict)  # by index, if partial
 
     @property
     def kind(self) -> str:
@@ -8189,7 +8188,7 @@ class Reader:
         return len(own) if rest.strip() else alike
 
     def _filled_template(self, query: str) -> Steps[Around]:
-        """Return what goes around a text, with as much of the query as fits."""
+        """Return what goes around a text, with a query that is halved until it fits."""
         before, _, after = self._card.pair_template.partition("{document}")
         while True:
             front, end = (part.replace("{query}", query) for part in (before, after))
@@ -19821,9 +19820,25 @@ def final_vectors(result: EmbedResult, dimensions: int | None = None) -> Iterato
         if index in result.job.errors:
             yield None
         elif result.job.request.normalize:
-            yield final_vector(vector, dimensions, result.card)
+            yield _final_or_error(vector, dimensions, result, index)
         else:
             yield shortened(vector, dimensions, result.card)
+
+
+def _final_or_error(
+    vector: Any, dimensions: int | None, result: EmbedResult, index: int
+) -> Any:
+    """Return a vector to send; None, with its error noted, if others may go without it."""
+    request = result.job.request
+    try:
+        return final_vector(vector, dimensions, result.card)
+    except NonFiniteVector as error:
+        where = f"{request.param}[{index}]: {error}"
+        named = NonFiniteVector(where, param="dimensions")
+        if not request.allows_partial:
+            raise named from None
+        result.job.errors[index] = named
+        return None
 
 
 def base64_text(array: Any) -> str:
@@ -19902,11 +19917,15 @@ class EmbeddingsForm(VectorForm):
         "float",
     )
     output_dtype: str = optional(
-        one_of(*DTYPES, float="float32"), "Type of the numbers.", "float32"
+        one_of(*DTYPES, float="float32"),
+        "Type of the numbers. openai for Python reads base64, which it asks for unless "
+        "encoding_format says float, as float32 whatever this says.",
+        "float32",
     )
     user: str | None = optional(NAME, USER)
     truncate_prompt_tokens: int | None = optional(integer(-1), CUT_TO)
     input_type: str | None = optional(NAME, INPUT_TYPE)
+    task: str | None = optional(NAME, "The same, as Jina calls it.")
     priority: str | None = optional(PRIORITY, "Priority in the queue; default: normal.")
     allow_partial: bool = optional(
         FLAG,
@@ -19945,7 +19964,13 @@ async def embeddings(context: RequestContext, form: EmbeddingsForm) -> Response:
             param="allow_partial",
         )
     inputs, bad = split_errors(form.input, is_partial=form.allow_partial)
-    request = request_of(form, inputs, bad=bad, max_tokens=MAX_REQUEST_TOKENS)
+    request = request_of(
+        form,
+        inputs,
+        bad=bad,
+        max_tokens=MAX_REQUEST_TOKENS,
+        input_type=form.task if form.input_type is None else form.input_type,
+    )
     result = await compute_for(context, request)
     if form.encoding_format != "bytes":
         make = functools.partial(embeddings_object, form, result)
@@ -21885,6 +21910,8 @@ class _ScoringForm(_CohereForm):
     """How pairs of texts are scored."""
 
     raw_scores: bool = optional(FLAG, "Return scores without a sigmoid.", False)
+    use_activation: bool = optional(FLAG, "The opposite, as vLLM says it.", True)
+    activation: bool = optional(FLAG, "Its older name.", True)
     max_tokens_per_doc: int | None = optional(
         integer(1), "Read at most this many tokens of each document."
     )
@@ -21950,13 +21977,14 @@ async def cohere_embed(context: RequestContext, form: CohereEmbedForm) -> Respon
     """Vectors by type, as Cohere returns them; /v1/embed: a list if no types are given."""
     version = "1" if context.path == "/v1/embed" else "2"
     kinds = form.embedding_types or ([] if version == "1" else ["float"])
+    param = "inputs" if form.texts is None else "texts"
     texts = form.inputs if form.texts is None else form.texts
     if texts is None:
         raise invalid("texts", "(or inputs) is missing")
     request = request_of(
         form,
         texts,
-        "texts",
+        param,
         dimensions=form.output_dimension,
         max_input_tokens=form.max_tokens or sys.maxsize,
     )
@@ -22017,7 +22045,8 @@ async def ranked(
     for error in errors.values():
         if error.is_transient or len(errors) == len(pairs):
             raise error
-    plain = form.raw_scores or result.card.is_probability
+    activates = (getattr(form, n, True) for n in ("use_activation", "activation"))
+    plain = form.raw_scores or not all(activates) or result.card.is_probability
     found = []
     for n, row in enumerate(result.job.vectors):
         if n not in errors:
@@ -22543,12 +22572,13 @@ def aligned(text: str, pieces: Sequence[str]) -> Iterator[Place]:
         origin += [index] * len(plain)
     whole, at = "".join(folded), 0
     for piece in pieces:
-        plain = "" if piece in _UNKNOWN else _folded(piece)
+        is_unknown = piece in _UNKNOWN and not whole.startswith(_folded(piece), at)
+        plain = "" if is_unknown else _folded(piece)
         place = whole.find(plain, at, at + len(plain) + _MAX_SKIPPED) if plain else -1
         if place >= 0:
             at = place + len(plain)
             begin, end = origin[place], origin[at - 1] + 1
-        elif piece in _UNKNOWN and at < len(whole):
+        elif is_unknown and at < len(whole):
             begin = origin[at]
             end = _end_of_word(text, begin)
             at = bisect.bisect_left(origin, end)

@@ -185,6 +185,29 @@ async def test_any_model_answers_whatever_is_asked() -> None:
         assert reply.json["model"] == "gpt-9"
 
 
+async def test_a_vector_without_a_direction_leaves_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost, really = expected("z"), es.shortened
+
+    def shortened(vector: Any, dimensions: int | None, card: es.ModelCard) -> Any:
+        cosine = vector @ lost / np.linalg.norm(vector) / np.linalg.norm(lost)
+        scale = 0 if cosine > 0.999 else 1
+        return really(vector, dimensions, card) * scale
+
+    monkeypatch.setattr(es, "shortened", shortened)
+    async with kit.running_service() as running:
+        body: dict[str, Any] = {"input": ["a", "z", "b"], "dimensions": 2}
+        reply = await running.ask("POST", URL, body | {"allow_partial": True})
+        assert reply.status == 200, reply.body
+        kinds = [row["object"] for row in reply.json["data"]]
+        assert kinds == ["embedding", "error", "embedding"]
+        assert reply.json["data"][1]["error"]["code"] == "nonfinite_embedding"
+        reply = await running.ask("POST", URL, body)
+        assert reply.status == 500
+        assert "input[1]" in reply.error["message"]
+
+
 # --- what is refused ---
 
 _LONG = " ".join(["word"] * 40)

@@ -514,8 +514,9 @@ def test_an_input_type_is_a_prompt_if_the_model_has_it(
 ) -> None:
     whole = "ask, a b" if "query" in kind else "a b"
     for said in (kind, kind.upper()):
-        found = vectors(client, "/v1/embeddings", "a b", input_type=said)
-        assert close(found, [vector(whole)])
+        for name in ("input_type", "task"):  # Jina's
+            found = vectors(client, "/v1/embeddings", "a b", **{name: said})
+            assert close(found, [vector(whole)])
     both_said = vectors(
         client, "/v1/embeddings", "a b", input_type=kind, prompt_name="mine"
     )
@@ -757,8 +758,13 @@ def test_documents_come_back_best_first(ranker: both.Client, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", RERANKING)
-def test_raw_scores_are_as_the_model_gives_them(ranker: both.Client, path: str) -> None:
-    body = {"query": "q", "documents": DOCUMENTS, "raw_scores": True}
+@pytest.mark.parametrize(
+    "said", [{"raw_scores": True}, {"use_activation": False}, {"activation": False}]
+)
+def test_raw_scores_are_as_the_model_gives_them(
+    ranker: both.Client, path: str, said: dict[str, bool]
+) -> None:
+    body = {"query": "q", "documents": DOCUMENTS} | said
     rows = ranker.post(path, body).json["results"]
     assert close(
         [row["relevance_score"] for row in rows],
@@ -1275,6 +1281,14 @@ TEXTS = st.text(
 )
 
 
+def test_an_unknown_word_s_name_in_a_text_is_found_as_it_stands() -> None:
+    unknown = "[UNK]"
+    found = es.aligned("x [UNK] y", ["x", unknown, "y"])
+    assert [*found] == [("x", 0, 1), ("[UNK]", 2, 7), ("y", 8, 9)]
+    found = es.aligned("☃ [UNK]", [unknown, unknown])
+    assert [*found] == [("☃", 0, 1), ("[UNK]", 2, 7)]
+
+
 @given(TEXTS, st.randoms(use_true_random=False))
 def test_a_token_s_place_is_where_its_text_stands(text: str, chance: Any) -> None:
     pieces, at = [], 0
@@ -1592,6 +1606,13 @@ def test_cohere_s_fields_do_what_they_say(client: both.Client) -> None:
         ({"texts": [long], "truncate": "NONE"}, "texts[0]"),
         ({"texts": []}, "texts"),
         ({"texts": ["a"], "embedding_types": ["float", "x"]}, "embedding_types[1]"),
+        (
+            {
+                "inputs": [{"content": [{"type": "text", "text": long}]}],
+                "truncate": "NONE",
+            },
+            "inputs[0]",
+        ),
         ({"texts": ["a"], "output_dimension": 10**6}, "dimension"),
         (
             {"inputs": [{"content": [{"type": "image_url"}]}]},
