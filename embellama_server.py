@@ -30395,15 +30395,19 @@ def bulk_options(flags: Mapping[str, Any]) -> BulkOptions:
     )
 
 
-def command_again() -> str:
-    """Return this command as it goes on, without secrets: it may be shown in a log."""
+def command_again(*, has_begun: bool) -> str:
+    """Return this command as it goes on, without secrets: it may be shown in a log.
+
+    Without --restart once it ``has_begun``; before, it would be refused.
+    """
+    drops = ("--restart",) if has_begun else ()
     secret = [flag for row in SETTING_ROWS if row.secret for flag in row.flags]
     with_value = re.compile(rf"({'|'.join(secret)})=.*", re.DOTALL)
     words = [with_value.sub(r"\1=...", word) for word in sys.orig_argv]
     shown = [
         "..." if last in secret else word
         for last, word in zip(["", *words], words, strict=False)
-        if word != "--restart"
+        if word not in drops
     ]
     return shlex.join(shown)
 
@@ -30638,7 +30642,8 @@ class Bulk:
         """Raise BulkError if what will be written is read, or is no file."""
         inputs = {os.path.realpath(path) for path in self._files}
         written = [f"{self._options.output}{suffix}" for suffix in _WRITTEN]
-        for path in (*written, *(f"{path}.part" for path in written)):
+        also = (f"{path}{end}" for path in written for end in (".part", ".new"))
+        for path in (*written, *also):
             if os.path.realpath(path) in inputs:
                 raise BulkError(
                     f"{path}, which --output writes, is one of the inputs", 2
@@ -30655,6 +30660,11 @@ class Bulk:
     def can_resume(self) -> bool:
         """Whether a killed run can go on; not from or to a pipe."""
         return self._is_kept and self._files != ["-"]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something to go on with."""
+        return self._is_kept and self._notes.path.exists()
 
     def run(self) -> Progress:
         """Do what is left to do. Raises BulkError, and what the embedder raises."""
@@ -30961,6 +30971,7 @@ class RemoteEmbedder:
         self._body = {name: value for name, value in body.items() if value is not None}
         self._answers: dict[str, str] = {}  # which model does
         self._idle: list[HTTPConnection] = []
+        self._busy: list[HTTPConnection] = []
         self._pool = ThreadPoolExecutor(threads, "remote")
         self._is_closed = threading.Event()
 
@@ -30973,7 +30984,8 @@ class RemoteEmbedder:
         meta = self._meta()
         known = ("sha256", "weights", "pooling", "prompts", "default_prompt_name")
         told = {name: meta.get(name) for name in known}
-        return {"dimensions": len(first), **told, **self._body}
+        answers = {"model": self._answers.get("model") or self._body.get("model")}
+        return {"dimensions": len(first), **told, **self._body, **answers}
 
     def _meta(self) -> Mapping[str, Any]:
         """Return what the server tells of the model that answers; nothing: not known."""
@@ -31008,11 +31020,14 @@ class RemoteEmbedder:
         raise InvalidValue("with --url, dimensions are those of --dimensions")
 
     def close(self) -> None:
-        """Send nothing more."""
+        """Send nothing more, and wait for no answer: Python's exit waits for threads."""
         self._is_closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for connection in self._idle:
             connection.close()
+        for connection in tuple(self._busy):
+            with contextlib.suppress(OSError, AttributeError):  # not connected (yet)
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _send(self, texts: Sequence[str]) -> list[Future[EmbedReply]]:
         size = _TEXTS_A_REQUEST
@@ -31062,8 +31077,10 @@ class RemoteEmbedder:
         if now := headers.get("x-embellama-model"):
             before = self._answers.setdefault("model", now)
             if now != before:
-                why = f"{now} answers now, and before it was {before}: --model-name {before}"
-                raise BulkError(f"{self._url}: {why} asks for that", 3)
+                why = f"{now} answers now, and before it was {before}"
+                name, _, version = before.rpartition("@")
+                ask = f"--model-name {name} --model-version {version} asks for that"
+                raise BulkError(f"{self._url}: {why}: {ask}", 3)
 
     def _ask(self, method: str, path: str, body: bytes) -> tuple[int, Any, bytes]:
         """Raises OSError or HTTPException; the next request then connects again."""
@@ -31071,6 +31088,7 @@ class RemoteEmbedder:
             connection = self._idle.pop()
         except IndexError:
             connection = self._connect()
+        self._busy.append(connection)
         try:
             connection.request(method, self._root + path, body or None, self._headers)
             response = connection.getresponse()
@@ -31078,6 +31096,8 @@ class RemoteEmbedder:
         except BaseException:
             connection.close()
             raise
+        finally:
+            self._busy.remove(connection)
         self._idle.append(connection)
         if self._is_closed.is_set():
             connection.close()
@@ -31130,13 +31150,22 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
 
 
 def embedder_for(
-    flags: Mapping[str, Any], settings: Settings, engine_factory: EngineFactory
+    flags: Mapping[str, Any], loaded: LoadedSettings, engine_factory: EngineFactory
 ) -> Embedder | RemoteEmbedder:
     """Return what gives the vectors, by the flags of `embed`. Raises BulkError."""
+    settings = loaded.models[0]
     asked = {"prompt_name": flags["prompt_name"], "dimensions": flags["dimensions"]}
     truncates = settings.auto_truncate or flags["truncate"]
     if flags["url"]:
-        body = {"model": settings.model_name or None, "truncate": truncates, **asked}
+        asked["prompt_name"] = (
+            flags["prompt_name"] or settings.default_prompt_name or None
+        )
+        model = settings.model_name
+        if loaded.sources.get("model_version", "default") != "default":
+            if not model:
+                raise BulkError("--model-version is of a model: say --model-name", 2)
+            model = f"{model}@{settings.model_version}"
+        body = {"model": model or None, "truncate": truncates, **asked}
         threads = max(1, flags["concurrency"])
         return RemoteEmbedder(flags["url"], settings.api_key, threads, **body)
     settings = dataclasses.replace(settings, auto_truncate=truncates)
@@ -31360,14 +31389,15 @@ def _emit(call: Invocation) -> int:
 
 def _embed(call: Invocation) -> int:
     own = call.own
-    settings, *others = call.read_settings().models
-    if others:
-        raise BadSetting("embed", "model_path", len(others) + 1, "one model, please")
+    loaded = call.read_settings()
+    if (count := len(loaded.models)) > 1:
+        raise BadSetting("embed", "model_path", count, "one model, please")
     if not own["url"]:
         call.check_libraries()
     line = ProgressLine(io.StringIO() if own["quiet"] else sys.stderr)
+    bulk: Bulk | None = None
     try:
-        embedder = embedder_for(own, settings, call.engine_factory)
+        embedder = embedder_for(own, loaded, call.engine_factory)
         with contextlib.closing(embedder):
             bulk = Bulk(bulk_options(own), embedder, line.show)
             if not (bulk.can_resume or own["quiet"]):
@@ -31385,7 +31415,8 @@ def _embed(call: Invocation) -> int:
     except (StartupError, EngineError, ApiError) as error:
         reason, code = str(error), 2 if isinstance(error, InvalidValue) else 3
     except KeyboardInterrupt:
-        reason, code = f"interrupted; this goes on: {command_again()}", 130
+        again = command_again(has_begun=bulk is not None and bulk.has_begun)
+        reason, code = f"interrupted; this goes on: {again}", 130
     line.end()
     return _fail(reason, code=code)
 

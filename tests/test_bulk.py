@@ -234,6 +234,8 @@ def test_a_finished_output_is_replaced_only_if_asked(desk: Desk) -> None:
         ("v.npy", "v.npy.state"),
         ("v.npy", "v.npy.ids.jsonl.part"),
         ("v.npy", "link/v.npy.part"),
+        ("v.sqlite", "v.sqlite.new"),
+        ("v.npy", "v.npy.state.new"),
     ],
 )
 def test_an_input_is_not_replaced(desk: Desk, output: str, name: str) -> None:

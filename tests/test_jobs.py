@@ -7,11 +7,13 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 
 import embellama_server as es
-from tests import kit
+from tests import both, kit
 
 TEXTS = [f"words {n % 50} and {n}" for n in range(300)]
 
@@ -326,7 +328,26 @@ def test_the_command_that_goes_on_is_shown_without_its_key(
     key = ["--api-key=canary"] if is_joined else ["--api-key", "canary"]
     monkeypatch.setattr(sys, "orig_argv", ["e.py", "embed", *key, "a.txt", "--restart"])
     expected = "--api-key=..." if is_joined else "--api-key ..."
-    assert es.command_again() == f"e.py embed {expected} a.txt"
+    assert es.command_again(has_begun=True) == f"e.py embed {expected} a.txt"
+    again = f"e.py embed {expected} a.txt --restart"
+    assert es.command_again(has_begun=False) == again
+
+
+def test_a_run_that_is_interrupted_before_it_begins_anew_says_what_does(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (desk.put("a.txt", "a\n"), "--output", desk.root / "v.npy")
+    assert desk.embed(*given) == 0
+    monkeypatch.setattr(sys, "orig_argv", ["e.py", "embed", "--restart"])
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(es.Bulk, "_write", interrupted)
+        assert desk.embed(*given, "--restart") == 130
+    assert desk.err.endswith("this goes on: e.py embed --restart\n")
+    assert desk.embed(*given, "--restart") == 0
 
 
 def test_a_run_that_began_anew_goes_on_without_that_flag(desk: Desk) -> None:
@@ -335,6 +356,24 @@ def test_a_run_that_began_anew_goes_on_without_that_flag(desk: Desk) -> None:
     for flags in ((), ("--restart",)):
         assert desk.embed(*given, *flags) == 1
         assert ". Mended, the same command goes on (without --restart);" in desk.err
+
+
+def test_a_server_is_asked_for_the_version_that_the_flags_say(desk: Desk) -> None:
+    file, place = desk.put("a.txt", "a b\n"), desk.root / "m.gguf"
+    place.write_bytes(both.sound_gguf())
+    models = [f"--model-path=m@{version}={place}" for version in (1, 2)]
+    with kit.started(*models) as server:
+        usual = (file, "--url", server.url, "--model-version")
+        for version in ("1", "2"):
+            to = desk.root / f"{version}.npy"
+            flags = (version, "--model-name", "m", "--output", to)
+            assert desk.embed(*usual, *flags) == 0
+            with urllib.request.urlopen(f"{server.url}/metrics") as reply:
+                told = reply.read().decode()
+            counted = rf'_model_requests_total\{{model="m@{version}"\}} [1-9]'
+            assert re.search(counted, told)
+        assert desk.embed(*usual, "1", "--output", desk.root / "v.npy") == 2
+        assert "--model-version is of a model: say --model-name" in desk.err
 
 
 # --- progress ---

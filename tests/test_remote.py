@@ -308,12 +308,32 @@ def test_another_model_that_answers_from_now_on_ends_the_run(
 ) -> None:
     peer.answers = [answered_by("m@1"), answered_by("m@1"), answered_by("m@2")]
     assert len(embedded(embedder, ["a"], ["b"])) == 2
-    with pytest.raises(
-        es.BulkError, match="m@2 answers now, and before it was m@1"
-    ) as why:
+    said = (
+        "m@2 answers now, and before it was m@1: --model-name m --model-version 1 asks"
+    )
+    with pytest.raises(es.BulkError, match=said) as why:
         embedded(embedder, ["c"])
     assert why.value.code == 3
     assert waits(embedder) == [], "no wait mends it"
+
+
+def test_closing_waits_for_no_answer(peer: Peer) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def silent(_: dict[str, Any]) -> None:
+        asked.set()
+        kit.wait(go_on)
+
+    peer.answers = [silent]
+    made = es.RemoteEmbedder(peer.url, "", 1)
+    before = set(threading.enumerate())
+    (reply,) = made._send(["a"])
+    kit.wait(asked)
+    made.close()
+    assert isinstance(reply.exception(kit.DEADLINE_S), es.BulkError)
+    made._pool.shutdown(wait=True)
+    assert "remote_0" not in kit.threads_since(before)
+    go_on.set()
 
 
 def test_a_run_is_bound_to_the_version_that_it_asks_for(tmp_path: Path) -> None:
