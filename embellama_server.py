@@ -11061,7 +11061,7 @@ _FORMATS: Final[Mapping[str, str]] = {
     "hostname": rf"^{_LABEL}(\.{_LABEL}){{0,3}}$",
     "ipv4": rf"^{_BYTE}(\.{_BYTE}){{3}}$",
     "ipv6": "^[0-9a-f]{1,4}(:[0-9a-f]{1,4}){7}$",
-    "uri": rf"^https?://({_LABEL}\.){{1,3}}[a-zA-Z]{{2,10}}(:[1-9][0-9]{{1,3}})?(/[a-zA-Z0-9_.~%=&?+-]{{0,150}}){{0,12}}$",
+    "uri": rf"^https?://({_LABEL}\.){{1,3}}[a-zA-Z]{{2,10}}(:[1-9][0-9]{{1,3}})?(/[a-zA-Z0-9_.~%=&?+/-]{{0,1850}})?$",
 }
 _SPACE_RULE: Final = '(" " | "\\n" [ \\t]{0,20})?'
 _CHAR_RULE: Final = (
@@ -11092,7 +11092,7 @@ def arguments_rule(rules: GrammarRules, schema: JsonSchema, param: str) -> str:
     One that says nothing of properties is of a function without arguments: elsewhere
     it allows any object, and here a model would invent some. Raises InvalidValue.
     """
-    kinds = schema.get("type", "object")
+    kinds = schema.get("type") or "object"
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         raise invalid(f"{param}.type", "must be object: arguments are one")
     schema = {**schema, "type": "object", "nullable": False}
@@ -17662,13 +17662,14 @@ class ModelRegistry:
 
     async def _learn(self, *, with_sha256: bool) -> None:
         for entry in self.entries:
-            stamp = stamp_of(entry.settings)
-            is_known = entry.known is not None and entry.known.stamp == stamp
+            settings = entry.settings
+            is_known = entry.known and entry.known.stamp == stamp_of(settings)
             if entry.loaded or (is_known and (entry.facts.sha256 or not with_sha256)):
                 continue
-            entry.known = await asyncio.to_thread(
-                self._look_at_file, entry.settings, with_sha256=with_sha256
-            )
+            look = functools.partial(self._look_at_file, with_sha256=with_sha256)
+            known = await asyncio.to_thread(look, settings)
+            if entry.settings is settings:  # else a reload has looked meanwhile
+                entry.known = known
 
     def cache_counts(self) -> CacheCounts:
         """Return the sums over all models; counters include freed models."""
@@ -17936,7 +17937,8 @@ class ModelRegistry:
         if is_changed and old.loading:  # then judged as if it had been there
             await asyncio.wait([old.loading])
         if old.loaded is None:  # it was unloaded, or somebody's request loads it
-            return False
+            wants_it_now = new.settings.preload and not old.settings.preload
+            return wants_it_now and old.loading is None
         if not _can_stay(old.loaded, new.settings):
             return True
         if old.loaded.card.kind == "embed":
@@ -18015,7 +18017,10 @@ def _can_stay(loaded: LoadedModel, settings: Settings) -> bool:
     """Whether loading with these settings would give the same model."""
     if loaded_with(loaded.settings) != loaded_with(settings):
         return False
-    return stamp_of(settings) == loaded.facts.stamp
+    if loaded.card.kind == "generate":
+        return stamp_of(settings) == loaded.facts.stamp
+    own = file_stamp(*part_paths(settings.model_path))  # it reads no chat template
+    return loaded.facts.stamp[: len(own)] == own
 
 
 # ==============================================================================
@@ -20978,10 +20983,16 @@ def text_offsets(tokens: Sequence[bytes], prompt: str) -> list[int]:
     A tokenizer may put a space before one, or leave out those beside a control token.
     """
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    raw, at, characters, found = prompt.encode(), 0, 0, list[int]()
+    raw, at, characters, found = b"".join(tokens), 0, 0, list[int]()
+    if raw.decode("utf-8", "replace") != prompt:
+        raw = raw.removeprefix(b" ")
+    if raw.decode("utf-8", "replace") != prompt:
+        raw = prompt.encode()
     for text in tokens:
         begin, end, word = at, at + len(text), text.removeprefix(b" ")
-        if not raw.startswith(text, at):
+        if not raw.startswith(text, at) and raw.startswith(word, at):
+            end = at + len(word)
+        elif not raw.startswith(text, at):
             near = range(at, min(at + _MAX_LEFT_OUT, len(raw)))
             first = next((n for n in near if not raw[n : n + 1].isspace()), at)
             if raw.startswith(word, first):
@@ -22714,7 +22725,11 @@ async def props(context: RequestContext) -> Response:
         sampling, template = loaded_model.sampling, loaded_model.template
         length, source = loaded_model.card.max_input_tokens, ""
     elif trained := entry.facts.trained_tokens:
-        length = settings.context_size or default_context_tokens(settings, trained)
+        kind = entry.facts.kind
+        with contextlib.suppress(StartupError):  # it cannot be loaded so
+            _, length = context_and_input_tokens(
+                settings, "", trained=trained, special=0, kind=kind
+            )
     names = template.names if template else {"bos_token": "", "eos_token": ""}
     params = _params(sampling, settings.max_tokens)
     shown = {
@@ -29403,7 +29418,9 @@ def write_files(
 # that what it goes on with is what was read before. What cannot be read is a row without a
 # vector, and the next one follows.
 
-GOES_ON: Final = "the same command goes on (without --restart)"
+GOES_ON: Final = (
+    "the same command goes on (without --restart once OUTPUT.state is there)"
+)
 _BLOCK_BYTES: Final = 1 << 20
 WINDOW_ROWS: Final = 1024  # what is in flight: enough for the workers' calls
 _MAX_LINE_BYTES: Final = 32 << 20  # as --max-body-bytes: no text is longer
@@ -29915,6 +29932,10 @@ def _id_of(given: object, number: int) -> str | float:
     return given
 
 
+_OF_ALL_ROWS: Final = (
+    *("prompt_name", "input_type", "task"),
+    *("truncate", "truncate_prompt_tokens"),
+)
 # Fields of a request that embed reads in one way only.
 _ONE_WAY: Final = {
     "normalize": True,
@@ -29941,7 +29962,7 @@ def _request_in(line: Mapping[str, object]) -> EmbeddingsForm:
             raise BadRow(f"{told}: send strings")
     if form.encoding_format == "bytes":
         raise BadRow("encoding_format bytes does not fit into JSON")
-    for name in ("prompt_name", "input_type", "truncate", "truncate_prompt_tokens"):
+    for name in _OF_ALL_ROWS:
         if getattr(form, name) is not None:
             raise BadRow(f"{name} holds for all rows: give it to embed as a flag")
     for name, done in _ONE_WAY.items():
@@ -30720,6 +30741,9 @@ class Bulk:
             ours, theirs = bound.get(name), before.get(name)
             # What to do with bad rows may be decided when the first one has been met.
             is_free = name == "on_error" and not found["rejected"]
+            # 0.3.0 noted which model was asked for, not which version answered.
+            asked = (None, str(ours).rpartition("@")[0])
+            is_free = is_free or (name == "model" and theirs in asked)
             if ours != theirs and not is_free:
                 raise BulkError(
                     f"{self._notes.path} is of a run with another {name}: {theirs!r:.200}"
@@ -31090,6 +31114,10 @@ class RemoteEmbedder:
             connection = self._connect()
         self._busy.append(connection)
         try:
+            if connection.sock is None:
+                connection.connect()
+            if self._is_closed.is_set():  # while it connected, it could not be told
+                raise ConnectionAbortedError("no longer asked")
             connection.request(method, self._root + path, body or None, self._headers)
             response = connection.getresponse()
             data = response.read()
@@ -31161,9 +31189,10 @@ def embedder_for(
             flags["prompt_name"] or settings.default_prompt_name or None
         )
         model = settings.model_name
-        if loaded.sources.get("model_version", "default") != "default":
-            if not model:
-                raise BulkError("--model-version is of a model: say --model-name", 2)
+        source = loaded.sources.get("model_version", "default")
+        if not model and source.startswith("flag"):
+            raise BulkError("--model-version is of a model: say --model-name", 2)
+        if model and source != "default":
             model = f"{model}@{settings.model_version}"
         body = {"model": model or None, "truncate": truncates, **asked}
         threads = max(1, flags["concurrency"])

@@ -181,6 +181,25 @@ def test_another_model_is_refused_and_named(desk: Desk) -> None:
         desk.run(file, output="v.npy")
 
 
+@pytest.mark.parametrize("before", [{}, {"model": "m"}, {"model": "m@1"}], ids=str)
+def test_a_run_that_noted_no_version_goes_on(
+    desk: Desk, before: dict[str, str]
+) -> None:  # as 0.3.0 did, with --url
+    file = desk.put("a.jsonl", jsonl(TEXTS))
+    interrupted(desk, file)
+    place = desk.root / "v.npy.state"
+    state = json.loads(place.read_text())
+    state["bound"] |= before
+    place.write_text(json.dumps(state))
+    desk.embedder = FakeEmbedder(model="other@1")
+    if before:
+        with pytest.raises(es.BulkError, match="another model: "):
+            desk.run(file, output="v.npy")
+    desk.embedder = FakeEmbedder(model="m@1")
+    desk.run(file, output="v.npy")
+    assert np.array_equal(np.load(desk.root / "v.npy"), array(TEXTS))
+
+
 def test_other_files_are_refused(desk: Desk) -> None:
     file = desk.put("a.jsonl", jsonl(TEXTS))
     interrupted(desk, file)

@@ -1459,7 +1459,9 @@ def test_a_real_model_scores_a_prompt(real: both.Client) -> None:
     assert [len(top or ()) for top in found["top_logprobs"]] == [0, 2, 2, 2]
 
 
-@pytest.mark.parametrize("prompt", ["the <|eot_id|>time </s> was", "<s>the time"])
+@pytest.mark.parametrize(
+    "prompt", ["the <|eot_id|>time </s> was", "<s>the time", "\nthe time", "<s>\nthe"]
+)
 def test_a_prompt_s_control_tokens_are_where_they_are_written(
     real: both.Client, prompt: str
 ) -> None:
@@ -1482,6 +1484,10 @@ def test_a_prompt_s_control_tokens_are_where_they_are_written(
         (["<u>", "hi", "<e>", "<a>"], "<u>\nhi<e>\n<a>", [0, 4, 6, 10]),
         (["<u>", " hi", "<a>"], "<u> \n hi <a>", [0, 5, 9]),
         ([b"\xf0\x9f", b"\x99\x82", "é", "!"], "🙂é!", [0, 0, 1, 2]),
+        ([b"\x99", b"\x82", "é", " a"], "\ufffd\ufffdé a", [0, 1, 2, 3]),
+        ([" é", b"\x82", " a"], "é\ufffd a", [0, 1, 2]),
+        (["", " ", "\n", "t", " a"], "\nt a", [0, 0, 0, 1, 2]),
+        (["", "   ", "\n", "t"], "  \nt", [0, 0, 2, 3]),
         (["a", "other", "b"], "a b", [0, 1, 3]),  # of another text: none of ours
     ],
 )

@@ -355,7 +355,10 @@ def test_a_run_that_began_anew_goes_on_without_that_flag(desk: Desk) -> None:
     given = (file, "--output", desk.root / "v.npy")
     for flags in ((), ("--restart",)):
         assert desk.embed(*given, *flags) == 1
-        assert ". Mended, the same command goes on (without --restart);" in desk.err
+        assert (
+            ". Mended, the same command goes on (without --restart once OUTPUT.state is there);"
+            in desk.err
+        )
 
 
 def test_a_server_is_asked_for_the_version_that_the_flags_say(desk: Desk) -> None:

@@ -80,7 +80,8 @@ CASES: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2023-02-29"', '"2024-13-01"']),
     ({"type": "string", "format": "time"}, ['"23:59:59Z"', '"00:00:00.5+01:00"'], ['"24:00:00Z"']),
     ({"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083},  # Pydantic's
-     ['"https://a.bc/d?e=f"', '"http://a.bc"'], ['"a.bc"', '""']),
+     ['"https://a.bc/d?e=f"', '"http://a.bc"', f'"https://a.bc/x?y={"A" * 300}"',
+      f'"https://a.bc{"/x" * 30}"'], ['"a.bc"', '""']),
     ({"type": "string", "format": "uuid"},
      ['"01234567-89ab-cdef-0123-456789abcdef"'], ['"01234567"']),
     ({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, ["0", "0.5"], ["1", "-0.5", "1.0"]),

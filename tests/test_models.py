@@ -25,6 +25,7 @@ import struct
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -1776,16 +1777,23 @@ async def test_a_reload_loads_a_file_that_has_changed(
         assert running.engines.loads == ["a", "a"]
 
 
-async def test_a_reload_loads_a_model_whose_chat_template_has_changed(
-    files: Callable[[str], str], tmp_path: Path
+@pytest.mark.parametrize("kind", ["generate", "embed", "rank"])
+def test_a_reload_loads_a_model_that_chats_when_its_template_has_changed(
+    files: Callable[[str], str], tmp_path: Path, kind: str
 ) -> None:
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages[0].content }}")
-    rows = (row(files("a"), chat_template=str(template)), row(files("b")))
-    async with serving(*rows) as running:
-        assert (await reloaded(running, *rows))["loaded"] == []
-        template.write_text("{{ messages[-1].content }}!")
-        assert (await reloaded(running, *rows))["loaded"] == ["a@1"]
+    settings = row(files("a"), chat_template=str(template))
+    loaded: Any = types.SimpleNamespace(
+        settings=settings,
+        facts=es.ModelFacts(stamp=es.stamp_of(settings)),
+        card=types.SimpleNamespace(kind=kind),
+    )
+    assert es._can_stay(loaded, settings)
+    template.write_text("{{ messages[-1].content }}!")
+    assert es._can_stay(loaded, settings) == (kind != "generate")
+    Path(files("a")).write_bytes(b"another")
+    assert not es._can_stay(loaded, settings)
 
 
 @pytest.mark.parametrize("how", ["by hand", "as it was idle"])
@@ -1808,10 +1816,14 @@ async def test_a_reload_leaves_out_of_memory_what_was_unloaded(
         assert await running.answering("b") == "b@1"
 
 
+@pytest.mark.parametrize("was_asked", [False, True])
 async def test_a_reload_loads_what_is_now_to_be_there_from_the_start(
-    files: Callable[[str], str],
+    files: Callable[[str], str], was_asked: bool
 ) -> None:
     async with serving(row(files("a")), row(files("b"), preload=False)) as running:
+        if was_asked:
+            await running.answering("b")
+            await running.admin("unload", model="b")
         assert (await reloaded(running, row(files("a")), row(files("b"))))[
             "loaded"
         ] == ["b@1"]
@@ -1851,6 +1863,30 @@ async def test_a_model_that_is_not_in_memory_has_the_kind_of_its_new_settings(
         assert (await running.states())["b@1"]["kind"] == "rank"
         await reloaded(running, *rows)
         assert (await running.states())["b@1"]["kind"] == "embed"
+
+
+async def test_a_look_at_a_file_does_not_undo_what_a_reload_has_learned(
+    files: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (row(files("a")), row(files("b"), preload=False))
+    async with serving(*rows) as running:
+        begun, go_on = threading.Event(), threading.Event()
+        really = running.models._look_at_file
+
+        def look(settings: es.Settings, **how: Any) -> es.ModelFacts:
+            found = really(settings, **how)
+            if settings.pooling == "auto":
+                begun.set()
+                kit.wait(go_on)
+            return found
+
+        monkeypatch.setattr(running.models, "_look_at_file", look)
+        learning = asyncio.create_task(running.models.learn())
+        await asyncio.to_thread(kit.wait, begun)
+        await reloaded(running, rows[0], row(files("b"), preload=False, pooling="rank"))
+        go_on.set()
+        await learning
+        assert (await running.states())["b@1"]["kind"] == "rank"
 
 
 async def test_limits_that_change_at_once_are_those_of_every_model(
@@ -2646,10 +2682,13 @@ def test_the_program_serves_files_that_were_named_by_flags(
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize(
+    "flags", [(), ("--max-input-tokens", "512"), ("--context-size", "4096")], ids=str
+)
 def test_props_of_a_chat_model_that_is_not_in_memory_are_what_its_file_says(
-    tmp_path: Path,
+    tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    flags = ("--model-path", f"c={chat_models.tiny_llama(tmp_path)}")
+    flags = ("--model-path", f"c={chat_models.tiny_llama(tmp_path)}", *flags)
     with kit.started(*flags, module=(SCRIPT,)) as server:
         there = ask(server, "/props")[2]
         assert ask(server, "/admin/models/unload", {"model": "c"})[0] == 200

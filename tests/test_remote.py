@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import http.server
 import json
 import socket
@@ -334,6 +335,27 @@ def test_closing_waits_for_no_answer(peer: Peer) -> None:
     made._pool.shutdown(wait=True)
     assert "remote_0" not in kit.threads_since(before)
     go_on.set()
+
+
+def test_closing_ends_who_is_about_to_connect(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = es.RemoteEmbedder(peer.url, "", 1)
+    begun, go_on = threading.Event(), threading.Event()
+    really = http.client.HTTPConnection.connect
+
+    def connect(connection: http.client.HTTPConnection) -> None:
+        begun.set()
+        kit.wait(go_on)
+        really(connection)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect)
+    (reply,) = made._send(["a"])
+    kit.wait(begun)
+    made.close()
+    go_on.set()
+    assert isinstance(reply.exception(kit.DEADLINE_S), es.BulkError)
+    assert peer.asked == []
 
 
 def test_a_run_is_bound_to_the_version_that_it_asks_for(tmp_path: Path) -> None:
