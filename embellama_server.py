@@ -19521,7 +19521,7 @@ async def replies_for(
     priority = priority_of(context, request.priority)
     entry, loaded_model = await resolve_model(context, request, request.kind)
     check_reply_request(request, entry, loaded_model, settings)
-    most_tokens = entry.settings.max_tokens
+    default = entry.settings.max_tokens
     begun_at = time.monotonic()
     prompts = await read_prompts(request, loaded_model, client, priority)
     grammar = await read_grammar(request, loaded_model, client, priority)
@@ -19529,7 +19529,7 @@ async def replies_for(
     context.log_fields["folded"] = request.is_folded or None
     return Replies(
         requests=[
-            generation_request(request, ids, loaded_model, most_tokens, grammar)
+            generation_request(request, ids, loaded_model, default, grammar)
             for ids in prompts
         ],
         entry=entry,
