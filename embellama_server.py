@@ -17856,8 +17856,9 @@ class ModelRegistry:
     # --- changes to the served models ---
 
     async def add(self, settings: Settings) -> ModelEntry:
-        """Serve one more model, once loaded. Raises ModelConflict, ModelUnavailable.
+        """Serve one more model, once loaded.
 
+        Raises ModelConflict, ModelUnavailable, and NotReady if the server stops before.
         Goes on if its caller is cancelled.
         """
         return await self.until_done(asyncio.create_task(self._add(settings)))
@@ -22056,8 +22057,8 @@ async def ranked(
     for error in errors.values():
         if error.is_transient or len(errors) == len(pairs):
             raise error
-    activates = (getattr(form, n, True) for n in ("use_activation", "activation"))
-    plain = form.raw_scores or not all(activates) or result.card.is_probability
+    is_raw = form.raw_scores or not (form.use_activation and form.activation)
+    plain = is_raw or result.card.is_probability
     found = []
     for n, row in enumerate(result.job.vectors):
         if n not in errors:
@@ -22209,6 +22210,8 @@ class TaskForm(EmbedForm):
     query: str | None = optional(QUERY, "As in /rerank.")
     texts: list[Any] | None = optional(DOCUMENTS, "As in /rerank.")
     raw_scores: bool = optional(FLAG, "As in /rerank.", False)
+    use_activation: bool = optional(FLAG, "As in /rerank.", True)
+    activation: bool = optional(FLAG, "As in /rerank.", True)
     return_text: bool = optional(FLAG, "As in /rerank.", False)
 
 
@@ -27146,7 +27149,10 @@ class Server:
     # --- reload ---
 
     async def reload(self) -> dict[str, object]:
-        """Reload, even if cancelled, and return what changed. Raises ReloadRefused."""
+        """Reload, even if cancelled, and return what changed.
+
+        Raises ReloadRefused, and NotReady if the server stops before that is done.
+        """
         self._reopen_files()
         if self._reloading or self.service.phase is not Phase.READY:
             why = "the server is loading, reloading or stopping; try later"
@@ -30741,7 +30747,7 @@ class Bulk:
             ours, theirs = bound.get(name), before.get(name)
             # What to do with bad rows may be decided when the first one has been met.
             is_free = name == "on_error" and not found["rejected"]
-            # 0.3.0 noted which model was asked for, not which version answered.
+            # Once the model that was asked for was noted, not the version that answered.
             asked = (None, str(ours).rpartition("@")[0])
             is_free = is_free or (name == "model" and theirs in asked)
             if ours != theirs and not is_free:

@@ -184,7 +184,7 @@ def test_another_model_is_refused_and_named(desk: Desk) -> None:
 @pytest.mark.parametrize("before", [{}, {"model": "m"}, {"model": "m@1"}], ids=str)
 def test_a_run_that_noted_no_version_goes_on(
     desk: Desk, before: dict[str, str]
-) -> None:  # as 0.3.0 did, with --url
+) -> None:  # as one of --url did once
     file = desk.put("a.jsonl", jsonl(TEXTS))
     interrupted(desk, file)
     place = desk.root / "v.npy.state"
